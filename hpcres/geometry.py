@@ -1,0 +1,168 @@
+"""Boxes, and the plan of tiles: integers in, boxes out. No I/O, no arrays.
+
+Axes are z, y, x. A low-res voxel of scale factor p/q (lowest terms) is p/q high-res voxels wide, so q low-res
+voxels are exactly p high-res ones; tiles therefore start at multiples of q low-res voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+from math import prod
+
+from hpcres.errors import InputError
+
+Triple = tuple[int, int, int]
+AXES = "zyx"
+
+
+def triple(values: Sequence[int]) -> Triple:
+    z, y, x = (int(v) for v in values)
+    return z, y, x
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """Half-open block of voxels [start, stop) per axis, in voxels of one grid."""
+
+    start: Triple
+    stop: Triple
+
+    def __post_init__(self) -> None:
+        assert all(a <= b for a, b in zip(self.start, self.stop, strict=True)), (self.start, self.stop)
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        return cls((0, 0, 0), triple(shape))
+
+    @property
+    def shape(self) -> Triple:
+        return triple([b - a for a, b in zip(self.start, self.stop, strict=True)])
+
+    @property
+    def voxels(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def slices(self) -> tuple[slice, slice, slice]:
+        z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+        return z, y, x
+
+    def clipped(self, other: Box) -> Box:
+        """The part of this box inside `other` (empty at the nearest corner where they do not meet)."""
+        start = [min(max(a, c), d) for a, c, d in zip(self.start, other.start, other.stop, strict=True)]
+        stop = [max(min(b, d), a) for b, a, d in zip(self.stop, start, other.stop, strict=True)]
+        return Box(triple(start), triple(stop))
+
+    def grown(self, before: int, after: int, within: Box) -> Box:
+        start = triple([a - before for a in self.start])
+        return Box(start, triple([b + after for b in self.stop])).clipped(within)
+
+    def relative_to(self, origin: Sequence[int]) -> Box:
+        return Box(
+            triple([a - o for a, o in zip(self.start, origin, strict=True)]),
+            triple([b - o for b, o in zip(self.stop, origin, strict=True)]),
+        )
+
+    def __str__(self) -> str:
+        ends = zip(AXES, self.start, self.stop, strict=True)
+        return " ".join(f"{axis} {a}:{b}" for axis, a, b in ends)
+
+
+def blocks(shape: Sequence[int], block: Sequence[int]) -> list[Box]:
+    """The blocks of a regular grid in z-major order, clipped at the volume's end; every voxel in exactly one."""
+    whole = Box.whole(shape)
+    starts = product(*(range(0, n, b) for n, b in zip(shape, block, strict=True)))
+    return [Box(s, triple([a + b for a, b in zip(s, block, strict=True)])).clipped(whole) for s in starts]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One unit of inference, of storage and of recovery: a tile is a shard is a file.
+
+    `core` and `read` are low-res boxes (`read` holds the halo and ends where the volume ends), `write` is the
+    high-res box the tile owns, `crop` the same box inside what the generator returns for `read`.
+    """
+
+    index: int
+    grid: Triple
+    core: Box
+    read: Box
+    write: Box
+    crop: Box
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Every tile of a run. `tile_voxels` is the high-res shard shape; the last tiles may be clipped."""
+
+    low_res_shape: Triple
+    shape: Triple
+    scale: Fraction
+    halo_low_res: int
+    chunk_voxels: int
+    tile_voxels: Triple
+    grid: Triple
+    tiles: tuple[Tile, ...]
+
+    @property
+    def halo_overhead(self) -> float:
+        """Low-res voxels read per low-res voxel owned, ≥ 1."""
+        return sum(t.read.voxels for t in self.tiles) / prod(self.low_res_shape)
+
+
+def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:
+    """Output voxels per axis: ⌊n · scale⌋."""
+    return triple([int(n * scale) for n in low_res_shape])
+
+
+def plan_tiles(
+    low_res_shape: Sequence[int], scale: Fraction, tiles: Sequence[int], halo_low_res: int, chunk_voxels: int
+) -> TilePlan:
+    """Cut a low-res volume into at most `tiles` tiles per axis.
+
+    A tile is a whole number of storage chunks (`chunk_voxels`, high-res voxels per edge), so the grid can come
+    out coarser than asked; the plan's `grid` says what it is. The halo's start is rounded down to a multiple of
+    q (scale = p/q), because interpolation weights repeat with that period; its end is free.
+    """
+    p, q = scale.numerator, scale.denominator
+    if min(tiles) < 1:
+        raise InputError(f"tiles {'x'.join(map(str, tiles))}: every axis needs at least one tile; use e.g. 2x2x2")
+    if chunk_voxels % p:
+        raise InputError(
+            f"chunk of {chunk_voxels} voxels: it is not a whole number of low-res voxels at scale factor {scale}; "
+            f"use a multiple of {p}"
+        )
+    chunk_low_res = chunk_voxels // p * q
+    shape = high_res_shape(low_res_shape, scale)
+    if min(shape) < 1:
+        raise InputError(f"low-res volume {tuple(low_res_shape)}: empty at scale factor {scale}; check its axes")
+    core_edge = triple(
+        [-(-n // t // chunk_low_res) * chunk_low_res for n, t in zip(low_res_shape, tiles, strict=True)]
+    )
+    whole_low, whole_high = Box.whole(low_res_shape), Box.whole(shape)
+    grid = triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)])
+    before = -(-halo_low_res // q) * q
+    planned = []
+    for index, position in enumerate(product(*map(range, grid))):
+        start = triple([i * e for i, e in zip(position, core_edge, strict=True)])
+        core = Box(start, triple([s + e for s, e in zip(start, core_edge, strict=True)])).clipped(whole_low)
+        read = core.grown(before, halo_low_res, whole_low)
+        write = Box(
+            triple([s // q * p for s in core.start]), triple([-(-e * p // q) for e in core.stop])
+        ).clipped(whole_high)
+        crop = write.relative_to([s // q * p for s in read.start])
+        planned.append(Tile(index, triple(position), core, read, write, crop))
+    return TilePlan(
+        triple(low_res_shape), shape, scale, halo_low_res, chunk_voxels,
+        triple([e // q * p for e in core_edge]), grid, tuple(planned),
+    )  # fmt: skip
+
+
+def tiles_of_rank(tile_count: int, rank: int, ranks: int) -> range:
+    """The contiguous share of `rank`: sizes differ by at most one, ranks beyond the tiles get none."""
+    share, extra = divmod(tile_count, ranks)
+    start = rank * share + min(rank, extra)
+    return range(start, start + share + (rank < extra))

@@ -1,0 +1,63 @@
+"""Normals as a function of place: the value at low-res voxel (z, y, x) depends on the seed and that index alone.
+
+Philox4x32-10 (Salmon et al. 2011) on the voxel index, sixteen bits of each word through a table of normal
+quantiles: integers and one look-up, so the same on every machine, for every tiling and in any order.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from scipy.special import ndtri
+
+from hpcres.geometry import Box
+
+# Quantiles at the middle of 65536 equal slices of probability, scaled to unit variance.
+_QUANTILES = ndtri((np.arange(65536) + 0.5) / 65536)
+_QUANTILES = (_QUANTILES / np.sqrt(np.mean(_QUANTILES**2))).astype(np.float32)
+
+
+@numba.njit(cache=True, inline="always")
+def _philox(c0, c1, c2, c3, k0, k1):
+    mask = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0 = np.uint64(0xD2511F53) * c0
+        p1 = np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & mask, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & mask
+        k0 = (k0 + np.uint64(0x9E3779B9)) & mask
+        k1 = (k1 + np.uint64(0xBB67AE85)) & mask
+    return c0, c1, c2, c3
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(out, z0, y0, x0, k0, k1, channel, quantiles):
+    nz, ny, nx = out.shape
+    shift = np.uint64(16)
+    for z in range(nz):
+        for y in range(ny):
+            # One Philox block serves four neighbours along x: the lane is x mod 4 of the global index.
+            first = x0 // 4
+            last = (x0 + nx - 1) // 4
+            for block in range(first, last + 1):
+                words = _philox(
+                    np.uint64(block), np.uint64(y0 + y), np.uint64(z0 + z), np.uint64(channel), k0, k1
+                )
+                for lane in range(4):
+                    x = block * 4 + lane - x0
+                    if 0 <= x < nx:
+                        out[z, y, x] = quantiles[words[lane] >> shift]
+
+
+def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
+    """Standard normals, float32 (z, y, x), for a box of global low-res voxel indices (each below 2³²).
+
+    `seed` is 64-bit; `channel` (below 2³²) gives independent fields of the same seed.
+    """
+    assert min(box.start) >= 0, box
+    assert max(box.stop) <= 2**32, box
+    out = np.empty(box.shape, np.float32)
+    z, y, x = box.start
+    key = seed % 2**64
+    if out.size:
+        _fill(out, z, y, x, np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32), channel, _QUANTILES)
+    return out

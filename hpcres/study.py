@@ -1,0 +1,496 @@
+"""The study file: everything a run needs, checked before anything starts.
+
+Lengths carry their unit in the file (`65 nm`). Relative paths are relative to the study file; `${NAME}` is an
+environment variable and `${output}` the study's own output folder. An unknown key is an error that names the
+file, the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Hashable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from hpcres.errors import InputError
+
+OME_UNITS = {
+    "nm": "nanometer", "um": "micrometer", "µm": "micrometer", "μm": "micrometer", "mm": "millimeter",
+    "m": "meter", "Å": "angstrom", "voxel": "voxel",
+}  # fmt: skip
+PATCH_VOXELS = 64
+"""High-res edge of one training cube; scale factors are 64/d because d low-res voxels must fill it exactly."""
+
+
+def _scale_factor(value: Any) -> Fraction:
+    try:
+        scale = Fraction(str(value)).limit_denominator(64) if isinstance(value, float) else Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a number or a fraction; write 4, 2.5 or 16/3") from None
+    low_res_edge = Fraction(PATCH_VOXELS) / scale if scale > 0 else Fraction(0)
+    if low_res_edge.denominator != 1 or not 8 <= low_res_edge <= PATCH_VOXELS:
+        fits = [Fraction(PATCH_VOXELS, d) for d in range(8, PATCH_VOXELS + 1)]
+        near = min(fits, key=lambda f: abs(f - scale))
+        raise ValueError(
+            f"{value} is not 64/d with d = 8 … 64, so low-res voxels cannot fill a training cube of 64; "
+            f"the nearest is {near}"
+        )
+    return scale
+
+
+def _voxel_size(value: Any) -> VoxelSize:
+    if isinstance(value, VoxelSize):
+        return value
+    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([^\W\d_]+)\s*", str(value))
+    if not match:
+        raise ValueError(f"{value!r} has no length with a unit; write for example 65 nm")
+    number, unit = match.groups()
+    unit = OME_UNITS.get(unit, unit)
+    if unit not in OME_UNITS.values():
+        raise ValueError(f"unit {match.group(2)!r} is not known; use one of {', '.join(OME_UNITS)}")
+    try:
+        length = float(number)
+    except ValueError:
+        length = 0.0
+    if not 0 < length < float("inf"):
+        raise ValueError(f"{value!r}: the length must be a positive number")
+    return VoxelSize(length, unit)
+
+
+class VoxelSize(tuple[float, str]):
+    """Edge length of a cubic voxel and its OME unit name."""
+
+    def __new__(cls, length: float, unit: str) -> VoxelSize:
+        return super().__new__(cls, (length, unit))
+
+    @property
+    def length(self) -> float:
+        return self[0]
+
+    @property
+    def unit(self) -> str:
+        return self[1]
+
+    def times(self, factor: Fraction) -> VoxelSize:
+        return VoxelSize(self.length * float(factor), self.unit)
+
+    def __str__(self) -> str:
+        short = next(k for k, v in OME_UNITS.items() if v == self.unit)
+        return f"{self.length:.10g} {short}"
+
+
+ScaleFactor = Annotated[Fraction, PlainValidator(_scale_factor), PlainSerializer(str)]
+Voxel = Annotated[VoxelSize, PlainValidator(_voxel_size), PlainSerializer(str)]
+Grid = Annotated[tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(
+    lambda v: "x".join(map(str, v))
+)]  # fmt: skip
+Plane = Literal["zy", "zx", "yx", "yz", "xz", "xy"]
+"""Rows and columns of an image: `zx` is a slice normal to y whose rows run along z."""
+Device = Literal["auto", "cpu", "cuda"]
+PhaseName = Annotated[str, Field(min_length=1)]
+
+
+def parse_grid(value: Any) -> tuple[int, int, int]:
+    """`8x8x8` (z x y x x) as three integers of at least 1."""
+    parts = re.split(r"[x×]", value) if isinstance(value, str) else value
+    try:
+        z, y, x = (int(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is not three numbers; write for example 8x8x8") from None
+    if min(z, y, x) < 1:
+        raise ValueError(f"{value}: every axis needs at least one; use for example 2x2x2")
+    return z, y, x
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RawHeader(Section):
+    """What a headerless file does not say."""
+
+    shape: tuple[int, int, int]
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32"] = "uint8"
+    byte_order: Literal["little", "big"] = "little"
+    offset_bytes: Annotated[int, Field(ge=0)] = 0
+
+
+class HighResImage(Section):
+    """One sharp image or stack of slices (slice, row, column); sizes may differ between images."""
+
+    path: str
+    planes: tuple[Plane, ...] = ()
+    """Planes this image shows; required of every image when the material is anisotropic."""
+    augment: bool | None = None
+    """All 8 mirrors and rotations; by default where the material is isotropic."""
+
+
+class HighRes(Section):
+    phases: dict[int, PhaseName]
+    """Label in the images → phase; the order is that of the output's labels 0, 1, 2, …"""
+    voxel_size: Voxel
+    isotropic: bool = True
+    images: Annotated[tuple[HighResImage, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HighRes:
+        _refuse_repeated(self.phases)
+        if len(self.phases) < 2:
+            raise ValueError("phases: at least two are needed to have anything to resolve")
+        if len(self.phases) > 16:
+            raise ValueError(f"phases: {len(self.phases)} given, at most 16 can be measured; merge some")
+        if not self.isotropic:
+            normals = {
+                (set("zyx") - set(plane)).pop() for image in self.images for plane in image.planes
+            }
+            for image in self.images:
+                if not image.planes:
+                    raise ValueError(f"images: {image.path} has no planes, which an anisotropic material needs")
+            if missing := [axis for axis in "zyx" if axis not in normals]:
+                raise ValueError(
+                    f"images: none shows the plane normal to {missing[0]}; the critic of that plane would have "
+                    f"no example, so give one image with planes for it"
+                )
+        return self
+
+
+class LowRes(Section):
+    path: str
+    """TIFF, .npy, .h5:/dataset, raw (with `raw`), or OME-Zarr."""
+    phases: dict[int, PhaseName | tuple[PhaseName, ...]]
+    """Label in the volume → phase, or the list of phases the coarse image cannot tell apart."""
+    raw: RawHeader | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LowRes:
+        _refuse_repeated({k: v for k, names in enumerate(self.groups) for v in names})
+        if len(self.phases) < 2:
+            raise ValueError("phases: at least two are needed, or the volume tells the generator nothing")
+        return self
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The phases behind each low-res channel, in the order of the file."""
+        return tuple((v,) if isinstance(v, str) else v for v in self.phases.values())
+
+
+def _refuse_repeated(phases: dict[Any, str]) -> None:
+    names = list(phases.values())
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"phases: {name!r} is named twice; give every label a phase of its own")
+
+
+class Imaging(Section):
+    """How the coarse image came about (definitions.md, Downsampling)."""
+
+    operator: Literal["under-resolved", "under-sampled"] = "under-resolved"
+    kernel_voxels: Annotated[int, Field(ge=1)] | None = None
+    sigma_voxels: Annotated[float, Field(gt=0)] | None = None
+    box: bool = False
+    """Pixel binning instead of the Gaussian."""
+    temperature: Annotated[float, Field(gt=0)] = 100.0
+    """Factor on the phase fractions before the softmax that makes them near one-hot."""
+
+
+class Network(Section):
+    """Generator and critic of Dahari 2022; widths are exponents of two."""
+
+    width: Annotated[int, Field(ge=2, le=10)] = 8
+    residual_blocks: Annotated[int, Field(ge=1, le=16)] = 1
+    padding: Literal["replicate", "zeros"] = "replicate"
+    last_stage: Literal["resize", "transposed"] = "resize"
+    critic_width: Annotated[int, Field(ge=4, le=11)] = 9
+
+
+class Training(Section):
+    """Algorithm 1 of Dahari 2022; every choice in it is a setting with the paper's value as default."""
+
+    steps: Annotated[int, Field(ge=1)] = 100_000
+    """Generator steps."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Wall-clock budget; the learning-rate schedule runs on it where it is given."""
+    cubes: Annotated[int, Field(ge=1)] = 8
+    """Cubes of 64³ per step, over all processes."""
+    slices_per_axis: Annotated[int, Field(ge=1)] | None = None
+    """Random slices per cube and axis shown to the critic; all 56 by default."""
+    critic_steps: Annotated[int, Field(ge=1)] = 5
+    reuse_generated: bool = False
+    """One generator forward serves the critic steps and the generator step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    adam_betas: tuple[float, float] = (0.5, 0.999)
+    final_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the learning rate left at the end; the decay is linear over the last half."""
+    gradient_penalty: Annotated[float, Field(ge=0)] = 10.0
+    voxel_weight: Annotated[float, Field(ge=0)] = 10.0
+    voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
+    crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
+    """High-res voxels cut from each face of a cube before the critic sees it."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the averaged generator that is saved; 0 saves the generator itself."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    report_seconds: Annotated[float, Field(gt=0)] = 10.0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads per process; the cores divided by the processes on this node by default."""
+
+
+class Inference(Section):
+    tiles: Grid = (2, 2, 2)
+    chunk_voxels: Literal[16, 32, 64, 128] | None = None
+    """Inner chunk of the store; 128, or 64 where the volume is below 512³."""
+    codec: Literal["zstd", "lz4"] = "zstd"
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class SubVolumes(Section):
+    """Random cubes whose spread the papers plot."""
+
+    count: Annotated[int, Field(ge=0)] = 256
+    voxels: Annotated[int, Field(ge=8)] = 64
+    transport_count: Annotated[int, Field(ge=0)] = 0
+    """Of these, how many also get a tortuosity factor per phase (TauFactor, about a second each)."""
+
+
+class Metrics(Section):
+    subvolumes: SubVolumes = SubVolumes()
+
+
+class Published(Section):
+    """A figure from the literature that the report shows beside ours."""
+
+    metric: Literal["normalised_tpb", "volume_fraction", "specific_surface_area", "interphase_area", "tau"]
+    of: str = ""
+    """Phase, or pair as `pore|nickel`, that the figure belongs to."""
+    value: float
+    spread: float | None = None
+    source: str
+
+
+class Reference(Section):
+    volume: str | None = None
+    """Ground truth of the same region, labels as in `high_res.phases`' order; never used for training."""
+    published: tuple[Published, ...] = ()
+
+
+class Phantom(Section):
+    """Ground truth, low-res volume and slices made by `hpcres phantom`."""
+
+    kind: Literal["three-phase", "chi2", "separator"] = "three-phase"
+    voxels: Grid = (256, 256, 256)
+    feature_voxels: Annotated[float, Field(gt=0)] = 12.0
+    """Length scale of the structure, in high-res voxels."""
+    porosity: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    slices: Annotated[int, Field(ge=1)] = 2
+    """High-res slices cut per plane from a volume of another seed than the truth."""
+
+
+class Study(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    output: str = "results"
+    """Folder for everything the stages write."""
+    scale_factor: ScaleFactor
+    high_res: HighRes
+    low_res: LowRes
+    imaging: Imaging = Imaging()
+    network: Network = Network()
+    training: Training = Training()
+    inference: Inference = Inference()
+    metrics: Metrics = Metrics()
+    reference: Reference = Reference()
+    phantom: Phantom | None = None
+    device: Device = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        known = set(self.high_res.phases.values())
+        named = [name for group in self.low_res.groups for name in group]
+        for name in named:
+            if name not in known:
+                hint = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"low_res.phases: {name!r} is no phase of high_res ({', '.join(sorted(known))})"
+                    + (f"; did you mean {hint[0]!r}?" if hint else "")
+                )
+        for name in self.high_res.phases.values():
+            if name not in named:
+                raise ValueError(
+                    f"low_res.phases: {name!r} has no place, so the generator could not put it anywhere; list it "
+                    f"with the phase it cannot be told from, as [{named[0]}, {name}]"
+                )
+        return self
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Phase names in the order of the output's labels 0, 1, 2, …"""
+        return tuple(self.high_res.phases.values())
+
+    @property
+    def low_res_voxel_size(self) -> VoxelSize:
+        return self.high_res.voxel_size.times(self.scale_factor)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def labels_path(self) -> Path:
+        return self.folder / "labels.zarr"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.json"
+
+    @property
+    def transport_path(self) -> Path:
+        return self.folder / "transport.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "report.html"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice: plain YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise InputError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_study(path: str | Path, settings: Sequence[str] = (), output: str | None = None) -> Study:
+    """Read, override (`section.key=value`) and check a study file; raises InputError in one line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such study file; give one as argument or write study.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a study file ({error})") from None
+    try:
+        raw = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: no settings in it; a study file is a list of `key: value` lines")
+    for setting in settings:
+        _override(raw, setting)
+    base = path.resolve().parent
+    if output is not None:
+        raw["output"] = str(Path(output).resolve())
+    raw["output"] = _place(_expand(str(raw.get("output", "results")), "output", path, {}), base)
+    raw = _resolve_paths(raw, (), path, base)
+    return _validated(raw, path)
+
+
+def _validated(raw: dict[str, Any], path: Path) -> Study:
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        first, *others = error.errors()
+        place = [str(part) for part in first["loc"] if str(part) not in ("str",)]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(first["loc"][:-1])
+            near = difflib.get_close_matches(place[-1], known, 1, 0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            message = f"unknown key; {remedy}"
+        elif first["type"] == "missing":
+            message = "is required and not given"
+        elif not first["type"].startswith("value_error"):
+            message = f"{message[:1].lower()}{message[1:]}, not {first['input']!r}"
+        more = f" (and {len(others)} more)" if others else ""
+        key = ".".join(place)
+        raise InputError(f"{path}: {key + ': ' if key else ''}{message}{more}") from None
+
+
+def _known_keys(place: Sequence[str | int]) -> list[str]:
+    model: Any = Study
+    for part in place:
+        if isinstance(part, str) and isinstance(model, type) and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+            model = next((a for a in sections if issubclass(a, Section)), model)
+    return list(model.model_fields)
+
+
+def _override(raw: dict[str, Any], setting: str) -> None:
+    key, equals, value = setting.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {setting}: no value; write --set section.key=value")
+    *sections, last = key.strip().split(".")
+    place: Any = raw
+    for part in sections:
+        place = place.setdefault(part, {}) if isinstance(place, dict) else None
+        if place is None:
+            raise InputError(f"--set {setting}: {part!r} is not a section of the study")
+    if not isinstance(place, dict):
+        raise InputError(f"--set {setting}: {sections[-1]!r} is not a section of the study")
+    try:
+        place[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise InputError(f"--set {setting}: the value is not valid YAML; quote it") from None
+
+
+_PATH_KEYS = {("low_res", "path"), ("high_res", "images", "path"), ("reference", "volume")}
+
+
+def _resolve_paths(value: Any, place: tuple[str, ...], file: Path, base: Path, output: str = "") -> Any:
+    if isinstance(value, dict):
+        output = value["output"] if not place else output
+        return {k: _resolve_paths(v, (*place, str(k)), file, base, output) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve_paths(v, place, file, base, output) for v in value]
+    if place in _PATH_KEYS and isinstance(value, str):
+        return _place(_expand(value, ".".join(place), file, {"output": output}), base)
+    return value
+
+
+def _expand(text: str, key: str, file: Path, extra: dict[str, str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in extra and name not in os.environ:
+            raise InputError(f"{file}: {key}: ${{{name}}} is not set; export {name} or write the path itself")
+        return extra.get(name) or os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _place(path: str, base: Path) -> str:
+    expanded = Path(path).expanduser()
+    return str(expanded if expanded.is_absolute() else Path(os.path.normpath(base / expanded)))
+
+
+def save_study(study: Study, stage: str) -> Path:
+    """Write the resolved study beside the results of `stage`, as `study-<stage>.yaml`."""
+    study.folder.mkdir(parents=True, exist_ok=True)
+    path = study.folder / f"study-{stage}.yaml"
+    text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+    return path
