@@ -1,0 +1,141 @@
+"""The self-describing checkpoint: all that inference needs besides the low-res volume.
+
+One file: plain tensors, numbers, strings, lists and dicts, read with weights_only=True so that a file from a
+stranger cannot run code. Written beside and renamed, so that a kill leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpcres import __version__
+from hpcres.errors import InputError
+from hpcres.networks.superres import SuperResGenerator
+from hpcres.study import Study
+
+_FORMAT = "hpcres-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A generator in eval mode and what is known about it. `sha256` covers its configuration and weights."""
+
+    path: str
+    generator: SuperResGenerator
+    study: Study
+    step: int
+    sha256: str
+    versions: dict[str, str]
+    training_state: dict[str, Any] | None = field(repr=False)
+
+    @property
+    def scale(self) -> Fraction:
+        return self.generator.scale
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return self.study.phases
+
+
+def build_generator(study: Study) -> SuperResGenerator:
+    """The untrained generator that a study asks for."""
+    net = study.network
+    try:
+        return SuperResGenerator(
+            len(study.low_res.phases), len(study.phases), study.scale_factor, net.width, net.residual_blocks,
+            net.padding, net.last_stage,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"network: {error}") from None
+
+
+def weights_sha256(generator: SuperResGenerator) -> str:
+    """Digest of configuration and weights, independent of device and file."""
+    digest = hashlib.sha256(json.dumps(generator.config, sort_keys=True).encode())
+    for name, tensor in sorted(generator.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    path: str | Path, *, generator: SuperResGenerator, study: Study, step: int,
+    training_state: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write atomically; `training_state` holds what a resumed run needs and inference ignores."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": _FORMAT,
+        "network": generator.config,
+        "weights": {name: tensor.detach().cpu() for name, tensor in generator.state_dict().items()},
+        "study": study.model_dump_json(exclude_none=True),
+        "step": step,
+        "versions": {"hpcres": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "training": training_state,
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; InputError for a file that is missing, foreign, damaged or not finite."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; run `hpcres train` first or give --checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        if isinstance(error, OSError):
+            raise
+        raise InputError(
+            f"{path}: not a readable checkpoint (damaged, cut short or of another program); train again or copy it anew"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise InputError(f"{path}: not an hpcres checkpoint ({_FORMAT}); give the checkpoint.pt of `hpcres train`")
+    config = dict(content["network"])
+    study = Study.model_validate_json(content["study"])
+    assert config.pop("family") == "superres"
+    generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})
+    if config["phases"] != len(study.phases) or config["low_res_channels"] != len(study.low_res.phases):
+        raise InputError(
+            f"{path}: the network has {config['phases']} phases but its study {len(study.phases)}; the file was "
+            "changed by hand, train again"
+        )
+    for name, tensor in content["weights"].items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{path}: weight {name} is not finite, every label would be meaningless; use an earlier checkpoint"
+            )
+    try:
+        generator.load_state_dict(content["weights"])
+    except RuntimeError:
+        raise InputError(f"{path}: weights do not fit the network it names; use the file as train wrote it") from None
+    generator.eval()
+    _freeze(generator)
+    return Checkpoint(
+        str(path), generator, study, content["step"], weights_sha256(generator), content["versions"],
+        content["training"],
+    )  # fmt: skip
+
+
+def _freeze(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)

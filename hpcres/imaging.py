@@ -1,0 +1,82 @@
+"""The imaging operator: what the coarse instrument would have seen of a sharp volume (Dahari 2022, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcres.networks.resampling import area_taps, linear_taps, nearest_taps, resample
+from hpcres.study import Imaging
+
+
+def one_hot(labels: Tensor, channels: int) -> Tensor:
+    """(batch, z, y, x) integer labels → float32 (batch, channels, z, y, x)."""
+    return torch.stack([labels == channel for channel in range(channels)], dim=1).float()
+
+
+def gaussian_kernel(scale: Fraction, settings: Imaging) -> Tensor:
+    """1D blur weights: k = ⌈s⌉ made odd downwards, σ = 0.3((k − 1)/2 − 1) + 0.8 (high-res voxels)."""
+    size = settings.kernel_voxels or ceil(scale) - (ceil(scale) % 2 == 0)
+    sigma = settings.sigma_voxels or 0.3 * ((size - 1) / 2 - 1) + 0.8
+    place = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    weights = torch.exp(-0.5 * (place / sigma) ** 2)
+    return (weights / weights.sum()).float()
+
+
+class ImagingOperator(nn.Module):
+    """Phase probabilities (batch, phases, z, y, x) → low-res (batch, groups, ⌊z/s⌋, …), near one-hot.
+
+    `groups[c]` lists the phase indices behind low-res channel c: phases the coarse image cannot tell apart.
+    Under-resolved: blur, linear downsampling (or binning), softmax at low temperature; under-sampled: nearest.
+    A window of a volume gives the volume's values where it starts at a multiple of p voxels (scale p/q) and
+    `margin_voxels` away from its cut faces.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, scale: Fraction, groups: Sequence[Sequence[int]], settings: Imaging) -> None:
+        super().__init__()
+        self.scale, self.settings = scale, settings
+        merge = torch.zeros(len(groups), 1 + max(max(g) for g in groups))
+        for channel, group in enumerate(groups):
+            merge[channel, list(group)] = 1
+        self.register_buffer("merge", merge)
+        self.register_buffer("kernel", gaussian_kernel(scale, settings))
+
+    @property
+    def margin_voxels(self) -> int:
+        """High-res voxels beyond a low-res voxel's own extent that its value can depend on."""
+        return 0 if self.settings.operator == "under-sampled" else len(self.kernel) // 2 + 1
+
+    def forward(self, probabilities: Tensor) -> Tensor:
+        x = torch.einsum("gp,bpzyx->bgzyx", self.merge, probabilities)
+        sizes = [int(n / self.scale) for n in x.shape[2:]]
+        kind = linear_taps
+        if self.settings.operator == "under-sampled":
+            kind = nearest_taps
+        elif self.settings.box:
+            kind = area_taps
+        else:
+            x = self._blur(x)
+        z, y, x_ = (kind(n, self.scale, m) for n, m in zip(x.shape[2:], sizes, strict=True))
+        x = resample(x, (z, y, x_))
+        if self.settings.operator == "under-sampled":
+            return x
+        return functional.softmax(x * self.settings.temperature, dim=1)
+
+    def _blur(self, x: Tensor) -> Tensor:
+        half, channels = len(self.kernel) // 2, x.shape[1]
+        for axis in range(3):
+            shape = [1, 1, 1]
+            shape[axis] = len(self.kernel)
+            pad = [0] * 6
+            pad[4 - 2 * axis] = half
+            pad[5 - 2 * axis] = len(self.kernel) - 1 - half
+            weight = self.kernel.to(x.dtype).view(1, 1, *shape).expand(channels, 1, *shape)
+            x = functional.conv3d(functional.pad(x, pad, mode="replicate"), weight, groups=channels)
+        return x

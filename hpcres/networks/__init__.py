@@ -1,0 +1,1 @@
+"""Generators and critics. Pure torch: no files, no study, no ranks."""

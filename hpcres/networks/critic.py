@@ -1,0 +1,27 @@
+"""The critic of Dahari et al. 2022: 2D slices in, one number each out; no normalisation, as WGAN-GP needs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Critic(nn.Module):
+    """(batch, phases, edge, edge) → (batch,). Four stride-2 convolutions, then one over what is left.
+
+    `width` is the exponent of the last channel count; `edge_voxels` the slice edge (56 when 4 of 64 are cropped).
+    """
+
+    def __init__(self, phases: int, edge_voxels: int, width: int = 9) -> None:
+        super().__init__()
+        counts = [phases, *(2 ** (width - 3 + i) for i in range(4))]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(counts, counts[1:], strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.ReLU()]
+            edge_voxels //= 2
+        if edge_voxels < 1:
+            raise ValueError("the critic halves a slice four times, so it needs slices of at least 16 voxels")
+        layers.append(nn.Conv2d(counts[-1], 1, edge_voxels))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, slices: Tensor) -> Tensor:
+        return self.layers(slices).flatten()

@@ -1,0 +1,71 @@
+"""Separable resampling with exact rational weights, so that any window of a volume sees the weights of the whole.
+
+torch.nn.functional.interpolate takes its positions from a float32 ratio, which drifts on long axes; here the
+position of output voxel i, (i + ½)·step − ½ in input voxels, is an integer fraction.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil, floor
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Taps = list[list[tuple[int, Fraction]]]
+"""For every output voxel along an axis, the input voxels it sums and their weights."""
+
+
+def linear_taps(size: int, step: Fraction, outputs: int) -> Taps:
+    """Linear interpolation at voxel centres, input clamped at both ends."""
+    taps = []
+    for i in range(outputs):
+        position = max((i + Fraction(1, 2)) * step - Fraction(1, 2), Fraction(0))
+        low = min(floor(position), size - 1)
+        weight = position - low if low + 1 < size else Fraction(0)
+        taps.append([(low, 1 - weight), (min(low + 1, size - 1), weight)])
+    return taps
+
+
+def area_taps(size: int, step: Fraction, outputs: int) -> Taps:
+    """Mean over the extent [i·step, (i + 1)·step) of each output voxel (pixel binning)."""
+    taps = []
+    for i in range(outputs):
+        start, stop = i * step, min((i + 1) * step, Fraction(size))
+        row = [(j, min(stop, Fraction(j + 1)) - max(start, Fraction(j))) for j in range(floor(start), ceil(stop))]
+        taps.append([(j, weight / (stop - start)) for j, weight in row])
+    return taps
+
+
+def nearest_taps(size: int, step: Fraction, outputs: int) -> Taps:
+    """The input voxel at ⌊i·step⌋."""
+    return [[(min(floor(i * step), size - 1), Fraction(1))] for i in range(outputs)]
+
+
+def resample(x: Tensor, taps: tuple[Taps, Taps, Taps]) -> Tensor:
+    """Apply taps along the last three axes of (batch, channels, z, y, x)."""
+    for axis, rows in zip((2, 3, 4), taps, strict=True):
+        if [[(i, 1)] for i in range(x.shape[axis])] == rows:
+            continue
+        width = max(map(len, rows))
+        padded = [row + [(row[-1][0], Fraction(0))] * (width - len(row)) for row in rows]
+        shape = [1] * x.ndim
+        shape[axis] = len(rows)
+        total: Tensor | None = None
+        for tap in zip(*padded, strict=True):
+            index = torch.tensor([j for j, _ in tap], device=x.device)
+            weight = torch.tensor([float(w) for _, w in tap], dtype=x.dtype, device=x.device).view(shape)
+            part = x.index_select(axis, index) * weight
+            total = part if total is None else total + part
+        assert total is not None
+        x = total
+    return x
+
+
+def upsample(x: Tensor, scale: Fraction) -> Tensor:
+    """Trilinear upsampling to ⌊n·scale⌋ voxels per axis."""
+    if scale == 2:  # weights ¼ and ¾ are exact in any float format
+        return functional.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
+    z, y, x_ = (linear_taps(n, 1 / scale, floor(n * scale)) for n in x.shape[2:])
+    return resample(x, (z, y, x_))

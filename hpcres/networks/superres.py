@@ -1,0 +1,134 @@
+"""The generator of Dahari et al. 2022: low-res one-hot volume and a noise channel in, phase logits out.
+
+Channel counts follow the authors' published network: with s the scale factor and k = ⌈log2 s⌉ − 1, the first
+layers have 2^(width + k) / 2 channels and every upsampling halves them. Scale factors above 4 start with a
+trilinear ×2 and a convolution, those above 2 have a transposed convolution, and a trilinear upsampling by what
+is left (1 to 2) comes last.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil, floor
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcres.networks.resampling import upsample
+
+
+def _doublings(scale: Fraction) -> int:
+    """k with 2^k < scale ≤ 2^(k+1); 0 for scale 1."""
+    k = 0
+    while scale > 2 ** (k + 1):
+        k += 1
+    return k
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int, padding: str) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv3d(channels, channels, 3, padding=1, padding_mode=padding)
+        self.norm_in = nn.BatchNorm3d(channels)
+        self.conv_out = nn.Conv3d(channels, channels, 3, padding=1, padding_mode=padding)
+        self.norm_out = nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = functional.relu(self.norm_in(self.conv_in(x)))
+        return functional.relu(x + self.norm_out(self.conv_out(side)))
+
+
+class SuperResGenerator(nn.Module):
+    """(batch, low_res_channels + 1, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
+
+    The last input channel is standard normal noise. `padding` is 'replicate' (as published) or 'zeros' (faster);
+    `last_stage` is 'resize' (as published) or 'transposed' (faster; scale factors 2, 4 and 8 only).
+    """
+
+    def __init__(
+        self, low_res_channels: int, phases: int, scale: Fraction, width: int = 8, residual_blocks: int = 1,
+        padding: str = "replicate", last_stage: str = "resize",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not 1 <= scale <= 8:
+            raise ValueError(f"scale factor {scale}: this network reaches 1 to 8")
+        doublings = _doublings(scale)
+        self.last_scale = scale / 2**doublings
+        if last_stage == "transposed" and self.last_scale != 2:
+            raise ValueError(
+                f"last_stage transposed doubles, but scale factor {scale} ends with {self.last_scale}; use resize"
+            )
+        self.scale = scale
+        self.config: dict[str, Any] = {
+            "family": "superres", "low_res_channels": low_res_channels, "phases": phases, "scale": str(scale),
+            "width": width, "residual_blocks": residual_blocks, "padding": padding, "last_stage": last_stage,
+        }  # fmt: skip
+        channels = 2 ** (width + doublings - 1)
+        self.conv_first = nn.Conv3d(low_res_channels + 1, channels, 3, padding=1, padding_mode=padding)
+        self.norm_first = nn.BatchNorm3d(channels)
+        self.blocks = nn.Sequential(*(ResidualBlock(channels, padding) for _ in range(residual_blocks)))
+        self.conv_resize: nn.Module | None = None
+        self.conv_transposed: nn.Module | None = None
+        if doublings == 2:
+            self.conv_resize = nn.Conv3d(channels, channels // 2, 3, padding=1, padding_mode=padding)
+            self.norm_resize = nn.BatchNorm3d(channels // 2)
+            channels //= 2
+        if doublings >= 1:
+            self.conv_transposed = nn.ConvTranspose3d(channels, channels // 2, 4, stride=2, padding=1)
+            self.norm_transposed = nn.BatchNorm3d(channels // 2)
+            channels //= 2
+        self.conv_last: nn.Module
+        if last_stage == "transposed":
+            self.conv_last = nn.ConvTranspose3d(channels, channels // 2, 4, stride=2, padding=1)
+        else:
+            self.conv_last = nn.Conv3d(channels, channels // 2, 3, padding=1, padding_mode=padding)
+        self.norm_last = nn.BatchNorm3d(channels // 2)
+        self.conv_end = nn.Conv3d(channels // 2, phases, 3, padding=1, padding_mode=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = functional.relu(self.norm_first(self.conv_first(x)))
+        x = first + self.blocks(first)
+        if self.conv_resize is not None:
+            x = functional.relu(self.norm_resize(self.conv_resize(upsample(x, Fraction(2)))))
+        if self.conv_transposed is not None:
+            x = functional.relu(self.norm_transposed(self.conv_transposed(x)))
+        if self.config["last_stage"] == "resize":
+            x = upsample(x, self.last_scale)
+        x = functional.relu(self.norm_last(self.conv_last(x)))
+        return self.conv_end(x)
+
+    @property
+    def halo_low_res(self) -> int:
+        """Low-res voxels beyond a block on which its output can depend, derived layer by layer from the output."""
+        halo = 0
+        p, q = self.scale.numerator, self.scale.denominator
+        for voxel in range(p):  # dependence repeats with p high-res voxels, which are q low-res ones
+            first, last = self._read_range(voxel)
+            owner = voxel * q // p
+            halo = max(halo, owner - first, last - owner)
+        return halo
+
+    def _read_range(self, voxel: int) -> tuple[int, int]:
+        """First and last low-res index that output index `voxel` reads, were the volume endless."""
+        first, last = voxel - 1, voxel + 1
+        if self.config["last_stage"] == "transposed":
+            first, last = _transposed_range(first, last)
+        else:
+            first, last = _linear_range(first - 1, last + 1, self.last_scale)
+        if self.conv_transposed is not None:
+            first, last = _transposed_range(first, last)
+        if self.conv_resize is not None:
+            first, last = _linear_range(first - 1, last + 1, Fraction(2))
+        convolutions = 1 + 2 * len(self.blocks)
+        return first - convolutions, last + convolutions
+
+
+def _linear_range(first: int, last: int, scale: Fraction) -> tuple[int, int]:
+    half = Fraction(1, 2)
+    return floor((first + half) / scale - half), ceil((last + half) / scale - half)
+
+
+def _transposed_range(first: int, last: int) -> tuple[int, int]:
+    """Kernel 4, stride 2, padding 1: output o sums inputs i with 0 ≤ o + 1 − 2i ≤ 3."""
+    return -((2 - first) // 2), (last + 1) // 2

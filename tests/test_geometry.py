@@ -1,0 +1,68 @@
+"""Every voxel in exactly one tile, every tile whole chunks, every share within one of the others."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcres.errors import InputError
+from hpcres.geometry import Box, blocks, plan_tiles, tiles_of_rank
+
+edges = st.integers(1, 40)
+scales = st.sampled_from([Fraction(64, d) for d in range(8, 65)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.tuples(edges, edges, edges), scales, st.tuples(*[st.integers(1, 5)] * 3), st.integers(0, 9))
+def test_tiles_partition_both_grids(low_res_shape, scale, tiles, halo):
+    plan = plan_tiles(low_res_shape, scale, tiles, halo, 64)
+    p, q = scale.numerator, scale.denominator
+    owner = np.zeros(plan.low_res_shape, np.uint8)
+    for tile in plan.tiles:
+        owner[tile.core.slices] += 1
+        assert all(a % q == 0 for a in tile.read.start)
+        assert all(w % t == 0 for w, t in zip(tile.write.start, plan.tile_voxels, strict=True))
+        assert all(
+            b % t == 0 or b == n
+            for b, t, n in zip(tile.write.stop, plan.tile_voxels, plan.shape, strict=True)
+        )
+        assert tile.crop.shape == tile.write.shape
+        # The generator returns ⌊n·p/q⌋ voxels for the window: the crop must lie inside.
+        assert all(c <= n * p // q for c, n in zip(tile.crop.stop, tile.read.shape, strict=True))
+        for axis in range(3):
+            assert tile.read.start[axis] in (0, tile.core.start[axis] - -(-halo // q) * q) or (
+                tile.read.start[axis] == 0
+            )
+            assert tile.read.stop[axis] == min(tile.core.stop[axis] + halo, low_res_shape[axis])
+    assert (owner == 1).all()
+    assert sum(t.write.voxels for t in plan.tiles) == np.prod(plan.shape)
+    assert all(t % 64 == 0 for t in plan.tile_voxels)
+    assert all(g <= t for g, t in zip(plan.grid, tiles, strict=True))
+
+
+@given(st.integers(0, 50), st.integers(1, 12))
+def test_shares_are_even_and_complete(tiles, ranks):
+    shares = [tiles_of_rank(tiles, rank, ranks) for rank in range(ranks)]
+    assert [t for share in shares for t in share] == list(range(tiles))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_blocks_cover_a_ragged_volume_once():
+    seen = np.zeros((7, 9, 4), int)
+    for block in blocks(seen.shape, (3, 4, 8)):
+        seen[block.slices] += 1
+    assert (seen == 1).all()
+
+
+def test_box_clipping_of_disjoint_boxes_is_empty():
+    assert Box((0, 0, 0), (2, 2, 2)).clipped(Box((5, 5, 5), (7, 7, 7))).voxels == 0
+
+
+@pytest.mark.parametrize(
+    ("tiles", "chunk", "words"), [((0, 1, 1), 64, "at least one tile"), ((1, 1, 1), 33, "use a multiple of 16")]
+)
+def test_impossible_plans_are_refused_in_words(tiles, chunk, words):
+    with pytest.raises(InputError, match=words):
+        plan_tiles((30, 30, 30), Fraction(16, 3), tiles, 5, chunk)

@@ -1,0 +1,87 @@
+"""The generator's halo is exact, at every face and scale factor, and no larger than it must be."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+from hpcres.geometry import plan_tiles
+from hpcres.networks.critic import Critic
+from hpcres.networks.resampling import upsample
+from hpcres.networks.superres import SuperResGenerator
+
+CASES = [
+    *((s, "replicate", "resize") for s in ("1", "8/5", "2", "64/23", "4", "16/3", "64/9", "8")),
+    *((s, "zeros", "transposed") for s in ("2", "4", "8")),
+]
+
+
+def random_generator(scale: str, padding: str = "replicate", last: str = "resize", blocks: int = 1):
+    torch.manual_seed(1)
+    generator = SuperResGenerator(2, 3, Fraction(scale), 4, blocks, padding, last).double().eval()
+    for module in generator.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return generator
+
+
+def tiled_error(generator: SuperResGenerator, halo: int) -> float:
+    """Largest difference between tiled and whole logits for a volume whose axes do not divide."""
+    x = torch.randn(1, 3, 20, 23, 25, dtype=torch.float64)
+    p = generator.scale.numerator
+    plan = plan_tiles(x.shape[2:], generator.scale, (2, 2, 2), halo, p * max(1, 16 // p))
+    with torch.no_grad():
+        whole = generator(x)
+        assert tuple(whole.shape[2:]) == plan.shape
+        worst = 0.0
+        for tile in plan.tiles:
+            part = generator(x[(..., *tile.read.slices)])[(..., *tile.crop.slices)]
+            worst = max(worst, float((part - whole[(..., *tile.write.slices)]).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize(("scale", "padding", "last"), CASES)
+def test_tiled_with_the_derived_halo_is_whole(scale, padding, last):
+    generator = random_generator(scale, padding, last)
+    assert tiled_error(generator, generator.halo_low_res) < 1e-12
+
+
+@pytest.mark.parametrize(("scale", "padding", "last"), CASES)
+def test_one_voxel_less_is_not(scale, padding, last):
+    generator = random_generator(scale, padding, last)
+    assert tiled_error(generator, generator.halo_low_res - 1) > 1e-6
+
+
+def test_default_halo_is_five_low_res_voxels_and_grows_with_blocks():
+    for scale in ("2", "4", "8", "8/5", "16/3"):
+        assert random_generator(scale).halo_low_res == 5
+    assert random_generator("4", blocks=3).halo_low_res == 9
+
+
+def test_rational_upsampling_matches_torch_where_torch_is_exact():
+    x = torch.randn(1, 2, 8, 12, 20, dtype=torch.float64)
+    for scale in (Fraction(8, 5), Fraction(4, 3), Fraction(64, 37)):
+        expected = torch.nn.functional.interpolate(
+            x, size=[int(n * scale) for n in x.shape[2:]], scale_factor=None, mode="trilinear"
+        ) if all((n * scale).denominator == 1 for n in x.shape[2:]) else torch.nn.functional.interpolate(
+            x, scale_factor=float(scale), mode="trilinear", recompute_scale_factor=False
+        )  # fmt: skip
+        assert torch.allclose(upsample(x, scale), expected, atol=1e-12)
+
+
+def test_transposed_end_needs_a_doubling():
+    with pytest.raises(ValueError, match="use resize"):
+        SuperResGenerator(2, 3, Fraction(8, 5), last_stage="transposed")
+
+
+@pytest.mark.parametrize("edge", [16, 56, 64])
+def test_critic_gives_one_number_a_slice(edge):
+    assert Critic(3, edge, 5)(torch.zeros(7, 3, edge, edge)).shape == (7,)
+
+
+def test_paper_widths():
+    """Channels of the published network at width 8: 512 → 256 → 128 → 64 at scale factor 8."""
+    generator = SuperResGenerator(2, 3, Fraction(8))
+    assert [generator.conv_first.out_channels, generator.conv_resize.out_channels] == [512, 256]
+    assert [generator.conv_transposed.out_channels, generator.conv_last.out_channels] == [128, 64]
