@@ -17,7 +17,6 @@ import click
 
 from hpcres import __version__
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.study import Study, load_study
 
 EXIT_INPUT, EXIT_UNFINISHED, EXIT_STOPPED = 2, 3, 75
 _DISK_ERRORS = {
@@ -43,7 +42,8 @@ def main() -> None:
     except click.Abort:
         status = 130
     except click.ClickException as error:
-        hint = f"; see {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context else ""
         status = _complain(error.format_message().rstrip(".") + hint, EXIT_INPUT)
     except InputError as error:
         status = _complain(str(error), EXIT_INPUT)
@@ -81,8 +81,10 @@ _study_argument = click.argument("study", metavar="[STUDY]", default="study.yaml
 _volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default="study.yaml", type=click.Path())
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left.")
 _scheduler = click.option(
-    "--scheduler", metavar="ADDRESS|FILE", help="A running Dask scheduler (tcp://host:port or its file); local by default."
-)  # fmt: skip
+    "--scheduler",
+    metavar="ADDRESS|FILE",
+    help="A running Dask scheduler (tcp://host:port or its file); local by default.",
+)
 
 
 def _is_study(source: str) -> bool:

@@ -75,7 +75,7 @@ def blocks(shape: Sequence[int], block: Sequence[int]) -> list[Box]:
     """The blocks of a regular grid in z-major order, clipped at the volume's end; every voxel in exactly one."""
     whole = Box.whole(shape)
     starts = product(*(range(0, n, b) for n, b in zip(shape, block, strict=True)))
-    return [Box(s, triple([a + b for a, b in zip(s, block, strict=True)])).clipped(whole) for s in starts]
+    return [Box(triple(s), triple([a + b for a, b in zip(s, block, strict=True)])).clipped(whole) for s in starts]
 
 
 @dataclass(frozen=True)

@@ -431,9 +431,9 @@ def _validated(raw: dict[str, Any], path: Path) -> Study:
 
 
 def _known_keys(place: Sequence[str | int]) -> list[str]:
-    model: Any = Study
+    model: type[Section] = Study
     for part in place:
-        if isinstance(part, str) and isinstance(model, type) and part in model.model_fields:
+        if isinstance(part, str) and part in model.model_fields:
             annotation = model.model_fields[part].annotation
             sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
             model = next((a for a in sections if issubclass(a, Section)), model)

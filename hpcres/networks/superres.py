@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import ceil, floor
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcres.networks.resampling import upsample
+
+
+Padding = Literal["replicate", "zeros"]
 
 
 def _doublings(scale: Fraction) -> int:
@@ -27,7 +30,7 @@ def _doublings(scale: Fraction) -> int:
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels: int, padding: str) -> None:
+    def __init__(self, channels: int, padding: Padding) -> None:
         super().__init__()
         self.conv_in = nn.Conv3d(channels, channels, 3, padding=1, padding_mode=padding)
         self.norm_in = nn.BatchNorm3d(channels)
@@ -48,7 +51,7 @@ class SuperResGenerator(nn.Module):
 
     def __init__(
         self, low_res_channels: int, phases: int, scale: Fraction, width: int = 8, residual_blocks: int = 1,
-        padding: str = "replicate", last_stage: str = "resize",
+        padding: Padding = "replicate", last_stage: str = "resize",
     ) -> None:  # fmt: skip
         super().__init__()
         if not 1 <= scale <= 8:
