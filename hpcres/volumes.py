@@ -1,0 +1,870 @@
+"""Every volume file: label volumes of many formats in, OME-Zarr label stores in and out.
+
+Axes are z, y, x. Opening reads headers only; voxels are read box by box, so nothing here holds a whole volume.
+No other module imports zarr, tifffile or h5py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import h5py
+import numba
+import numpy as np
+import tifffile
+import zarr
+import zarr.codecs
+import zarr.storage
+from PIL import Image
+
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import AXES, Box, Triple, blocks, triple
+from hpcres.study import OME_UNITS, RawHeader
+
+Spacing = tuple[float, float, float]
+UNWRITTEN = 255
+"""Fill value of every label store, so that a missing shard is never read as phase 0."""
+_TOP_VOXELS = 256
+"""Edge that the coarsest pyramid level stays within."""
+_SLAB_BYTES = 2**30
+_TIFF, _HDF5, _RAW = (".tif", ".tiff", ".btf", ".tf8"), (".h5", ".hdf5", ".hdf", ".he5", ".nxs"), (".raw", ".bin")
+_READS = "reads .tif, .npy, .h5:/dataset, .zarr, and .raw with its header in the study"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A lazily read label volume of any format. It pickles as its path and may be read from many threads."""
+
+    path: str
+    shape: Triple
+    dtype: np.dtype
+    chunks: Triple
+    """Shape in which reading is cheap."""
+    _read: Callable[[Box], np.ndarray] = field(repr=False)
+    voxel_size: Spacing | None = None
+    """Edge lengths z, y, x in `unit`; None where the file does not say."""
+    unit: str | None = None
+    phases: tuple[str, ...] | None = None
+    """Names of the labels 0, 1, 2, … where the file knows them."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    raw: RawHeader | None = None
+
+    def read(self, box: Box) -> np.ndarray:
+        """The voxels of `box`, (z, y, x) in the file's integer type; InputError where the file is damaged."""
+        if box.clipped(Box.whole(self.shape)) != box:
+            raise InputError(f"{self.path}: {box} leaves the volume of {_times(self.shape)} voxels; ask inside it")
+        return np.ascontiguousarray(self._read(box))
+
+    def __reduce__(self) -> tuple[Callable[..., Volume], tuple[str, RawHeader | None]]:
+        return open_volume, (self.path, self.raw)
+
+
+def open_volume(path: str | Path, raw: RawHeader | None = None) -> Volume:
+    """Open `x.zarr`, `x.zarr/array`, `x.tif`, `x.npy`, `x.h5:/dataset`, or a raw file with its header."""
+    path = str(path)
+    if raw is not None:
+        return _open_raw(path, raw)
+    if _hdf5_parts(path):
+        return _open_hdf5(path)
+    place, suffix = _existing(path), Path(path).suffix.lower()
+    if place.is_dir():
+        return _open_zarr(path)
+    if suffix in _TIFF:
+        return _open_tiff(path)
+    if suffix == ".npy":
+        return _open_npy(path)
+    if suffix in _RAW:
+        raise InputError(f"{path}: a raw file has no header; give its shape and dtype as low_res.raw in the study")
+    raise InputError(f"{path}: {suffix or 'no suffix'} is no volume format that hpcres knows; it {_READS}")
+
+
+def read_images(path: str | Path) -> np.ndarray:
+    """The slices of one image file as an integer array (slice, row, column): TIFF, PNG, .npy or .h5:/dataset."""
+    path = str(path)
+    suffix = Path(path).suffix.lower()
+    if _hdf5_parts(path):
+        volume = _open_hdf5(path, flat=True)
+    elif _existing(path).is_dir():
+        raise InputError(f"{path}: is a folder where an image is due; name the file in it")
+    elif suffix in _TIFF:
+        volume = _open_tiff(path, flat=True)
+    elif suffix == ".npy":
+        volume = _open_npy(path, flat=True)
+    elif suffix == ".png":
+        return _read_png(path)
+    else:
+        raise InputError(f"{path}: {suffix or 'no suffix'} is no image format that hpcres knows; use .tif or .png")
+    return volume.read(Box.whole(volume.shape))
+
+
+# ---- what every reader asks of its file --------------------------------------------------------------------
+
+
+def _existing(path: str) -> Path:
+    place = Path(path)
+    if not place.exists():
+        raise InputError(f"{path}: no such file or folder; check the path")
+    if place.is_file() and place.stat().st_size == 0:
+        raise InputError(f"{path}: is empty (0 bytes); write it again")
+    return place
+
+
+def _corrupt(path: str, why: object) -> NoReturn:
+    raise InputError(f"{path}: truncated or corrupt ({' '.join(str(why).split())[:160]}); copy or write it again")
+
+
+def _label_dtype(path: str, dtype: np.dtype) -> np.dtype:
+    """The type that voxels are handed out in: the file's own, native byte order, bits as uint8."""
+    if dtype.kind == "f":
+        raise InputError(f"{path}: has {dtype} grey values where labels are due; segment it first, one integer a phase")
+    if dtype.kind not in "iub":
+        raise InputError(f"{path}: holds {dtype}, not integer labels; save it as uint8")
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
+
+
+def _zyx(path: str, shape: Sequence[int], flat: bool) -> Triple:
+    """The last three axes; leading ones of length 1 fall away. `flat` takes an image for a stack of one."""
+    full = tuple(shape)
+    while len(shape) > 3 and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) == 2 and flat:
+        shape = (1, *shape)
+    if len(shape) > 3:
+        raise InputError(
+            f"{path}: has {len(full)} axes ({_times(full)}) where z, y, x are due; save one time and channel of it"
+        )
+    if len(shape) < 3:
+        what = "2D image" if len(shape) == 2 else f"{len(shape)}D array"
+        raise InputError(f"{path}: is a {what} ({_times(full)}) where a 3D volume is due; give the whole stack")
+    if 0 in shape:
+        raise InputError(f"{path}: has no voxels ({_times(full)}); write it again")
+    return triple(shape)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _spacing(values: Sequence[float]) -> Spacing | None:
+    z, y, x = (float(v) for v in values)
+    return (z, y, x) if min(z, y, x) > 0 and max(z, y, x) < float("inf") else None
+
+
+def _array_volume(path: str, array: Any, flat: bool, chunks: Sequence[int] | None = None, **more: Any) -> Volume:
+    """A volume of anything that has shape and dtype and is sliced like an array."""
+    dtype, shape = _label_dtype(path, np.dtype(array.dtype)), _zyx(path, array.shape, flat)
+    lead = (0,) * max(0, len(array.shape) - 3)
+
+    def read(box: Box) -> np.ndarray:
+        place = box.slices[1:] if len(array.shape) == 2 else (*lead, *box.slices)
+        try:
+            voxels = np.asarray(array[place])
+        except (OSError, RuntimeError, ValueError, KeyError, zarr.errors.BaseZarrError) as error:
+            _corrupt(path, error)
+        return voxels.reshape(box.shape).astype(dtype, copy=False)
+
+    return Volume(path, shape, dtype, triple((1, 1, 1, *(chunks or shape[1:]))[-3:]), read, **more)
+
+
+# ---- NPY, raw, HDF5, PNG -----------------------------------------------------------------------------------
+
+
+def _open_npy(path: str, flat: bool = False) -> Volume:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        _corrupt(path, error)
+    return _array_volume(path, array, flat)
+
+
+def _open_raw(path: str, raw: RawHeader) -> Volume:
+    place = _existing(path)
+    if place.is_dir():
+        raise InputError(f"{path}: is a folder where a raw file is due; drop low_res.raw or name the file")
+    dtype = np.dtype(raw.dtype).newbyteorder("<" if raw.byte_order == "little" else ">")
+    due, size = prod(raw.shape) * dtype.itemsize + raw.offset_bytes, place.stat().st_size
+    _zyx(path, raw.shape, False)
+    if due != size:
+        raise InputError(
+            f"{path}: has {size} bytes, but raw.shape {_times(raw.shape)} of {raw.dtype} after {raw.offset_bytes} "
+            f"bytes of header needs {due}; correct shape, dtype or offset_bytes"
+        )
+    array = np.memmap(path, dtype, "r", raw.offset_bytes, raw.shape)
+    return _array_volume(path, array, False, raw=raw)
+
+
+def _hdf5_parts(path: str) -> tuple[str, str] | None:
+    """File and dataset of `file.h5:/dataset`; the dataset is empty where the path names none."""
+    match = re.fullmatch(rf"(.*(?:{'|'.join(map(re.escape, _HDF5))}))(?::(.*))?", path, re.IGNORECASE)
+    return (match.group(1), (match.group(2) or "").strip("/")) if match else None
+
+
+def _open_hdf5(path: str, flat: bool = False) -> Volume:
+    parts = _hdf5_parts(path)
+    assert parts
+    name, dataset = parts
+    if _existing(name).is_dir():
+        raise InputError(f"{name}: is a folder where an HDF5 file is due; check the path")
+    try:
+        file = h5py.File(name, "r")
+    except OSError as error:
+        _corrupt(name, error)
+    found: list[str] = []
+    file.visititems(lambda key, item: found.append(key) if isinstance(item, h5py.Dataset) else None)
+    if dataset not in found:
+        candidates = ", ".join(f"/{key}" for key in found[:8]) or "none at all"
+        what = f"no dataset /{dataset} in it" if dataset else "names no dataset"
+        raise InputError(f"{path}: {what}; it has {candidates}; write {name}:{'/' + found[0] if found else '/NAME'}")
+    array = file[dataset]
+    # ilastik and BigDataViewer write the voxel size so.
+    size = array.attrs.get("element_size_um")
+    spacing = _spacing(size) if size is not None and len(size) == 3 else None
+    return _array_volume(path, array, flat, array.chunks, voxel_size=spacing, unit=spacing and "micrometer")
+
+
+def _read_png(path: str) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("1", "L", "P", "I", "I;16"):
+                _refuse_colour(path)
+            return np.array(image).astype(np.uint8 if image.mode in ("1", "L", "P") else np.int32)[None]
+    except OSError as error:
+        _corrupt(path, error)
+
+
+def _refuse_colour(path: str) -> NoReturn:
+    raise InputError(f"{path}: is a colour image where labels are due; save one integer a phase, single channel")
+
+
+# ---- TIFF --------------------------------------------------------------------------------------------------
+
+
+class _Complaints(logging.Handler):
+    """tifffile logs what it finds broken and goes on with fewer pages; we must not."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.fatal: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if any(sign in message for sign in ("invalid page offset", "failed to reshape", "invalid offset")):
+            self.fatal.append(message)
+
+
+@contextlib.contextmanager
+def _tifffile_complaints() -> Iterator[_Complaints]:
+    logger, handler = logging.getLogger("tifffile"), _Complaints()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _open_tiff(path: str, flat: bool = False) -> Volume:
+    with _tifffile_complaints() as complaints:
+        try:
+            tiff: Any = tifffile.TiffFile(path)
+            series = list(tiff.series)
+            pages: list[Any] = [page for one in series for page in one.pages]
+        except Exception as error:  # tifffile raises whatever its parsing stumbles over
+            _corrupt(path, error)
+        if complaints.fatal:
+            _corrupt(path, re.sub(r"<.*?> ?", "", complaints.fatal[0]))
+        if not pages or None in pages:
+            _corrupt(path, "pages are missing")
+        voxel_size, unit = _tiff_voxel_size(tiff, pages[0])
+    key = pages[0].keyframe
+    if key.samplesperpixel > 1 or key.photometric in (
+        tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB,
+    ):  # fmt: skip
+        _refuse_colour(path)
+    dtype = _label_dtype(path, key.dtype)
+    if "C" in series[0].axes:
+        raise InputError(f"{path}: has channels (axes {series[0].axes}) where z, y, x are due; save one channel")
+    shapes = {tuple(one.shape) for one in series}
+    if len(shapes) > 1 or any(page.keyframe.dtype != key.dtype for page in pages):
+        raise InputError(f"{path}: holds images of different sizes or types; save each stack as a file of its own")
+    end = max(
+        max((o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0),
+        *(one.dataoffset + prod(one.shape) * key.dtype.itemsize for one in series if one.dataoffset is not None), 0,
+    )  # fmt: skip
+    if end > tiff.filehandle.size:
+        _corrupt(path, f"its pages end at byte {end}, the file at {tiff.filehandle.size}")
+    stacked = series[0].shape if len(series) == 1 else (len(series) * prod(series[0].shape[:-2]), *series[0].shape[-2:])
+    if len(series) == 1 and series[0].dataoffset is not None:
+        # Uncompressed and contiguous: the system pages in what a box touches.
+        array = np.memmap(path, key.dtype.newbyteorder(tiff.byteorder), "r", series[0].dataoffset, tuple(stacked))
+        if len(pages) == 1 and len(stacked) == 3 and stacked[0] == 1 and not flat:
+            stacked = stacked[1:]
+        _zyx(path, stacked, flat)
+        return _array_volume(path, array, flat, voxel_size=voxel_size, unit=unit)
+    shape = _zyx(path, stacked, flat)
+    reader = _TiffPages(path, tiff, pages, shape, dtype)
+    volume = Volume(path, shape, dtype, reader.segment, reader.read, voxel_size, unit)
+    reader.read(Box((0, 0, 0), (1, 1, 1)))  # a codec that is not there should say so now
+    return volume
+
+
+class _TiffPages:
+    """Reads only the strips or tiles that a box touches, page by page."""
+
+    def __init__(self, path: str, tiff: Any, pages: list[Any], shape: Triple, dtype: np.dtype) -> None:
+        self.path, self.tiff, self.pages, self.shape, self.dtype = path, tiff, pages, shape, dtype
+        self.key = pages[0].keyframe
+        _, depth, rows, columns, _ = self.key.shaped
+        if (rows, columns) != shape[1:] or depth * len(pages) != shape[0]:
+            _corrupt(path, f"{len(pages)} pages of {depth} × {rows} × {columns} are not {_times(shape)}")
+        self.depth = depth
+        if self.key.is_tiled:
+            self.segment: Triple = (max(1, self.key.tiledepth), self.key.tilelength, self.key.tilewidth)
+        else:
+            self.segment = (1, min(self.key.rowsperstrip or rows, rows), columns)
+        self.grid = triple([-(-n // s) for n, s in zip((depth, rows, columns), self.segment, strict=True)])
+
+    def read(self, box: Box) -> np.ndarray:
+        out = np.zeros(box.shape, self.dtype)
+        for number in range(box.start[0] // self.depth, -(-box.stop[0] // self.depth) if out.size else 0):
+            first = number * self.depth
+            here = box.relative_to((first, 0, 0)).clipped(Box.whole((self.depth, *self.shape[1:])))
+            ranges = [
+                range(a // s, -(-b // s)) for a, b, s in zip(here.start, here.stop, self.segment, strict=True)
+            ]
+            for position in product(*ranges):
+                held = self._segment(number, position)
+                start = triple([i * s for i, s in zip(position, self.segment, strict=True)])
+                extent = Box(start, triple([a + n for a, n in zip(start, held.shape, strict=True)]))
+                part = extent.clipped(here)
+                into = part.relative_to((box.start[0] - first, box.start[1], box.start[2]))
+                out[into.slices] = held[part.relative_to(start).slices]
+        return out
+
+    def _segment(self, number: int, position: tuple[int, ...]) -> np.ndarray:
+        """One decoded strip or tile (z, y, x)."""
+        page, (_, rows, columns) = self.pages[number], self.grid
+        index = (position[0] * rows + position[1]) * columns + position[2]
+        offset, size = page.dataoffsets[index], page.databytecounts[index]
+        # pread keeps no position, so threads need no lock.
+        data = os.pread(page.parent.filehandle.fileno(), size, offset)
+        if len(data) < size:
+            _corrupt(self.path, f"page {number} ends early")
+        try:
+            segment, _, _ = page.keyframe.decode(data, index, jpegtables=page.jpegtables)
+        except Exception as error:  # every codec has exceptions of its own
+            if "imagecodecs" in str(error):
+                what = f"{self.path}: {self.key.compression.name} compression needs a package more"
+                raise InputError(f"{what}; pip install imagecodecs, or save it as deflate") from None
+            _corrupt(self.path, f"page {number}: {error or type(error).__name__}")
+        if segment is None:  # a sparse tile: nothing was stored
+            return np.full(self.segment, self.key.nodata, self.dtype)
+        return segment[..., 0].astype(self.dtype, copy=False)
+
+
+def _tiff_voxel_size(tiff: Any, page: Any) -> tuple[Spacing | None, str | None]:
+    """Voxel size where ImageJ or OME-XML metadata give all three edges; dots per inch say nothing of a sample."""
+    units = {**OME_UNITS, "micron": "micrometer", "microns": "micrometer", "\\u00B5m": "micrometer"}
+    imagej = tiff.imagej_metadata or {}
+    if imagej.get("spacing") and imagej.get("unit") in units:
+        per_unit = [page.tags.valueof(tag) for tag in ("YResolution", "XResolution")]
+        if all(r and r[0] for r in per_unit):
+            spacing = _spacing([imagej["spacing"], *(r[1] / r[0] for r in per_unit)])
+            return spacing, spacing and units[imagej["unit"]]
+    if tiff.is_ome:
+        try:
+            pixels = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Pixels")
+        except ElementTree.ParseError:
+            pixels = None
+        given = {} if pixels is None else pixels.attrib
+        named = {units.get(given.get(f"PhysicalSize{a}Unit", "µm")) for a in "ZYX"}
+        if all(f"PhysicalSize{a}" in given for a in "ZYX") and len(named) == 1 and (unit := named.pop()):
+            return _spacing([float(given[f"PhysicalSize{a}"]) for a in "ZYX"]), unit
+    return None, None
+
+
+# ---- Zarr in -----------------------------------------------------------------------------------------------
+
+
+def _open_zarr(path: str) -> Volume:
+    if not any((Path(path) / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
+        raise InputError(f"{path}: is a folder, but no zarr array or group (no zarr.json, .zarray or .zgroup in it)")
+    try:
+        node = zarr.open(path, mode="r")
+        attributes = dict(node.attrs)
+    except Exception as error:  # broken JSON, missing keys, unknown codecs: zarr has no common exception
+        _corrupt(path, error)
+    if isinstance(node, zarr.Array):
+        return _array_volume(path, node, False, node.chunks)
+    ome: Any = attributes.get("ome", attributes)
+    if not ome.get("multiscales"):
+        arrays = ", ".join(sorted(name for name, _ in node.arrays())[:8]) or "none"
+        raise InputError(f"{path}: is a zarr group without OME multiscales; name an array in it, of {arrays}")
+    try:
+        return _open_multiscale(path, node, attributes, ome)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        _corrupt(path, f"OME metadata: {error!r}")
+
+
+def _open_multiscale(path: str, group: zarr.Group, attributes: dict[str, Any], ome: Any) -> Volume:
+    image = ome["multiscales"][0]
+    first = image["datasets"][0]
+    array = group[first["path"]]
+    if not isinstance(array, zarr.Array):
+        _corrupt(path, f"level {first['path']} is no array")
+    axes = [axis if isinstance(axis, str) else axis["name"] for axis in image.get("axes", AXES[-array.ndim :])]
+    if len(axes) != array.ndim or "".join(axes[-3:]) != AXES:
+        raise InputError(f"{path}: has axes {', '.join(axes)} where z, y, x are due, in this order; reorder it")
+    scale = [1.0] * array.ndim
+    transformations = [*first.get("coordinateTransformations", []), *image.get("coordinateTransformations", [])]
+    for each in transformations:
+        if each["type"] == "scale":
+            scale = [a * b for a, b in zip(scale, each["scale"], strict=True)]
+    units = {axis.get("unit") for axis in image.get("axes", [])[-3:] if isinstance(axis, dict)}
+    unit = units.pop() if len(units) == 1 else None
+    named = {
+        int(each["label-value"]): each["name"]
+        for each in ome.get("image-label", {}).get("properties", []) if "name" in each
+    }  # fmt: skip
+    phases = tuple(named[label] for label in range(len(named))) if set(named) == set(range(len(named))) else ()
+    provenance = attributes.get("hpcres", {})
+    volume = _array_volume(
+        path, array, False, array.chunks, voxel_size=_spacing(scale[-3:]) if transformations else None, unit=unit,
+        phases=phases or None, provenance=provenance,
+    )  # fmt: skip
+    if "hpcres" not in attributes:
+        return volume
+    # Our own stores have no label 255: what reads as 255 was never written, and must not be measured.
+    inner = volume._read
+
+    def read(box: Box) -> np.ndarray:
+        labels = inner(box)
+        if missing := int(np.count_nonzero(labels == UNWRITTEN)):
+            raise InputError(f"{path}: {missing} voxels of {box} were never written; run hpcres verify --repair first")
+        return labels
+
+    return Volume(
+        path, volume.shape, volume.dtype, volume.chunks, read, volume.voxel_size, unit, volume.phases, provenance
+    )
+
+
+# ---- labels ------------------------------------------------------------------------------------------------
+
+
+class PhaseMap:
+    """Label values of a file → their position in the list of phases."""
+
+    def __init__(self, values: Sequence[int], where: str) -> None:
+        assert len(set(values)) == len(values) < UNWRITTEN, values
+        self.values, self.where = tuple(int(v) for v in values), where
+        self._order = np.argsort(np.array(self.values, np.int64), kind="stable")
+        self._sorted = np.array(self.values, np.int64)[self._order]
+        self._tables: dict[np.dtype, np.ndarray] = {}
+
+    def index(self, array: np.ndarray) -> np.ndarray:
+        """uint8 positions, in the shape of `array`; InputError naming the first label that has no phase."""
+        if array.dtype.itemsize <= 2:
+            unsigned = np.dtype(f"u{array.dtype.itemsize}")
+            position = self._table(array.dtype)[array.view(unsigned)]
+        else:
+            place = np.searchsorted(self._sorted, array).clip(0, len(self.values) - 1)
+            position = np.where(self._sorted[place] == array, self._order[place], UNWRITTEN).astype(np.uint8)
+        unknown = position == UNWRITTEN
+        if count := int(np.count_nonzero(unknown)):
+            found, counts = np.unique(array[unknown], return_counts=True)
+            value = int(found[0])
+            more = f" (and {len(found) - 1} other labels, {count - counts[0]} voxels)" if len(found) > 1 else ""
+            raise InputError(
+                f"{self.where}: label {value} occurs in {counts[0]} voxels{more} and has no phase; known are "
+                f"{', '.join(map(str, self.values))}; add `{value}: NAME` to phases"
+            )
+        return position
+
+    def _table(self, dtype: np.dtype) -> np.ndarray:
+        """Position of every value of an 8- or 16-bit type, indexed by its bits."""
+        if dtype not in self._tables:
+            table = np.full(1 << 8 * dtype.itemsize, UNWRITTEN, np.uint8)
+            limits = np.iinfo(dtype)
+            for position, value in enumerate(self.values):
+                if limits.min <= value <= limits.max:
+                    table[value % len(table)] = position
+            self._tables[dtype] = table
+        return self._tables[dtype]
+
+
+@numba.njit(cache=True, nogil=True)
+def _mode(fine: np.ndarray, coarse: np.ndarray) -> None:
+    nz, ny, nx = fine.shape
+    seen = np.empty(8, np.uint8)
+    for z in range(coarse.shape[0]):
+        for y in range(coarse.shape[1]):
+            for x in range(coarse.shape[2]):
+                n = 0
+                for i in range(2 * z, min(2 * z + 2, nz)):
+                    for j in range(2 * y, min(2 * y + 2, ny)):
+                        for k in range(2 * x, min(2 * x + 2, nx)):
+                            seen[n] = fine[i, j, k]
+                            n += 1
+                best, most = seen[0], 0
+                for a in range(n):
+                    count = 0
+                    for b in range(n):
+                        count += seen[a] == seen[b]
+                    if count > most or (count == most and seen[a] < best):
+                        best, most = seen[a], count
+                    if count == n:
+                        break
+                coarse[z, y, x] = best
+
+
+def coarsen_by_mode(labels: np.ndarray) -> np.ndarray:
+    """The most frequent label of every 2×2×2 block, ties to the lowest; blocks at odd ends are smaller."""
+    coarse = np.empty([-(-n // 2) for n in labels.shape], np.uint8)
+    _mode(labels, coarse)
+    return coarse
+
+
+# ---- the label store ---------------------------------------------------------------------------------------
+
+_COLOURS = (
+    (38, 44, 58), (235, 164, 50), (86, 156, 214), (201, 82, 96), (110, 176, 105), (155, 118, 190), (222, 205, 120),
+    (90, 190, 185), (150, 105, 70), (230, 140, 180), (120, 130, 140), (60, 110, 80), (200, 220, 240), (170, 60, 140),
+    (90, 90, 160), (240, 240, 230),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """One pyramid level: voxels per axis, voxels per shard, and voxel edge lengths in the store's unit."""
+
+    shape: Triple
+    shard: Triple
+    voxel_size: Spacing
+
+
+class LabelStore:
+    """An OME-Zarr 0.5 label image on Zarr v3, sharded, with a pyramid by mode: labels 0, 1, 2, … as uint8.
+
+    A write owns whole shards, and a shard is one file: writers in different processes need no locks, and a file
+    that is there is whole. What was never written reads as 255. Pickles as its path.
+    """
+
+    def __init__(self, path: str | Path, group: zarr.Group) -> None:
+        self.path = Path(path)
+        ome: Any = group.attrs["ome"]
+        self._arrays: list[Any] = []
+        self.levels: list[LevelInfo] = []
+        for dataset in ome["multiscales"][0]["datasets"]:
+            array = group[dataset["path"]]
+            assert isinstance(array, zarr.Array)
+            self._arrays.append(array.with_config({"write_empty_chunks": True}))
+            z, y, x = dataset["coordinateTransformations"][0]["scale"]
+            self.levels.append(LevelInfo(triple(array.shape), triple(array.shards or array.chunks), (z, y, x)))
+        self.chunk: Triple = triple(self._arrays[0].chunks)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, shape: Sequence[int], *, shard: Sequence[int], chunk_voxels: int,
+        voxel_size: float | Sequence[float], unit: str, phases: Sequence[str],
+        codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any], overwrite: bool = False,
+    ) -> LabelStore:  # fmt: skip
+        """Write the metadata of all levels beside `path` and rename it into place; no voxel is written yet.
+
+        shape, shard: z, y, x voxels; shard is a multiple of the inner chunk's edge `chunk_voxels`.
+        voxel_size: edge length in `unit` (an OME unit name), one or three. A store that is there already is an
+        InputError unless `overwrite`, which removes it last of all.
+        """
+        path, shape = Path(path), triple(shape)
+        refuse_existing(path, overwrite)
+        _zyx(str(path), shape, False)
+        if any(edge % chunk_voxels or edge < 1 for edge in shard):
+            raise InputError(f"{path}: shard {_times(triple(shard))} is not whole chunks of {chunk_voxels}³ voxels")
+        edges = (voxel_size,) * 3 if isinstance(voxel_size, int | float) else tuple(voxel_size)
+        spacing = _spacing(edges)
+        if spacing is None:
+            raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
+        temporary = _beside(path)
+        try:
+            _write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
+            _move_into_place(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> LabelStore:
+        """Open a store of ours; InputError for anything else."""
+        _existing(str(path))
+        try:
+            group = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r")
+            ours = "hpcres" in group.attrs and "ome" in group.attrs
+            store = cls(path, group) if ours else None
+        except Exception as error:  # see _open_zarr
+            _corrupt(str(path), error)
+        if store is None:
+            raise InputError(f"{path}: is no label store of hpcres; make one with hpcres convert or hpcres infer")
+        return store
+
+    def __reduce__(self) -> tuple[Callable[..., LabelStore], tuple[Path]]:
+        return LabelStore.open, (self.path,)
+
+    @property
+    def volume(self) -> Volume:
+        """Level 0 as a Volume, which refuses to read what was never written."""
+        return open_volume(self.path)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self._attributes()["hpcres"])
+
+    def write(self, level: int, box: Box, labels: np.ndarray) -> None:
+        """Write whole shards: `labels` uint8 (z, y, x) of `box`, which starts and ends where shards do."""
+        here = self.levels[level]
+        assert labels.shape == box.shape, (labels.shape, box)
+        assert labels.dtype == np.uint8, labels.dtype
+        assert not (labels == UNWRITTEN).any(), "255 means unwritten"
+        whole = Box.whole(here.shape)
+        for axis, start, stop, edge, end in zip(AXES, box.start, box.stop, here.shard, whole.stop, strict=True):
+            cut = start if start % edge else stop if stop % edge and stop != end else None
+            if cut is not None or stop > end or start == stop:
+                first = (start if cut is None else cut) // edge * edge
+                what = f"cuts shard {first}:{min(first + edge, end)}" if cut is not None else f"is not inside 0:{end}"
+                raise InputError(
+                    f"{self.path}: tile writes {axis} {start}:{stop}, which {what}; use --tiles with a multiple of "
+                    f"{edge} voxels per tile"
+                )
+        # A shard that is written again is written from nothing: zarr would merge it with one that may be damaged.
+        for shard in self._shards_in(level, box):
+            self.shard_path(level, shard).unlink(missing_ok=True)
+        self._arrays[level][box.slices] = labels
+
+    def read(self, level: int, box: Box) -> np.ndarray:
+        """uint8 (z, y, x); 255 where nothing was written."""
+        try:
+            return np.asarray(self._arrays[level][box.slices])
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            _corrupt(f"{self.path}: level {level}, {box}", error)
+
+    def shard_boxes(self, level: int) -> list[Box]:
+        """The box of every shard of a level, z-major, clipped at the volume's end."""
+        return blocks(self.levels[level].shape, self.levels[level].shard)
+
+    def shard_path(self, level: int, box: Box) -> Path:
+        """The file of the shard that starts where `box` starts."""
+        index = [start // edge for start, edge in zip(box.start, self.levels[level].shard, strict=True)]
+        return self.path / str(level) / "c" / "/".join(map(str, index))
+
+    def is_written(self, level: int, box: Box) -> bool:
+        """Whether every shard that `box` touches has its file."""
+        return all(self.shard_path(level, shard).is_file() for shard in self._shards_in(level, box))
+
+    def write_coarser(self, level: int, box: Box) -> None:
+        """Write one shard of `level` ≥ 1 from the level below, by mode; Unfinished where that has gaps.
+
+        Needs the memory of one shard and of 2³ chunks.
+        """
+        assert level >= 1, level
+        finer = self._finer(level, box)
+        if not self.is_written(level - 1, finer):
+            missing = [b for b in self._shards_in(level - 1, finer) if not self.is_written(level - 1, b)]
+            raise Unfinished(
+                f"{self.path}: level {level}, {box}: {len(missing)} shards of level {level - 1} are missing, the first "
+                f"is {missing[0]}; run hpcres verify --repair"
+            )
+        labels = np.empty(box.shape, np.uint8)
+        for part in blocks(box.shape, self.chunk):
+            place = Box(
+                triple([a + o for a, o in zip(part.start, box.start, strict=True)]),
+                triple([b + o for b, o in zip(part.stop, box.start, strict=True)]),
+            )
+            labels[part.slices] = coarsen_by_mode(self.read(level - 1, self._finer(level, place)))
+        self.write(level, box, labels)
+
+    def set_provenance(self, **items: Any) -> None:
+        """Add to the attribute `hpcres`; the metadata file is replaced as a whole. One process at a time."""
+        metadata = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
+        metadata["attributes"]["hpcres"].update(items)
+        self._replace_metadata(metadata)
+
+    def _replace_metadata(self, metadata: dict[str, Any]) -> None:
+        temporary = _beside(self.path / "zarr.json")
+        temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+        os.replace(temporary, self.path / "zarr.json")
+
+    def _attributes(self) -> dict[str, Any]:
+        return json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+
+    def _name_labels(self, phases: Mapping[int, str | None]) -> None:
+        metadata = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
+        metadata["attributes"]["ome"]["image-label"] = _image_label(phases)
+        self._replace_metadata(metadata)
+
+    def _finer(self, level: int, box: Box) -> Box:
+        """The voxels of level - 1 under a box of `level`."""
+        return Box(triple([2 * a for a in box.start]), triple([2 * b for b in box.stop])).clipped(
+            Box.whole(self.levels[level - 1].shape)
+        )
+
+    def _shards_in(self, level: int, box: Box) -> list[Box]:
+        edges = self.levels[level].shard
+        starts = product(*(range(a // e * e, b, e) for a, b, e in zip(box.start, box.stop, edges, strict=True)))
+        whole = Box.whole(self.levels[level].shape)
+        return [Box(triple(s), triple([a + e for a, e in zip(s, edges, strict=True)])).clipped(whole) for s in starts]
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """InputError where `path` is there already and may not be replaced, or could not be."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: exists already; remove it, write elsewhere with --output, or give --overwrite")
+    if path.exists() and not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
+        raise InputError(f"{path}: exists and is no zarr, so --overwrite will not remove it; write elsewhere")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    old = _beside(path.with_name(path.name + ".old"))
+    if path.exists():
+        path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_template(
+    path: Path, shape: Triple, shard: Triple, chunk: int, spacing: Spacing, unit: str, phases: Sequence[str],
+    codec: Literal["zstd", "lz4"], provenance: Mapping[str, Any],
+) -> None:  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
+    for axis in axes:
+        axis |= {"unit": unit} if unit != "voxel" else {}
+    shapes, steps = [shape], [(1, 1, 1)]
+    while max(shapes[-1]) > _TOP_VOXELS:
+        steps.append(triple([s * (2 if n > 1 else 1) for s, n in zip(steps[-1], shapes[-1], strict=True)]))
+        shapes.append(triple([-(-n // 2) for n in shapes[-1]]))
+    datasets: list[dict[str, Any]] = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [v * s for v, s in zip(spacing, step, strict=True)]},
+                # The centre of a coarse voxel is the centre of the fine ones under it.
+                {"type": "translation", "translation": [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]},
+            ],
+        }
+        for level, step in enumerate(steps)
+    ]
+    multiscale = {"name": "labels", "axes": axes, "datasets": datasets, "type": "mode of 2×2×2 blocks"}
+    attributes = {
+        "ome": {
+            "version": "0.5",
+            "multiscales": [multiscale],
+            "image-label": _image_label(dict(enumerate(phases))),
+        },
+        "hpcres": dict(provenance),
+    }
+    group = zarr.create_group(zarr.storage.LocalStore(path), zarr_format=3, attributes=attributes)
+    blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=3 if codec == "zstd" else 5, shuffle="bitshuffle")
+    for level, extent in enumerate(shapes):
+        group.create_array(
+            str(level), shape=extent, dtype="uint8", chunks=(chunk,) * 3, fill_value=UNWRITTEN, compressors=blosc,
+            shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),
+            dimension_names=tuple(AXES), config={"write_empty_chunks": True},
+        )  # fmt: skip
+
+
+def _image_label(phases: Mapping[int, str | None]) -> dict[str, Any]:
+    colours = [
+        {"label-value": label, "rgba": [*_COLOURS[place % len(_COLOURS)], 255]} for place, label in enumerate(phases)
+    ]
+    named = [{"label-value": label, "name": name} for label, name in phases.items() if name is not None]
+    return {"colors": colours, **({"properties": named} if named else {})}
+
+
+# ---- conversion --------------------------------------------------------------------------------------------
+
+
+def convert(
+    source: Volume, output: str | Path, *, phases: Mapping[int, str] | None = None,
+    voxel_size: float | Sequence[float] | None = None, unit: str | None = None, chunk_voxels: int | None = None,
+    codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any] | None = None, overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelStore:  # fmt: skip
+    """Stream any readable volume into a label store, shard row by shard row (at most 1 GiB at a time).
+
+    phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. Without it the values are
+    kept, and must lie in 0 … 254. voxel_size, unit: those of the source where not given, else 1 voxel.
+    progress(done, all): shards. The store appears at `output` when it is complete.
+    """
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    if voxel_size is None and source.voxel_size is not None:
+        voxel_size, unit = source.voxel_size, source.unit
+    chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
+    shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
+    phase_map = PhaseMap(tuple(phases), source.path) if phases else None
+    names: Sequence[str] = tuple(phases.values()) if phases else ()
+    temporary = _beside(output)
+    try:
+        store = LabelStore.create(
+            temporary, source.shape, shard=shard, chunk_voxels=chunk,
+            voxel_size=1.0 if voxel_size is None else voxel_size, unit=unit or "voxel", phases=names, codec=codec,
+            provenance={"source": source.path, **(provenance or {})},
+        )  # fmt: skip
+        done, total = 0, sum(len(store.shard_boxes(level)) for level in range(len(store.levels)))
+        edges = store.levels[0].shard
+        row = (edges[0], edges[1], source.shape[2])
+        slab = (edges[0], *source.shape[1:])
+        seen: set[int] = set()
+        for block in blocks(source.shape, slab if prod(slab) * source.dtype.itemsize <= _SLAB_BYTES else row):
+            labels = source.read(block)
+            if phase_map is not None:
+                labels = phase_map.index(labels)
+            else:
+                labels = _kept(source.path, labels)
+                seen.update(np.flatnonzero(np.bincount(labels.ravel(), minlength=UNWRITTEN)).tolist())
+            for shard_box in store._shards_in(0, block):
+                store.write(0, shard_box, labels[shard_box.relative_to(block.start).slices])
+                done += 1
+                if progress:
+                    progress(done, total)
+        for level in range(1, len(store.levels)):
+            for shard_box in store.shard_boxes(level):
+                store.write_coarser(level, shard_box)
+                done += 1
+                if progress:
+                    progress(done, total)
+        if phase_map is None:
+            store._name_labels(dict.fromkeys(sorted(seen)))
+        _move_into_place(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return LabelStore.open(output)
+
+
+def _kept(path: str, labels: np.ndarray) -> np.ndarray:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= UNWRITTEN:
+        raise InputError(
+            f"{path}: label {low if low < 0 else high} does not fit a store of 0 … 254; map the labels with "
+            f"--phases, for example --phases \"{low}=pore,{high}=solid\""
+        )
+    return labels.astype(np.uint8, copy=False)
