@@ -297,6 +297,8 @@ class Phantom(Section):
     porosity: Annotated[float, Field(gt=0, lt=1)] = 0.4
     slices: Annotated[int, Field(ge=1)] = 2
     """High-res slices cut per plane from a volume of another seed than the truth."""
+    slice_voxels: Annotated[int, Field(ge=64)] | None = None
+    """Edge of these slices, which are square; by default they are as large as the volume's faces."""
 
 
 class Study(Section):
