@@ -120,16 +120,17 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
     voxels = np.zeros(n, np.int64)
     faces = np.zeros((3, n * n), np.int64)
     edges = np.zeros((3, 1 << n), np.int64)
-    _count(index, *shape, n, voxels, faces, edges)
+    z, y, x = shape
+    _count(index, z, y, x, n, voxels, faces, edges)
     pairs = faces.reshape(3, n, n)
     pairs = pairs + pairs.transpose(0, 2, 1)
-    inner = [min(o, b - 1) for o, b in zip(shape, block.shape, strict=True)]
-    z, y, x = shape
-    iz, iy, ix = inner
+    iz, iy, ix = (min(o, b - 1) for o, b in zip(shape, block.shape, strict=True))
     return Counts(
         voxels={present[i]: int(voxels[i]) for i in range(n) if voxels[i]},
         faces={
-            (present[i], present[j]): _ints(pairs[:, i, j]) for i, j in combinations(range(n), 2) if pairs[:, i, j].any()
+            (present[i], present[j]): _ints(pairs[:, i, j])
+            for i, j in combinations(range(n), 2)
+            if pairs[:, i, j].any()
         },
         edges={
             tuple(present[i] for i in range(n) if mask >> i & 1): _ints(edges[:, mask])
@@ -213,10 +214,10 @@ def finalize(total: Counts, voxel_size: Sequence[float], labels: Sequence[int] |
     def share(number: int, of: int) -> float:
         return number / of if of else 0.0
 
-    surface = {
-        i: weigh([sum(f[axis] for pair, f in total.faces.items() if i in pair) for axis in range(3)], face_area) / volume
-        for i in labels
-    }
+    surface = {}
+    for i in labels:
+        own = [f for pair, f in total.faces.items() if i in pair]
+        surface[i] = weigh([sum(f[axis] for f in own) for axis in range(3)], face_area) / volume
     all_faces, all_edges = sum(total.all_faces), sum(total.all_edges)
     tpb = [sum(e[axis] for e in total.edges.values()) for axis in range(3)]
     return Densities(
