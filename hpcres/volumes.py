@@ -110,6 +110,22 @@ def read_images(path: str | Path) -> np.ndarray:
     return volume.read(Box.whole(volume.shape))
 
 
+def array_volume(labels: np.ndarray, name: str) -> Volume:
+    """A volume over an array (z, y, x) in memory; `name` stands where a file has its path. It does not pickle."""
+    return _array_volume(name, labels, False)
+
+
+def write_images(path: str | Path, stack: np.ndarray) -> None:
+    """Write slices (slice, row, column) as a deflated TIFF stack, whole or not at all."""
+    path = Path(path)
+    temporary = temporary_beside(path)
+    try:
+        tifffile.imwrite(temporary, stack, compression="zlib", photometric="minisblack", metadata={"axes": "QYX"})
+        move_into_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # ---- what every reader asks of its file --------------------------------------------------------------------
 
 
@@ -599,10 +615,10 @@ class LabelStore:
         spacing = _spacing(edges)
         if spacing is None:
             raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
-        temporary = _beside(path)
+        temporary = temporary_beside(path)
         try:
             _write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
-            _move_into_place(temporary, path)
+            move_into_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls.open(path)
@@ -703,7 +719,7 @@ class LabelStore:
         self._replace_metadata(metadata)
 
     def _replace_metadata(self, metadata: dict[str, Any]) -> None:
-        temporary = _beside(self.path / "zarr.json")
+        temporary = temporary_beside(self.path / "zarr.json")
         temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
         os.replace(temporary, self.path / "zarr.json")
 
@@ -737,14 +753,18 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise InputError(f"{path}: exists and is no zarr, so --overwrite will not remove it; write elsewhere")
 
 
-def _beside(path: Path) -> Path:
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder, hidden and of this thread alone, to be renamed to `path` when it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
 
 
-def _move_into_place(temporary: Path, path: Path) -> None:
-    old = _beside(path.with_name(path.name + ".old"))
-    if path.exists():
-        path.rename(old)
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename a finished file or folder to `path`; what was there is removed after that."""
+    if not path.is_dir():
+        os.replace(temporary, path)
+        return
+    old = temporary_beside(path.with_name(path.name + ".old"))
+    path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -822,7 +842,7 @@ def convert(
     shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
     phase_map = PhaseMap(tuple(phases), source.path) if phases else None
     names: Sequence[str] = tuple(phases.values()) if phases else ()
-    temporary = _beside(output)
+    temporary = temporary_beside(output)
     try:
         store = LabelStore.create(
             temporary, source.shape, shard=shard, chunk_voxels=chunk,
@@ -854,7 +874,7 @@ def convert(
                     progress(done, total)
         if phase_map is None:
             store._name_labels(dict.fromkeys(sorted(seen)))
-        _move_into_place(temporary, output)
+        move_into_place(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return LabelStore.open(output)

@@ -1,0 +1,316 @@
+"""Ground truths from Gaussian random fields: χ²-field, three-phase electrode, separator.
+
+Every field is a function of (shape, seed, parameters) alone: white noise filtered by FFT on a torus that is larger
+than the volume, so that opposite faces are independent. Lengths are voxels, arrays are (z, y, x).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from math import exp, log, pi, prod, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import fft
+from scipy.special import ndtri
+
+from hpcres import __version__
+from hpcres.errors import InputError
+from hpcres.geometry import Triple, blocks, triple
+from hpcres.volumes import array_volume, convert, move_into_place, temporary_beside, write_images
+
+if TYPE_CHECKING:
+    from hpcres.study import Phantom, Study
+
+Seed = int | Sequence[int]
+KINDS = {"chi2": 2, "three-phase": 3, "separator": 2}
+"""Phases of each kind: pore and solid; pore, active and binder; pore and polymer."""
+_BYTES_PER_VOXEL = 36
+_PLANES = {0: "yx", 1: "zx", 2: "zy"}
+_FINEST_VOXELS = 4
+"""Below this feature size the voxel lattice shows."""
+
+
+def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosity: float) -> np.ndarray:
+    """uint8 labels 0 pore, 1 solid = {Y ≥ ν}, Y = X1² + X2² (Furat 2025): two Gaussian fields with covariance
+    exp(−γ² h) at distance h, γ² per voxel; ν from P(Y ≥ ν) = exp(−ν/2). About 36 bytes per voxel of the torus.
+    """
+    torus = _torus(shape, 6 / gamma_squared)
+    # Real and imaginary part of one complex synthesis are the two independent fields.
+    field = _white(torus, seed, 2)
+    square = sum((_distance(n, 1.0)[_along(axis)] ** 2 for axis, n in enumerate(torus)), np.zeros((1,) * 3, np.float32))
+    covariance = np.exp(np.sqrt(square) * np.float32(-gamma_squared))
+    del square
+    # The half spectrum of an even real array, mirrored back: its eigenvalues, none negative but for rounding.
+    eigenvalues = fft.rfftn(covariance, overwrite_x=True, workers=_workers()).real
+    del covariance
+    np.sqrt(np.clip(eigenvalues, 0, None, out=eigenvalues), out=eigenvalues)
+    half = eigenvalues.shape[2]
+    spectrum = fft.fftn(field, overwrite_x=True, workers=_workers())
+    spectrum[..., :half] *= eigenvalues
+    spectrum[..., half:] *= eigenvalues[..., 1 : torus[2] - half + 1][..., ::-1]
+    del eigenvalues
+    field = fft.ifftn(spectrum, overwrite_x=True, workers=_workers())[tuple(slice(n) for n in shape)]
+    return (field.real**2 + field.imag**2 >= -2 * log(1 - porosity)).astype(np.uint8)
+
+
+def three_phase(
+    shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, binder: float = 0.15
+) -> np.ndarray:
+    """uint8 labels 0 pore, 1 active, 2 binder, in the shares asked for to the voxel.
+
+    Active material is the excursion set of a smooth Gaussian field whose mean chord in it is `feature_voxels`
+    (Rice: √−ρ''(0) exp(−t²/2)/π crossings per length). Binder takes, of the other voxels, those nearest to the
+    particles or between two of them, patch by patch, so that all three meet. About 36 bytes per voxel of the torus.
+    """
+    active = 1 - porosity - binder
+    if active <= 0.02:
+        raise InputError(f"phantom.porosity: {porosity} leaves no active material beside binder {binder}; lower it")
+    length = _correlation_length(feature_voxels, active, 5 / 3)
+    bulk = _smooth_field(shape, (*_words(seed), 0), (length,) * 3)
+    particles = _top_share(bulk, active)
+    bulk += _smooth_field(shape, (*_words(seed), 1), (1.2 * length,) * 3)
+    bulk[particles] = -np.inf
+    labels = particles.astype(np.uint8)
+    labels[_top_share(bulk, binder)] = 2
+    return labels
+
+
+def separator(
+    shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, fibrils: float = 0.3
+) -> np.ndarray:
+    """uint8 labels 0 pore, 1 polymer, as a dry-stretched separator: lamellae about `feature_voxels` thick, stacked
+    along x, and fibrils half as thick that run along x between them and are the share `fibrils` of the polymer.
+    The porosity comes out as asked to the voxel. About 36 bytes per voxel of the torus.
+    """
+    solid = 1 - porosity
+    lamellae = solid * (1 - fibrils)
+    thick, wide = _correlation_length(feature_voxels, lamellae, 5), 2.5 * feature_voxels
+    polymer = _top_share(_smooth_field(shape, (*_words(seed), 0), (wide, wide, thick), layered=True), lamellae)
+    thin = _correlation_length(feature_voxels / 2, solid * fibrils / (1 - lamellae), 5 / 3)
+    strands = _smooth_field(shape, (*_words(seed), 1), (thin, thin, 3 * feature_voxels))
+    strands[polymer] = np.inf
+    return _top_share(strands, solid).astype(np.uint8)
+
+
+def _correlation_length(chord: float, share: float, curvature: float) -> float:
+    """ℓ for which the excursion set of this share has this mean chord, 2·share / crossings per length, where
+    −ρ''(0) = curvature/ℓ².
+    """
+    return chord * exp(-0.5 * ndtri(1 - share) ** 2) / pi * sqrt(curvature) / (2 * share)
+
+
+def _smooth_field(shape: Sequence[int], seed: Seed, lengths: Sequence[float], layered: bool = False) -> np.ndarray:
+    """Gaussian field of unit variance, float32, with a preferred distance and no grid in it: spectral density
+    |κ|² exp(−|κ|²/2), κ = k·ℓ per axis (−ρ'' = 5/3ℓ²), or layered along x: κx⁴ exp(−|κ|²/2) (−ρ'' = 5/ℓ²).
+    """
+    torus = _torus(shape, 5 * max(lengths))
+    spectrum = fft.rfftn(_white(torus, seed, 1), overwrite_x=True, workers=_workers())
+    square = np.zeros(spectrum.shape, np.float32)
+    for axis, (n, length) in enumerate(zip(torus, lengths, strict=True)):
+        wave = fft.rfftfreq(n) if axis == 2 else fft.fftfreq(n)
+        along = ((2 * pi * length * wave) ** 2).astype(np.float32)[_along(axis)]
+        square += along
+    spectrum *= along if layered else np.sqrt(square)
+    square *= np.float32(-0.25)
+    spectrum *= np.exp(square, out=square)
+    del square
+    field = fft.irfftn(spectrum, torus, overwrite_x=True, workers=_workers())
+    deviation = field.std(dtype=np.float64)
+    return field[tuple(slice(n) for n in shape)] / np.float32(deviation)
+
+
+def _torus(shape: Sequence[int], padding: float) -> Triple:
+    return triple([fft.next_fast_len(int(n + padding) + 1, real=True) for n in shape])
+
+
+def _white(torus: Triple, seed: Seed, parts: int) -> np.ndarray:
+    """White noise: float32 for one part, complex64 for two."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(_words(seed)))))
+    noise = generator.standard_normal((*torus[:2], torus[2] * parts), np.float32)
+    return noise if parts == 1 else noise.view(np.complex64)
+
+
+def _words(seed: Seed) -> tuple[int, ...]:
+    return (seed,) if isinstance(seed, int) else tuple(seed)
+
+
+def _distance(n: int, step: float) -> np.ndarray:
+    """Distance to voxel 0 around a ring of n voxels."""
+    place = np.arange(n, dtype=np.float32)
+    return np.minimum(place, n - place) * np.float32(step)
+
+
+def _along(axis: int) -> tuple[slice | None, ...]:
+    return tuple(slice(None) if a == axis else None for a in range(3))
+
+
+def _top_share(field: np.ndarray, share: float) -> np.ndarray:
+    """True for the share of voxels with the highest values."""
+    count = round(share * field.size)
+    if count in (0, field.size):
+        return np.full(field.shape, count > 0)
+    threshold = np.partition(field, field.size - count, axis=None)[field.size - count]
+    return field >= threshold
+
+
+def _workers() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# ---- the files of `hpcres phantom` -------------------------------------------------------------------------
+
+
+def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.ndarray:
+    """The labels (z, y, x), uint8, of a study's phantom on any shape and seed. The study's `feature_voxels` is, for
+    the χ²-field, the distance at which its covariance has fallen to 1/e.
+    """
+    if phantom.kind == "chi2":
+        return chi2_field(shape, seed, gamma_squared=1 / phantom.feature_voxels, porosity=phantom.porosity)
+    kind = three_phase if phantom.kind == "three-phase" else separator
+    return kind(shape, seed, feature_voxels=phantom.feature_voxels, porosity=phantom.porosity)
+
+
+def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> list[Path]:
+    """Write `<output>/phantom/`: truth.zarr, low_res.zarr (the truth through the study's imaging operator) and
+    slices of another realisation, so that training never sees the truth: slices.tif of an isotropic material, else
+    slices_zy.tif, slices_zx.tif and slices_yx.tif. The folder appears when it is complete. Returns the paths.
+    """
+    phantom, folder = _checked(study, overwrite)
+    say = progress or (lambda _: None)
+    temporary = temporary_beside(folder)
+    labels_of = np.array(list(study.high_res.phases), np.int32)
+    label_type = np.min_scalar_type(int(labels_of.max())) if labels_of.min() >= 0 else np.dtype(np.int32)
+    provenance = {"phantom": phantom.model_dump(mode="json"), "seed": study.seed, "hpcres_version": __version__}
+    try:
+        temporary.mkdir(parents=True)
+        for axis, name in _slice_files(study).items():
+            say(name)
+            stack = labels_of.astype(label_type)[_slices(phantom, study.seed, axis)]
+            write_images(temporary / name, stack)
+        say("truth.zarr")
+        truth = phantom_labels(phantom, phantom.voxels, (study.seed, 0))
+        voxel = study.high_res.voxel_size
+        convert(
+            array_volume(truth, f"{phantom.kind} phantom"), temporary / "truth.zarr",
+            phases=dict(enumerate(study.phases)), voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
+        )  # fmt: skip
+        say("low_res.zarr")
+        coarse, voxel = _imaged(truth, study), study.low_res_voxel_size
+        names = {label: "+".join(group) for label, group in enumerate(study.low_res.groups)}
+        convert(
+            array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
+            voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
+        )  # fmt: skip
+        move_into_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [folder / name for name in ("truth.zarr", "low_res.zarr", *_slice_files(study).values())]
+
+
+def _slice_files(study: Study) -> dict[int, str]:
+    """Normal axis of the plane → file."""
+    return {0: "slices.tif"} if study.high_res.isotropic else {a: f"slices_{p}.tif" for a, p in _PLANES.items()}
+
+
+def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
+    """The phantom's section and folder, after every fault of the study that would show later."""
+    phantom, folder = study.phantom, study.folder / "phantom"
+    if phantom is None:
+        raise InputError(f"study {study.name}: has no phantom section, so there is none to make; add for example "
+                         "`phantom: {kind: three-phase, voxels: 256x256x256}`")  # fmt: skip
+    due = KINDS[phantom.kind]
+    if len(study.phases) != due:
+        raise InputError(f"phantom.kind: {phantom.kind} has {due} phases, high_res.phases {len(study.phases)} "
+                         f"({', '.join(study.phases)}); name {due}")  # fmt: skip
+    if phantom.kind == "separator" and study.high_res.isotropic:
+        raise InputError("phantom.kind: separator is anisotropic, high_res.isotropic is true; set it to false")
+    if list(study.low_res.phases) != list(range(len(study.low_res.phases))):
+        raise InputError(f"low_res.phases: labels {', '.join(map(str, study.low_res.phases))}, but low_res.zarr of a "
+                         f"phantom has 0 … {len(study.low_res.phases) - 1}; write these")  # fmt: skip
+    if phantom.kind != "chi2" and phantom.feature_voxels < _FINEST_VOXELS:
+        raise InputError(f"phantom.feature_voxels: {phantom.feature_voxels} is below {_FINEST_VOXELS} voxels, where "
+                         "the lattice shows; make it larger")  # fmt: skip
+    made = {str(folder / name) for name in ("truth.zarr", "low_res.zarr", *_slice_files(study).values())}
+    for key, path in (
+        *(("high_res.images", image.path) for image in study.high_res.images), ("low_res.path", study.low_res.path),
+        ("reference.volume", study.reference.volume),
+    ):  # fmt: skip
+        if path and Path(path).parent == folder and path not in made:
+            raise InputError(f"{key}: phantom makes no {Path(path).name}; use one of "
+                             f"{', '.join(sorted(Path(p).name for p in made))}")  # fmt: skip
+    low_res = [int(n / study.scale_factor) for n in phantom.voxels]
+    if min(low_res) < 1:
+        raise InputError(f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} has no whole low-res voxel; use more")
+    if folder.exists():
+        if not overwrite:
+            raise InputError(f"{folder}: exists already; give --overwrite, or write elsewhere with --output")
+        if not (folder / "truth.zarr").is_dir():
+            raise InputError(f"{folder}: exists and holds no phantom, so --overwrite will not remove it; move it")
+    torus = max(prod(n + 6 * phantom.feature_voxels for n in shape) for shape in _shapes(study, phantom))
+    need, have = _BYTES_PER_VOXEL * torus, _memory_bytes()
+    if need > have:
+        raise InputError(f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} needs {need / 2**30:.1f} GiB, "
+                         f"{have / 2**30:.1f} GiB are free; make it smaller")  # fmt: skip
+    return phantom, folder
+
+
+def _shapes(study: Study, phantom: Phantom) -> list[Triple]:
+    return [phantom.voxels, *(_slab_shape(phantom, axis) for axis in _slice_files(study))]
+
+
+def _slice_distance(phantom: Phantom) -> int:
+    """Voxels between slices of one stack, far enough to be independent."""
+    return int(5 * phantom.feature_voxels) + 1
+
+
+def _slab_shape(phantom: Phantom, axis: int) -> Triple:
+    edges = list(phantom.voxels)
+    if phantom.slice_voxels is not None:
+        edges = [phantom.slice_voxels] * 3
+    edges[axis] = (phantom.slices - 1) * _slice_distance(phantom) + 1
+    return triple(edges)
+
+
+def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
+    """Slices normal to `axis` (slice, row, column) of a realisation made for them alone."""
+    slab = phantom_labels(phantom, _slab_shape(phantom, axis), (seed, 1 + axis))
+    return np.ascontiguousarray(np.moveaxis(slab, axis, 0)[:: _slice_distance(phantom)])
+
+
+def _imaged(truth: np.ndarray, study: Study) -> np.ndarray:
+    """Low-res labels of the truth, block by block: only a block is ever one-hot."""
+    import torch
+
+    from hpcres.imaging import ImagingOperator, one_hot
+
+    scale, phases = study.scale_factor, len(study.phases)
+    p, q = scale.numerator, scale.denominator
+    groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
+    operator = ImagingOperator(scale, groups, study.imaging)
+    margin = -(-operator.margin_voxels // p)
+    shape = [int(n / scale) for n in truth.shape]
+    coarse = np.empty(shape, np.uint8)
+    edge = max(1, 96 // p)
+    # Blocks are counted in repeats of the sampling pattern: p high-res voxels, q low-res ones.
+    for block in blocks([-(-n // q) for n in shape], (edge,) * 3):
+        first = [max(a - margin, 0) for a in block.start]
+        window = truth[tuple(slice(a * p, (b + margin) * p) for a, b in zip(first, block.stop, strict=True))]
+        with torch.no_grad():
+            seen = operator(one_hot(torch.from_numpy(window)[None], phases)).argmax(1)[0].numpy()
+        inside = tuple(slice((a - f) * q, (b - f) * q) for a, b, f in zip(block.start, block.stop, first, strict=True))
+        place = tuple(slice(a * q, b * q) for a, b in zip(block.start, block.stop, strict=True))
+        coarse[place] = seen[inside]
+    return coarse
+
+
+def _memory_bytes() -> float:
+    """Free memory, with what the system would give back; infinite where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
