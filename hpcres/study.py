@@ -52,7 +52,8 @@ def _scale_factor(value: Any) -> Fraction:
     return scale
 
 
-def _voxel_size(value: Any) -> VoxelSize:
+def parse_voxel_size(value: Any) -> VoxelSize:
+    """`65 nm` as a length and a unit; ValueError in words."""
     if isinstance(value, VoxelSize):
         return value
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([^\W\d_]+)\s*", str(value))
@@ -94,7 +95,7 @@ class VoxelSize(tuple[float, str]):
 
 
 ScaleFactor = Annotated[Fraction, PlainValidator(_scale_factor), PlainSerializer(str)]
-Voxel = Annotated[VoxelSize, PlainValidator(_voxel_size), PlainSerializer(str)]
+Voxel = Annotated[VoxelSize, PlainValidator(parse_voxel_size), PlainSerializer(str)]
 Grid = Annotated[tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(
     lambda v: "x".join(map(str, v))
 )]  # fmt: skip
