@@ -302,6 +302,18 @@ class Phantom(Section):
     """Edge of these slices, which are square; by default they are as large as the volume's faces."""
 
 
+class Cluster(Section):
+    """What to ask Slurm for; `hpcres plan` turns it into the sbatch lines."""
+
+    partition: str | None = None
+    train_nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    infer_nodes: Annotated[int, Field(ge=1)] = 1
+    ranks_per_node: Annotated[int, Field(ge=1)] = 2
+    cores_per_rank: Annotated[int, Field(ge=1)] = 1
+    train_hours: Annotated[float, Field(gt=0)] = 12.0
+
+
 class Study(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
@@ -317,6 +329,7 @@ class Study(Section):
     metrics: Metrics = Metrics()
     reference: Reference = Reference()
     phantom: Phantom | None = None
+    cluster: Cluster = Cluster()
     device: Device = "auto"
 
     @model_validator(mode="after")
