@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -399,30 +399,55 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_study(path: str | Path, settings: Sequence[str] = (), output: str | None = None) -> Study:
-    """Read, override (`section.key=value`) and check a study file; raises InputError in one line."""
+    """Read, override (`section.key=value`) and check a study file; raises InputError in one line.
+
+    A study may name another as its `base` and then holds only what differs from it.
+    """
     path = Path(path)
+    raw = _read(path, ())
+    for setting in settings:
+        _override(raw, setting)
+    if output is not None:
+        raw["output"] = str(Path(output).resolve())
+    raw["output"] = _expand(str(raw.get("output", path.resolve().parent / "results")), "output", path, {})
+    raw = _over_paths(raw, lambda text, key: _expand(text, key, path, {"output": raw["output"]}))
+    return _validated(raw, path)
+
+
+def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of a file over those of its base, with every relative path made absolute."""
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such study file; give one as argument or write study.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a study file ({error})") from None
-    try:
-        raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: no settings in it; a study file is a list of `key: value` lines")
-    for setting in settings:
-        _override(raw, setting)
-    base = path.resolve().parent
-    if output is not None:
-        raw["output"] = str(Path(output).resolve())
-    raw["output"] = _place(_expand(str(raw.get("output", "results")), "output", path, {}), base)
-    raw = _resolve_paths(raw, (), path, base)
-    return _validated(raw, path)
+    folder = path.resolve().parent
+    raw = _over_paths(raw, lambda text, _: _place(text, folder))
+    if "output" in raw:
+        raw["output"] = _place(str(raw["output"]), folder)
+    if "base" not in raw:
+        return raw
+    base = Path(_place(str(raw.pop("base")), folder))
+    if base in below:
+        raise InputError(f"{path}: base {base} leads back to itself; name another file")
+    return _merged(_read(base, (*below, path.resolve())), raw)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key, except maps of labels to phases, which belong together."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and key != "phases":
+            value = _merged(base[key], value)
+        merged[key] = value
+    return merged
 
 
 def _validated(raw: dict[str, Any], path: Path) -> Study:
@@ -477,15 +502,13 @@ def _override(raw: dict[str, Any], setting: str) -> None:
 _PATH_KEYS = {("low_res", "path"), ("high_res", "images", "path"), ("reference", "volume")}
 
 
-def _resolve_paths(value: Any, place: tuple[str, ...], file: Path, base: Path, output: str = "") -> Any:
+def _over_paths(value: Any, change: Callable[[str, str], str], place: tuple[str, ...] = ()) -> Any:
+    """The same settings with `change(text, key)` applied to every path that names an input."""
     if isinstance(value, dict):
-        output = value["output"] if not place else output
-        return {k: _resolve_paths(v, (*place, str(k)), file, base, output) for k, v in value.items()}
+        return {k: _over_paths(v, change, (*place, str(k))) for k, v in value.items()}
     if isinstance(value, list):
-        return [_resolve_paths(v, place, file, base, output) for v in value]
-    if place in _PATH_KEYS and isinstance(value, str):
-        return _place(_expand(value, ".".join(place), file, {"output": output}), base)
-    return value
+        return [_over_paths(v, change, place) for v in value]
+    return change(value, ".".join(place)) if place in _PATH_KEYS and isinstance(value, str) else value
 
 
 def _expand(text: str, key: str, file: Path, extra: dict[str, str]) -> str:
@@ -498,9 +521,12 @@ def _expand(text: str, key: str, file: Path, extra: dict[str, str]) -> str:
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def _place(path: str, base: Path) -> str:
+def _place(path: str, folder: Path) -> str:
+    """An absolute path; one that starts with a variable is left for _expand."""
     expanded = Path(path).expanduser()
-    return str(expanded if expanded.is_absolute() else Path(os.path.normpath(base / expanded)))
+    if expanded.is_absolute() or path.startswith("${"):
+        return str(expanded)
+    return os.path.normpath(folder / expanded)
 
 
 def save_study(study: Study, stage: str) -> Path:
