@@ -1,0 +1,71 @@
+# Everything below sets itself up: a .venv in the checkout, pinned dependencies, an MPI from PyPI where there is none.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+RANKS ?= 2
+# Two ranks must start on any machine: as root in a container, and with fewer cores than ranks.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy := none
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test lint types test-slurm case3 clean
+
+help:
+	@echo "make demo    the main job on a phantom, about 8 minutes on two cores; ends with results/demo/report.html"
+	@echo "make test    the tests"
+	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
+	@echo "make lint types test-slurm clean"
+
+install: .venv/installed
+
+# PyPI's torch for Linux brings gigabytes of CUDA. Unless pip is set to a mirror of your own, uv picks PyTorch's
+# build for this machine: the CPU one, or the one for its GPU driver.
+.venv/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+	  rm -rf .venv; \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv \
+	    && $(PYTHON) -m venv .venv; } || { \
+	  echo "make: $(PYTHON) cannot make a virtual environment; run: apt-get install python3-venv" >&2; exit 1; }
+	@if $(BIN)/pip config list | grep -qE "index-url|find-links"; then \
+	  $(BIN)/pip install --progress-bar off -q -c constraints.txt torch; \
+	else \
+	  $(BIN)/pip install --progress-bar off -q uv \
+	  && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend auto -c constraints.txt torch; \
+	fi
+	@extras=test; command -v mpirun >/dev/null || extras=test,mpi; \
+	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e ".[$$extras]"
+	@touch $@
+
+demo: install
+	hpcres phantom configs/demo.yaml --overwrite
+	hpcres train configs/demo.yaml --overwrite
+	mpirun -n $(RANKS) hpcres infer configs/demo.yaml --tiles 2x2x2 --overwrite
+	hpcres metrics configs/demo.yaml
+	hpcres report configs/demo.yaml
+	@echo "open results/demo/report.html"
+
+case3: install
+	hpcres train configs/case3-sofc-small.yaml --overwrite
+	mpirun -n $(RANKS) hpcres infer configs/case3-sofc-small.yaml --overwrite
+	hpcres metrics configs/case3-sofc-small.yaml
+	hpcres tortuosity configs/case3-sofc-small.yaml
+	hpcres report configs/case3-sofc-small.yaml
+
+test: install
+	pytest tests -m "not slow and not slurm"
+
+# Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
+test-slurm: install
+	pytest tests -m slurm
+
+lint: install
+	ruff check .
+
+types: install
+	mypy
+
+clean:
+	rm -rf .venv results
