@@ -619,6 +619,9 @@ class LabelStore:
         try:
             _write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
             move_into_place(temporary, path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls.open(path)
@@ -745,8 +748,13 @@ class LabelStore:
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """InputError where `path` is there already and may not be replaced, or could not be."""
+    """InputError where `path` is there already and may not be replaced, or its folder could not be written."""
     path = Path(path)
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{path}: cannot be written, because {nearest} is a file; write elsewhere with --output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written, no permission in {nearest}; write elsewhere with --output")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; remove it, write elsewhere with --output, or give --overwrite")
     if path.exists() and not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
@@ -830,8 +838,9 @@ def convert(
 ) -> LabelStore:  # fmt: skip
     """Stream any readable volume into a label store, shard row by shard row (at most 1 GiB at a time).
 
-    phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. Without it the values are
-    kept, and must lie in 0 … 254. voxel_size, unit: those of the source where not given, else 1 voxel.
+    phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. By default those that the
+    source itself names; where it names none, the values are kept, and must lie in 0 … 254.
+    voxel_size, unit: those of the source where not given, else 1 voxel.
     progress(done, all): shards. The store appears at `output` when it is complete.
     """
     output = Path(output)
@@ -840,6 +849,8 @@ def convert(
         voxel_size, unit = source.voxel_size, source.unit
     chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
     shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
+    if phases is None and source.phases:
+        phases = dict(enumerate(source.phases))
     phase_map = PhaseMap(tuple(phases), source.path) if phases else None
     names: Sequence[str] = tuple(phases.values()) if phases else ()
     temporary = temporary_beside(output)
@@ -875,6 +886,9 @@ def convert(
         if phase_map is None:
             store._name_labels(dict.fromkeys(sorted(seen)))
         move_into_place(temporary, output)
+    except OSError as error:
+        error.filename = str(output)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return LabelStore.open(output)
