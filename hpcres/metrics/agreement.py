@@ -1,0 +1,101 @@
+"""Does the sharp volume look, through the coarse instrument, like the coarse image it was made from?
+
+`low_res` of metrics.json: path, shape, voxels_compared, phases (names of its labels, merged ones with `+`),
+volume_fraction {group: share} of the low-res volume and of the super-resolved one (`of_volume`), `agreement`
+(share of low-res voxels equal to the imaging operator applied to the volume) and `confusion`
+{low-res group: {group seen in the volume: voxels}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from distributed import Client
+
+from hpcres.errors import InputError
+from hpcres.geometry import Box, Triple, blocks, high_res_shape, triple
+from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.metrics.schedule import Source, follow, submit
+from hpcres.study import Study
+from hpcres.volumes import PhaseMap, Volume
+
+_BLOCK_HIGH_RES = 128
+
+
+def groups_of(study: Study) -> list[list[int]]:
+    """Positions in `study.phases` behind each low-res label."""
+    return [[study.phases.index(name) for name in group] for group in study.low_res.groups]
+
+
+@lru_cache(maxsize=4)
+def _operator(study_json: str) -> ImagingOperator:
+    study = Study.model_validate_json(study_json)
+    return ImagingOperator(study.scale_factor, groups_of(study), study.imaging)
+
+
+def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
+    """Low-res voxels that lie wholly inside the high-res volume."""
+    return triple([int(n / study.scale_factor) for n in high_res_shape(low_res_shape, study.scale_factor)])
+
+
+def _confusion(box: Box, low_res: Source, volume: Source, study_json: str) -> np.ndarray:
+    """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64."""
+    study = Study.model_validate_json(study_json)
+    operator, sharp = _operator(study_json), volume.open()
+    p, q = study.scale_factor.numerator, study.scale_factor.denominator
+    # The operator gives the volume's own values away from cut faces, in windows that start at whole low-res voxels.
+    before = -(-operator.margin_voxels // p) * q
+    start = triple([max(0, s - before) // q * q for s in box.start])
+    first = triple([s // q * p for s in start])
+    last = [
+        min(n, -(-stop * p // q) + operator.margin_voxels)
+        for n, stop in zip(sharp.shape, box.stop, strict=True)
+    ]  # fmt: skip
+    window = sharp.read(Box(first, triple(last)))
+    with torch.inference_mode():
+        labels = torch.from_numpy(window.astype(np.int64))[None]
+        seen = operator(one_hot(labels, len(study.phases)))[0].argmax(0).numpy()
+    seen = seen[box.relative_to(start).slices]
+    given = PhaseMap(tuple(study.low_res.phases), low_res.path).index(low_res.open().read(box))
+    n = len(study.low_res.phases)
+    return np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n).reshape(n, n)
+
+
+def agreement(
+    study: Study, low_res: Volume, volume: Volume, *, client: Client, progress: bool = True
+) -> dict[str, Any]:
+    """The `low_res` entry of metrics.json."""
+    due = high_res_shape(low_res.shape, study.scale_factor)
+    if volume.shape != due:
+        raise InputError(
+            f"{volume.path}: has {volume.shape} voxels, but {study.low_res.path} at scale factor {study.scale_factor} "
+            f"makes {due}; measure the volume made from it"
+        )
+    q = study.scale_factor.denominator
+    edge = max(q, int(_BLOCK_HIGH_RES / study.scale_factor) // q * q)
+    shape = compared_shape(study, low_res.shape)
+    tasks = submit(
+        client, _confusion, blocks(shape, (edge,) * 3), low_res=Source.of(low_res), volume=Source.of(volume),
+        study_json=study.model_dump_json(),
+    )  # fmt: skip
+    follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
+    confusion = sum(client.gather(tasks), np.zeros((len(study.low_res.phases),) * 2, np.int64))
+    names = ["+".join(group) for group in study.low_res.groups]
+    voxels = int(confusion.sum())
+    return {
+        "path": low_res.path,
+        "shape": list(low_res.shape),
+        "voxels_compared": voxels,
+        "phases": names,
+        "volume_fraction": dict(zip(names, (confusion.sum(1) / voxels).tolist(), strict=True)),
+        "of_volume": dict(zip(names, (confusion.sum(0) / voxels).tolist(), strict=True)),
+        "agreement": float(np.trace(confusion) / voxels),
+        "confusion": {
+            a: dict(zip(names, map(int, row), strict=True)) for a, row in zip(names, confusion, strict=True)
+        },
+    }

@@ -1,0 +1,322 @@
+"""Measure label volumes with Dask and lay the numbers out as metrics.json.
+
+metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wherever the voxel size is known):
+
+    schema, command, versions
+    volume                what was measured, as below
+    reference             the ground truth, measured alike; null where the study names none
+    images                the high-res training images in 2D: fractions, areas, normalised TPB, surface (isotropic)
+    low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
+    published             figures of the literature from the study, as they stand there
+
+    volume: path, provenance (of the store), shape [z, y, x], voxel_size [z, y, x] and voxel_unit, length_unit,
+        phases [{label, name}],
+        counts {voxels {phase: n}, faces {"a|b": [z, y, x]}, edges {"a|b|c": [z, y, x]}, all_faces, all_edges},
+        volume_fraction {phase: share},
+        specific_surface_area {unit, faces {phase: value}, crofton {phase: value}},
+        interphase_area {"a|b": share of all interior faces},
+        tpb {unit, density, normalised, by_phases {"a|b|c": {density, normalised}}},
+        subvolumes (see subvolumes.py)
+
+An edge where four phases meet is counted once in `tpb` and stands in `by_phases` under its four names only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from distributed import Client
+
+from hpcres import __version__
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import Box, Triple, blocks
+from hpcres.metrics import counts
+from hpcres.metrics.counts import Counts, Densities
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, grown_by_one, submit, threads_of
+from hpcres.metrics.subvolumes import Distributions, subvolumes
+from hpcres.study import HighRes, Study, SubVolumes, VoxelSize
+from hpcres.volumes import PhaseMap, Volume, open_volume, read_images
+
+SCHEMA = "hpcres metrics 1"
+_MICROMETERS = {"angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "meter": 1e6}
+_FAN_IN = 32
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A block that could not be read, and why."""
+
+    box: Box
+    why: str
+
+
+Part = tuple[Counts, tuple[Failure, ...]]
+
+
+def _count_block(box: Box, source: Source, labels: tuple[int, ...] | None) -> Part:
+    volume = source.open()
+    try:
+        voxels = volume.read(grown_by_one(box, volume.shape))
+    except (InputError, OSError, RuntimeError) as error:
+        return Counts(), (Failure(box, " ".join(str(error).split())),)
+    return counts.count(voxels, box.shape, labels), ()
+
+
+def _add_parts(parts: Sequence[Part]) -> Part:
+    return counts.add_all([c for c, _ in parts]), tuple(f for _, failures in parts for f in failures)
+
+
+def count_volume(
+    volume: Volume, *, client: Client, labels: Sequence[int] | None = None, block: Triple | None = None,
+    progress: bool = True,
+) -> Counts:  # fmt: skip
+    """All counts of a volume, read once block by block and added up in a tree; the same for any `block`.
+
+    Unfinished, with the blocks named, where some could not be read.
+    """
+    limit = block_voxels(volume.shape, volume.dtype.itemsize, threads_of(client))
+    boxes = blocks(volume.shape, block or block_shape(volume.shape, volume.chunks, limit))
+    known = None if labels is None else tuple(labels)
+    leaves = submit(client, _count_block, boxes, source=Source.of(volume), labels=known)
+    level = leaves
+    while len(level) > 1:
+        groups = [level[i : i + _FAN_IN] for i in range(0, len(level), _FAN_IN)]
+        level = [client.submit(_add_parts, group, pure=False) for group in groups]
+    follow(leaves, f"counting {Path(volume.path).name}", progress)
+    total, failures = level[0].result()
+    if failures:
+        listed = ", ".join(str(f.box) for f in failures[:8]) + (", …" if len(failures) > 8 else "")
+        raise Unfinished(
+            f"{volume.path}: {len(failures)} of {len(boxes)} blocks could not be read ({listed}): {failures[0].why}"
+        )
+    return total
+
+
+@dataclass(frozen=True)
+class Named:
+    """How a volume's labels are called and how long its voxels are."""
+
+    phases: dict[int, str]
+    voxel_size: tuple[float, float, float]
+    unit: str
+
+    @property
+    def length_unit(self) -> str:
+        return "micrometer" if self.unit in _MICROMETERS else self.unit
+
+    @property
+    def lengths(self) -> tuple[float, float, float]:
+        """Voxel edges in `length_unit`."""
+        z, y, x = (h * _MICROMETERS.get(self.unit, 1.0) for h in self.voxel_size)
+        return z, y, x
+
+    def join(self, labels: Sequence[int]) -> str:
+        return "|".join(self.phases[i] for i in labels)
+
+
+def measure(
+    volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelSize | None = None,
+    settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, block: Triple | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything metrics.json says of one volume (its `volume` entry).
+
+    phases: names of labels 0, 1, 2, … (default: what the file knows, else the labels as they are found).
+    voxel_size: default what the file says, else one voxel. settings: the random sub-volumes, or none.
+    within: draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
+    """
+    names = tuple(phases) if phases is not None else volume.phases
+    known = None if names is None else tuple(range(len(names)))
+    total = count_volume(volume, client=client, labels=known, block=block, progress=progress)
+    if voxel_size is not None:
+        size, unit = (voxel_size.length,) * 3, voxel_size.unit
+    elif volume.voxel_size is not None:
+        size, unit = volume.voxel_size, volume.unit or ("voxel" if set(volume.voxel_size) == {1.0} else "unit")
+    else:
+        size, unit = (1.0, 1.0, 1.0), "voxel"
+    named = Named(dict(enumerate(names)) if names is not None else {i: str(i) for i in total.labels}, size, unit)
+    result = {
+        "path": os.path.abspath(volume.path),
+        "provenance": volume.provenance,
+        "shape": list(volume.shape),
+        **described(total, named),
+    }
+    if settings is not None and settings.count:
+        spread = subvolumes(
+            volume, client=client, labels=tuple(named.phases), settings=settings, seed=seed, within=within,
+            lengths=named.lengths, progress=progress,
+        )  # fmt: skip
+        result["subvolumes"] = _named_distributions(spread, named)
+    return result
+
+
+def described(total: Counts, named: Named) -> dict[str, Any]:
+    """Counts and the numbers derived from them, keyed by phase name, with units."""
+    found = counts.finalize(total, named.lengths, tuple(named.phases))
+    per_length = f"1/{named.length_unit}"
+    return {
+        "voxel_size": list(named.voxel_size),
+        "voxel_unit": named.unit,
+        "length_unit": named.length_unit,
+        "phases": [{"label": label, "name": name} for label, name in named.phases.items()],
+        "counts": {
+            "voxels": {name: total.voxels.get(label, 0) for label, name in named.phases.items()},
+            "faces": {named.join(pair): list(n) for pair, n in total.faces.items()},
+            "edges": {named.join(some): list(n) for some, n in total.edges.items()},
+            "all_faces": list(total.all_faces),
+            "all_edges": list(total.all_edges),
+        },
+        **_named_densities(found, named, per_length),
+    }
+
+
+def _named_densities(found: Densities, named: Named, per_length: str) -> dict[str, Any]:
+    return {
+        "volume_fraction": {named.phases[i]: v for i, v in found.volume_fraction.items()},
+        "specific_surface_area": {
+            "unit": per_length,
+            "faces": {named.phases[i]: v for i, v in found.specific_surface_faces.items()},
+            "crofton": {named.phases[i]: v for i, v in found.specific_surface_crofton.items()},
+        },
+        "interphase_area": {named.join(pair): v for pair, v in found.interphase_area.items()},
+        "tpb": {
+            "unit": f"{per_length}^2",
+            "density": found.tpb_density,
+            "normalised": found.tpb_normalised,
+            "by_phases": {
+                named.join(some): {"density": v, "normalised": found.tpb_normalised_by_phases[some]}
+                for some, v in found.tpb_density_by_phases.items()
+            },
+        },
+    }
+
+
+def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
+    if spread.skipped:
+        return {"skipped": spread.skipped}
+    per_phase = {"volume_fraction", "specific_surface_faces"}
+    result: dict[str, Any] = {
+        "voxels": spread.edge, "count": len(spread.starts), "seed": spread.seed,
+        "starts": [list(s) for s in spread.starts],
+    }  # fmt: skip
+    for metric, values in spread.values.items():
+        if metric in per_phase:
+            result[metric] = {named.phases[key[0]]: summary(v) for key, v in values.items()}
+        elif metric == "interphase_area":
+            result[metric] = {named.join(key): summary(v) for key, v in values.items()}
+        else:
+            result[metric] = summary(values[()])
+    if spread.transport:
+        result["transport"] = {
+            named.phases[label]: {
+                direction: {
+                    "D_rel": summary([s.d_rel for s in solutions if s.d_rel is not None]),
+                    # Only where the phase percolates; tau of the other cubes is infinite.
+                    "tau": summary([s.tau for s in solutions if s.percolates and s.tau is not None]),
+                    "percolating": sum(s.percolates for s in solutions),
+                    "count": len(solutions),
+                }
+                for direction, solutions in by_direction.items()
+            }
+            for label, by_direction in spread.transport.items()
+        }
+    return result
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the values; null where there are none."""
+    array = np.asarray(values, float)
+    return {
+        "mean": float(array.mean()) if array.size else None,
+        "std": float(array.std(ddof=1)) if array.size > 1 else None,
+        "values": array.tolist(),
+    }
+
+
+def measure_study(
+    study: Study, volume: Volume, *, client: Client, progress: bool = True, command: str = ""
+) -> dict[str, Any]:
+    """metrics.json of a study: the volume, its reference, the training images and the low-res agreement."""
+    reference = None if study.reference.volume is None else open_volume(study.reference.volume)
+    low_res = open_volume(study.low_res.path, study.low_res.raw)
+    within = None
+    if reference is not None:
+        within = [min(a, b) for a, b in zip(volume.shape, reference.shape, strict=True)]
+    settings, size = study.metrics.subvolumes, study.high_res.voxel_size
+    if volume.phases is not None and volume.phases != study.phases:
+        raise InputError(
+            f"{volume.path}: has phases {', '.join(volume.phases)}, the study {', '.join(study.phases)}; "
+            f"measure it with the study that made it"
+        )
+
+    def measured(one: Volume) -> dict[str, Any]:
+        return measure(
+            one, client=client, phases=study.phases, voxel_size=size, settings=settings, seed=study.seed,
+            within=within, progress=progress,
+        )  # fmt: skip
+
+    from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without
+
+    return {
+        **header(command),
+        "study": study.name,
+        "volume": measured(volume),
+        "reference": None if reference is None else measured(reference),
+        "images": measure_images(study.high_res),
+        "low_res": agreement(study, low_res, volume, client=client, progress=progress),
+        "published": [p.model_dump(mode="json") for p in study.reference.published],
+    }
+
+
+def measure_images(high_res: HighRes) -> dict[str, Any]:
+    """The training images with the same kernels, slice by slice, in 2D.
+
+    Interphase areas and normalised TPB are shares of the in-plane faces and of the edges normal to the plane,
+    which for an isotropic material are those of the volume; so is 3/2 of the in-plane surface.
+    """
+    names = tuple(high_res.phases.values())
+    phase_map = PhaseMap(tuple(high_res.phases), "")
+    total = Counts()
+    for image in high_res.images:
+        phase_map.where = image.path
+        for one in read_images(image.path):
+            total = counts.add(total, counts.count(phase_map.index(one[None]), labels=range(len(names))))
+    named = Named(dict(enumerate(names)), (high_res.voxel_size.length,) * 3, high_res.voxel_size.unit)
+    found = described(total, named)
+    keep = ("voxel_size", "voxel_unit", "length_unit", "volume_fraction", "interphase_area")
+    surface = found["specific_surface_area"]
+    return {
+        "paths": [os.path.abspath(image.path) for image in high_res.images],
+        "pixels": sum(total.voxels.values()),
+        "isotropic": high_res.isotropic,
+        **{key: found[key] for key in keep},
+        "specific_surface_area": {
+            "unit": surface["unit"],
+            **{kind: {k: 1.5 * v for k, v in surface[kind].items()} for kind in ("faces", "crofton")},
+        },
+        "tpb": {"normalised": found["tpb"]["normalised"]},
+    }
+
+
+def header(command: str = "") -> dict[str, Any]:
+    return {"schema": SCHEMA, "hpcres": __version__, "command": command}
+
+
+def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
+    """Whole or not at all; NaN and infinities are refused, because JSON has none."""
+    path = Path(path)
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,137 @@
+"""The Dask side of measuring: a client, tasks by place, their progress. Kernels know nothing of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Future, LocalCluster, as_completed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hpcres.errors import InputError
+from hpcres.geometry import Box, Triple, triple
+from hpcres.study import RawHeader
+from hpcres.volumes import Volume, open_volume
+
+BLOCK_BYTES = 64 * 2**20
+_LINE_SECONDS = 5.0
+
+
+@contextmanager
+def connect(scheduler: str | None = None, threads: int | None = None) -> Iterator[Client]:
+    """A Dask client: threads of this process by default (the kernels release the GIL), else a running scheduler.
+
+    `scheduler` is an address (tcp://host:port) or a scheduler file; InputError where nobody answers or works.
+    """
+    if scheduler is None:
+        # Threads share the address space, so results and open files are never copied between processes.
+        threads = threads or len(os.sched_getaffinity(0))
+        logging.getLogger("distributed").setLevel(logging.ERROR)
+        with (
+            LocalCluster(
+                n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=None, memory_limit=None
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
+        return
+    is_file = "://" not in scheduler
+    if is_file and not Path(scheduler).is_file():
+        raise InputError(f"--scheduler {scheduler}: no such scheduler file; give one, or an address as tcp://host:8786")
+    try:
+        client = Client(scheduler_file=scheduler, timeout=20) if is_file else Client(scheduler, timeout=20)
+    except (OSError, TimeoutError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"--scheduler {scheduler}: no scheduler answers ({reason}); start one, or drop it") from None
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=60)
+        except TimeoutError:
+            raise InputError(f"--scheduler {scheduler}: it has no workers; start some with `dask worker`") from None
+        yield client
+
+
+@dataclass(frozen=True)
+class Source:
+    """A volume as tasks name it: every worker opens the path once and keeps it open."""
+
+    path: str
+    raw: RawHeader | None = None
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def of(cls, volume: Volume) -> Source:
+        return cls(os.path.abspath(volume.path), volume.raw)
+
+    def open(self) -> Volume:
+        return _opened(self)
+
+
+@lru_cache(maxsize=8)
+def _opened(source: Source) -> Volume:
+    return open_volume(source.path, source.raw)
+
+
+def block_shape(shape: Sequence[int], chunks: Sequence[int], voxels: int) -> Triple:
+    """Whole chunks, as near a cube as they allow, of at most `voxels` (or one chunk, halved until it fits)."""
+    edges = [min(c, n) for c, n in zip(chunks, shape, strict=True)]
+    while prod(edges) > max(voxels, 1):
+        axis = edges.index(max(edges))
+        edges[axis] = -(-edges[axis] // 2)
+    while True:
+        growing = [a for a in range(3) if edges[a] < shape[a]]
+        axis = min(growing, key=lambda a: edges[a], default=-1)
+        if axis < 0 or prod(edges) * 2 > voxels:
+            return triple(edges)
+        edges[axis] = min(edges[axis] * 2, shape[axis])
+
+
+def block_voxels(shape: Sequence[int], itemsize: int, threads: int) -> int:
+    """Voxels per block: bounded bytes, and a few blocks for every thread."""
+    return max(1, min(BLOCK_BYTES // itemsize, max(2**21, prod(shape) // (4 * threads))))
+
+
+def threads_of(client: Client) -> int:
+    return max(1, sum(client.nthreads().values()))
+
+
+def submit(client: Client, task: Callable[..., Any], *columns: Sequence[Any], **fixed: Any) -> list[Future]:
+    # The store may have changed since an equal call, so results are never shared between calls (pure=False).
+    return client.map(task, *columns, pure=False, **fixed)
+
+
+def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
+    """Wait for all, showing how many are done; the first exception of a task ends the rest and is raised."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
+        disable=not (progress and console.is_terminal), transient=True,
+    )  # fmt: skip
+    said = time.monotonic()
+    with bar:
+        job = bar.add_task(what, total=len(futures))
+        for done, future in enumerate(as_completed(futures), 1):
+            if future.status != "finished":
+                for other in futures:
+                    other.cancel()
+                future.result()
+            bar.advance(job)
+            if progress and not console.is_terminal and time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                print(f"{what}: {done} of {len(futures)}", file=sys.stderr, flush=True)
+
+
+def grown_by_one(box: Box, shape: Sequence[int]) -> Box:
+    """The block with the one voxel on the + side that its faces and edges need."""
+    return box.grown(0, 1, Box.whole(shape))

@@ -1,0 +1,93 @@
+"""Distributions over random sub-volumes, as the papers plot them: 256 cubes of 64³ (Dahari 2022, figs. 2 and 5).
+
+metrics.json holds under `subvolumes`: voxels (edge of a cube), count, seed, starts [[z, y, x]], and per metric
+{mean, std, values}: volume_fraction and specific_surface_faces per phase, interphase_area per pair, tpb_density,
+tpb_normalised; under `transport` {phase: {direction: {D_rel, tau, percolating, count}}} over the first cubes,
+where tau is over the percolating ones. Or `skipped`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from distributed import Client
+
+from hpcres.geometry import AXES, Box, Triple, triple
+from hpcres.metrics import counts
+from hpcres.metrics.counts import Counts
+from hpcres.metrics.schedule import Source, follow, submit
+from hpcres.metrics.transport import Solution, solve_phase
+from hpcres.study import SubVolumes
+from hpcres.volumes import Volume
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Values per cube in the order of `starts`; keys are tuples of labels, empty for one number per cube."""
+
+    edge: int
+    seed: int
+    starts: tuple[Triple, ...] = ()
+    values: dict[str, dict[tuple[int, ...], list[float]]] = field(default_factory=dict)
+    transport: dict[int, dict[str, list[Solution]]] = field(default_factory=dict)
+    skipped: str = ""
+
+
+def positions(seed: int, shape: Sequence[int], count: int, edge: int) -> tuple[Triple, ...]:
+    """First voxels of `count` cubes of `edge` voxels anywhere in `shape`, the first k being those of any count ≥ k."""
+    room = [n - edge + 1 for n in shape]
+    assert min(room) >= 1, (shape, edge)
+    drawn = np.random.default_rng(seed).random((count, 3))
+    return tuple(triple([int(r * n) for r, n in zip(row, room, strict=True)]) for row in drawn)
+
+
+def _count_cube(start: Triple, source: Source, edge: int, labels: tuple[int, ...]) -> Counts:
+    return counts.count(_cube(start, source, edge), labels=labels)
+
+
+def _transport_of_cube(
+    start: Triple, source: Source, edge: int, labels: tuple[int, ...], lengths: tuple[float, float, float]
+) -> dict[int, dict[str, Solution]]:
+    cube = _cube(start, source, edge)
+    return {i: solve_phase(cube == i, directions=AXES, spacing=lengths, threads=1) for i in labels}
+
+
+def _cube(start: Triple, source: Source, edge: int) -> np.ndarray:
+    return source.open().read(Box(start, triple([s + edge for s in start])))
+
+
+def subvolumes(
+    volume: Volume, *, client: Client, labels: Sequence[int], settings: SubVolumes, seed: int,
+    within: Sequence[int] | None = None, lengths: tuple[float, float, float] = (1.0, 1.0, 1.0), progress: bool = True,
+) -> Distributions:  # fmt: skip
+    """Metrics of random cubes of a volume; `lengths` are the voxel edges z, y, x, `within` a shape to stay inside."""
+    shape, edge = tuple(within or volume.shape), settings.voxels
+    if min(shape) < edge:
+        size = " × ".join(map(str, shape))
+        return Distributions(edge, seed, skipped=f"cubes of {edge} voxels do not fit into {size}")
+    starts = positions(seed, shape, settings.count, edge)
+    source, name = Source.of(volume), Path(volume.path).name
+    fixed = {"source": source, "edge": edge, "labels": tuple(labels)}
+    counting = submit(client, _count_cube, starts, **fixed)
+    follow(counting, f"sub-volumes of {name}", progress)
+    transport: dict[int, dict[str, list[Solution]]] = {}
+    if settings.transport_count:
+        solving = submit(client, _transport_of_cube, starts[: settings.transport_count], lengths=lengths, **fixed)
+        follow(solving, f"TauFactor on sub-volumes of {name}", progress)
+        solved = client.gather(solving)
+        transport = {i: {axis: [cube[i][axis] for cube in solved] for axis in AXES} for i in labels}
+    values: dict[str, dict[tuple[int, ...], list[float]]] = {}
+    for cube in client.gather(counting):
+        found = counts.finalize(cube, lengths, labels)
+        per_phase = {"volume_fraction": found.volume_fraction, "specific_surface_faces": found.specific_surface_faces}
+        for metric, by_phase in per_phase.items():
+            for label, value in by_phase.items():
+                values.setdefault(metric, {}).setdefault((label,), []).append(value)
+        for pair, value in found.interphase_area.items():
+            values.setdefault("interphase_area", {}).setdefault(pair, []).append(value)
+        for metric, value in (("tpb_density", found.tpb_density), ("tpb_normalised", found.tpb_normalised)):
+            values.setdefault(metric, {}).setdefault((), []).append(value)
+    return Distributions(edge, seed, starts, values, transport)
