@@ -65,7 +65,10 @@ def _count_block(box: Box, source: Source, labels: tuple[int, ...] | None) -> Pa
         voxels = volume.read(grown_by_one(box, volume.shape))
     except (InputError, OSError, RuntimeError) as error:
         return Counts(), (Failure(box, " ".join(str(error).split())),)
-    return counts.count(voxels, box.shape, labels), ()
+    try:
+        return counts.count(voxels, box.shape, labels), ()
+    except InputError as error:
+        raise InputError(f"{volume.path}: {error}") from None
 
 
 def _add_parts(parts: Sequence[Part]) -> Part:

@@ -123,9 +123,10 @@ def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
         job = bar.add_task(what, total=len(futures))
         for done, future in enumerate(as_completed(futures), 1):
             if future.status != "finished":
+                error = future.exception()
                 for other in futures:
                     other.cancel()
-                future.result()
+                raise error
             bar.advance(job)
             if progress and not console.is_terminal and time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()

@@ -1,0 +1,457 @@
+"""Counts against plain numpy and closed forms; any chunking equals the whole; transport against closed forms."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import combinations
+from math import inf
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import Box, blocks
+from hpcres.metrics import counts
+from hpcres.metrics.agreement import agreement
+from hpcres.metrics.measure import measure, measure_study, write_json
+from hpcres.metrics.schedule import block_shape, connect, grown_by_one
+from hpcres.metrics.subvolumes import positions
+from hpcres.metrics.transport import check_memory, parse_crop, solve_phase, tortuosity
+from hpcres.study import Study, SubVolumes
+from hpcres.volumes import open_volume
+
+DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
+real = pytest.mark.skipif(not (DATA / "electrode.tiff").exists(), reason="needs $HPCRES_DATA")
+
+
+@pytest.fixture(scope="module")
+def client():
+    with connect(threads=2) as local:
+        yield local
+
+
+def plain_counts(a: np.ndarray) -> counts.Counts:
+    """The same counts by whole-array slicing; nothing of the code under test."""
+    labels = [int(v) for v in np.unique(a)]
+    faces: dict[tuple[int, int], list[int]] = {}
+    edges: dict[tuple[int, ...], list[int]] = {}
+    all_faces, all_edges = [0, 0, 0], [0, 0, 0]
+    for axis in range(3):
+        b = np.moveaxis(a, axis, 0)
+        low, high = b[:-1], b[1:]
+        all_faces[axis] = low.size
+        for i, j in combinations(labels, 2):
+            n = np.count_nonzero(((low == i) & (high == j)) | ((low == j) & (high == i)))
+            faces.setdefault((i, j), [0, 0, 0])[axis] = n
+        four = np.stack([b[:, :-1, :-1], b[:, 1:, :-1], b[:, :-1, 1:], b[:, 1:, 1:]])
+        all_edges[axis] = four[0].size
+        for size in (3, 4):
+            for some in combinations(labels, size):
+                shown = np.stack([(four == i).any(0) for i in some])
+                n = np.count_nonzero(shown.all(0) & np.isin(four, some).all(0))
+                edges.setdefault(some, [0, 0, 0])[axis] = n
+    return counts.Counts(
+        {i: int(np.count_nonzero(a == i)) for i in labels},
+        {k: tuple(v) for k, v in faces.items() if any(v)},
+        {k: tuple(v) for k, v in edges.items() if any(v)},
+        tuple(all_faces),
+        tuple(all_edges),
+    )
+
+
+def by_blocks(a: np.ndarray, block: tuple[int, int, int]) -> counts.Counts:
+    parts = [counts.count(a[grown_by_one(box, a.shape).slices], box.shape) for box in blocks(a.shape, block)]
+    return counts.add_all(parts[::-1])
+
+
+edge = st.integers(1, 9)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    shape=st.tuples(edge, edge, edge),
+    block=st.tuples(edge, edge, edge),
+    labels=st.lists(st.integers(-100, 100), min_size=1, max_size=16, unique=True),
+    dtype=st.sampled_from([np.int8, np.int16, np.int64]),
+    voxel_size=st.tuples(*[st.floats(0.1, 10)] * 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_chunking_gives_the_counts_of_the_whole_and_those_of_plain_numpy(
+    shape, block, labels, dtype, voxel_size, seed
+):
+    a = np.random.default_rng(seed).choice(np.array(labels, dtype), shape)
+    whole = counts.count(a)
+    assert by_blocks(a, block) == whole == plain_counts(a)
+    assert counts.finalize(by_blocks(a, block), voxel_size) == counts.finalize(whole, voxel_size)
+
+
+def test_many_labels_in_wide_rows_match_plain_numpy():
+    rng = np.random.default_rng(1)
+    for n in (2, 3, 4, 5, 16):
+        a = rng.integers(0, n, (7, 6, 201)).astype(np.uint8)
+        a[2:5, :, 30:170] = 1  # long uniform runs, as in a real image
+        assert counts.count(a) == counts.count(a, labels=range(n)) == plain_counts(a)
+        assert by_blocks(a, (3, 4, 65)) == plain_counts(a)
+
+
+def test_checkerboard_has_every_face_between_the_phases():
+    a = (np.indices((4, 5, 6)).sum(0) % 2).astype(np.uint8)
+    found = counts.finalize(counts.count(a), (1, 1, 1))
+    assert found.interphase_area[0, 1] == 1.0
+    assert found.tpb_density == 0.0
+    assert found.specific_surface_faces[0] == (3 * 5 * 6 + 4 * 4 * 6 + 4 * 5 * 5) / 120
+
+
+def test_layers_have_their_area_along_one_axis_only():
+    a = np.zeros((8, 5, 7), np.uint8)
+    a[3:5] = 1  # two interfaces normal to z
+    total = counts.count(a)
+    assert total.faces == {(0, 1): (2 * 5 * 7, 0, 0)}
+    found = counts.finalize(total, (2.0, 3.0, 5.0))
+    assert found.specific_surface_faces[1] == pytest.approx(2 / (8 * 2.0), rel=1e-14)
+    assert found.specific_surface_crofton[1] == pytest.approx(4 / 3 / (8 * 2.0), rel=1e-14)
+
+
+def test_one_box_has_the_surface_of_a_cuboid_with_anisotropic_voxels():
+    a = np.zeros((10, 11, 12), np.uint8)
+    a[2:5, 3:7, 4:9] = 1
+    hz, hy, hx = 0.5, 2.0, 3.0
+    bz, by, bx = 3 * hz, 4 * hy, 5 * hx
+    found = counts.finalize(counts.count(a), (hz, hy, hx))
+    volume = a.size * hz * hy * hx
+    assert found.specific_surface_faces[1] == pytest.approx(2 * (bz * by + by * bx + bz * bx) / volume, rel=1e-14)
+    assert found.volume_fraction == {0: 1 - 60 / a.size, 1: 60 / a.size}
+
+
+@pytest.mark.parametrize(("axis", "length"), [(0, 0.5), (1, 2.0), (2, 3.0)])
+def test_three_phases_meeting_in_one_line_have_its_length(axis, length):
+    """Two quarter spaces and a half space share one straight line through the volume."""
+    a = np.zeros((6, 6, 6), np.uint8)
+    a[:, :3], a[:, 3:, :3], a[:, 3:, 3:] = 0, 1, 2
+    a = np.moveaxis(a, 0, axis)
+    total = counts.count(a)
+    assert total.edges[0, 1, 2] == tuple(6 if k == axis else 0 for k in range(3))
+    found = counts.finalize(total, (0.5, 2.0, 3.0))
+    assert found.tpb_density == pytest.approx(6 * length / (216 * 3.0), rel=1e-14)
+    assert found.tpb_normalised == 6 / (3 * 6 * 25)
+
+
+def test_slabs_of_three_phases_never_meet_in_a_line():
+    a = np.repeat([0, 1, 2], 3).astype(np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    assert counts.count(a).edges == {}
+    assert counts.finalize(counts.count(a), (1, 1, 1)).interphase_area == {
+        (0, 1): 16 / (8 * 16 + 2 * 9 * 12), (0, 2): 0.0, (1, 2): 16 / (8 * 16 + 2 * 9 * 12),
+    }  # fmt: skip
+
+
+def test_an_edge_of_four_phases_counts_once_and_under_its_own_name():
+    a = np.array([[[0, 1], [2, 3]]] * 5, np.uint8)
+    total = counts.count(a)
+    assert total.edges == {(0, 1, 2, 3): (5, 0, 0)}
+    assert counts.finalize(total, (1, 1, 1)).tpb_normalised == 5 / sum(total.all_edges)
+
+
+def test_labels_that_cannot_be_phases_are_refused():
+    with pytest.raises(InputError, match="17 different labels"):
+        counts.count(np.arange(17, dtype=np.uint8).reshape(1, 1, 17))
+    with pytest.raises(InputError, match="17 different labels"):
+        by_blocks(np.arange(17, dtype=np.int16).reshape(1, 1, 17), (1, 1, 4))
+    with pytest.raises(InputError, match="label 7"):
+        counts.count(np.array([[[0, 1, 7]]], np.uint8), labels=(0, 1))
+
+
+# ---- the Dask schedule -------------------------------------------------------------------------------------
+
+
+def numbers(result: dict) -> dict:
+    return {k: v for k, v in result.items() if k not in ("path", "provenance")}
+
+
+@real
+def test_the_electrode_has_its_published_numbers_for_any_chunking(client):
+    volume = open_volume(DATA / "electrode.tiff")
+    whole = measure(volume, client=client, progress=False)
+    fractions = [round(v, 6) for v in whole["volume_fraction"].values()]
+    assert list(whole["volume_fraction"]) == ["0", "85", "170"]
+    assert [f"{v:.6f}" for v in whole["specific_surface_area"]["faces"].values()] == ["0.306837", "0.146105", "0.342226"]
+    assert fractions == [0.449917, 0.400466, 0.149616]
+    truth = plain_counts(volume.read(Box.whole(volume.shape)))
+    assert whole["counts"]["faces"] == {f"{a}|{b}": list(v) for (a, b), v in truth.faces.items()}
+    assert whole["counts"]["edges"] == {"0|85|170": list(truth.edges[0, 85, 170])}
+    assert whole["interphase_area"]["0|170"] == sum(truth.faces[0, 170]) / sum(truth.all_faces)
+    assert whole["tpb"]["normalised"] == sum(truth.edges[0, 85, 170]) / sum(truth.all_edges)
+    for block in ((100, 130, 256), (256, 31, 77)):
+        assert measure(volume, client=client, block=block, progress=False) == whole
+
+
+def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
+    a = np.zeros((4, 4, 4), np.uint8)
+    a[:2] = 1
+    np.save(tmp_path / "a.npy", a)
+    study = small_study(tmp_path)
+    found = measure(
+        open_volume(tmp_path / "a.npy"), client=client, phases=("pore", "solid"), voxel_size=study.high_res.voxel_size,
+        progress=False,
+    )  # fmt: skip
+    assert found["specific_surface_area"]["unit"] == "1/micrometer"
+    assert found["specific_surface_area"]["faces"]["pore"] == pytest.approx(1 / (4 * 0.065), rel=1e-12)
+    assert found["voxel_size"] == [65.0] * 3
+    assert found["voxel_unit"] == "nanometer"
+
+
+def test_blocks_that_cannot_be_read_are_listed_and_nothing_is_returned(client, tmp_path):
+    from hpcres.volumes import LabelStore
+
+    store = LabelStore.create(
+        tmp_path / "half.zarr", (32, 16, 16), shard=(16, 16, 16), chunk_voxels=16, voxel_size=1.0, unit="voxel",
+        phases=("a", "b"), provenance={},
+    )  # fmt: skip
+    store.write(0, Box((0, 0, 0), (16, 16, 16)), np.zeros((16, 16, 16), np.uint8))
+    with pytest.raises(Unfinished, match=r"z 16:32 y 0:16 x 0:16.*never written"):
+        measure(open_volume(tmp_path / "half.zarr"), client=client, block=(16, 16, 16), progress=False)
+
+
+def test_an_unknown_label_names_itself(client, tmp_path):
+    np.save(tmp_path / "a.npy", np.full((4, 4, 4), 9, np.uint8))
+    with pytest.raises(InputError, match="label 9"):
+        measure(open_volume(tmp_path / "a.npy"), client=client, phases=("pore", "solid"), progress=False)
+
+
+def test_a_scheduler_that_is_not_there_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="no such scheduler file"), connect(str(tmp_path / "none.json")):
+        pass
+
+
+def test_blocks_are_whole_chunks_of_bounded_size():
+    assert block_shape((2000, 2000, 2000), (128, 128, 128), 2**26) == (512, 512, 256)
+    assert block_shape((256, 256, 256), (1, 256, 256), 2**21) == (32, 256, 256)
+    assert block_shape((10, 10, 10), (64, 64, 64), 2**26) == (10, 10, 10)
+    assert np.prod(block_shape((3000, 3000, 3000), (3000, 3000, 3000), 2**26)) <= 2**26
+
+
+def test_subvolumes_measure_the_cubes_they_name(client, tmp_path):
+    a = np.random.default_rng(3).integers(0, 3, (40, 30, 50)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", a)
+    cubes = SubVolumes(count=12, voxels=16)
+    volume = open_volume(tmp_path / "a.npy")
+    found = measure(volume, client=client, settings=cubes, seed=5, progress=False)["subvolumes"]
+    assert found["starts"] == [list(p) for p in positions(5, a.shape, 12, 16)]
+    assert len({tuple(s) for s in found["starts"]}) > 6
+    for place, (z, y, x) in enumerate(found["starts"]):
+        cube = a[z : z + 16, y : y + 16, x : x + 16]
+        assert cube.shape == (16, 16, 16)
+        truth = plain_counts(cube)
+        assert found["volume_fraction"]["1"]["values"][place] == np.mean(cube == 1)
+        assert found["tpb_normalised"]["values"][place] == sum(truth.edges[0, 1, 2]) / sum(truth.all_edges)
+        assert found["interphase_area"]["0|2"]["values"][place] == sum(truth.faces[0, 2]) / sum(truth.all_faces)
+    values = found["volume_fraction"]["1"]
+    assert values["mean"] == pytest.approx(np.mean(values["values"]))
+    assert values["std"] == pytest.approx(np.std(values["values"], ddof=1))
+    small = measure(volume, client=client, settings=SubVolumes(count=2, voxels=64), progress=False)
+    assert "do not fit" in small["subvolumes"]["skipped"]
+
+
+def test_subvolume_transport_has_zero_diffusivity_where_nothing_percolates(client, tmp_path):
+    a = np.zeros((16, 16, 16), np.uint8)
+    a[:, :, 8] = 1  # a wall normal to x
+    np.save(tmp_path / "a.npy", a)
+    found = measure(
+        open_volume(tmp_path / "a.npy"), client=client, settings=SubVolumes(count=1, voxels=16, transport_count=1),
+        progress=False,
+    )["subvolumes"]["transport"]  # fmt: skip
+    assert found["0"]["x"]["D_rel"]["values"] == [0.0]
+    assert found["0"]["x"]["percolating"] == 0
+    assert found["0"]["x"]["tau"]["mean"] is None
+    assert found["0"]["z"]["tau"]["mean"] == pytest.approx(1.0, abs=1e-3)
+    assert found["1"]["y"]["D_rel"]["mean"] == pytest.approx(1 / 16, rel=1e-3)
+
+
+# ---- a study: reference, images, low-res agreement ---------------------------------------------------------
+
+
+def small_study(folder: Path, **more) -> Study:
+    return Study.model_validate(
+        {
+            "name": "t", "scale_factor": more.pop("scale", 2), "output": str(folder / "out"),
+            "high_res": {
+                "phases": {0: "pore", 128: "solid", 255: "binder"}, "voxel_size": "65 nm",
+                "images": [{"path": str(folder / "slice.npy")}],
+            },
+            "low_res": {"path": str(folder / "low.npy"), "phases": {5: ["pore", "binder"], 9: "solid"}},
+            "imaging": {"operator": "under-sampled"}, **more,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", ["2", "8/5", "16/3"])
+@pytest.mark.parametrize("operator", ["under-sampled", "under-resolved"])
+def test_agreement_by_blocks_is_that_of_the_whole_volume(client, tmp_path, monkeypatch, scale, operator):
+    from hpcres.geometry import high_res_shape
+    from hpcres.imaging import ImagingOperator, one_hot
+    from hpcres.metrics import agreement as module
+
+    monkeypatch.setattr(module, "_BLOCK_HIGH_RES", 16)  # many blocks in a small volume
+    study = small_study(tmp_path, scale=scale, imaging={"operator": operator})
+    rng = np.random.default_rng(2)
+    low = rng.choice(np.array([5, 9], np.uint8), (13, 12, 9))
+    # Blobs rather than white noise: the answer must not hang on rounding.
+    coarse = rng.integers(0, 3, tuple(-(-n // 4) for n in high_res_shape(low.shape, study.scale_factor)))
+    sharp = coarse.repeat(4, 0).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+    sharp = sharp[tuple(slice(n) for n in high_res_shape(low.shape, study.scale_factor))]
+    np.save(tmp_path / "low.npy", low)
+    np.save(tmp_path / "sharp.npy", sharp)
+    imaged = ImagingOperator(study.scale_factor, [[0, 2], [1]], study.imaging)(
+        one_hot(torch.from_numpy(sharp.astype(np.int64))[None], 3)
+    )[0].argmax(0)
+    given = (low == 9)[tuple(slice(n) for n in imaged.shape)]
+    found = agreement(
+        study, open_volume(tmp_path / "low.npy"), open_volume(tmp_path / "sharp.npy"), client=client, progress=False
+    )
+    assert found["agreement"] == np.mean(imaged.numpy() == given)
+    assert found["voxels_compared"] == imaged.numel()
+    assert found["phases"] == ["pore+binder", "solid"]
+    assert found["of_volume"]["solid"] == imaged.float().mean().item() or found["of_volume"]["solid"] == np.mean(
+        imaged.numpy()
+    )
+
+
+def test_a_study_measures_volume_reference_images_and_agreement(client, tmp_path):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, (24, 24, 24)).astype(np.uint8)
+    sharp = truth.copy()
+    sharp[0, 0, :5] = (sharp[0, 0, :5] + 1) % 3
+    np.save(tmp_path / "truth.npy", truth)
+    np.save(tmp_path / "sharp.npy", sharp)
+    np.save(tmp_path / "low.npy", np.where(truth[::2, ::2, ::2] == 1, 9, 5).astype(np.uint8))
+    image = rng.integers(0, 3, (2, 64, 70))
+    np.save(tmp_path / "slice.npy", np.array([0, 128, 255], np.uint8)[image])
+    study = small_study(
+        tmp_path,
+        reference={
+            "volume": str(tmp_path / "truth.npy"),
+            "published": [{"metric": "normalised_tpb", "value": 0.01, "source": "someone"}],
+        },
+        metrics={"subvolumes": {"count": 3, "voxels": 8}},
+    )
+    found = measure_study(study, open_volume(tmp_path / "sharp.npy"), client=client, progress=False)
+    assert found["volume"]["volume_fraction"]["pore"] == np.mean(sharp == 0)
+    assert found["reference"]["volume_fraction"]["pore"] == np.mean(truth == 0)
+    assert found["reference"]["subvolumes"]["starts"] == found["volume"]["subvolumes"]["starts"]
+    assert found["published"][0]["value"] == 0.01
+    wrong = np.count_nonzero((sharp[::2, ::2, ::2] == 1) != (truth[::2, ::2, ::2] == 1))
+    assert wrong > 0
+    assert found["low_res"]["agreement"] == 1 - wrong / 12**3
+    slices = [plain_counts(one[None]) for one in image]
+    assert found["images"]["volume_fraction"]["solid"] == np.mean(image == 1)
+    assert found["images"]["interphase_area"]["pore|binder"] == sum(sum(c.faces[0, 2]) for c in slices) / sum(
+        sum(c.all_faces) for c in slices
+    )
+    assert found["images"]["tpb"]["normalised"] == sum(sum(c.edges[0, 1, 2]) for c in slices) / (2 * 63 * 69)
+    write_json(tmp_path / "metrics.json", found)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(found))
+
+
+def test_a_volume_of_another_size_than_the_low_res_makes_is_refused(client, tmp_path):
+    np.save(tmp_path / "sharp.npy", np.zeros((20, 20, 21), np.uint8))
+    np.save(tmp_path / "low.npy", np.full((10, 10, 10), 5, np.uint8))
+    study = small_study(tmp_path)
+    with pytest.raises(InputError, match="makes"):
+        agreement(
+            study, open_volume(tmp_path / "low.npy"), open_volume(tmp_path / "sharp.npy"), client=client, progress=False
+        )
+
+
+# ---- transport ---------------------------------------------------------------------------------------------
+
+
+def test_uniform_phase_has_tau_one_in_every_direction():
+    for solution in solve_phase(np.ones((12, 10, 14), bool)).values():
+        assert solution.state == "converged"
+        assert solution.tau == pytest.approx(1.0, abs=1e-5)
+
+
+def test_straight_channel_has_tau_one_and_its_area_as_diffusivity():
+    mask = np.zeros((16, 8, 8), bool)
+    mask[:, 2:5, 3:7] = True
+    mask[3, 7, 7] = True  # an island: counts in the volume fraction, carries nothing
+    found = solve_phase(mask, rtol=1e-4)
+    assert found["z"].d_rel == pytest.approx(12 / 64, rel=1e-4)
+    assert found["z"].tau_percolating == pytest.approx(1.0, rel=1e-4)
+    assert found["z"].tau == pytest.approx((12 / 64 + 1 / 1024) / (12 / 64), rel=1e-4)
+    for across in "yx":
+        assert found[across].state == "not percolating"
+        assert found[across].d_rel == 0.0
+        assert found[across].tau == inf
+        assert found[across].as_json()["tau"] is None
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 3.0, 1.0), (4.0, 1.0, 2.0), (1.0, 1.0, 5.0)])
+def test_random_phase_matches_a_direct_solve_with_any_voxel_shape(spacing):
+    mask = np.random.default_rng(7).random((7, 8, 9)) < 0.75
+    found = solve_phase(mask, spacing=spacing, rtol=1e-4)
+    for axis, direction in enumerate("zyx"):
+        assert found[direction].d_rel == pytest.approx(direct_d_rel(mask, axis, spacing), rel=2e-3)
+
+
+def direct_d_rel(mask: np.ndarray, axis: int, spacing) -> float:
+    """Sparse direct solve of the 7-point system, Dirichlet 0 and 1 on the outer faces."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.linalg import spsolve
+
+    order = [axis, *(k for k in range(3) if k != axis)]
+    m, h = mask.transpose(order), [spacing[k] for k in order]
+    index = np.full(m.shape, -1)
+    index[m] = np.arange(m.sum())
+    diagonal, right = np.full(m.sum(), 1e-12), np.zeros(m.sum())
+    rows, columns, values = [], [], []
+    for k in range(3):
+        g = np.prod(h) / h[k] ** 2
+        a, b = (np.moveaxis(index, k, 0)[s].ravel() for s in (slice(None, -1), slice(1, None)))
+        both = (a >= 0) & (b >= 0)
+        a, b = a[both], b[both]
+        np.add.at(diagonal, a, g)
+        np.add.at(diagonal, b, g)
+        rows += [a, b]
+        columns += [b, a]
+        values += [np.full(a.size, -g)] * 2
+    g = 2 * np.prod(h) / h[0] ** 2
+    first, last = (index[k][index[k] >= 0] for k in (0, -1))
+    np.add.at(diagonal, first, g)
+    np.add.at(diagonal, last, g)
+    right[last] += g
+    n = m.sum()
+    matrix = coo_matrix(
+        (np.concatenate([*values, diagonal]), (np.r_[*rows, np.arange(n)], np.r_[*columns, np.arange(n)]))
+    )
+    flux = g * spsolve(matrix.tocsr(), right)[first].sum()
+    length, area = m.shape[0] * h[0], m.shape[1] * h[1] * m.shape[2] * h[2]
+    return flux * length / area
+
+
+def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
+    a = np.zeros((8, 8, 8), np.uint8)
+    a[:, :4] = 1
+    np.save(tmp_path / "a.npy", a)
+    volume = open_volume(tmp_path / "a.npy")
+    found = tortuosity(volume, phases=("pore", "solid"), directions="zy", crop="0:8,2:8,:")
+    assert found["crop"] == [[0, 8], [2, 8], [0, 8]]
+    assert [(r["phase"], r["direction"], r["state"]) for r in found["results"]] == [
+        ("pore", "z", "converged"), ("pore", "y", "not percolating"),
+        ("solid", "z", "converged"), ("solid", "y", "not percolating"),
+    ]  # fmt: skip
+    assert found["results"][2]["D_rel"] == pytest.approx(1 / 3, rel=1e-3)
+    with pytest.raises(InputError, match="no such phase"):
+        tortuosity(volume, phases=("pore", "solid"), only=("gold",))
+    for bad in ("0:8", "0:9,:,:", "a:b,:,:", "4:4,:,:"):
+        with pytest.raises(InputError, match="--crop"):
+            parse_crop(bad, volume.shape)
+
+
+def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
+    with pytest.raises(InputError, match=r"2000 × 2000 × 2000 voxels: needs 521\.\d GiB.*--crop"):
+        check_memory((2000, 2000, 2000), "cpu")
