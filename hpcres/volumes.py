@@ -41,6 +41,7 @@ _TOP_VOXELS = 256
 """Edge that the coarsest pyramid level stays within."""
 _SLAB_BYTES = 2**30
 _TIFF, _HDF5, _RAW = (".tif", ".tiff", ".btf", ".tf8"), (".h5", ".hdf5", ".hdf", ".he5", ".nxs"), (".raw", ".bin")
+_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _READS = "reads .tif, .npy, .h5:/dataset, .zarr, and .raw with its header in the study"
 
 
@@ -416,14 +417,19 @@ def _tiff_voxel_size(tiff: Any, page: Any) -> tuple[Spacing | None, str | None]:
 # ---- Zarr in -----------------------------------------------------------------------------------------------
 
 
-def _open_zarr(path: str) -> Volume:
-    if not any((Path(path) / name).is_file() for name in ("zarr.json", ".zarray", ".zgroup")):
-        raise InputError(f"{path}: is a folder, but no zarr array or group (no zarr.json, .zarray or .zgroup in it)")
+def _zarr_node(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array | zarr.Group, dict[str, Any]]:
+    """The array or group at `path`, and its attributes."""
+    if not any((_existing(path) / name).is_file() for name in _ZARR_FILES):
+        raise InputError(f"{path}: is no zarr array or group ({', '.join(_ZARR_FILES)} are not in it); check the path")
     try:
-        node = zarr.open(path, mode="r")
-        attributes = dict(node.attrs)
+        node = zarr.open(path, mode=mode)
+        return node, dict(node.attrs)
     except Exception as error:  # broken JSON, missing keys, unknown codecs: zarr has no common exception
         _corrupt(path, error)
+
+
+def _open_zarr(path: str) -> Volume:
+    node, attributes = _zarr_node(path)
     if isinstance(node, zarr.Array):
         return _array_volume(path, node, False, node.chunks)
     ome: Any = attributes.get("ome", attributes)
@@ -629,16 +635,13 @@ class LabelStore:
     @classmethod
     def open(cls, path: str | Path) -> LabelStore:
         """Open a store of ours; InputError for anything else."""
-        _existing(str(path))
-        try:
-            group = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r")
-            ours = "hpcres" in group.attrs and "ome" in group.attrs
-            store = cls(path, group) if ours else None
-        except Exception as error:  # see _open_zarr
-            _corrupt(str(path), error)
-        if store is None:
+        group, attributes = _zarr_node(str(path), "r+" if os.access(path, os.W_OK) else "r")
+        if not isinstance(group, zarr.Group) or not {"hpcres", "ome"} <= set(attributes):
             raise InputError(f"{path}: is no label store of hpcres; make one with hpcres convert or hpcres infer")
-        return store
+        try:
+            return cls(path, group)
+        except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
+            _corrupt(str(path), f"metadata: {error!r}")
 
     def __reduce__(self) -> tuple[Callable[..., LabelStore], tuple[Path]]:
         return LabelStore.open, (self.path,)
@@ -757,7 +760,7 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise InputError(f"{path}: cannot be written, no permission in {nearest}; write elsewhere with --output")
     if path.exists() and not overwrite:
         raise InputError(f"{path}: exists already; remove it, write elsewhere with --output, or give --overwrite")
-    if path.exists() and not any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zarray")):
+    if path.exists() and not any((path / name).is_file() for name in _ZARR_FILES):
         raise InputError(f"{path}: exists and is no zarr, so --overwrite will not remove it; write elsewhere")
 
 

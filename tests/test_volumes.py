@@ -1,0 +1,656 @@
+"""Volumes against the arrays they were written from, and the store against its own rules and three other readers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from PIL import Image
+
+from hpcres import volumes
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import Box, triple
+from hpcres.study import RawHeader
+from hpcres.volumes import (
+    UNWRITTEN,
+    LabelStore,
+    PhaseMap,
+    Volume,
+    array_volume,
+    coarsen_by_mode,
+    convert,
+    open_volume,
+    read_images,
+    write_images,
+)
+
+SHAPE = (21, 50, 67)
+
+
+def labels(shape=SHAPE, dtype=np.uint8, values=(0, 1, 2), seed=0) -> np.ndarray:
+    return np.array(values, dtype)[np.random.default_rng(seed).integers(0, len(values), shape)]
+
+
+def random_boxes(shape, count=12, seed=1) -> list[Box]:
+    rng = np.random.default_rng(seed)
+    boxes = [Box.whole(shape), Box((0, 0, 0), (1, 1, 1)), Box(triple([n - 1 for n in shape]), shape)]
+    for _ in range(count):
+        ends = np.sort([rng.integers(0, n + 1, 2) for n in shape], axis=1)
+        boxes.append(Box(triple(ends[:, 0]), triple(ends[:, 1])))
+    return boxes
+
+
+# ---- every format in ---------------------------------------------------------------------------------------
+
+
+def tiff(**options):
+    def write(path: Path, array: np.ndarray) -> str:
+        tifffile.imwrite(path / "a.tif", array, **options)
+        return str(path / "a.tif")
+
+    return write
+
+
+def tiff_page_by_page(path: Path, array: np.ndarray, **options) -> str:
+    with tifffile.TiffWriter(path / "pages.tiff") as file:
+        for page in array:
+            file.write(page, contiguous=False, **options)
+    return str(path / "pages.tiff")
+
+
+def tiff_plain_pages(path: Path, array: np.ndarray) -> str:
+    return tiff_page_by_page(path, array, metadata=None, compression="zlib", rowsperstrip=7)
+
+
+def npy(path: Path, array: np.ndarray) -> str:
+    np.save(path / "a.npy", array)
+    return str(path / "a.npy")
+
+
+def npy_fortran(path: Path, array: np.ndarray) -> str:
+    return npy(path, np.asfortranarray(array))
+
+
+def hdf5(path: Path, array: np.ndarray) -> str:
+    with h5py.File(path / "a.h5", "w") as file:
+        file.create_dataset("scan/labels", data=array[None], chunks=(1, 8, 16, 16), compression="gzip")
+    return f"{path / 'a.h5'}:/scan/labels"
+
+
+def bare_zarr(path: Path, array: np.ndarray) -> str:
+    zarr.create_array(str(path / "a.zarr"), data=array, chunks=(8, 16, 16), zarr_format=2)
+    return str(path / "a.zarr")
+
+
+def ome_zarr(version: str):
+    def write(path: Path, array: np.ndarray) -> str:
+        units = [{"name": a, "type": "space", "unit": "micrometer"} for a in "zyx"]
+        multiscale = {
+            "axes": [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}, *units],
+            "datasets": [
+                {"path": name, "coordinateTransformations": [{"type": "scale", "scale": [1, 1, 2 * f, f, f]}]}
+                for name, f in (("full", 0.5), ("half", 1.0))
+            ],
+        }
+        content = {"multiscales": [multiscale | {"version": version}]}
+        group = zarr.create_group(
+            str(path / "o.zarr"), zarr_format=2 if version == "0.4" else 3,
+            attributes=content if version == "0.4" else {"ome": content},
+        )  # fmt: skip
+        group.create_array("full", data=array[None, None], chunks=(1, 1, 8, 16, 16))
+        group.create_array("half", data=array[None, None, ::2, ::2, ::2], chunks=(1, 1, 8, 16, 16))
+        return str(path / "o.zarr")
+
+    return write
+
+
+FORMATS = {
+    "tiff": tiff(),
+    "tiff-deflate": tiff(compression="zlib"),
+    "tiff-tiled-bigtiff": tiff(compression="zlib", tile=(16, 32), bigtiff=True, predictor=True),
+    "tiff-tiled-uncompressed": tiff(tile=(16, 32)),
+    "tiff-volumetric": tiff(compression="zlib", tile=(16, 16, 32), volumetric=True),
+    "tiff-big-endian": tiff(byteorder=">"),
+    "tiff-imagej": tiff(imagej=True, metadata={"axes": "ZYX"}),
+    "tiff-one-ifd": tiff(truncate=True),
+    "tiff-series-a-page": tiff_page_by_page,
+    "tiff-pages": tiff_plain_pages,
+    "npy": npy,
+    "npy-fortran": npy_fortran,
+    "hdf5": hdf5,
+    "zarr": bare_zarr,
+    "ome-zarr-0.4": ome_zarr("0.4"),
+    "ome-zarr-0.5": ome_zarr("0.5"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_any_box_of_any_format_is_the_array(name, dtype, tmp_path):
+    array = labels(dtype=dtype, values=(0, 7, 200))
+    volume = open_volume(FORMATS[name](tmp_path, array))
+    again = pickle.loads(pickle.dumps(volume))
+    assert volume.shape == SHAPE
+    assert volume.dtype == dtype
+    for box in random_boxes(SHAPE):
+        part = volume.read(box)
+        assert part.dtype == dtype
+        assert part.flags.c_contiguous
+        np.testing.assert_array_equal(part, array[box.slices])
+        np.testing.assert_array_equal(again.read(box), array[box.slices])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "bool"])
+def test_label_types(dtype, tmp_path):
+    array = labels(dtype=dtype, values=(0, 1) if dtype == "bool" else (0, 3, 77 if dtype[0] == "u" else -5))
+    for place, write in enumerate((npy, hdf5, bare_zarr, tiff(compression="zlib"))):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        volume = open_volume(write(folder, array))
+        assert volume.dtype == (np.uint8 if dtype == "bool" else dtype)
+        np.testing.assert_array_equal(volume.read(Box.whole(SHAPE)), array)
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_raw_with_a_header(order, tmp_path):
+    array = labels(dtype=np.int16, values=(-3, 0, 900))
+    path = tmp_path / "a.raw"
+    path.write_bytes(b"header" + array.astype(">i2" if order == "big" else "<i2").tobytes())
+    header = RawHeader(shape=SHAPE, dtype="int16", byte_order=order, offset_bytes=6)
+    volume = pickle.loads(pickle.dumps(open_volume(path, header)))
+    for box in random_boxes(SHAPE):
+        np.testing.assert_array_equal(volume.read(box), array[box.slices])
+    with pytest.raises(InputError, match=f"{array.nbytes + 6} bytes.* needs {array.nbytes + 7}"):
+        open_volume(path, header.model_copy(update={"offset_bytes": 7}))
+
+
+def test_voxel_sizes_come_from_the_file_where_it_has_them(tmp_path):
+    array = labels()
+    imagej = {"axes": "ZYX", "spacing": 0.5, "unit": "um"}
+    tifffile.imwrite(tmp_path / "ij.tif", array, imagej=True, resolution=(4, 5), metadata=imagej)
+    assert open_volume(tmp_path / "ij.tif").voxel_size == pytest.approx((0.5, 0.2, 0.25))
+    ome = {f"PhysicalSize{a}": v for a, v in zip("ZYX", (90.0, 65.0, 60.0), strict=True)}
+    ome |= {f"PhysicalSize{a}Unit": "nm" for a in "ZYX"}
+    tifffile.imwrite(tmp_path / "a.ome.tif", array, metadata={"axes": "ZYX", **ome})
+    volume = open_volume(tmp_path / "a.ome.tif")
+    assert (volume.voxel_size, volume.unit) == ((90, 65, 60), "nanometer")
+    path = hdf5(tmp_path, array)
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["scan/labels"].attrs["element_size_um"] = [3, 2, 1]
+    assert open_volume(path).voxel_size == (3, 2, 1)
+    volume = open_volume(ome_zarr("0.5")(tmp_path, array))
+    assert (volume.voxel_size, volume.unit) == ((1, 0.5, 0.5), "micrometer")
+    # Dots per inch say nothing of a sample.
+    tifffile.imwrite(tmp_path / "dpi.tif", array, resolution=(300, 300), resolutionunit="INCH")
+    assert open_volume(tmp_path / "dpi.tif").voxel_size is None
+
+
+def test_a_box_of_a_tiled_tiff_reads_only_its_tiles(tmp_path, monkeypatch):
+    array = labels((40, 256, 256))
+    path = tiff(compression="zlib", tile=(64, 64))(tmp_path, array)
+    volume = open_volume(path)
+    read = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: read.append(size) or real(fd, size, offset))
+    volume.read(Box((10, 70, 70), (14, 100, 140)))  # 4 pages, one row of tiles, two columns
+    assert len(read) == 4 * 1 * 2
+    assert sum(read) < os.path.getsize(path) / 40
+
+
+def test_threads_may_share_a_volume(tmp_path):
+    array = labels()
+    for name in ("tiff-deflate", "hdf5", "zarr"):
+        volume = open_volume(FORMATS[name](tmp_path, array))
+        boxes = random_boxes(SHAPE, 60)
+        with ThreadPoolExecutor(4) as pool:
+            for box, part in zip(boxes, pool.map(volume.read, boxes), strict=True):
+                np.testing.assert_array_equal(part, array[box.slices])
+
+
+def test_images_keep_their_slices(tmp_path):
+    stack = labels((3, 30, 40), values=(0, 128, 255))
+    write_images(tmp_path / "stack.tif", stack)
+    np.testing.assert_array_equal(read_images(tmp_path / "stack.tif"), stack)
+    np.testing.assert_array_equal(read_images(npy(tmp_path, stack[0])), stack[:1])
+    tifffile.imwrite(tmp_path / "one.tif", stack[0])
+    np.testing.assert_array_equal(read_images(tmp_path / "one.tif"), stack[:1])
+    Image.fromarray(stack[0]).save(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_images(tmp_path / "grey.png"), stack[:1])
+    indexed = Image.fromarray(stack[0] // 100, "P")
+    indexed.putpalette([10, 20, 30, 250, 0, 0, 0, 250, 0])
+    indexed.save(tmp_path / "indexed.png")
+    np.testing.assert_array_equal(read_images(tmp_path / "indexed.png"), stack[:1] // 100)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "rgb.png")
+    with pytest.raises(InputError, match="colour image"):
+        read_images(tmp_path / "rgb.png")
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+
+def faulty(tmp_path: Path) -> dict[str, tuple[str, str]]:
+    """Path and the words its refusal must have."""
+    array = labels()
+
+    def saved(name: str, content: np.ndarray, **options) -> str:
+        tifffile.imwrite(tmp_path / name, content, **options)
+        return str(tmp_path / name)
+
+    def written(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    def cut(name: str, share: float, **options) -> str:
+        whole = Path(saved(f"whole-{name}", array, **options)).read_bytes()
+        return written(name, whole[: int(len(whole) * share)])
+
+    def numpy(name: str, content: np.ndarray) -> str:
+        np.save(tmp_path / name, content)
+        return str(tmp_path / name)
+
+    with tifffile.TiffWriter(tmp_path / "sizes.tif") as file:
+        file.write(array[0])
+        file.write(array[0, :9])
+    (tmp_path / "folder").mkdir()
+    group = zarr.create_group(str(tmp_path / "group.zarr"))
+    group.create_array("first", data=array)
+    (tmp_path / "broken.zarr").mkdir()
+    written("broken.zarr/zarr.json", b"{ no json")
+    swapped = Path(ome_zarr("0.5")(tmp_path, array))
+    meta = json.loads((swapped / "zarr.json").read_text())
+    meta["attributes"]["ome"]["multiscales"][0]["axes"].reverse()
+    (swapped / "zarr.json").write_text(json.dumps(meta))
+    corrupt = bytearray(Path(tiff(compression="zlib")(tmp_path, array)).read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as first:
+        start = first.pages[0].dataoffsets[0]
+    corrupt[start : start + 40] = b"\xff" * 40
+    return {
+        "missing": (str(tmp_path / "no.tif"), "no such file"),
+        "missing h5": (str(tmp_path / "no.h5:/a"), "no such file"),
+        "empty": (written("empty.tif", b""), "is empty"),
+        "suffix": (written("a.jpg", b"x"), "no volume format"),
+        "no TIFF": (written("junk.tif", b"abcd" * 99), "corrupt"),
+        "float TIFF": (saved("float.tif", array.astype("f4")), "float32 grey values.*segment it first"),
+        "float NPY": (numpy("float.npy", array / 3), "float64 grey values.*segment it first"),
+        "complex": (numpy("complex.npy", array * 1j), "not integer labels"),
+        "RGB": (saved("rgb.tif", np.zeros((20, 20, 3), "u1"), photometric="rgb"), "colour image"),
+        "RGB stack": (saved("rgbs.tif", np.zeros((5, 20, 20, 3), "u1"), photometric="rgb"), "colour image"),
+        "2D TIFF": (saved("flat.tif", array[0]), "2D image.*3D volume is due"),
+        "one page": (saved("page.tif", array[:1]), "2D image.*3D volume is due"),
+        "2D NPY": (numpy("flat.npy", array[0]), "2D image.*3D volume is due"),
+        "4D": (numpy("time.npy", np.stack([array, array])), "4 axes"),
+        "channels": (saved("c.tif", array[:4], imagej=True, metadata={"axes": "CYX"}), "channels"),
+        "no voxels": (numpy("none.npy", array[:0]), "no voxels"),
+        "sizes": (str(tmp_path / "sizes.tif"), "different sizes"),
+        "cut plain": (cut("c1.tif", 0.6), "truncated or corrupt"),
+        "cut at the end": (cut("c2.tif", 0.97, truncate=True), "truncated or corrupt"),
+        "cut deflate": (cut("c3.tif", 0.6, compression="zlib"), "truncated or corrupt"),
+        "cut tiles": (cut("c4.tif", 0.9, compression="zlib", tile=(16, 16)), "truncated or corrupt"),
+        "bad deflate": (written("bad.tif", bytes(corrupt)), "truncated or corrupt.*page 0"),
+        "cut NPY": (written("cut.npy", Path(npy(tmp_path, array)).read_bytes()[:500]), "truncated or corrupt"),
+        "pickled NPY": (numpy("object.npy", np.array([{}, 1])), "corrupt"),
+        "cut HDF5": (written("cut.h5", Path(hdf5(tmp_path, array)[:-13]).read_bytes()[:900]) + ":/a", "truncated"),
+        "no dataset": (str(tmp_path / "a.h5"), "names no dataset; it has /scan/labels"),
+        "wrong dataset": (str(tmp_path / "a.h5:/scan"), "no dataset /scan in it; it has /scan/labels"),
+        "raw": (written("a.raw", b"123"), "raw file has no header"),
+        "no zarr": (str(tmp_path / "folder"), "no zarr array or group"),
+        "group": (str(tmp_path / "group.zarr"), "without OME multiscales.* of first"),
+        "broken zarr": (str(tmp_path / "broken.zarr"), "truncated or corrupt"),
+        "axes": (str(swapped), "has axes x, y, z, c, t"),
+    }
+
+
+def test_each_fault_is_one_line_with_its_place(tmp_path, caplog):
+    for name, (path, words) in faulty(tmp_path).items():
+        with pytest.raises(InputError, match=words) as caught:
+            open_volume(path)
+        message = str(caught.value)
+        assert message.startswith(path.split(":/")[0]), name
+        assert "\n" not in message, name
+        assert ";" in message, f"{name}: no remedy in {message}"
+        assert not caplog.records, name
+
+
+def test_damage_found_while_reading_is_said_too(tmp_path):
+    array = labels()
+    path = tiff(compression="zlib")(tmp_path, array)
+    content = bytearray(Path(path).read_bytes())
+    with tifffile.TiffFile(path) as file:
+        start = file.pages[20].dataoffsets[0]
+    content[start : start + 30] = bytes(30)
+    Path(path).write_bytes(content)
+    volume = open_volume(path)
+    np.testing.assert_array_equal(volume.read(Box((0, 0, 0), (20, 50, 67))), array[:20])
+    with pytest.raises(InputError, match="page 20"):
+        volume.read(Box.whole(SHAPE))
+    with pytest.raises(InputError, match="leaves the volume of 21 × 50 × 67"):
+        volume.read(Box((0, 0, 0), (22, 50, 67)))
+
+
+# ---- labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64"])
+def test_phases_are_positions_in_the_list(dtype):
+    limits = np.iinfo(dtype)
+    values = [7, 0, int(limits.max), int(limits.min) or 3]
+    array = labels((9, 8, 7), dtype=dtype, values=values, seed=3)
+    truth = np.array([values.index(v) for v in array.ravel().tolist()]).reshape(array.shape)
+    got = PhaseMap([*values, 2**40, -(2**40)], "a.tif").index(array)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, truth)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32"])
+def test_an_unknown_label_is_named_and_counted(dtype):
+    array = np.array([[[0, 1, -4, -4, 9]]], dtype)
+    with pytest.raises(InputError, match=r"a\.tif: label -4 occurs in 2 voxels \(and 1 other labels, 1 voxels\)"):
+        PhaseMap([0, 1], "a.tif").index(array)
+
+
+def mode_by_counting(array: np.ndarray) -> np.ndarray:
+    out = np.empty([-(-n // 2) for n in array.shape], np.uint8)
+    for place in np.ndindex(out.shape):
+        block = array[tuple(slice(2 * p, 2 * p + 2) for p in place)]
+        out[place] = np.bincount(block.ravel()).argmax()  # the first, so the lowest, of equal counts
+    return out
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 4), (7, 5, 9), (1, 4, 3), (2, 1, 1)])
+def test_the_pyramid_is_the_mode_with_ties_to_the_lowest(shape):
+    for seed in range(4):
+        array = labels(shape, values=(0, 1, 2, 3, 254)[: 2 + seed], seed=seed)
+        np.testing.assert_array_equal(coarsen_by_mode(array), mode_by_counting(array))
+
+
+# ---- the store ---------------------------------------------------------------------------------------------
+
+
+def store_at(path: Path, shape=(70, 96, 150), **options) -> LabelStore:
+    given = {"shard": (32, 64, 64), "chunk_voxels": 16, "voxel_size": (3.0, 2.0, 2.0), "unit": "nanometer",
+             "phases": ["pore", "active", "binder"], "provenance": {"seed": 7}}  # fmt: skip
+    return LabelStore.create(path, shape, **(given | options))
+
+
+def fill(store: LabelStore, array: np.ndarray) -> None:
+    for level in range(len(store.levels)):
+        for box in store.shard_boxes(level):
+            if level:
+                store.write_coarser(level, box)
+            else:
+                store.write(0, box, array[box.slices])
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_shard_is_one_file_and_nothing_else_is_left(tmp_path):
+    array = labels((70, 96, 150))
+    store = store_at(tmp_path / "s.zarr")
+    assert files(tmp_path) == {"s.zarr/zarr.json", "s.zarr/0/zarr.json"}
+    assert len(store.shard_boxes(0)) == 3 * 2 * 3
+    for number, box in enumerate(store.shard_boxes(0)):
+        assert not store.is_written(0, box)
+        store.write(0, box, array[box.slices])
+        assert store.is_written(0, box)
+        assert store.shard_path(0, box).is_file()
+        assert len(files(tmp_path)) == 2 + number + 1
+    expected = {f"s.zarr/0/c/{z}/{y}/{x}" for z in range(3) for y in range(2) for x in range(3)}
+    assert files(tmp_path) == {"s.zarr/zarr.json", "s.zarr/0/zarr.json"} | expected
+    np.testing.assert_array_equal(store.read(0, Box.whole(store.levels[0].shape)), array)
+    volume = store.volume
+    assert (volume.phases, volume.unit, volume.voxel_size) == (("pore", "active", "binder"), "nanometer", (3, 2, 2))
+    for box in random_boxes(volume.shape, 4):
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(store)).read(0, box), array[box.slices])
+
+
+def test_bytes_depend_on_labels_alone_and_phase_0_is_written(tmp_path):
+    array = labels((70, 96, 150))
+    array[:32, :64, :64] = 0
+    one, other = store_at(tmp_path / "a.zarr"), store_at(tmp_path / "b.zarr")
+    boxes = one.shard_boxes(0)
+    for box in boxes:
+        one.write(0, box, array[box.slices])
+    for box in reversed(boxes):
+        other.write(0, box, np.ones(box.shape, np.uint8))  # written again, as a repair does
+        other.shard_path(0, box).write_bytes(b"damaged")
+        other.write(0, box, array[box.slices])
+    for box in boxes:
+        assert one.shard_path(0, box).read_bytes() == other.shard_path(0, box).read_bytes()
+    assert one.is_written(0, boxes[0])
+
+
+def test_the_layout_is_the_one_of_the_design(tmp_path):
+    store_at(tmp_path / "s.zarr", codec="lz4")
+    level = json.loads((tmp_path / "s.zarr/0/zarr.json").read_text())
+    assert (level["zarr_format"], level["data_type"], level["fill_value"]) == (3, "uint8", 255)
+    assert level["dimension_names"] == ["z", "y", "x"]
+    assert level["chunk_grid"]["configuration"]["chunk_shape"] == [32, 64, 64]
+    (sharding,) = level["codecs"]
+    assert sharding["name"] == "sharding_indexed"
+    inner = sharding["configuration"]
+    assert inner["chunk_shape"] == [16, 16, 16]
+    assert [c["name"] for c in inner["codecs"]] == ["bytes", "blosc"]
+    assert inner["codecs"][1]["configuration"]["cname"] == "lz4"
+    assert inner["codecs"][1]["configuration"]["shuffle"] == "bitshuffle"
+    assert [c["name"] for c in inner["index_codecs"]] == ["bytes", "crc32c"]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "words"),
+    [
+        ((16, 0, 0), (48, 64, 64), "writes z 16:48, which cuts shard 0:32"),
+        ((0, 0, 0), (32, 64, 63), "writes x 0:63, which cuts shard 0:64"),
+        ((0, 0, 0), (32, 80, 64), "writes y 0:80, which cuts shard 64:96"),
+        ((64, 0, 0), (71, 64, 64), "writes z 64:71, which cuts shard 64:70"),
+    ],
+)
+def test_a_misaligned_write_is_refused_with_the_numbers(start, stop, words, tmp_path):
+    store = store_at(tmp_path / "s.zarr")
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=words):
+        store.write(0, Box(start, stop), np.zeros(Box(start, stop).shape, np.uint8))
+    assert files(tmp_path) == before
+    whole = Box((32, 0, 64), (70, 96, 150))  # several whole shards, up to the volume's odd end
+    store.write(0, whole, np.zeros(whole.shape, np.uint8))
+    assert len(files(tmp_path)) == len(before) + 2 * 2 * 2
+
+
+def test_the_unwritten_reads_as_255_and_is_not_measured(tmp_path):
+    store = store_at(tmp_path / "s.zarr")
+    first = store.shard_boxes(0)[0]
+    store.write(0, first, np.zeros(first.shape, np.uint8))
+    box = Box((0, 0, 0), (32, 64, 65))
+    assert (store.read(0, box)[..., :64] == 0).all()
+    assert (store.read(0, box)[..., 64] == UNWRITTEN).all()
+    assert (store.volume.read(first) == 0).all()
+    with pytest.raises(InputError, match=f"{32 * 64} voxels of .* never written; run hpcres verify"):
+        store.volume.read(box)
+
+
+def test_pyramid_levels_shard_by_shard_are_the_pyramid_of_the_whole(tmp_path):
+    array = labels((33, 70, 600), values=(0, 1))
+    array[:, :, 300:] = 2
+    store = store_at(tmp_path / "s.zarr", array.shape)
+    assert [level.shape for level in store.levels] == [(33, 70, 600), (17, 35, 300), (9, 18, 150)]
+    assert [level.voxel_size for level in store.levels] == [(3, 2, 2), (6, 4, 4), (12, 8, 8)]
+    coarse_first = store.shard_boxes(1)[0]
+    with pytest.raises(Unfinished, match="shards of level 0 are missing, the first is z 0:32"):
+        store.write_coarser(1, coarse_first)
+    fill(store, array)
+    expected = array
+    for level in range(3):
+        np.testing.assert_array_equal(store.read(level, Box.whole(expected.shape)), expected)
+        expected = mode_by_counting(expected)
+    metadata = json.loads((tmp_path / "s.zarr/zarr.json").read_text())["attributes"]["ome"]
+    # Voxel centres: coarse voxel 0 of level 2 covers fine voxels 0 … 3, so its centre is 1.5 voxels in.
+    assert metadata["multiscales"][0]["datasets"][2]["coordinateTransformations"] == [
+        {"type": "scale", "scale": [12.0, 8.0, 8.0]},
+        {"type": "translation", "translation": [4.5, 3.0, 3.0]},
+    ]
+
+
+def test_create_is_atomic_and_overwrites_only_on_request(tmp_path, monkeypatch):
+    path = tmp_path / "s.zarr"
+    fill(store_at(path, (32, 64, 64)), labels((32, 64, 64)))
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    with pytest.raises(InputError, match="exists already"):
+        store_at(path)
+    with pytest.raises(InputError, match="not whole chunks"):
+        store_at(path, shard=(30, 64, 64), overwrite=True)
+    monkeypatch.setattr(zarr.Group, "create_array", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        store_at(path, overwrite=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    monkeypatch.undo()
+    store_at(path, overwrite=True)
+    assert files(tmp_path) == {"s.zarr/zarr.json", "s.zarr/0/zarr.json"}
+    assert os.listdir(tmp_path) == ["s.zarr"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is no zarr"):
+        store_at(tmp_path / "mine", overwrite=True)
+    with pytest.raises(InputError, match="file is a file"):
+        store_at(tmp_path / "file" / "s.zarr")
+    with pytest.raises(InputError, match="no label store of hpcres"):
+        LabelStore.open(bare_zarr(tmp_path, labels()))
+    with pytest.raises(InputError, match="no zarr array or group"):
+        LabelStore.open(tmp_path / "mine")
+
+
+def test_provenance_is_added_to(tmp_path):
+    store = store_at(tmp_path / "s.zarr")
+    store.set_provenance(weights="abc", failed=[1, 2])
+    assert LabelStore.open(store.path).provenance == {"seed": 7, "weights": "abc", "failed": [1, 2]}
+    assert store.volume.provenance == store.provenance
+    assert len(LabelStore.open(store.path).levels) == 1
+
+
+# ---- other readers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pyramid(tmp_path_factory) -> tuple[Path, np.ndarray]:
+    path, array = tmp_path_factory.mktemp("readers") / "labels.zarr", labels((40, 70, 300))
+    fill(store_at(path, array.shape), array)
+    return path, array
+
+
+def test_ome_zarr_reads_it_as_labels(pyramid):
+    from ome_zarr.io import parse_url
+    from ome_zarr.reader import Label, Reader
+
+    path, array = pyramid
+    (node,) = Reader(parse_url(str(path)))()
+    assert any(isinstance(spec, Label) for spec in node.specs)
+    np.testing.assert_array_equal(np.asarray(node.data[0]), array)
+    np.testing.assert_array_equal(np.asarray(node.data[1]), coarsen_by_mode(array))
+    assert [node.metadata["properties"][i]["name"] for i in range(3)] == ["pore", "active", "binder"]
+
+
+def test_ngff_zarr_validates_it(pyramid):
+    import ngff_zarr
+
+    path, array = pyramid
+    images = ngff_zarr.from_ngff_zarr(str(path), validate=True).images
+    np.testing.assert_array_equal(np.asarray(images[0].data), array)
+    assert images[0].scale == {"z": 3.0, "y": 2.0, "x": 2.0}
+    assert images[1].translation == {"z": 1.5, "y": 1.0, "x": 1.0}
+    assert set(images[0].axes_units.values()) == {"nanometer"}
+
+
+def test_napari_shows_labels(pyramid):
+    from napari_ome_zarr import napari_get_reader
+
+    path, array = pyramid
+    reader = napari_get_reader(str(path))
+    assert reader
+    ((levels, options, kind),) = reader(str(path))
+    assert kind == "labels"
+    np.testing.assert_array_equal(np.asarray(levels[0]), array)
+    assert options["properties"]["name"] == ["pore", "active", "binder"]
+    assert list(options["scale"]) == [3.0, 2.0, 2.0]
+
+
+# ---- conversion --------------------------------------------------------------------------------------------
+
+
+def watched(volume: Volume, boxes: list[Box]) -> Volume:
+    inner = volume._read
+    return Volume(
+        volume.path, volume.shape, volume.dtype, volume.chunks, lambda box: boxes.append(box) or inner(box)
+    )
+
+
+def test_convert_streams_and_maps(tmp_path, monkeypatch):
+    array = labels((70, 130, 300), np.int16, (-1, 300, 85))
+    read: list[Box] = []
+    seen: list[tuple[int, int]] = []
+    source = watched(array_volume(array, "scan.tif"), read)
+    store = convert(
+        source, tmp_path / "o.zarr", phases={-1: "pore", 85: "active", 300: "binder"}, voxel_size=65, unit="nanometer",
+        chunk_voxels=16, progress=lambda *at: seen.append(at),
+    )  # fmt: skip
+    truth = np.select([array == 85, array == 300], [1, 2], 0)
+    np.testing.assert_array_equal(store.volume.read(Box.whole(array.shape)), truth)
+    np.testing.assert_array_equal(store.read(1, Box.whole(store.levels[1].shape)), mode_by_counting(truth))
+    assert store.volume.phases == ("pore", "active", "binder")
+    assert max(box.voxels for box in read) == 32 * 130 * 300
+    assert sum(box.voxels for box in read) == array.size
+    monkeypatch.setattr(volumes, "_SLAB_BYTES", 1000)
+    read.clear()
+    again = convert(source, tmp_path / "p.zarr", phases={-1: "p", 85: "a", 300: "b"}, chunk_voxels=16)
+    assert max(box.voxels for box in read) == 32 * 32 * 300
+    np.testing.assert_array_equal(again.volume.read(Box.whole(array.shape)), truth)
+    assert seen[-1] == (len(seen), len(seen))
+    assert sorted(os.listdir(tmp_path)) == ["o.zarr", "p.zarr"]
+
+
+def test_convert_without_phases_keeps_values_and_names(tmp_path):
+    array = labels(values=(0, 85, 170))
+    source = open_volume(tiff(compression="zlib")(tmp_path, array))
+    kept = convert(source, tmp_path / "k.zarr")
+    np.testing.assert_array_equal(kept.volume.read(Box.whole(SHAPE)), array)
+    colours = json.loads((tmp_path / "k.zarr/zarr.json").read_text())["attributes"]["ome"]["image-label"]["colors"]
+    assert [c["label-value"] for c in colours] == [0, 85, 170]
+    named = convert(source, tmp_path / "n.zarr", phases={85: "a", 0: "b", 170: "c"}, voxel_size=(1, 2, 3), unit="meter")
+    copied = convert(named.volume, tmp_path / "c.zarr").volume
+    assert (copied.phases, copied.voxel_size, copied.unit) == (("a", "b", "c"), (1, 2, 3), "meter")
+
+
+def test_convert_leaves_nothing_behind_when_it_fails(tmp_path):
+    array = labels(values=(0, 1))
+    array[-1, -1, -1] = 255
+    source = array_volume(array, "scan.tif")
+    with pytest.raises(InputError, match="label 255 does not fit a store of 0 … 254; map the labels"):
+        convert(source, tmp_path / "o.zarr", chunk_voxels=16)
+    with pytest.raises(InputError, match="label 255 occurs in 1 voxels and has no phase"):
+        convert(source, tmp_path / "o.zarr", phases={0: "a", 1: "b"}, chunk_voxels=16)
+    with pytest.raises(InputError, match="label -1 does not fit"):
+        convert(array_volume(np.full((2, 2, 2), -1, np.int8), "scan.tif"), tmp_path / "o.zarr")
+    assert os.listdir(tmp_path) == []
+
+
+def test_real_images_where_they_are(tmp_path):
+    data = Path(os.environ.get("HPCRES_DATA", "../shared/data"))
+    if not data.is_dir():
+        pytest.skip("no HPCRES_DATA")
+    volume = open_volume(data / "electrode.tiff")
+    assert volume.shape == (256, 256, 256)
+    store = convert(volume, tmp_path / "e.zarr", phases={0: "pore", 85: "active", 170: "binder"})
+    counts = np.bincount(store.volume.read(Box.whole(volume.shape)).ravel(), minlength=3)
+    shares = counts / counts.sum()
+    np.testing.assert_allclose(shares, [0.449917, 0.400466, 0.149616], atol=5e-7)
+    assert read_images(data / "SOFC_hr_input.tif").shape == (1, 1024, 1024)
+    with pytest.raises(InputError, match="2D image"):
+        open_volume(data / "SOFC_hr_input.tif")
+    assert open_volume(data / "Separator_lr_input.tif").shape == (156, 75, 75)
