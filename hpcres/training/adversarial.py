@@ -1,0 +1,443 @@
+"""Algorithm 1 of Dahari et al. 2022: a generator of volumes against a critic of slices.
+
+Each step the critic learns to tell patches of the high-res images from slices of generated volumes (WGAN with
+gradient penalty, Gulrajani 2017, eq. 3), then the generator learns to be taken for real, and to give back the
+low-res cube it was given when the imaging operator looks at its output.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint, save_checkpoint
+from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.networks.critic import Critic
+from hpcres.networks.superres import SuperResGenerator
+from hpcres.study import PATCH_VOXELS, Study, save_study
+from hpcres.training.distributed import Processes, processes
+from hpcres.training.journal import Journal
+from hpcres.training.samples import LowResCubes, RealSlices
+
+_SETTLING_CUBES = 32
+_SETTLING = 2**31
+"""Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
+_MAY_CHANGE = {"steps", "minutes", "threads", "report_seconds", "checkpoint_minutes"}
+"""Training settings that a resumed run may have different from the run it continues."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended. `resumed_step` is where it took up an earlier run, 0 for a new one."""
+
+    checkpoint: str
+    step: int
+    seconds: float
+    resumed_step: int
+    already_finished: bool
+
+
+def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
+    """Train what `study` asks for, or go on where its checkpoint stands; the checkpoint is in study.checkpoint_path.
+
+    Raises InputError before anything is written where study, images, volume or an existing checkpoint do not fit;
+    Stopped after saving on SIGTERM or SIGUSR1; Unfinished where a loss is no longer finite.
+    """
+    settings = study.training
+    with processes(study.device, settings.threads) as group:
+        cubes = group.share(settings.cubes)
+        before = None if overwrite or not study.checkpoint_path.exists() else _resumable(study)
+        budget = settings.minutes * 60 if settings.minutes else float("inf")
+        first, seconds_before = _place_of(before)
+        if before is not None and (first >= settings.steps or seconds_before >= budget):
+            return TrainingResult(str(study.checkpoint_path), first, seconds_before, first, True)
+        low_res, real = LowResCubes(study), RealSlices(study, group.device)
+        models = Models(study, group)
+        _check_writable(study)
+        if before is not None:
+            models.restore(before.training_state)
+        if group.rank == 0:
+            save_study(study, "train")
+            if overwrite:
+                study.checkpoint_path.unlink(missing_ok=True)
+        columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
+        journal = Journal(study.folder / "training.csv" if group.rank == 0 else None, columns, first)
+        try:
+            for message in _opening(study, group, models, real, before):
+                journal.note(message)
+            with _signals() as received:
+                started = time.monotonic()
+                reported = saved = seconds = seconds_before
+                done = 0.0
+                for step in range(first, settings.steps):
+                    rate = learning_rate(study, max(step / settings.steps, seconds / budget))
+                    outcome = models.step(step, cubes, low_res, real, rate)
+                    stop, broken, seconds = group.largest(
+                        bool(received), not outcome.finite, seconds_before + time.monotonic() - started
+                    )
+                    if broken:
+                        kept = f"{study.checkpoint_path} of an earlier step is kept"
+                        raise Unfinished(
+                            f"training: a loss is no longer finite at step {step + 1}; "
+                            f"{kept if study.checkpoint_path.exists() else 'nothing was saved'}; "
+                            "lower training.learning_rate or use precision fp32, and run with --overwrite"
+                        )
+                    done = max((step + 1) / settings.steps, seconds / budget)
+                    if done >= 1 or stop or seconds - reported >= settings.report_seconds:
+                        reported = seconds
+                        row = models.report(outcome, low_res.channels)
+                        row |= {"step": step + 1, "seconds": seconds, "learning_rate": rate}
+                        journal.report(min(done, 1.0), row)
+                    if done >= 1 or stop or seconds - saved >= settings.checkpoint_minutes * 60:
+                        saved = seconds
+                        if group.rank == 0:
+                            models.save(step + 1, seconds, low_res)
+                        group.largest(0.0)  # a process that leaves early would take the saving one down with it
+                    if done >= 1:
+                        break
+                    if stop:
+                        raise Stopped(
+                            f"training: stopped by {signal.Signals(received[0]).name if received else 'a signal'} after "
+                            f"saving step {step + 1} to {study.checkpoint_path}; run the same command to go on"
+                        )
+                return TrainingResult(str(study.checkpoint_path), step + 1, seconds, first, False)
+        finally:
+            journal.close()
+
+
+def learning_rate(study: Study, done: float) -> float:
+    """Constant for the first half of the run, then linear down to the final share of it; `done` is 0 to 1."""
+    settings = study.training
+    decay = max(0.0, 2 * done - 1) * (1 - settings.final_learning_rate)
+    return settings.learning_rate * (1 - decay)
+
+
+# ---- the losses --------------------------------------------------------------------------------------------
+
+
+def volume_slices(volume: Tensor, axis: int, chosen: Tensor | None = None) -> Tensor:
+    """Slices normal to `axis` (0 z, 1 y, 2 x) of (cubes, phases, z, y, x): (cubes · slices, phases, rows, columns).
+
+    `chosen`, (cubes, slices), picks slices of each cube; rows and columns are the other axes in the order z, y, x.
+    """
+    if chosen is not None:
+        volume = torch.stack([cube.index_select(axis + 1, pick) for cube, pick in zip(volume, chosen, strict=True)])
+    return volume.movedim(axis + 2, 1).flatten(0, 1)
+
+
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    """Mean of (‖∇D(x̂)‖₂ − 1)² over x̂ = mix · real + (1 − mix) · fake, one weight a slice."""
+    weight = mix.view(-1, 1, 1, 1)
+    between = (weight * real + (1 - weight) * fake).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def voxel_loss(operator: nn.Module, probabilities: Tensor, low_res: Tensor) -> Tensor:
+    """Mean squared difference between the one-hot low-res cubes and what the coarse instrument sees of the output."""
+    return functional.mse_loss(operator(probabilities), low_res)
+
+
+class Critics(nn.Module):
+    """One critic for slices in all three planes of an isotropic material, else one for each plane."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        edge = PATCH_VOXELS - 2 * study.training.crop_voxels
+        count = 1 if study.high_res.isotropic else 3
+        self.critics = nn.ModuleList(
+            Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count)
+        )
+
+    def _groups(self, slices: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat(list(slices))] if len(self.critics) == 1 else list(slices)
+
+    def score(self, slices: Sequence[Tensor]) -> Tensor:
+        """Mean over the planes of the mean critic value; `slices` by normal axis z, y, x, as many for each."""
+        values = [critic(x).mean() for critic, x in zip(self.critics, self._groups(slices), strict=True)]
+        return torch.stack(values).mean()
+
+    def forward(self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Estimated Wasserstein distance and gradient penalty, means over the planes.
+
+        Both come from one forward, so that their sum is one backward, as DistributedDataParallel needs.
+        """
+        distances, penalties = [], []
+        groups = zip(self.critics, self._groups(real), self._groups(fake), self._groups(mix), strict=True)
+        for critic, ours, theirs, weights in groups:
+            of_real, of_fake = critic(torch.cat([ours, theirs])).split([len(ours), len(theirs)])
+            distances.append(of_real.mean() - of_fake.mean())
+            penalties.append(gradient_penalty(critic, ours, theirs, weights))
+        return torch.stack(distances).mean(), torch.stack(penalties).mean()
+
+
+# ---- the step ----------------------------------------------------------------------------------------------
+
+_COLUMNS = [
+    "step", "seconds", "critic_loss", "wasserstein", "gradient_penalty", "generator_loss", "voxel_loss",
+    "learning_rate", "low_res_agreement",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses of one step (scalars of this process's share) and what the generator made of its cubes."""
+
+    wasserstein: Tensor
+    penalty: Tensor
+    score: Tensor
+    voxel: Tensor
+    finite: bool
+    probabilities: Tensor
+    labels: Tensor
+
+
+class Models:
+    """Generator, its average, critics and their optimizers, on one process of a group."""
+
+    def __init__(self, study: Study, group: Processes) -> None:
+        self.study, self.group = study, group
+        settings = study.training
+        torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
+        self.generator = build_generator(study)
+        self.critics = Critics(study).to(group.device)
+        group.synchronise_batch_norm(self.generator)
+        self.generator.to(group.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        weights = list(self.generator.parameters())
+        self.average = [w.detach().clone() for w in weights] if settings.ema else None
+        phases = study.phases
+        groups = [[phases.index(name) for name in names] for names in study.low_res.groups]
+        self.operator = ImagingOperator(study.scale_factor, groups, study.imaging).to(group.device)
+        self._generator = group.parallel(self.generator)
+        self._critics = group.parallel(self.critics)
+        self.generator_optimizer, self.critic_optimizer = (
+            torch.optim.Adam(module.parameters(), lr=settings.learning_rate, betas=settings.adam_betas)
+            for module in (self.generator, self.critics)
+        )
+
+    def step(self, step: int, cubes: range, low_res: LowResCubes, real: RealSlices, rate: float) -> Outcome:
+        """All critic steps and the generator step; every random draw depends on the seed, `step` and the cube."""
+        settings = self.study.training
+        for optimizer in (self.generator_optimizer, self.critic_optimizer):
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+        labels, given = low_res.draw(step, cubes, self.group.device)
+        probabilities = self.generate(given) if settings.reuse_generated else None
+        for critic_step in range(settings.critic_steps):
+            if probabilities is not None:
+                seen = probabilities.detach()
+            else:
+                with torch.no_grad():
+                    other = low_res.draw(step, cubes, self.group.device, 1 + critic_step)[1]
+                    seen = self.generate(other, learn=False)
+            draw = real.draw(step, critic_step, cubes)
+            fake = self.slices(seen, draw.chosen)
+            self.critic_optimizer.zero_grad()
+            wasserstein, penalty = self._critics(draw.real, fake, draw.mix)
+            (settings.gradient_penalty * penalty - wasserstein).backward()
+            self.critic_optimizer.step()
+        if probabilities is None:
+            probabilities = self.generate(given)
+        self.generator_optimizer.zero_grad()
+        score = self.critics.score(self.slices(probabilities, real.choose(step, cubes)))
+        voxel = voxel_loss(self.operator, probabilities, one_hot(labels, low_res.channels))
+        loss = -score
+        # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
+        if self.group.mean(voxel) > settings.voxel_threshold:
+            loss = loss + settings.voxel_weight * voxel
+        # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
+        (slope,) = torch.autograd.grad(loss, probabilities)
+        probabilities.backward(slope)
+        self.generator_optimizer.step()
+        if self.average is not None:
+            # Early on, a long average would still hold the first weights.
+            decay = min(settings.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
+        finite = bool(torch.isfinite(torch.stack([wasserstein, penalty, score, voxel])).all())
+        return Outcome(wasserstein, penalty, score, voxel, finite, probabilities.detach(), labels)
+
+    def generate(self, given: Tensor, learn: bool = True) -> Tensor:
+        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), with batch norm in training mode."""
+        given = given.contiguous(memory_format=torch.channels_last_3d)
+        low = self.study.training.precision == "bf16"
+        with torch.autocast(self.group.device.type, torch.bfloat16, enabled=low):
+            logits = (self._generator if learn else self.generator)(given)
+        return functional.softmax(logits.float(), dim=1)
+
+    def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
+        """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones."""
+        crop = self.study.training.crop_voxels
+        inner = probabilities[(..., *[slice(crop, PATCH_VOXELS - crop)] * 3)]
+        return [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
+
+    @torch.no_grad()
+    def report(self, outcome: Outcome, low_res_channels: int) -> dict[str, float]:
+        """Means over all processes of the losses, phase fractions and agreement with the low-res cubes."""
+        settings = self.study.training
+        phases = len(self.study.phases)
+        painted = outcome.probabilities.argmax(1)
+        seen = self.operator(one_hot(painted, phases)).argmax(1)
+        values = self.group.mean(
+            torch.stack(
+                [
+                    outcome.wasserstein, outcome.penalty, outcome.score, outcome.voxel,
+                    (seen == outcome.labels).float().mean(),
+                    *((painted == phase).float().mean() for phase in range(phases)),
+                ]
+            )
+        ).tolist()  # fmt: skip
+        wasserstein, penalty, score, voxel, agreement, *fractions = values
+        bound = settings.voxel_weight * voxel if voxel > settings.voxel_threshold else 0.0
+        return {
+            "critic_loss": settings.gradient_penalty * penalty - wasserstein, "wasserstein": wasserstein,
+            "gradient_penalty": penalty, "generator_loss": bound - score, "voxel_loss": voxel,
+            "low_res_agreement": agreement,
+            **{f"fraction_{name}": share for name, share in zip(self.study.phases, fractions, strict=True)},
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def settled(self, low_res: LowResCubes) -> SuperResGenerator:
+        """The generator to save: averaged weights, and the batch-norm statistics these weights have on fixed cubes.
+
+        Running statistics belong to weights of many steps; with averaged weights they can be far off.
+        """
+        generator = build_generator(self.study).to(self.group.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        weights = self.generator.parameters() if self.average is None else self.average
+        for ours, theirs in zip(generator.parameters(), weights, strict=True):
+            ours.copy_(theirs)
+        norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm3d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over all batches
+        generator.train()
+        batch = self.study.training.cubes // self.group.size
+        for start in range(0, _SETTLING_CUBES, batch):
+            given = low_res.draw(0, range(start, start + batch), self.group.device, _SETTLING)[1]
+            generator(given.contiguous(memory_format=torch.channels_last_3d))
+        return generator.eval()
+
+    def save(self, step: int, seconds: float, low_res: LowResCubes) -> None:
+        """Write the checkpoint with all that `restore` needs; Unfinished, and the old one kept, where a weight is NaN."""
+        generator = self.settled(low_res)
+        for name, tensor in [*generator.state_dict().items(), *self.critics.state_dict().items()]:
+            if not torch.isfinite(tensor).all():
+                raise Unfinished(
+                    f"training: weight {name} is no longer finite at step {step}, so it was not saved; lower "
+                    "training.learning_rate and run with --overwrite"
+                )
+        state = {
+            "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "seconds": seconds, "processes": self.group.size,
+        }  # fmt: skip
+        save_checkpoint(
+            self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state
+        )
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        assert state is not None
+        self.generator.load_state_dict(state["generator"])
+        self.critics.load_state_dict(state["critics"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.average is not None:
+            for ours, theirs in zip(self.average, state["average"], strict=True):
+                ours.copy_(theirs)
+
+
+# ---- before and around the loop ----------------------------------------------------------------------------
+
+
+def _resumable(study: Study) -> Checkpoint:
+    """The study's checkpoint, where it is one of the same training."""
+    path = study.checkpoint_path
+    checkpoint = load_checkpoint(path)
+    if checkpoint.training_state is None:
+        raise InputError(f"{path}: holds no training state to go on from; use --overwrite or another --output")
+    old, new = _what_matters(checkpoint.study), _what_matters(study)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise InputError(
+                f"{path}: was trained with {key} {old.get(key, 'unset')}, the study now says {new.get(key, 'unset')}; "
+                "use --overwrite to train anew, or another --output"
+            )
+    return checkpoint
+
+
+def _what_matters(study: Study) -> dict[str, Any]:
+    """Every setting that shapes training, by its dotted key."""
+    sections = {"seed", "scale_factor", "high_res", "low_res", "imaging", "network", "training", "phantom"}
+    flat: dict[str, Any] = {}
+
+    def add(key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                add(f"{key}.{name}" if key else str(name), item)
+        elif isinstance(value, list):
+            add(key, dict(enumerate(value)))
+        else:
+            flat[key] = value
+
+    add("", study.model_dump(mode="json", include=sections, exclude={"training": _MAY_CHANGE}, exclude_none=True))
+    return flat
+
+
+def _place_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
+    if checkpoint is None:
+        return 0, 0.0
+    assert checkpoint.training_state is not None
+    return checkpoint.step, float(checkpoint.training_state["seconds"])
+
+
+def _check_writable(study: Study) -> None:
+    study.folder.mkdir(parents=True, exist_ok=True)
+    probe = study.folder / f".write-{os.getpid()}"
+    try:
+        probe.touch()
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _opening(
+    study: Study, group: Processes, models: Models, real: RealSlices, before: Checkpoint | None
+) -> Iterator[str]:
+    counts = [sum(p.numel() for p in module.parameters()) for module in (models.generator, models.critics)]
+    yield (
+        f"{group.size} process{'es' * (group.size > 1)} on {group.device.type} with {torch.get_num_threads()} threads "
+        f"each; generator {counts[0]:,} weights, critic {counts[1]:,}; scale factor {study.scale_factor}"
+    )
+    if before is not None:
+        yield f"going on from step {before.step} of {before.path}"
+        assert before.training_state is not None
+        if before.training_state["processes"] != group.size:
+            yield f"it ran on {before.training_state['processes']} processes before; the samples stay the same"
+    for phase in real.missing_phases():
+        yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGUSR1 are put in the list instead of ending the process."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

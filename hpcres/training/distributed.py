@@ -1,0 +1,170 @@
+"""The processes of one training run: where each computes, what they share, and batch norm over all of them.
+
+N processes with 1/N of the batch each compute what one process computes with all of it. Three things keep that
+true: gradients are averaged by DistributedDataParallel, with every term of a loss in one backward pass; batch
+norm takes its statistics from the global batch; and decisions (stop, voxel threshold) are taken on global values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+from hpcres.errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them, as torchrun numbers them; alone, rank 0 of 1."""
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    def share(self, count: int) -> range:
+        """This rank's part of `count` things, which must divide evenly."""
+        if count % self.size:
+            raise InputError(
+                f"training.cubes: {count} cubes cannot be shared by {self.size} processes; use a multiple of {self.size}"
+            )
+        part = count // self.size
+        return range(self.rank * part, (self.rank + 1) * part)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes, without gradient."""
+        value = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value over all processes, the same on every one."""
+        if self.size == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return shared.tolist()
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over all processes; itself where there is only one."""
+        if self.size == 1:
+            return module
+        # Buffers are equal already, because every process computes the same global statistics. `static_graph`
+        # must stay off: with a gradient penalty it silently averages the wrong gradients.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+    def synchronise_batch_norm(self, module: nn.Module) -> nn.Module:
+        """Replace every BatchNorm3d in place by one over the global batch, where there is more than one process."""
+        if self.size > 1:
+            for name, child in module.named_children():
+                if type(child) is nn.BatchNorm3d:
+                    setattr(module, name, GlobalBatchNorm3d.like(child))
+                else:
+                    self.synchronise_batch_norm(child)
+        return module
+
+
+@contextmanager
+def processes(device: str, threads: int | None) -> Iterator[Processes]:
+    """Join the other processes that torchrun started, if any, and leave them at the end.
+
+    `device` is auto, cpu or cuda; one GPU a process, by its local rank. `threads` is the CPU threads of each
+    process; by default the node's cores divided by its processes.
+    """
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    place = _device(device, local_rank, local_size)
+    torch.set_num_threads(threads or max(1, _cores() // local_size))
+    _keep_freed_memory()
+    if size == 1:
+        yield Processes(rank, size, local_size, place)
+        return
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        dist.init_process_group("nccl", device_id=place)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield Processes(rank, size, local_size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(device: str, local_rank: int, local_size: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("device: cuda asked for, but torch finds no GPU here; use auto or cpu, or a CUDA build of torch")
+    if local_size > torch.cuda.device_count():
+        raise InputError(
+            f"device: {local_size} processes on this node but {torch.cuda.device_count()} GPUs, one is needed for each; "
+            f"use --nproc-per-node {torch.cuda.device_count()} or device: cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse freed activations: returning them to the kernel costs up to half of a CPU step in page faults."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            trim_threshold, top_pad, mmap_max = -1, -2, -4
+            libc.mallopt(mmap_max, 0)
+            libc.mallopt(trim_threshold, 2**31 - 1)
+            libc.mallopt(top_pad, 2**26)
+
+
+class GlobalBatchNorm3d(nn.BatchNorm3d):
+    """BatchNorm3d over the batch of all processes, each with an equal share; on any device (SyncBatchNorm: GPU only).
+
+    State and evaluation are those of BatchNorm3d.
+    """
+
+    @classmethod
+    def like(cls, norm: nn.BatchNorm3d) -> GlobalBatchNorm3d:
+        ours = cls(norm.num_features, norm.eps, norm.momentum)
+        ours.load_state_dict(norm.state_dict())
+        return ours
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3, 4), correction=0)
+        ranks = dist.get_world_size()
+        # Variance of the whole = mean of the parts' variances + variance of the parts' means.
+        mean_all, variance_all, square_all = (
+            all_reduce(torch.stack([mean, variance, mean.square()]).div(ranks)).unbind()
+        )
+        variance_all = variance_all + square_all - mean_all.square()
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            count = x.numel() // x.shape[1] * ranks
+            self.running_mean.lerp_(mean_all, self.momentum)
+            self.running_var.lerp_(variance_all * (count / (count - 1)), self.momentum)
+        shape = (1, -1, 1, 1, 1)
+        factor = self.weight * torch.rsqrt(variance_all + self.eps)
+        shift = self.bias - mean_all * factor
+        return torch.addcmul(shift.view(shape).to(x.dtype), x, factor.view(shape).to(x.dtype))

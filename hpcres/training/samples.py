@@ -1,0 +1,200 @@
+"""What a training step sees: cubes of the low-res volume, noise, and patches of the high-res images.
+
+Every draw is a function of (seed, step, cube), never of the process that makes it, so any number of processes
+trains on the same samples and a resumed run continues them without any stored random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcres.errors import InputError
+from hpcres.geometry import AXES, Box, triple
+from hpcres.imaging import one_hot
+from hpcres.study import PATCH_VOXELS, Study
+from hpcres.volumes import PhaseMap, open_volume, read_images
+
+_HELD_VOXELS = 2**29
+"""Low-res volumes up to this size are held in memory, a byte a voxel; larger ones are read cube by cube."""
+_CUBE, _CRITIC, _CHOICE = range(3)
+
+
+def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(step, what, *which))))
+
+
+class LowResCubes:
+    """Cubes of d³ voxels from the low-res volume (d · scale factor = 64) with a channel of standard normals."""
+
+    def __init__(self, study: Study) -> None:
+        self.seed = study.seed
+        self.channels = len(study.low_res.phases)
+        self.edge = int(PATCH_VOXELS / study.scale_factor)
+        self._volume = open_volume(study.low_res.path, study.low_res.raw)
+        for axis, size in zip(AXES, self._volume.shape, strict=True):
+            if size < self.edge:
+                raise InputError(
+                    f"{study.low_res.path}: {size} voxels along {axis}, but a training cube needs {self.edge} at scale "
+                    f"factor {study.scale_factor}; use a larger volume or a larger scale factor"
+                )
+        self._phases = PhaseMap(list(study.low_res.phases), study.low_res.path)
+        self._held = self._check_and_hold()
+
+    def _check_and_hold(self) -> np.ndarray | None:
+        """Look at every voxel once, slab by slab, so that an unknown label stops the run before it starts."""
+        shape = self._volume.shape
+        held = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= _HELD_VOXELS else None
+        thick = max(1, min(self._volume.chunks[0], 2**26 // (shape[1] * shape[2])))
+        for z in range(0, shape[0], thick):
+            slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
+            index = self._phases.index(self._volume.read(slab))
+            if held is not None:
+                held[slab.slices] = index
+        return held
+
+    def _labels(self, start: np.ndarray) -> np.ndarray:
+        box = Box(triple(start), triple(start + self.edge))
+        if self._held is not None:
+            return self._held[box.slices]
+        return self._phases.index(self._volume.read(box))
+
+    def draw(self, step: int, cubes: range, device: torch.device, kind: int = 0) -> tuple[Tensor, Tensor]:
+        """Labels, uint8 (cubes, d, d, d), and the generator's input, float32 (cubes, channels + 1, d, d, d).
+
+        `kind` gives independent draws of the same step.
+        """
+        labels, noise = [], []
+        for cube in cubes:
+            random = _generator(self.seed, step, _CUBE, kind, cube)
+            start = random.integers(0, np.array(self._volume.shape) - self.edge, endpoint=True)
+            labels.append(self._labels(start))
+            noise.append(random.standard_normal((1, *[self.edge] * 3), np.float32))
+        low_res = torch.from_numpy(np.stack(labels)).to(device)
+        given = torch.from_numpy(np.stack(noise)).to(device)
+        return low_res, torch.cat([one_hot(low_res, self.channels), given], dim=1)
+
+
+@dataclass(frozen=True)
+class CriticDraw:
+    """What one critic step draws, per axis z, y, x: which slices of each cube, and for each of these a real slice
+    (one-hot, (slices, phases, edge, edge)) and its weight in the gradient penalty's mixture (slices,)."""
+
+    chosen: tuple[Tensor | None, ...]
+    real: tuple[Tensor, ...]
+    mix: tuple[Tensor, ...]
+
+
+class RealSlices:
+    """Patches of the high-res images, by the axis z, y or x that is normal to them.
+
+    Images are drawn in proportion to their area; where augmentation is allowed, patches take all 8 mirrors and
+    rotations. Rows and columns of a patch are the two other axes in the order z, y, x.
+    """
+
+    def __init__(self, study: Study, device: torch.device) -> None:
+        self.seed, self.phases = study.seed, len(study.phases)
+        self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
+        self.slices_per_axis = study.training.slices_per_axis
+        if self.slices_per_axis is not None and self.slices_per_axis > self.edge:
+            raise InputError(
+                f"training.slices_per_axis: {self.slices_per_axis} of only {self.edge} slices per axis that are left "
+                f"after the crop; use at most {self.edge}, or leave it out for all"
+            )
+        isotropic = study.high_res.isotropic
+        phases = PhaseMap(list(study.high_res.phases), "")
+        pixels: list[np.ndarray] = []
+        tables: list[list[tuple[int, int, int, bool]]] = [[], [], []]
+        offset = 0
+        for image in study.high_res.images:
+            phases.where = image.path
+            stack = phases.index(read_images(image.path))
+            self._refuse_small(image.path, stack)
+            augment = isotropic if image.augment is None else image.augment
+            for plane in ("yx",) if isotropic else dict.fromkeys(image.planes):
+                rows, columns = (AXES.index(axis) for axis in plane)
+                turned = stack if rows < columns else stack.transpose(0, 2, 1)
+                for one in turned:
+                    tables[3 - rows - columns].append((offset, *one.shape, augment))
+                    pixels.append(one.ravel())
+                    offset += one.size
+        if isotropic:  # one set of slices stands for all three planes
+            tables = [tables[0]] * 3
+        self._tables = [np.array(table, np.int64) for table in tables]
+        self._pixels = torch.from_numpy(np.concatenate(pixels)).to(device)
+
+    def _refuse_small(self, path: str, stack: np.ndarray) -> None:
+        if min(stack.shape[1:]) < self.edge:
+            raise InputError(
+                f"{path}: {stack.shape[1]} x {stack.shape[2]} pixels, but the critic looks at patches of "
+                f"{self.edge} x {self.edge}; use a larger image or a larger training.crop_voxels"
+            )
+
+    def missing_phases(self) -> list[int]:
+        """Phases that no image shows."""
+        return np.flatnonzero(torch.bincount(self._pixels, minlength=self.phases).cpu().numpy() == 0).tolist()
+
+    def fractions(self) -> np.ndarray:
+        """Share of each phase in all images together."""
+        counts = torch.bincount(self._pixels, minlength=self.phases).cpu().numpy()
+        return counts / counts.sum()
+
+    def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
+        """The draws of one critic step for these cubes."""
+        device = self._pixels.device
+        count = self.slices_per_axis or self.edge
+        chosen: list[list[np.ndarray]] = [[], [], []]
+        origin: list[list[np.ndarray]] = [[], [], []]
+        mix: list[list[np.ndarray]] = [[], [], []]
+        for cube in cubes:
+            random = _generator(self.seed, step, _CRITIC, critic_step, cube)
+            for axis in range(3):
+                chosen[axis].append(self._pick(random))
+                origin[axis].append(self._patches(random, axis, count))
+                mix[axis].append(random.random(count, np.float32))
+        return CriticDraw(
+            tuple(torch.from_numpy(np.stack(c)).to(device) if self.slices_per_axis else None for c in chosen),
+            tuple(self._cut(np.concatenate(o)) for o in origin),
+            tuple(torch.from_numpy(np.concatenate(m)).to(device) for m in mix),
+        )
+
+    def choose(self, step: int, cubes: range) -> tuple[Tensor | None, ...]:
+        """Which slices, (cubes, slices) for each axis, the critic judges in the generator step; None for all."""
+        if self.slices_per_axis is None:
+            return None, None, None
+        picks: list[list[np.ndarray]] = [[], [], []]
+        for cube in cubes:
+            random = _generator(self.seed, step, _CHOICE, cube)
+            for axis in range(3):
+                picks[axis].append(self._pick(random))
+        return tuple(torch.from_numpy(np.stack(pick)).to(self._pixels.device) for pick in picks)
+
+    def _pick(self, random: np.random.Generator) -> np.ndarray:
+        return random.permutation(self.edge)[: self.slices_per_axis]
+
+    def _patches(self, random: np.random.Generator, axis: int, count: int) -> np.ndarray:
+        """(count, 3): the pixel of each patch's first corner, and the strides of its rows and its columns.
+
+        A mirrored or rotated patch is the same square walked from another corner or with its strides exchanged.
+        """
+        offset, rows, columns, augment = self._tables[axis].T
+        area = np.cumsum(rows * columns)
+        image = np.searchsorted(area, random.integers(0, area[-1], count), side="right")
+        row = random.integers(0, rows[image] - self.edge, endpoint=True)
+        column = random.integers(0, columns[image] - self.edge, endpoint=True)
+        flip_rows, flip_columns, exchange = (random.integers(0, 2, (3, count)) * augment[image]).astype(bool)
+        last, width = self.edge - 1, columns[image]
+        corner = offset[image] + (row + flip_rows * last) * width + column + flip_columns * last
+        down, across = np.where(flip_rows, -width, width), np.where(flip_columns, -1, 1)
+        return np.stack([corner, np.where(exchange, across, down), np.where(exchange, down, across)], axis=1)
+
+    def _cut(self, patches: np.ndarray) -> Tensor:
+        """One-hot patches (patches, phases, edge, edge), float32."""
+        corner, down, across = torch.from_numpy(patches).to(self._pixels.device).unbind(1)
+        place = torch.arange(self.edge, device=corner.device)
+        walk = corner[:, None, None] + down[:, None, None] * place[:, None] + across[:, None, None] * place
+        labels = self._pixels[walk]
+        return torch.stack([labels == phase for phase in range(self.phases)], dim=1).float()
