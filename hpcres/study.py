@@ -274,9 +274,11 @@ class Metrics(Section):
 class Published(Section):
     """A figure from the literature that the report shows beside ours."""
 
-    metric: Literal["normalised_tpb", "volume_fraction", "specific_surface_area", "interphase_area", "tau"]
+    metric: Literal[
+        "volume_fraction", "specific_surface_area", "interphase_area", "tpb_density", "normalised_tpb", "tau", "D_rel"
+    ]
     of: str = ""
-    """Phase, or pair as `pore|nickel`, that the figure belongs to."""
+    """Phase, or pair as `pore|nickel`, that the figure belongs to; lengths in µm."""
     value: float
     spread: float | None = None
     source: str
