@@ -159,7 +159,9 @@ def _indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarra
         found = np.unique(block)
     known = tuple(int(v) for v in found) if labels is None else tuple(sorted(int(v) for v in labels))
     if unknown := [int(v) for v in found if int(v) not in known]:
-        raise InputError(f"label {unknown[0]} has no phase; known are {', '.join(map(str, known))}; measure it with the study that names them")
+        raise InputError(
+            f"label {unknown[0]} has no phase; known are {', '.join(map(str, known))}; measure it with its own study"
+        )
     if len(known) > MAX_PHASES:
         raise InputError(
             f"{len(known)} different labels in one block ({known[0]} … {known[-1]}), at most {MAX_PHASES} phases can "

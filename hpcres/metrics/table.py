@@ -1,0 +1,173 @@
+"""The rows that the terminal and the report show: each number with its unit and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_SHORT_UNITS = {
+    "1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel": "1/voxel", "1/voxel^2": "1/voxel²",
+    "micrometer": "µm", "nanometer": "nm", "millimeter": "mm", "angstrom": "Å", "meter": "m",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one phase, pair or set: ours, the ground truth's, the training images' and published ones."""
+
+    metric: str
+    of: str
+    unit: str
+    value: float
+    reference: float | None = None
+    images: float | None = None
+    cubes: Mapping[str, Any] | None = None
+    """{mean, std, values} over the random sub-volumes of ours, and of the reference."""
+    reference_cubes: Mapping[str, Any] | None = None
+    published: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.reference is None else self.value - self.reference
+
+    @property
+    def relative(self) -> float | None:
+        """Difference / reference; None where the reference is zero."""
+        return None if not self.reference else self.value / self.reference - 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric} {self.of}".strip()
+
+
+def short_unit(unit: str) -> str:
+    return _SHORT_UNITS.get(unit, unit)
+
+
+def pair_name(key: str) -> str:
+    """`pore|nickel` as it is read."""
+    return key.replace("|", " – ")
+
+
+def metric_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Rows of a metrics.json (with `volume`) or of its `volume` entry alone."""
+    volume = result.get("volume", result)
+    others = [result.get("reference"), result.get("images")]
+    published = result.get("published") or ()
+    rows = []
+    for metric, key, path, cubes, unit in _paths(volume):
+        reference, images = (_at(other, path) for other in others)
+        rows.append(
+            Row(
+                metric, pair_name(key), unit, _at(volume, path), reference, images,
+                _at(volume.get("subvolumes"), cubes) if cubes else None,
+                _at((result.get("reference") or {}).get("subvolumes"), cubes) if cubes else None,
+                tuple(p for p in published if p["metric"] == _PUBLISHED.get(metric) and _same(p["of"], key)),
+            )
+        )  # fmt: skip
+    return rows
+
+
+_PUBLISHED = {
+    "volume fraction": "volume_fraction", "specific surface, faces": "specific_surface_area",
+    "interphase area": "interphase_area", "TPB density": "tpb_density", "TPB, normalised": "normalised_tpb",
+}  # fmt: skip
+
+
+def _paths(volume: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...] | None, str]]:
+    """Metric, phase or set, where it stands in a volume entry, where among the sub-volumes, unit."""
+    surface, tpb = volume["specific_surface_area"], volume["tpb"]
+    for phase in volume["volume_fraction"]:
+        yield "volume fraction", phase, ("volume_fraction", phase), ("volume_fraction", phase), ""
+    for kind, cubes in (("faces", "specific_surface_faces"), ("crofton", "")):
+        for phase in surface[kind]:
+            place = (cubes, phase) if cubes else None
+            label = f"specific surface, {'faces' if cubes else 'Crofton'}"
+            yield label, phase, ("specific_surface_area", kind, phase), place, short_unit(surface["unit"])
+    for pair in volume["interphase_area"]:
+        yield "interphase area", pair, ("interphase_area", pair), ("interphase_area", pair), ""
+    if len(volume["volume_fraction"]) > 2:
+        yield "TPB density", "", ("tpb", "density"), ("tpb_density",), short_unit(tpb["unit"])
+        yield "TPB, normalised", "", ("tpb", "normalised"), ("tpb_normalised",), ""
+    if len(volume["volume_fraction"]) > 3:
+        for some in tpb["by_phases"]:
+            yield "TPB, normalised", some, ("tpb", "by_phases", some, "normalised"), None, ""
+
+
+def _at(tree: Any, path: tuple[str, ...] | None) -> Any:
+    for step in path or ():
+        if not isinstance(tree, Mapping) or step not in tree:
+            return None
+        tree = tree[step]
+    return tree
+
+
+def _same(of: str, key: str) -> bool:
+    return sorted(of.split("|")) == sorted(key.split("|"))
+
+
+def metrics_text(result: Mapping[str, Any]) -> str:
+    """The rows as a table of plain text."""
+    rows = metric_rows(result)
+    volume = result.get("volume", result)
+    columns = [["metric", *(row.name for row in rows)], ["value", *(f"{row.value:.6f}" for row in rows)]]
+    columns.append(["unit", *(row.unit for row in rows)])
+    for title, values in (
+        ("reference", [row.reference for row in rows]), ("difference", [row.difference for row in rows]),
+        ("training images", [row.images for row in rows]),
+    ):  # fmt: skip
+        if any(v is not None for v in values):
+            sign = "+" if title == "difference" else ""
+            columns.append([title, *("" if v is None else f"{v:{sign}.6f}" for v in values)])
+    if any(row.relative is not None for row in rows):
+        columns.insert(5, ["relative", *("" if row.relative is None else f"{row.relative:+.2%}" for row in rows)])
+    if any(row.cubes for row in rows):
+        count, edge = volume["subvolumes"]["count"], volume["subvolumes"]["voxels"]
+        spread = [_plus_minus(row.cubes) for row in rows]
+        columns.append([f"{count} cubes of {edge}³", *spread])
+    widths = [max(map(len, column)) for column in columns]
+    lines = [f"{volume['path']}: {size_text(volume)}", ""]
+    for cells in zip(*columns, strict=True):
+        aligned = [
+            cell.ljust(width) if place in (0, 2) else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    low_res = result.get("low_res")
+    if low_res:
+        compared = f"{low_res['voxels_compared']} low-res voxels"
+        lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
+    for one in result.get("published") or ():
+        spread_text = f" ± {one['spread']:g}" if one.get("spread") is not None else ""
+        lines.append(f"published {one['metric']} {one['of']}: {one['value']:g}{spread_text} ({one['source']})")
+    if skipped := (volume.get("subvolumes") or {}).get("skipped"):
+        lines.append(f"no sub-volumes: {skipped}")
+    return "\n".join(lines)
+
+
+def size_text(volume: Mapping[str, Any]) -> str:
+    shape = " × ".join(map(str, volume["shape"]))
+    sizes = volume["voxel_size"]
+    edges = " × ".join(f"{h:g}" for h in (sizes[:1] if len(set(sizes)) == 1 else sizes))
+    return f"{shape} voxels of {edges} {short_unit(volume['voxel_unit'])}"
+
+
+def _plus_minus(summary: Mapping[str, Any] | None) -> str:
+    if not summary or summary["mean"] is None:
+        return ""
+    return f"{summary['mean']:.5f}" + ("" if summary["std"] is None else f" ± {summary['std']:.5f}")
+
+
+def transport_text(result: Mapping[str, Any]) -> str:
+    """One line of a tortuosity result."""
+    what = f"{result['phase']}, {result['direction']}: volume fraction {result['volume_fraction']:.6f}, "
+    if result["state"] == "not percolating":
+        return what + "does not percolate: D_rel 0, tau infinite"
+    if result["state"] == "not converged":
+        return what + f"not converged after {result['iterations']} iterations: no number"
+    return what + (
+        f"D_rel {result['D_rel']:.6f}, tau {result['tau']:.5f} (percolating fraction "
+        f"{result['percolating_fraction']:.6f}, its tau {result['tau_percolating']:.5f}), "
+        f"{result['iterations']} iterations, {result['seconds']:.1f} s"
+    )
