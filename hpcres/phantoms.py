@@ -32,6 +32,8 @@ _BYTES_PER_VOXEL = 36
 _PLANES = {0: "yx", 1: "zx", 2: "zy"}
 _FINEST_VOXELS = 4
 """Below this feature size the voxel lattice shows."""
+_BLOCK_VOXELS = 96
+"""High-res edge of the blocks that go one-hot through the imaging operator."""
 
 
 def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosity: float) -> np.ndarray:
@@ -294,7 +296,7 @@ def _imaged(truth: np.ndarray, study: Study) -> np.ndarray:
     margin = -(-operator.margin_voxels // p)
     shape = [int(n / scale) for n in truth.shape]
     coarse = np.empty(shape, np.uint8)
-    edge = max(1, 96 // p)
+    edge = max(1, _BLOCK_VOXELS // p)
     # Blocks are counted in repeats of the sampling pattern: p high-res voxels, q low-res ones.
     for block in blocks([-(-n // q) for n in shape], (edge,) * 3):
         first = [max(a - margin, 0) for a in block.start]

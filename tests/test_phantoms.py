@@ -1,0 +1,261 @@
+"""Phantoms against the laws they are drawn from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from hpcres import phantoms
+from hpcres.errors import InputError
+from hpcres.geometry import Box
+from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.metrics.counts import count, finalize
+from hpcres.phantoms import chi2_field, make_phantom, separator, three_phase
+from hpcres.study import Study
+from hpcres.volumes import open_volume, read_images
+
+
+def chi2_pair_probability(porosity: float, correlation: float) -> float:
+    """P(both solid) for two voxels whose Gaussians have this correlation: given Y1 = y, Y2/(1 − ρ²) is a noncentral
+    χ² of two degrees of freedom with noncentrality ρ² y/(1 − ρ²).
+    """
+    nu, square = -2 * np.log(1 - porosity), correlation**2
+
+    def density(y: float) -> float:
+        return 0.5 * np.exp(-y / 2) * stats.ncx2.sf(nu / (1 - square), 2, square * y / (1 - square))
+
+    return integrate.quad(density, nu, np.inf)[0]
+
+
+def pairs(solid: np.ndarray, axis: int, lag: int) -> float:
+    ahead, behind = [slice(None)] * 3, [slice(None)] * 3
+    ahead[axis], behind[axis] = slice(lag, None), slice(None, -lag)
+    return float((solid[tuple(ahead)] & solid[tuple(behind)]).mean())
+
+
+def test_chi2_field_has_its_porosity_and_its_two_point_law():
+    # Forty volumes; the tolerances are four standard errors of their mean.
+    gamma_squared, porosity, lags = 1 / 6, 0.35, (1, 2, 5, 12, 40)
+    measured = []
+    for seed in range(40):
+        solid = chi2_field((48, 72, 60), seed, gamma_squared=gamma_squared, porosity=porosity).astype(bool)
+        measured.append([solid.mean(), *(pairs(solid, axis, lag) for lag in lags for axis in range(3))])
+    mean = np.mean(measured, axis=0)
+    error = 4 * np.std(measured, axis=0, ddof=1) / np.sqrt(len(measured))
+    theory = [1 - porosity, *np.repeat([chi2_pair_probability(porosity, np.exp(-gamma_squared * h)) for h in lags], 3)]
+    assert error[:-3].max() < 0.012
+    np.testing.assert_array_less(np.abs(mean - theory), error)
+    # The law bites: the neighbouring covariance exp(−γ² h²) would be off by more than the tolerance.
+    other = chi2_pair_probability(porosity, np.exp(-gamma_squared * 5**2))
+    assert abs(other - theory[1 + 3 * 2]) > 2 * error[1 + 3 * 2]
+
+
+def test_chi2_covariance_is_isotropic_off_the_axes():
+    gamma_squared = 1 / 6
+    solid = [chi2_field((64, 64, 64), (9, s), gamma_squared=gamma_squared, porosity=0.5).astype(bool) for s in range(6)]
+    diagonal = np.mean([(s[3:, 4:, :] & s[:-3, :-4, :]).mean() for s in solid])  # a lag of 3, 4, 0: 5 voxels
+    assert diagonal == pytest.approx(chi2_pair_probability(0.5, np.exp(-5 * gamma_squared)), abs=0.02)
+
+
+def mean_chord(labels: np.ndarray, phase: int) -> float:
+    """Voxels of the phase per run of it along an axis, over the three axes."""
+    inside, voxels, starts = labels == phase, 0, 0
+    for axis in range(3):
+        here = np.moveaxis(inside, axis, 0)
+        starts += int((here[1:] & ~here[:-1]).sum())
+        voxels += int(here[1:].sum())
+    return voxels / starts
+
+
+@pytest.mark.parametrize("feature", [8.0, 14.0])
+def test_three_phase_has_its_shares_and_its_feature_size(feature):
+    labels = three_phase((96, 96, 96), 5, feature_voxels=feature, porosity=0.42)
+    shares = np.bincount(labels.ravel()) / labels.size
+    np.testing.assert_allclose(shares, [0.42, 0.43, 0.15], atol=2e-6)
+    # Rice's formula, on a grid that misses no crossing but the shortest.
+    assert mean_chord(labels, 1) == pytest.approx(feature, rel=0.08)
+
+
+def test_binder_sits_on_particles_and_all_three_phases_meet():
+    labels = three_phase((80, 80, 80), 1, feature_voxels=12)
+    found = count(labels)
+    assert finalize(found, (1.0, 1.0, 1.0)).tpb_normalised > 0.004
+    # Strewn over the pore, binder would touch active material as often per voxel as pore does.
+    per_voxel = {phase: sum(found.faces[pair]) / found.voxels[phase] for phase, pair in ((0, (0, 1)), (2, (1, 2)))}
+    assert per_voxel[2] > 2 * per_voxel[0]
+
+
+def test_separator_has_lamellae_across_x_and_fibrils_along_it():
+    labels = separator((96, 96, 128), 2, feature_voxels=12, porosity=0.45)
+    assert labels.mean() == pytest.approx(0.55, abs=2e-6)
+    solid = labels.astype(bool)
+    changed = [float((np.diff(solid.astype(np.int8), axis=axis) != 0).mean()) for axis in range(3)]
+    assert changed[0] == pytest.approx(changed[1], rel=0.15)
+    # Layers make the solid share of planes normal to x vary; fibrils keep each of them from being empty.
+    by_plane = [solid.mean(axis=tuple({0, 1, 2} - {axis})).std() for axis in range(3)]
+    assert by_plane[2] > 2 * max(by_plane[:2])
+    assert solid.mean(axis=(0, 1)).min() > 0.05
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda shape, seed: chi2_field(shape, seed, gamma_squared=0.1, porosity=0.4),
+        lambda shape, seed: three_phase(shape, seed, feature_voxels=8),
+        lambda shape, seed: separator(shape, seed, feature_voxels=8),
+    ],
+)
+def test_a_phantom_is_a_function_of_shape_and_seed(make):
+    shape = (31, 40, 53)
+    one = make(shape, 4)
+    assert (one.shape, one.dtype) == (shape, np.uint8)
+    np.testing.assert_array_equal(one, make(shape, 4))
+    for other in (make(shape, 5), make(shape, (4, 1))):
+        assert (one != other).mean() > 0.2
+    # The torus is larger than the volume: opposite faces are no neighbours.
+    assert (one[0] != one[-1]).mean() > 2 * (one[0] != one[1]).mean()
+
+
+def test_no_lattice_shows():
+    # The share of changed faces does not depend on the position modulo small periods.
+    labels = three_phase((128, 96, 96), 8, feature_voxels=10)
+    changed = (labels[1:] != labels[:-1]).mean(axis=(1, 2))[:126]
+    for period in (2, 3, 6):
+        by_phase = changed.reshape(-1, period).mean(axis=0)
+        spread = 4 * changed.std() / np.sqrt(len(changed) / period)
+        assert np.ptp(by_phase) < spread
+
+
+# ---- hpcres phantom ----------------------------------------------------------------------------------------
+
+
+def study(folder: Path, scale: Any = 4, **changes: Any) -> Study:
+    made = folder / "phantom"
+    settings: dict[str, Any] = {
+        "name": "p", "seed": 11, "output": str(folder), "scale_factor": scale,
+        "high_res": {
+            "phases": {0: "pore", 128: "active", 255: "binder"}, "voxel_size": "50 nm",
+            "images": [{"path": str(made / "slices.tif")}],
+        },
+        "low_res": {"path": str(made / "low_res.zarr"), "phases": {0: "pore", 1: ["active", "binder"]}},
+        "phantom": {"kind": "three-phase", "voxels": [70, 64, 90], "feature_voxels": 8, "slices": 3},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            settings[section] = {**settings.get(section, {}), name: value}
+        else:
+            settings[section] = value
+    return Study.model_validate(settings)
+
+
+@pytest.mark.parametrize("scale", [4, "8/5", "16/3"])
+@pytest.mark.parametrize("operator", ["under-resolved", "under-sampled"])
+def test_low_res_is_the_whole_truth_through_the_imaging_operator(scale, operator, tmp_path, monkeypatch):
+    monkeypatch.setattr(phantoms, "_BLOCK_VOXELS", 32)
+    here = study(tmp_path, scale, imaging={"operator": operator})
+    paths = make_phantom(here)
+    assert [path.name for path in paths] == ["truth.zarr", "low_res.zarr", "slices.tif"]
+    truth, low_res = open_volume(paths[0]), open_volume(paths[1])
+    assert truth.phases == ("pore", "active", "binder")
+    assert low_res.phases == ("pore", "active+binder")
+    assert low_res.voxel_size == pytest.approx([50 * float(here.scale_factor)] * 3)
+    assert truth.unit == low_res.unit == "nanometer"
+    labels = truth.read(Box.whole(truth.shape))
+    np.testing.assert_array_equal(labels, three_phase((70, 64, 90), (11, 0), feature_voxels=8))
+    operator_of_study = ImagingOperator(here.scale_factor, [[0], [1, 2]], here.imaging)
+    expected = operator_of_study(one_hot(torch.from_numpy(labels)[None], 3)).argmax(1)[0].numpy()
+    assert low_res.shape == tuple(int(n / here.scale_factor) for n in (70, 64, 90))
+    np.testing.assert_array_equal(low_res.read(Box.whole(low_res.shape)), expected)
+    # And it resembles the truth: the majority of what it covers, nearly everywhere.
+    solid = low_res.read(Box.whole(low_res.shape)).mean()
+    assert solid == pytest.approx((labels > 0).mean(), abs=0.06)
+
+
+def test_slices_are_labels_of_the_study_from_another_realisation(tmp_path):
+    here = study(tmp_path, phantom__slice_voxels=128)
+    truth, _, slices = make_phantom(here)
+    stack = read_images(slices)
+    assert stack.shape == (3, 128, 128)
+    assert set(np.unique(stack)) == {0, 128, 255}
+    assert stack[stack == 128].size / stack.size == pytest.approx(0.45, abs=0.08)
+    labels = open_volume(truth).read(Box((0, 0, 0), (70, 64, 64)))
+    same = max((np.array([0, 128, 255])[plane] == stack[k, :64, :64]).mean() for plane in labels for k in range(3))
+    assert same < 0.6  # that of independent slices is 0.45² + 0.4² + 0.15² = 0.385
+    assert all((stack[k] == stack[k + 1]).mean() < 0.5 for k in range(2))
+
+
+def test_anisotropic_phantoms_have_a_file_per_plane(tmp_path):
+    made = tmp_path / "phantom"
+    here = study(
+        tmp_path,
+        high_res={
+            "phases": {0: "pore", 1: "polymer"}, "voxel_size": "50 nm", "isotropic": False,
+            "images": [{"path": str(made / f"slices_{p}.tif"), "planes": [p]} for p in ("zy", "zx", "yx")],
+        },
+        low_res={"path": str(made / "low_res.zarr"), "phases": {0: "pore", 1: "polymer"}},
+        phantom={"kind": "separator", "voxels": [64, 72, 80], "feature_voxels": 8, "slices": 2},
+    )  # fmt: skip
+    names = [path.name for path in make_phantom(here)]
+    assert names[2:] == ["slices_yx.tif", "slices_zx.tif", "slices_zy.tif"]
+    shapes = {image.planes[0]: read_images(image.path).shape for image in here.high_res.images}
+    assert shapes == {"zy": (2, 64, 72), "zx": (2, 64, 80), "yx": (2, 72, 80)}
+    # Columns of a yx slice run along x, so the fibrils make rows alike to their left and right.
+    for plane in ("yx", "zx"):
+        stack = read_images(made / f"slices_{plane}.tif")
+        assert stack.mean(axis=1).std() > stack.mean(axis=2).std()
+
+
+def test_a_second_run_needs_overwrite_and_a_failed_one_leaves_the_first(tmp_path, monkeypatch):
+    here = study(tmp_path)
+    make_phantom(here)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="exists already; give --overwrite"):
+        make_phantom(here)
+    monkeypatch.setattr(phantoms, "_imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        make_phantom(here, overwrite=True)
+    monkeypatch.undo()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    make_phantom(here, overwrite=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before  # the same seed, the same bytes
+    assert os.listdir(tmp_path) == ["phantom"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"phantom": None}, "has no phantom section"),
+        ({"phantom__kind": "chi2"}, r"chi2 has 2 phases, high_res.phases 3 \(pore, active, binder\); name 2"),
+        ({"low_res__phases": {0: "pore", 7: ["active", "binder"]}}, "labels 0, 7, but low_res.zarr .* has 0 … 1"),
+        ({"phantom__feature_voxels": 2}, "2.0 is below 4 voxels"),
+        ({"phantom__voxels": [64, 3, 64]}, "64x3x64 has no whole low-res voxel"),
+        ({"phantom__voxels": [5000, 5000, 5000]}, "5000x5000x5000 needs .* GiB"),
+        ({"phantom__porosity": 0.9}, "0.9 leaves no active material"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_written(changes, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        make_phantom(study(tmp_path, **changes))
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_that_the_phantom_will_not_make_are_found_early(tmp_path):
+    wrong = [{"path": str(tmp_path / "phantom" / "slice.tif")}]
+    here = study(tmp_path)
+    here = study(tmp_path, high_res={**here.high_res.model_dump(mode="json"), "images": wrong})
+    with pytest.raises(InputError, match=r"high_res.images: phantom makes no slice.tif; use one of .*slices.tif"):
+        make_phantom(here)
+    separate = study(tmp_path, high_res__phases={0: "pore", 1: "polymer"}, low_res__phases={0: "pore", 1: "polymer"})
+    with pytest.raises(InputError, match="separator is anisotropic"):
+        make_phantom(separate.model_copy(update={"phantom": separate.phantom.model_copy(update={"kind": "separator"})}))
+    (tmp_path / "phantom").mkdir()
+    (tmp_path / "phantom" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no phantom, so --overwrite will not remove it"):
+        make_phantom(study(tmp_path), overwrite=True)
