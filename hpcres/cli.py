@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +21,7 @@ import click
 
 from hpcres import __version__
 from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.study import Study, VoxelSize, load_study, parse_voxel_size, save_study
 
 EXIT_INPUT, EXIT_UNFINISHED, EXIT_STOPPED = 2, 3, 75
 _DISK_ERRORS = {
@@ -80,6 +85,9 @@ def _study_options(command: _Command) -> _Command:
 _study_argument = click.argument("study", metavar="[STUDY]", default="study.yaml", type=click.Path())
 _volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default="study.yaml", type=click.Path())
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left.")
+_voxel_size = click.option(
+    "--voxel-size", metavar="LENGTH", help="Edge of a bare volume's voxel with its unit, as 65nm or '65 nm'."
+)
 _scheduler = click.option(
     "--scheduler",
     metavar="ADDRESS|FILE",
@@ -104,3 +112,308 @@ def commands() -> None:
     hpcres metrics                      measure it, with Dask
     hpcres report                       one HTML page of it all
     """
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, else a line every few seconds."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    said = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal said
+        if done == total or time.monotonic() - said > 5:
+            said = time.monotonic()
+            click.echo(f"{what}: {done} of {total}", err=True)
+
+    yield line
+
+
+@commands.command()
+@_study_argument
+@_study_options
+@_overwrite
+def phantom(study: str, settings: tuple[str, ...], output: str | None, overwrite: bool) -> None:
+    """Make a ground truth, its low-res volume, and slices of a twin that training may see.
+
+    \b
+    hpcres phantom study.yaml
+    hpcres phantom --set phantom.kind=chi2 --set phantom.voxels=128x128x128 --overwrite
+
+    Writes <output>/phantom/: truth.zarr, low_res.zarr, and slices.tif (one file per plane where
+    high_res.isotropic is false).
+    """
+    from hpcres.phantoms import make_phantom
+
+    loaded = load_study(study, settings, output)
+    for path in make_phantom(loaded, overwrite, lambda name: click.echo(f"phantom: {name}", err=True)):
+        click.echo(path)
+
+
+@commands.command()
+@_volume_argument
+@_study_options
+@click.option("--phases", metavar="LABEL=NAME,…", help="Labels of the volume in the order of the output's 0, 1, 2, …")
+@_voxel_size
+@_overwrite
+def convert(
+    source: str, settings: tuple[str, ...], output: str | None, phases: str | None, voxel_size: str | None,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    """Write a volume (.tif, .npy, .h5:/dataset, .zarr) as a sharded OME-Zarr label store.
+
+    \b
+    hpcres convert study.yaml                                       its low_res volume, to <output>/low_res.zarr
+    hpcres convert scan.tif --output scan.zarr --voxel-size "65 nm" --phases "0=pore,128=active"
+
+    With phases, the labels of the store are 0, 1, 2, … in their order; without, the values are kept.
+    """
+    from hpcres.volumes import convert as convert_volume
+    from hpcres.volumes import open_volume
+
+    if _is_study(source):
+        if phases or voxel_size:
+            raise InputError(f"{source}: a study has its own phases and voxel size; drop --phases and --voxel-size")
+        study = load_study(source, settings, output)
+        groups = zip(study.low_res.phases, study.low_res.groups, strict=True)
+        names: dict[int, str] | None = {label: "+".join(group) for label, group in groups}
+        size, target = study.low_res_voxel_size, study.folder / "low_res.zarr"
+        volume = open_volume(study.low_res.path, study.low_res.raw)
+    else:
+        if output is None:
+            raise InputError(f"{source}: no place to write to; give --output NAME.zarr")
+        if settings:
+            raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
+        names, size, target = _parse_phases(phases), _parse_size(voxel_size), Path(output)
+        volume = open_volume(source)
+    length, unit = size if size else (None, None)
+    with _progress("convert") as progress:
+        convert_volume(
+            volume, target, phases=names, voxel_size=length, unit=unit, overwrite=overwrite, progress=progress
+        )
+    click.echo(target)
+
+
+def _parse_size(text: str | None) -> VoxelSize | None:
+    try:
+        return parse_voxel_size(text) if text else None
+    except ValueError as error:
+        raise InputError(f"--voxel-size: {error}") from None
+
+
+def _parse_phases(text: str | None) -> dict[int, str] | None:
+    """`0=pore,128=active` as label → name."""
+    if not text:
+        return None
+    phases: dict[int, str] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?\d+)\s*=\s*(\S.*?)\s*", part)
+        if not match:
+            raise InputError(f"--phases {text}: {part!r} is no LABEL=NAME; write for example 0=pore,128=active")
+        label, name = int(match.group(1)), match.group(2)
+        if label in phases or name in phases.values():
+            raise InputError(f"--phases {text}: {part.strip()!r} repeats a label or a name; give each once")
+        phases[label] = name
+    return phases
+
+
+@commands.command()
+@_volume_argument
+@_study_options
+@_scheduler
+@_voxel_size
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
+def metrics(
+    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, voxel_size: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure volume fractions, surface and interphase areas, TPB, and their spread over sub-volumes.
+
+    \b
+    hpcres metrics                                  the study's labels.zarr, its reference and its images
+    hpcres metrics electrode.tiff                   any volume: .tif, .npy, .h5:/dataset, .zarr
+    hpcres metrics scan.zarr --voxel-size 65nm --output metrics.json
+    hpcres metrics --scheduler tcp://node1:8786     on a running Dask cluster
+
+    Writes <output>/metrics.json; for a bare volume only where --output names a file.
+    """
+    import json
+
+    from hpcres.metrics.measure import header, measure, measure_study, write_json
+    from hpcres.metrics.schedule import connect
+    from hpcres.metrics.table import metrics_text
+    from hpcres.study import SubVolumes
+    from hpcres.volumes import open_volume
+
+    command = " ".join(["hpcres", *sys.argv[1:]])
+    if _is_study(source):
+        if voxel_size:
+            raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
+        study = load_study(source, settings, output)
+        volume, target = _study_volume(study), study.metrics_path
+        _writable(target)
+        with connect(scheduler) as client:
+            result = measure_study(study, volume, client=client, command=command)
+        save_study(study, "metrics")
+    else:
+        _no_settings(source, settings)
+        volume, target, size = open_volume(source), Path(output) if output else None, _parse_size(voxel_size)
+        if target is not None:
+            _writable(target)
+        with connect(scheduler) as client:
+            measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes(count=0))
+        result = {**header(command), "volume": measured}
+    if target is not None:
+        write_json(target, result)
+    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else metrics_text(result))
+    if target is not None:
+        click.echo(f"written to {target}", err=as_json)
+
+
+@commands.command()
+@_volume_argument
+@_study_options
+@click.option("--phase", "only", multiple=True, metavar="NAME", help="Only this phase, or label; repeatable.")
+@click.option(
+    "--direction", "directions", type=click.Choice(("z", "y", "x")), multiple=True, help="All three by default."
+)
+@click.option("--crop", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Only this part of the volume.")
+@click.option(
+    "--rtol", default=0.01, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+    help="Stop at this spread of the flux.",
+)
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), help="The study's, or cpu.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
+def tortuosity(
+    source: str, settings: tuple[str, ...], output: str | None, only: tuple[str, ...], directions: tuple[str, ...],
+    crop: str | None, rtol: float, device: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Relative diffusivity and tortuosity factor of whole phases, with TauFactor, in memory.
+
+    \b
+    hpcres tortuosity                                   every phase and direction; the reference too
+    hpcres tortuosity electrode.tiff --phase 0 --direction z
+    hpcres tortuosity --crop 0:256,0:256,0:256          what fits in memory (70 bytes a voxel)
+
+    Writes <output>/transport.json; for a bare volume only where --output names a file.
+    """
+    import json
+
+    from hpcres.metrics.measure import write_json
+    from hpcres.metrics.table import transport_text
+    from hpcres.metrics.transport import SCHEMA, choose_device
+    from hpcres.metrics.transport import tortuosity as solve
+    from hpcres.metrics.transport.sor import describe
+    from hpcres.volumes import open_volume
+
+    study = load_study(source, settings, output) if _is_study(source) else None
+    if study is None:
+        _no_settings(source, settings)
+    device = choose_device(device or (study.device if study else "cpu"))
+    volume = _study_volume(study) if study else open_volume(source)
+    target = study.transport_path if study else Path(output) if output else None
+    if target is not None:
+        _writable(target)
+    said = time.monotonic()
+
+    def report(phase: str, direction: str, iterations: int, d_rel: float, spread: float) -> None:
+        nonlocal said
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            line = f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.5f}, flux spread {spread:.2%}"
+            click.echo(line, err=True)
+
+    def finished(result: dict[str, Any]) -> None:
+        click.echo(transport_text(result), err=as_json)
+
+    solver = describe(rtol, device)
+    click.echo(f"{solver['name']}: {solver['method']}; stops at {solver['stop']}", err=True)
+    measured = partial(
+        solve, phases=study.phases if study else None, only=only, directions=directions or ("z", "y", "x"), crop=crop,
+        rtol=rtol, device=device, report=report, finished=finished,
+    )  # fmt: skip
+    result: dict[str, Any] = {
+        "schema": SCHEMA, "hpcres": __version__, "command": " ".join(["hpcres", *sys.argv[1:]]),
+        "solver": solver, "volume": measured(volume), "reference": None, "published": [],
+    }  # fmt: skip
+    if study is not None:
+        if study.reference.volume is not None:
+            click.echo(f"reference {study.reference.volume}:", err=as_json)
+            result["reference"] = measured(open_volume(study.reference.volume))
+        result["published"] = [p.model_dump(mode="json") for p in study.reference.published]
+        save_study(study, "tortuosity")
+    if target is not None:
+        write_json(target, result)
+    if as_json:
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+    if target is not None:
+        click.echo(f"written to {target}", err=as_json)
+
+
+@commands.command()
+@_volume_argument
+@_study_options
+@_scheduler
+@_voxel_size
+def report(
+    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, voxel_size: str | None
+) -> None:
+    """One HTML page: slices, metrics beside their references, distributions, training, provenance.
+
+    \b
+    hpcres report                                   from what the other stages wrote, to <output>/report.html
+    hpcres report electrode.tiff --output electrode.html
+
+    A bare volume is measured on the way, and the page is report.html here unless --output says otherwise.
+    """
+    from hpcres.report import report_study, report_volume
+    from hpcres.volumes import open_volume
+
+    if _is_study(source):
+        if voxel_size:
+            raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
+        study = load_study(source, settings, output)
+        _writable(study.report_path)
+        path = report_study(study, _study_volume(study))
+    else:
+        from hpcres.metrics.measure import header, measure
+        from hpcres.metrics.schedule import connect
+        from hpcres.study import SubVolumes
+
+        _no_settings(source, settings)
+        volume, target, size = open_volume(source), Path(output or "report.html"), _parse_size(voxel_size)
+        _writable(target)
+        with connect(scheduler) as client:
+            measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes())
+        command = " ".join(["hpcres", *sys.argv[1:]])
+        path = report_volume(volume, {**header(command), "volume": measured}, target)
+    click.echo(path)
+
+
+def _study_volume(study: Study) -> Any:
+    from hpcres.volumes import open_volume
+
+    if not study.labels_path.exists():
+        raise InputError(f"{study.labels_path}: not there yet; run hpcres infer first")
+    return open_volume(study.labels_path)
+
+
+def _no_settings(source: str, settings: tuple[str, ...]) -> None:
+    if settings:
+        raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
+
+
+def _writable(path: Path) -> None:
+    """Fail before hours of work rather than after them."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder where a file is due; name the file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: permission denied; write elsewhere with --output")
