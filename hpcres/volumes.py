@@ -564,7 +564,7 @@ def coarsen_by_mode(labels: np.ndarray) -> np.ndarray:
 
 # ---- the label store ---------------------------------------------------------------------------------------
 
-_COLOURS = (
+PHASE_COLOURS = (
     (38, 44, 58), (235, 164, 50), (86, 156, 214), (201, 82, 96), (110, 176, 105), (155, 118, 190), (222, 205, 120),
     (90, 190, 185), (150, 105, 70), (230, 140, 180), (120, 130, 140), (60, 110, 80), (200, 220, 240), (170, 60, 140),
     (90, 90, 160), (240, 240, 230),
@@ -824,7 +824,8 @@ def _write_template(
 
 def _image_label(phases: Mapping[int, str | None]) -> dict[str, Any]:
     colours = [
-        {"label-value": label, "rgba": [*_COLOURS[place % len(_COLOURS)], 255]} for place, label in enumerate(phases)
+        {"label-value": label, "rgba": [*PHASE_COLOURS[place % len(PHASE_COLOURS)], 255]}
+        for place, label in enumerate(phases)
     ]
     named = [{"label-value": label, "name": name} for label, name in phases.items() if name is not None]
     return {"colors": colours, **({"properties": named} if named else {})}
