@@ -1,0 +1,775 @@
+"""One self-contained HTML page from the files that the stages wrote: is the result good, and how was it made?
+
+Nothing is loaded from elsewhere, no JavaScript; images and plots are inlined. What a stage has not made yet is
+said in words, with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from html import escape
+from math import ceil, floor, log10
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hpcres import __version__
+from hpcres.errors import InputError
+from hpcres.geometry import AXES, Box, Triple, triple
+from hpcres.metrics.table import Row, metric_rows, short_unit, size_text
+from hpcres.study import Study
+from hpcres.volumes import PHASE_COLOURS, PhaseMap, Volume, open_volume, read_images
+
+_SLICE_VOXELS = 256
+"""Largest edge of a slice shown, in high-res voxels; larger volumes show their middle."""
+_OURS, _TRUTH, _IMAGES, _INK = "#2a7de1", "#e0862a", "#7a9a4a", "#808790"
+# Shares that call for a second look, and for doubt: fractions in points, the others relative.
+_LIMITS = {"volume fraction": (0.01, 0.02), "interphase area": (0.07, 0.15), "TPB": (0.1, 0.2), "surface": (0.07, 0.15)}
+_AGREEMENT_LIMITS = (0.98, 0.95)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A volume as the slices show it: how to name it, its voxel edge in high-res voxels, colours of its labels."""
+
+    title: str
+    volume: Volume
+    step: Fraction
+    colours: np.ndarray
+    values: tuple[int, ...]
+
+
+def report_study(study: Study, volume: Volume) -> Path:
+    """report.html of a study, from labels.zarr and whatever metrics.json, transport.json, training.csv there is."""
+    metrics, transport = _read_json(study.metrics_path), _read_json(study.transport_path)
+    colours = _palette(len(study.phases))
+    low_res = open_volume(study.low_res.path, study.low_res.raw)
+    groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
+    low_colours = np.array([colours[group].mean(0) for group in groups])
+    own = tuple(range(len(study.phases)))
+    sights = [
+        Sight("low-res input", low_res, study.scale_factor, low_colours, tuple(study.low_res.phases)),
+        Sight("super-resolved", volume, Fraction(1), colours, own),
+    ]
+    if study.reference.volume is not None and _exists(study.reference.volume):
+        sights.append(Sight("ground truth", open_volume(study.reference.volume), Fraction(1), colours, own))
+    size = study.high_res.voxel_size
+    legend = dict(zip(study.phases, colours, strict=True))
+    for group, colour in zip(study.low_res.groups, low_colours, strict=True):
+        if len(group) > 1:
+            legend[f"{' + '.join(group)} (low-res)"] = colour
+    stale = metrics is not None and _made_by(metrics["volume"].get("provenance")) != _made_by(volume.provenance)
+    body = [
+        _header(study.name, f"{_shape_text(volume)} voxels of {size}, scale factor {study.scale_factor}"),
+        _warning("metrics.json belongs to another labels.zarr; run hpcres metrics again") if stale else "",
+        _verdict(metrics, study),
+        _slices(sights, legend, size.length, short_unit(size.unit), _training_crop(study, colours, volume.shape)),
+        *_numbers(metrics, "hpcres metrics"),
+        _transport(transport, metrics, "hpcres tortuosity"),
+        _training(study.folder / "training.csv"),
+        _provenance(_study_facts(study, volume, metrics, transport)),
+    ]
+    return _write(study.report_path, study.name, body)
+
+
+def report_volume(volume: Volume, metrics: Mapping[str, Any], target: str | Path) -> Path:
+    """The page of a bare volume and its metrics.json content; there is nothing to compare it with."""
+    entry = metrics["volume"]
+    labels = tuple(int(phase["label"]) for phase in entry["phases"])
+    colours = _palette(len(labels))
+    legend = {phase["name"]: colour for phase, colour in zip(entry["phases"], colours, strict=True)}
+    name = Path(volume.path).name
+    sight = Sight(name, volume, Fraction(1), colours, labels)
+    facts = {"volume": os.path.abspath(volume.path), "size": size_text(entry), "hpcres": metrics.get("hpcres", "")}
+    body = [
+        _header(name, size_text(entry)),
+        _slices([sight], legend, entry["voxel_size"][-1], short_unit(entry["voxel_unit"]), None),
+        *_numbers(metrics, "hpcres metrics"),
+        _provenance({**facts, **_flat(volume.provenance)}),
+    ]
+    return _write(Path(target), name, body)
+
+
+# ---- the verdict ------------------------------------------------------------------------------------------
+
+
+def _verdict(metrics: Mapping[str, Any] | None, study: Study) -> str:
+    """The few numbers that decide, against the truth where there is one, else against the training images."""
+    if metrics is None:
+        return ""
+    rows = metric_rows(metrics)
+    truth = metrics.get("reference") is not None
+    isotropic = study.high_res.isotropic
+    cards = []
+    if low_res := metrics.get("low_res"):
+        share = low_res["agreement"]
+        grade = "good" if share >= _AGREEMENT_LIMITS[0] else "fair" if share >= _AGREEMENT_LIMITS[1] else "poor"
+        what = "voxels seen alike through the coarse instrument"
+        cards.append(_card("Low-res agreement", f"{share:.2%}", what, grade))
+    if truth or isotropic:
+        against = "ground truth" if truth else "training images"
+        for title, metric, limit, in_points in (
+            ("Phase fractions", "volume fraction", "volume fraction", True),
+            ("Surface areas", "specific surface, faces", "surface", False),
+            ("Interphase areas", "interphase area", "interphase area", False),
+            ("Triple-phase boundary", "TPB, normalised", "TPB", False),
+        ):
+            worst = _worst([r for r in rows if r.metric == metric and r.of != "…"], truth, in_points)
+            if worst is None:
+                continue
+            error, row = worst
+            good, fair = _LIMITS[limit]
+            grade = "good" if abs(error) <= good else "fair" if abs(error) <= fair else "poor"
+            text = f"{100 * error:+.2f} points" if in_points else f"{error:+.1%}"
+            of = f"{row.of}, " if row.of else ""
+            cards.append(_card(title, text, f"{'worst: ' if row.of else ''}{of}against the {against}", grade))
+    if not cards:
+        return ""
+    limits = (
+        "Green: fractions within 1 point, areas 7 %, TPB 10 %, agreement 98 %; amber: 2 points, 15 %, 20 %, 95 %. "
+        "Interphase areas count where they are at least 1 % of the largest."
+    )
+    note = limits if truth else (
+        f"{limits} There is no ground truth in this study: the training images are 2D and of another place, so they "
+        "differ from the volume by chance too."
+    )  # fmt: skip
+    return f'<section class="cards">{"".join(cards)}</section><p class="note">{note}</p>'
+
+
+def _worst(rows: Sequence[Row], truth: bool, in_points: bool) -> tuple[float, Row] | None:
+    """The largest error and its row; pairs that hardly touch would only show noise."""
+    found = []
+    targets = [(row.reference if truth else row.images, row) for row in rows]
+    largest = max((t for t, _ in targets if t), default=0.0)
+    for target, row in targets:
+        if target is not None and (in_points or target > 0.01 * largest):
+            found.append((row.value - target if in_points else row.value / target - 1, row))
+    return max(found, key=lambda pair: abs(pair[0]), default=None)
+
+
+def _card(title: str, value: str, what: str, grade: str) -> str:
+    return (
+        f'<div class="card {grade}"><div class="title">{escape(title)}</div><div class="value">{escape(value)}</div>'
+        f'<div class="what">{escape(what)}</div></div>'
+    )
+
+
+# ---- slices -----------------------------------------------------------------------------------------------
+
+
+def _slices(
+    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: float, unit: str, crop: tuple[str, str] | None
+) -> str:
+    """A grid of images: a row per plane, a column per volume, all of the same physical region."""
+    main = next(s for s in sights if s.step == 1)
+    middle = [n // 2 for n in main.volume.shape]
+    heads = "".join(f"<div class='head'>{escape(s.title)}</div>" for s in sights)
+    cells = [f"<div></div>{heads}"]
+    shown_edge = 0
+    for axis in range(3):
+        sides = [a for a in range(3) if a != axis]
+        start, stop = list(middle), [m + 1 for m in middle]
+        for a in sides:
+            # From whole coarse voxels on, so that every column shows the same region.
+            period = sights[0].step.numerator
+            start[a] = max(0, main.volume.shape[a] - _SLICE_VOXELS) // 2 // period * period
+            stop[a] = min(start[a] + _SLICE_VOXELS // period * period, main.volume.shape[a])
+        region = Box(triple(start), triple(stop))
+        plane = "".join(AXES[a] for a in sides)
+        shown_edge = region.shape[sides[1]]
+        cells.append(f"<div class='plane'>{AXES[axis]} = {middle[axis]}<br><small>{plane}</small></div>")
+        for sight in sights:
+            picture = _picture(_slice(sight, region, axis), sight.colours)
+            cells.append(
+                f"<div class='slice'><img alt='{escape(sight.title)}, {plane} plane' src='{picture}'>"
+                f"{_scale_bar(shown_edge, voxel, unit)}</div>"
+            )
+    swatches = "".join(
+        f"<span><i style='background:rgb({','.join(str(int(c)) for c in colour)})'></i>{escape(name)}</span>"
+        for name, colour in legend.items()
+    )
+    grid = f"<div class='grid' style='--columns:{len(sights)}'>{''.join(cells)}</div>"
+    whole = all(n <= _SLICE_VOXELS for n in main.volume.shape)
+    where = "whole planes through the middle" if whole else f"the middle {shown_edge} voxels of the middle planes"
+    training = ""
+    if crop is not None:
+        picture, caption = crop
+        training = (
+            f"<div class='training'><div class='slice'><img alt='training image' src='{picture}'>"
+            f"{_scale_bar(min(shown_edge, _SLICE_VOXELS), voxel, unit)}</div><p>{caption}</p></div>"
+        )
+    return (
+        f"<section><h2>Slices</h2><p class='legend'>{swatches}</p>{grid}"
+        f"<p class='note'>Columns show the same region: {where}. Rows run down, columns to the right.</p>"
+        f"{training}</section>"
+    )
+
+
+def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
+    """The labels of a high-res region one voxel thin along `axis`, as positions (row, column) of the sight's voxels."""
+    start = [floor(a / sight.step) for a in region.start]
+    stop = [ceil(b / sight.step) for b in region.stop]
+    stop[axis] = start[axis] + 1
+    box = Box(triple(start), triple(stop)).clipped(Box.whole(sight.volume.shape))
+    labels = sight.volume.read(box)
+    return PhaseMap(sight.values, sight.volume.path).index(labels).squeeze(axis)
+
+
+def _training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str] | None:
+    image = study.high_res.images[0]
+    if not _exists(image.path):
+        return None
+    first = PhaseMap(tuple(study.high_res.phases), image.path).index(read_images(image.path)[:1])[0]
+    edges = [min(_SLICE_VOXELS, max(shape), n) for n in first.shape]
+    at = [(n - e) // 2 for n, e in zip(first.shape, edges, strict=True)]
+    part = first[at[0] : at[0] + edges[0], at[1] : at[1] + edges[1]]
+    caption = (
+        f"<b>High-res training image</b> at the same magnification: the middle {edges[0]} × {edges[1]} pixels of "
+        f"{escape(Path(image.path).name)} ({first.shape[0]} × {first.shape[1]}). The super-resolved slices above "
+        "should look as if cut from the same material."
+    )
+    return _picture(part, colours), caption
+
+
+def _palette(count: int) -> np.ndarray:
+    return np.array([PHASE_COLOURS[i % len(PHASE_COLOURS)] for i in range(count)], float)
+
+
+def _picture(index: np.ndarray, colours: np.ndarray) -> str:
+    """A palette PNG of positions (row, column), as a data URI."""
+    image = Image.fromarray(np.ascontiguousarray(index, np.uint8), mode="P")
+    image.putpalette(colours.round().astype(np.uint8).tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
+    """A bar of a round length, at most a third of the image."""
+    longest = shown_voxels * voxel / 3
+    power = 10.0 ** floor(log10(longest))
+    length = max(step * power for step in (1, 2, 5) if step * power <= longest * (1 + 1e-9))
+    text, share = f"{length:g} {unit}", 100 * length / (shown_voxels * voxel)
+    if unit == "nm" and length >= 1000:
+        text = f"{length / 1000:g} µm"
+    return f"<div class='bar' style='width:{share:.2f}%'></div><div class='bartext'>{text}</div>"
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------
+
+
+def _numbers(metrics: Mapping[str, Any] | None, command: str) -> list[str]:
+    if metrics is None:
+        return [_missing("Metrics", "metrics.json", command)]
+    return [_metric_table(metrics), _low_res_table(metrics.get("low_res")), _distributions(metrics)]
+
+
+def _metric_table(metrics: Mapping[str, Any]) -> str:
+    rows = metric_rows(metrics)
+    has = {
+        "reference": any(r.reference is not None for r in rows),
+        "images": any(r.images is not None for r in rows),
+        "published": any(r.published for r in rows),
+        "cubes": any(r.cubes for r in rows),
+    }
+    cubes = metrics["volume"].get("subvolumes") or {}
+    heads = ["", "", "this volume"]
+    heads += ["ground truth", "difference", "relative"] if has["reference"] else []
+    heads += ["training images (2D)"] if has["images"] else []
+    heads += [f"{cubes['count']} cubes of {cubes['voxels']}³"] if has["cubes"] else []
+    heads += ["same cubes, truth"] if has["cubes"] and has["reference"] else []
+    heads += ["published"] if has["published"] else []
+    lines, last = [], ""
+    for row in rows:
+        unit = f" <small>{row.unit}</small>" if row.unit else ""
+        cells = [f"<th>{escape(row.metric) + unit if row.metric != last else ''}</th>", f"<th>{escape(row.of)}</th>"]
+        cells.append(_cell(_number(row.value), "strong"))
+        if has["reference"]:
+            cells += [_cell(_number(row.reference)), _cell(_signed(row.difference))]
+            cells.append(_cell("" if row.relative is None else f"{row.relative:+.1%}"))
+        if has["images"]:
+            cells.append(_cell(_number(row.images)))
+        if has["cubes"]:
+            cells.append(_cell(_plus_minus(row.cubes)))
+            if has["reference"]:
+                cells.append(_cell(_plus_minus(row.reference_cubes)))
+        if has["published"]:
+            cells.append(_cell("<br>".join(_published(p) for p in row.published), "source"))
+        lines.append(f"<tr class='{'first' if row.metric != last else ''}'>{''.join(cells)}</tr>")
+        last = row.metric
+    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    notes = [
+        "Specific surface: all voxel faces of a phase / volume, and × 2/3 for an isotropic surface (Crofton). "
+        "Interphase area: faces between two phases / all interior faces. TPB: edges that touch three or more phases, "
+        "by length / volume, and normalised by all interior edges."
+    ]
+    if has["images"]:
+        notes.append("Training images: shares of their in-plane faces and edges; surface × 3/2, isotropy assumed.")
+    if has["cubes"]:
+        notes.append("Cubes: mean ± standard deviation over random sub-volumes, at the same places in both.")
+    if skipped := cubes.get("skipped"):
+        notes.append(f"No sub-volumes: {skipped}.")
+    return (
+        f"<section><h2>Metrics</h2><div class='wide'><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div><p class='note'>{escape(' '.join(notes))}</p></section>"
+    )
+
+
+def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
+    if not low_res:
+        return ""
+    names = low_res["phases"]
+    head = "".join(f"<th>{escape(n)}</th>" for n in names)
+    lines = []
+    for name in names:
+        row = low_res["confusion"][name]
+        total = sum(row.values()) or 1
+        share = "".join(_cell(f"{row[n] / total:.2%}", "strong" if n == name else "") for n in names)
+        fraction = low_res["volume_fraction"][name]
+        lines.append(
+            f"<tr><th>{escape(name)}</th>{share}{_cell(_number(fraction))}{_cell(_number(low_res['of_volume'][name]))}</tr>"
+        )
+    return (
+        "<section><h2>Agreement with the low-res volume</h2>"
+        f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
+        "operator makes of the super-resolved volume. Rows: label in the low-res volume; columns: label seen.</p>"
+        f"<div class='wide'><table><thead><tr><th></th>{head}<th>low-res fraction</th><th>seen fraction</th></tr>"
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div></section>"
+    )
+
+
+def _distributions(metrics: Mapping[str, Any]) -> str:
+    rows = [row for row in metric_rows(metrics) if row.cubes]
+    fractions = _plot_fractions(metrics)
+    if not rows:
+        return f"<section><h2>Phase fractions</h2>{fractions}</section>"
+    columns = 4
+    lines = -(-len(rows) // columns)
+    figure = _figure(11, 2.1 * lines)
+    for place, row in enumerate(rows, 1):
+        axes = figure.add_subplot(lines, columns, place)
+        ours = np.array(row.cubes["values"])  # type: ignore[index]
+        theirs = np.array(row.reference_cubes["values"]) if row.reference_cubes else None
+        both = ours if theirs is None else np.concatenate([ours, theirs])
+        bins = np.linspace(both.min(), both.max() + 1e-12, 15).tolist()
+        axes.hist(ours, bins, color=_OURS, alpha=0.55, label="this volume")
+        if theirs is not None:
+            axes.hist(theirs, bins, histtype="step", color=_TRUTH, linewidth=1.6, label="ground truth")
+        if row.images is not None:
+            axes.axvline(row.images, color=_IMAGES, linewidth=1.4, linestyle="--", label="training images")
+        for one, style in zip(row.published, ("-", ":", "-."), strict=False):
+            axes.axvline(one["value"], color="#b0487c", linewidth=1.3, linestyle=style, label="published")
+            if one.get("spread"):
+                ends = one["value"] - one["spread"], one["value"] + one["spread"]
+                axes.axvspan(*ends, color="#b0487c", alpha=0.12, lw=0)
+        unit = f" ({row.unit})" if row.unit else ""
+        axes.set_title(f"{row.metric.replace(', faces', '')}{unit}\n{row.of}", fontsize=8)
+        axes.set_yticks([])
+        axes.locator_params(axis="x", nbins=4)
+        axes.tick_params(labelsize=7)
+    handles: dict[str, Any] = {}
+    for panel in figure.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=4, fontsize=8, frameon=False)
+    cubes = metrics["volume"]["subvolumes"]
+    return (
+        f"<section><h2>Distributions over {cubes['count']} random cubes of {cubes['voxels']}³</h2>"
+        f"{_svg(figure, 'distributions over sub-volumes')}</section>"
+        f"<section><h2>Phase fractions</h2>{fractions}</section>"
+    )
+
+
+def _plot_fractions(metrics: Mapping[str, Any]) -> str:
+    rows = [row for row in metric_rows(metrics) if row.metric == "volume fraction"]
+    groups = [("this volume", _OURS, [r.value for r in rows])]
+    for title, colour, found in (
+        ("ground truth", _TRUTH, [r.reference for r in rows if r.reference is not None]),
+        ("training images", _IMAGES, [r.images for r in rows if r.images is not None]),
+    ):
+        if len(found) == len(rows):
+            groups.append((title, colour, found))
+    figure = _figure(min(11, 2.5 + 1.7 * len(rows)), 2.4)
+    axes, width = figure.add_subplot(), 0.8 / len(groups)
+    for place, (title, colour, values) in enumerate(groups):
+        at = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * width
+        bars = axes.bar(at, values, width * 0.92, color=colour, label=title, alpha=0.85)
+        axes.bar_label(bars, fmt="%.3f", fontsize=7, color=_INK, padding=1)
+    axes.set_xticks(range(len(rows)), [r.of for r in rows])
+    axes.set_ylabel("volume fraction", fontsize=8)
+    axes.margins(y=0.15)
+    axes.tick_params(labelsize=8)
+    if len(groups) > 1:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return _svg(figure, "phase fractions")
+
+
+def _transport(transport: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, command: str) -> str:
+    parts = [_missing_text("transport.json", command) if transport is None else _transport_table(transport)]
+    ours = _cube_transport(metrics, "volume")
+    if ours:
+        theirs = _cube_transport(metrics, "reference")
+        heads = ["", "", "D_rel", *(["D_rel, truth"] if theirs else []), "tau", *(["tau, truth"] if theirs else [])]
+        heads += ["percolating", *(["percolating, truth"] if theirs else [])]
+        lines = []
+        for phase, by_direction in ours.items():
+            for place, (direction, one) in enumerate(by_direction.items()):
+                other = theirs[phase][direction] if theirs else None
+                cells = [f"<th>{escape(phase) if place == 0 else ''}</th><th>{direction}</th>"]
+                for key in ("D_rel", "tau"):
+                    cells.append(_cell(_plus_minus(one[key]), "strong"))
+                    if other:
+                        cells.append(_cell(_plus_minus(other[key])))
+                for each in [one, other] if other else [one]:
+                    cells.append(_cell(f"{each['percolating']} of {each['count']}"))
+                lines.append(f"<tr class='{'first' if place == 0 else ''}'>{''.join(cells)}</tr>")
+        edge = (metrics or {})["volume"]["subvolumes"]["voxels"]
+        head = "".join(f"<th>{h}</th>" for h in heads)
+        parts.append(
+            f"<h3>In cubes of {edge}³ (TauFactor)</h3><div class='wide'><table><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(lines)}</tbody></table></div><p class='note'>Mean ± standard deviation. A cube in which "
+            "the phase does not percolate has D_rel 0 and infinite tau; tau is over the percolating ones.</p>"
+        )
+    return f"<section><h2>Transport</h2>{''.join(parts)}</section>"
+
+
+def _cube_transport(metrics: Mapping[str, Any] | None, which: str) -> Mapping[str, Any]:
+    return (((metrics or {}).get(which) or {}).get("subvolumes") or {}).get("transport") or {}
+
+
+def _transport_table(transport: Mapping[str, Any]) -> str:
+    truth = {
+        (r["phase"], r["direction"]): r for r in (transport.get("reference") or {"results": []})["results"]
+    }  # fmt: skip
+    published = transport.get("published") or []
+    heads = ["", "", "D_rel", *(["truth", "relative"] if truth else []), "tau", *(["truth"] if truth else [])]
+    heads += ["tau of the percolating part", "percolating share"]
+    figures = {
+        phase: [p for p in published if p["metric"] in ("tau", "D_rel") and p["of"] == phase]
+        for phase in {r["phase"] for r in transport["volume"]["results"]}
+    }
+    heads += ["published"] if any(figures.values()) else []
+    lines, last = [], None
+    for one in transport["volume"]["results"]:
+        other = truth.get((one["phase"], one["direction"]))
+        phase = escape(one["phase"]) if one["phase"] != last else ""
+        cells = [f"<th>{phase}</th><th>{one['direction']}</th>", _cell(_state(one, "D_rel"), "strong")]
+        if truth:
+            cells.append(_cell(_state(other, "D_rel") if other else ""))
+            both = other and one["D_rel"] is not None and other["D_rel"]
+            cells.append(_cell(f"{one['D_rel'] / other['D_rel'] - 1:+.1%}" if both and other else ""))
+        cells.append(_cell(_state(one, "tau"), "strong"))
+        if truth:
+            cells.append(_cell(_state(other, "tau") if other else ""))
+        share = one["percolating_fraction"] / one["volume_fraction"] if one["volume_fraction"] else 0.0
+        cells += [_cell(_state(one, "tau_percolating")), _cell(f"{share:.1%}")]
+        if any(figures.values()):
+            here = figures[one["phase"]] if phase else []
+            cells.append(_cell("<br>".join(f"{p['metric']} {_published(p)}" for p in here), "source"))
+        lines.append(f"<tr class='{'first' if phase else ''}'>{''.join(cells)}</tr>")
+        last = one["phase"]
+    solver, volume = transport["solver"], transport["volume"]
+    crop = f" Only {volume['crop']} (z, y, x) of the volume." if volume.get("crop") else ""
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    return (
+        f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. {escape(solver['name'])}: "
+        f"{escape(solver['method'])}; {escape(solver['stop'])}.{escape(crop)}</p>"
+    )
+
+
+def _state(result: Mapping[str, Any], key: str) -> str:
+    if result["state"] == "not percolating":
+        return "0" if key == "D_rel" else "∞ (does not percolate)" if key == "tau" else "∞"
+    return "not converged" if result[key] is None else _number(result[key])
+
+
+# ---- training ---------------------------------------------------------------------------------------------
+
+
+def _training(path: Path) -> str:
+    """Curves of whatever columns training.csv has."""
+    if not path.is_file():
+        return _missing("Training", path.name, "hpcres train")
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: np.array([_float(row.get(name)) for row in rows]) for name in (rows[0] if rows else {})}
+    if len(rows) < 2 or "step" not in columns:
+        return _missing("Training", path.name, "hpcres train")
+    minutes = columns["seconds"] / 60 if "seconds" in columns else None
+    along, label = (minutes, "minutes") if minutes is not None else (columns["step"], "step")
+    fractions = [name for name in columns if name.startswith("fraction_")]
+    panels: list[tuple[str, list[str], str]] = [
+        ("Wasserstein distance", ["wasserstein"], "linear"),
+        ("critic and generator loss", ["critic_loss", "generator_loss"], "linear"),
+        ("voxel loss", ["voxel_loss"], "log"),
+        ("low-res agreement", ["low_res_agreement"], "linear"),
+        ("phase fractions of generated cubes", fractions, "linear"),
+        ("gradient penalty", ["gradient_penalty"], "linear"),
+    ]
+    panels = [(t, [n for n in names if n in columns], s) for t, names, s in panels]
+    panels = [panel for panel in panels if panel[1]]
+    lines = -(-len(panels) // 3)
+    figure = _figure(11, 2.3 * lines)
+    for place, (title, names, scale) in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, 3, place)
+        for number, name in enumerate(names):
+            values = columns[name]
+            colour = (_OURS, _TRUTH, _IMAGES, "#b0487c", "#8064a2", "#4aa0a0")[number % 6]
+            axes.plot(along, values, color=colour, alpha=0.3 if len(rows) > 60 else 0.9, linewidth=1)
+            if len(rows) > 60:
+                axes.plot(along, _smooth(values), color=colour, linewidth=1.6)
+            if len(names) > 1:
+                axes.plot([], [], color=colour, label=name.removeprefix("fraction_").replace("_", " "))
+        if scale == "log" and all(np.nanmin(columns[n]) > 0 for n in names):
+            axes.set_yscale("log")
+        if len(names) > 1:
+            axes.legend(fontsize=7, frameon=False, labelcolor=_INK)
+        axes.set_title(title, fontsize=8)
+        axes.set_xlabel(label, fontsize=7)
+        axes.tick_params(labelsize=7)
+    steps, time = int(columns["step"][-1]), "" if minutes is None else f" in {minutes[-1]:.1f} minutes"
+    return f"<section><h2>Training</h2><p>{steps:,} generator steps{time}.</p>{_svg(figure, 'training')}</section>"
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a thirtieth of the run."""
+    width = max(3, len(values) // 30)
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.full(width, 1 / width), mode="valid")
+
+
+def _float(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+# ---- provenance and page ----------------------------------------------------------------------------------
+
+
+def _study_facts(
+    study: Study, volume: Volume, metrics: Mapping[str, Any] | None, transport: Mapping[str, Any] | None
+) -> dict[str, str]:
+    facts = {
+        "study": study.name,
+        "volume": os.path.abspath(volume.path),
+        "low-res volume": study.low_res.path,
+        "training images": ", ".join(image.path for image in study.high_res.images),
+        "ground truth": study.reference.volume or "none",
+        "imaging operator": study.imaging.operator,
+        "seed": str(study.seed),
+        **_flat(volume.provenance),
+    }
+    for name, stage in (("metrics", metrics), ("transport", transport)):
+        if stage is not None and stage.get("command"):
+            facts[f"{name} by"] = f"{stage['command']} (hpcres {stage.get('hpcres', '')})"
+    return facts
+
+
+def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    facts: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{before}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            facts |= _flat(value, f"{name} · ")
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            facts[name] = ", ".join(map(str, value))
+        else:
+            facts[name] = str(value)
+    return facts
+
+
+def _made_by(provenance: Mapping[str, Any] | None) -> str:
+    return json.dumps(provenance or {}, sort_keys=True, default=str)
+
+
+def _provenance(facts: Mapping[str, str]) -> str:
+    lines = "".join(
+        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items() if value
+    )
+    return f"<section><h2>Provenance</h2><div class='wide'><table class='facts'>{lines}</table></div></section>"
+
+
+def _header(title: str, subtitle: str) -> str:
+    return f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>"
+
+
+def _warning(text: str) -> str:
+    return f"<p class='warning'>{escape(text)}</p>"
+
+
+def _missing(title: str, file: str, command: str) -> str:
+    return f"<section><h2>{title}</h2>{_missing_text(file, command)}</section>"
+
+
+def _missing_text(file: str, command: str) -> str:
+    return f"<p class='missing'>No {escape(file)} yet: run <code>{escape(command)}</code>, then this report again.</p>"
+
+
+def _shape_text(volume: Volume) -> str:
+    return " × ".join(map(str, volume.shape))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{value:.5f}" if 1e-3 <= abs(value) < 10 else f"{value:.5g}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:+.2g}" if abs(value) < 1e-3 else f"{value:+.5f}"
+
+
+def _plus_minus(summary: Mapping[str, Any] | None) -> str:
+    if not summary or summary["mean"] is None:
+        return "–"
+    spread = "" if summary["std"] is None else f" ± {_short(summary['std'])}"
+    return f"{_short(summary['mean'])}{spread}"
+
+
+def _short(value: float) -> str:
+    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
+
+
+def _published(one: Mapping[str, Any]) -> str:
+    spread = f" ± {one['spread']:g}" if one.get("spread") is not None else ""
+    return f"<b>{one['value']:g}{spread}</b> {escape(one['source'])}"
+
+
+def _cell(text: str, style: str = "") -> str:
+    return f"<td class='{style}'>{text}</td>" if style else f"<td>{text}</td>"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); remove it and run its stage again") from None
+
+
+def _exists(path: str) -> bool:
+    return Path(path.split(":/")[0]).exists()
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Transparent, with grey ink that reads on light and dark."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    return figure
+
+
+def _svg(figure: Figure, alt: str) -> str:
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(_INK)
+        axes.tick_params(colors=_INK)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(_INK)
+        for offset in (axes.xaxis.offsetText, axes.yaxis.offsetText):
+            offset.set_color(_INK)
+    for legend in figure.legends:
+        for entry in legend.get_texts():
+            entry.set_color(_INK)
+    buffer = io.StringIO()
+    # Without date and with fixed ids, the same numbers give the same page.
+    with matplotlib.rc_context({"svg.hashsalt": "hpcres"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue().encode()).decode()
+    return f"<img class='plot' alt='{escape(alt)}' src='data:image/svg+xml;base64,{data}'>"
+
+
+def _write(target: Path, title: str, body: Iterable[str]) -> Path:
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{escape(title)} – hpcres</title><style>{_STYLE}</style></head><body><main>{''.join(body)}"
+        f"<footer>hpcres {__version__}</footer></main></body></html>\n"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #667080; --line: #dde2e8; --paper: #fff; --tint: #f5f7f9;
+  --good: #2f9e5b; --fair: #d39a1c; --poor: #cf4a4a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #98a2b0; --line: #333b47; --paper: #14181e;
+  --tint: #1c222a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", "Noto Sans",
+  "DejaVu Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 24px 48px; }
+header h1 { margin: 0; font-size: 28px; letter-spacing: -0.01em; }
+header p { margin: 2px 0 18px; color: var(--soft); }
+section { margin: 30px 0 0; }
+h2 { font-size: 19px; margin: 0 0 8px; padding-bottom: 4px; border-bottom: 1px solid var(--line); }
+h3 { font-size: 15px; margin: 18px 0 6px; }
+.note, footer { color: var(--soft); font-size: 13px; }
+.missing, .warning { padding: 10px 14px; background: var(--tint); border-left: 4px solid var(--fair); }
+code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.92em; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); gap: 12px; margin-top: 0; }
+.card { background: var(--tint); border-radius: 8px; padding: 12px 14px; border-top: 4px solid var(--soft); }
+.card.good { border-color: var(--good); } .card.fair { border-color: var(--fair); }
+.card.poor { border-color: var(--poor); }
+.card .title { font-size: 13px; color: var(--soft); }
+.card .value { font-size: 24px; font-weight: 650; font-variant-numeric: tabular-nums; }
+.card .what { font-size: 12px; color: var(--soft); line-height: 1.35; }
+.legend span { margin-right: 18px; white-space: nowrap; }
+.legend i { display: inline-block; width: 14px; height: 14px; border-radius: 3px; margin-right: 6px;
+  vertical-align: -2px; border: 1px solid var(--line); }
+.grid { display: grid; grid-template-columns: 62px repeat(var(--columns), minmax(0, 330px)); gap: 8px; }
+.grid .head { font-weight: 600; font-size: 14px; align-self: end; }
+.grid .plane { font-size: 13px; color: var(--soft); align-self: center; }
+.slice { position: relative; line-height: 0; }
+.slice img { width: 100%; image-rendering: pixelated; border-radius: 3px; }
+.slice .bar { position: absolute; left: 8px; bottom: 8px; height: 4px; background: #fff;
+  box-shadow: 0 0 0 1px rgba(0, 0, 0, .65); }
+.slice .bartext { position: absolute; left: 8px; bottom: 15px; font-size: 11px; line-height: 1.3; color: #fff;
+  background: rgba(0, 0, 0, .55); padding: 0 4px; border-radius: 2px; }
+.training { display: grid; grid-template-columns: 62px minmax(0, 330px) minmax(0, 1fr); gap: 8px 16px;
+  align-items: center; margin-top: 10px; }
+.training .slice { grid-column: 2; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
+th { text-align: left; font-weight: 500; padding: 3px 10px 3px 0; vertical-align: top; }
+thead th { color: var(--soft); font-size: 12.5px; text-align: right; vertical-align: bottom;
+  border-bottom: 1px solid var(--line); }
+thead th:first-child, thead th:nth-child(2) { text-align: left; }
+td { text-align: right; padding: 3px 10px 3px 8px; white-space: nowrap; vertical-align: top; }
+td.strong { font-weight: 650; }
+td.source { text-align: left; white-space: normal; min-width: 190px; font-size: 12.5px; }
+tr.first th, tr.first td { border-top: 1px solid var(--line); }
+tbody tr:hover { background: var(--tint); }
+th small { color: var(--soft); }
+.facts th { width: 210px; color: var(--soft); }
+.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+.plot { width: 100%; max-width: 1072px; height: auto; display: block; }
+footer { margin-top: 40px; border-top: 1px solid var(--line); padding-top: 8px; }
+@media (max-width: 760px) { .grid, .training { grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
+  .grid > :first-child { display: none; } .grid .plane { grid-column: 1 / -1; } .training .slice { grid-column: auto; }
+  .training { grid-template-columns: 1fr; } }
+@media print { main { max-width: none; padding: 0; } section { break-inside: avoid-page; } body { font-size: 11px; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+"""
