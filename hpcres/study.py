@@ -536,5 +536,10 @@ def save_study(study: Study, stage: str) -> Path:
     study.folder.mkdir(parents=True, exist_ok=True)
     path = study.folder / f"study-{stage}.yaml"
     text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     return path

@@ -69,8 +69,6 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             models.restore(before.training_state)
         if group.rank == 0:
             save_study(study, "train")
-            if overwrite:
-                study.checkpoint_path.unlink(missing_ok=True)
         columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
         journal = Journal(study.folder / "training.csv" if group.rank == 0 else None, columns, first)
         try:
