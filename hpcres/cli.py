@@ -64,11 +64,13 @@ def main() -> None:
     sys.exit(status)
 
 
+def _is_first_rank() -> bool:
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
 def _complain(message: str, status: int) -> int:
-    rank = next(
-        (os.environ[k] for k in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK") if k in os.environ), "0"
-    )
-    if rank == "0":
+    if _is_first_rank():
         click.echo("hpcres: " + " ".join(message.split()), err=True)
     return status
 
@@ -184,7 +186,8 @@ def convert(
         study = load_study(source, settings, output)
         groups = zip(study.low_res.phases, study.low_res.groups, strict=True)
         names: dict[int, str] | None = {label: "+".join(group) for label, group in groups}
-        size, target = study.low_res_voxel_size, study.folder / "low_res.zarr"
+        size: VoxelSize | None = study.low_res_voxel_size
+        target = study.folder / "low_res.zarr"
         volume = open_volume(study.low_res.path, study.low_res.raw)
     else:
         if output is None:
@@ -225,6 +228,29 @@ def _parse_phases(text: str | None) -> dict[int, str] | None:
 
 
 @commands.command()
+@_study_argument
+@_study_options
+@_overwrite
+def train(study: str, settings: tuple[str, ...], output: str | None, overwrite: bool) -> None:
+    """Learn the generator, on one process or under torchrun; a stopped run goes on where it was.
+
+    \b
+    hpcres train
+    hpcres train configs/case3-sofc-small.yaml --set training.minutes=10
+    torchrun --nproc-per-node 4 -m hpcres train study.yaml
+
+    Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume) and training.csv.
+    """
+    from hpcres.training.adversarial import train as run
+
+    result = run(load_study(study, settings, output), overwrite=overwrite)
+    if _is_first_rank():
+        if result.already_finished:
+            click.echo(f"already trained to step {result.step}; --overwrite trains anew", err=True)
+        click.echo(result.checkpoint)
+
+
+@commands.command()
 @_volume_argument
 @_study_options
 @_scheduler
@@ -257,8 +283,9 @@ def metrics(
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
         study = load_study(source, settings, output)
-        volume, target = _study_volume(study), study.metrics_path
-        _writable(target)
+        volume = _study_volume(study)
+        target: Path | None = study.metrics_path
+        _writable(study.metrics_path)
         with connect(scheduler) as client:
             result = measure_study(study, volume, client=client, command=command)
         save_study(study, "metrics")
@@ -330,11 +357,13 @@ def tortuosity(
             line = f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.5f}, flux spread {spread:.2%}"
             click.echo(line, err=True)
 
-    def finished(result: dict[str, Any]) -> None:
-        click.echo(transport_text(result), err=as_json)
-
     solver = describe(rtol, device)
-    click.echo(f"{solver['name']}: {solver['method']}; stops at {solver['stop']}", err=True)
+    heading = iter([f"{solver['name']}: {solver['method']}; stops at {solver['stop']}"])
+
+    def finished(result: dict[str, Any]) -> None:
+        for line in (*heading, transport_text(result)):
+            click.echo(line, err=as_json)
+
     measured = partial(
         solve, phases=study.phases if study else None, only=only, directions=directions or ("z", "y", "x"), crop=crop,
         rtol=rtol, device=device, report=report, finished=finished,
