@@ -177,9 +177,8 @@ def test_low_res_is_the_whole_truth_through_the_imaging_operator(scale, imaging,
     expected = operator_of_study(one_hot(torch.from_numpy(labels)[None], 3)).argmax(1)[0].numpy()
     assert low_res.shape == tuple(int(n / here.scale_factor) for n in (70, 64, 90))
     np.testing.assert_array_equal(low_res.read(Box.whole(low_res.shape)), expected)
-    # And it resembles the truth: the majority of what it covers, nearly everywhere.
-    solid = low_res.read(Box.whole(low_res.shape)).mean()
-    assert solid == pytest.approx((labels > 0).mean(), abs=0.06)
+    if "kernel_voxels" not in imaging:  # a blur as wide as the features moves the shares
+        assert low_res.read(Box.whole(low_res.shape)).mean() == pytest.approx((labels > 0).mean(), abs=0.06)
 
 
 def test_slices_are_labels_of_the_study_from_another_realisation(tmp_path):
