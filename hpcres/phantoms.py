@@ -62,7 +62,7 @@ def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosi
 def three_phase(
     shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, binder: float = 0.15
 ) -> np.ndarray:
-    """uint8 labels 0 pore, 1 active, 2 binder, in the shares asked for to the voxel.
+    """uint8 labels 0 pore, 1 active, 2 binder, in the shares asked for.
 
     Active material is the excursion set of a smooth Gaussian field whose mean chord in it is `feature_voxels`
     (Rice: √−ρ''(0) exp(−t²/2)/π crossings per length). Binder takes, of the other voxels, those nearest to the
@@ -86,7 +86,7 @@ def separator(
 ) -> np.ndarray:
     """uint8 labels 0 pore, 1 polymer, as a dry-stretched separator: lamellae about `feature_voxels` thick, stacked
     along x, and fibrils half as thick that run along x between them and are the share `fibrils` of the polymer.
-    The porosity comes out as asked to the voxel. About 20 bytes per voxel of the torus.
+    The porosity comes out as asked. About 20 bytes per voxel of the torus.
     """
     solid = 1 - porosity
     lamellae = solid * (1 - fibrils)
