@@ -56,7 +56,8 @@ def report_study(study: Study, volume: Volume) -> Path:
     colours = _palette(len(study.phases))
     low_res = open_volume(study.low_res.path, study.low_res.raw)
     groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
-    low_colours = np.array([colours[group].mean(0) for group in groups])
+    # Merged phases turn towards grey, so that they are not taken for one of them.
+    low_colours = np.array([colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups])
     own = tuple(range(len(study.phases)))
     sights = [
         Sight("low-res input", low_res, study.scale_factor, low_colours, tuple(study.low_res.phases)),
@@ -169,14 +170,14 @@ def _card(title: str, value: str, what: str, grade: str) -> str:
 
 
 def _slices(
-    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: float, unit: str, crop: tuple[str, str] | None
-) -> str:
-    """A grid of images: a row per plane, a column per volume, all of the same physical region."""
+    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: float, unit: str,
+    crop: tuple[str, str, int] | None,
+) -> str:  # fmt: skip
+    """A grid of images: a row per plane, a column per volume, all of the same physical region; then the crop,
+    as picture, caption and columns."""
     main = next(s for s in sights if s.step == 1)
     middle = [n // 2 for n in main.volume.shape]
-    heads = "".join(f"<div class='head'>{escape(s.title)}</div>" for s in sights)
-    cells = [f"<div></div>{heads}"]
-    shown_edge = 0
+    planes, pictures, shown_edge = [], [], 0
     for axis in range(3):
         sides = [a for a in range(3) if a != axis]
         start, stop = list(middle), [m + 1 for m in middle]
@@ -186,32 +187,39 @@ def _slices(
             start[a] = max(0, main.volume.shape[a] - _SLICE_VOXELS) // 2 // period * period
             stop[a] = min(start[a] + _SLICE_VOXELS // period * period, main.volume.shape[a])
         region = Box(triple(start), triple(stop))
-        plane = "".join(AXES[a] for a in sides)
         shown_edge = region.shape[sides[1]]
-        cells.append(f"<div class='plane'>{AXES[axis]} = {middle[axis]}<br><small>{plane}</small></div>")
+        plane = "".join(AXES[a] for a in sides)
+        planes.append(f"{AXES[axis]} = {middle[axis]}<br><small>{plane}</small>")
         for sight in sights:
-            picture = _picture(_slice(sight, region, axis), sight.colours)
-            cells.append(
-                f"<div class='slice'><img alt='{escape(sight.title)}, {plane} plane' src='{picture}'>"
-                f"{_scale_bar(shown_edge, voxel, unit)}</div>"
-            )
+            picture, alt = _picture(_slice(sight, region, axis), sight.colours), f"{sight.title}, {plane} plane"
+            bar = _scale_bar(shown_edge, voxel, unit)
+            pictures.append(f"<div class='slice'><img alt='{escape(alt)}' src='{picture}'>{bar}</div>")
+    if len(sights) == 1:  # one volume: its planes side by side
+        cells = ["<div></div>", *(f"<div class='plane'>{plane}</div>" for plane in planes), "<div></div>", *pictures]
+    else:
+        cells = ["<div></div>", *(f"<div class='head'>{escape(sight.title)}</div>" for sight in sights)]
+        for row, plane in enumerate(planes):
+            cells += [f"<div class='plane'>{plane}</div>", *pictures[row * len(sights) : (row + 1) * len(sights)]]
     swatches = "".join(
         f"<span><i style='background:rgb({','.join(str(int(c)) for c in colour)})'></i>{escape(name)}</span>"
         for name, colour in legend.items()
     )
-    grid = f"<div class='grid' style='--columns:{len(sights)}'>{''.join(cells)}</div>"
+    columns = len(sights) if len(sights) > 1 else len(planes)
+    kind = "grid" if len(sights) > 1 else "grid single"
+    grid = f"<div class='{kind}' style='--columns:{columns}'>{''.join(cells)}</div>"
     whole = all(n <= _SLICE_VOXELS for n in main.volume.shape)
-    where = "whole planes through the middle" if whole else f"the middle {shown_edge} voxels of the middle planes"
+    where = "Whole planes through the middle" if whole else f"The middle {shown_edge} voxels of the middle planes"
+    where += ", the same region in every column" if len(sights) > 1 else ""
     training = ""
     if crop is not None:
-        picture, caption = crop
+        picture, caption, edge = crop
         training = (
             f"<div class='training'><div class='slice'><img alt='training image' src='{picture}'>"
-            f"{_scale_bar(min(shown_edge, _SLICE_VOXELS), voxel, unit)}</div><p>{caption}</p></div>"
+            f"{_scale_bar(edge, voxel, unit)}</div><p>{caption}</p></div>"
         )
     return (
         f"<section><h2>Slices</h2><p class='legend'>{swatches}</p>{grid}"
-        f"<p class='note'>Columns show the same region: {where}. Rows run down, columns to the right.</p>"
+        f"<p class='note'>{where}; rows run along the first of the two axes named.</p>"
         f"{training}</section>"
     )
 
@@ -226,7 +234,7 @@ def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
     return PhaseMap(sight.values, sight.volume.path).index(labels).squeeze(axis)
 
 
-def _training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str] | None:
+def _training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
     image = study.high_res.images[0]
     if not _exists(image.path):
         return None
@@ -239,7 +247,7 @@ def _training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[st
         f"{escape(Path(image.path).name)} ({first.shape[0]} × {first.shape[1]}). The super-resolved slices above "
         "should look as if cut from the same material."
     )
-    return _picture(part, colours), caption
+    return _picture(part, colours), caption, edges[1]
 
 
 def _palette(count: int) -> np.ndarray:
@@ -301,14 +309,13 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         if has["images"]:
             cells.append(_cell(_number(row.images)))
         if has["cubes"]:
-            cells.append(_cell(_plus_minus(row.cubes)))
+            cells.append(_cell(_plus_minus(row.cubes) if row.cubes else ""))
             if has["reference"]:
-                cells.append(_cell(_plus_minus(row.reference_cubes)))
+                cells.append(_cell(_plus_minus(row.reference_cubes) if row.reference_cubes else ""))
         if has["published"]:
             cells.append(_cell("<br>".join(_published(p) for p in row.published), "source"))
         lines.append(f"<tr class='{'first' if row.metric != last else ''}'>{''.join(cells)}</tr>")
         last = row.metric
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
     notes = [
         "Specific surface: all voxel faces of a phase / volume, and × 2/3 for an isotropic surface (Crofton). "
         "Interphase area: faces between two phases / all interior faces. TPB: edges that touch three or more phases, "
@@ -320,17 +327,14 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         notes.append("Cubes: mean ± standard deviation over random sub-volumes, at the same places in both.")
     if skipped := cubes.get("skipped"):
         notes.append(f"No sub-volumes: {skipped}.")
-    return (
-        f"<section><h2>Metrics</h2><div class='wide'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div><p class='note'>{escape(' '.join(notes))}</p></section>"
-    )
+    return f"<section><h2>Metrics</h2>{_table(heads, lines)}<p class='note'>{escape(' '.join(notes))}</p></section>"
 
 
 def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
     if not low_res:
         return ""
     names = low_res["phases"]
-    head = "".join(f"<th>{escape(n)}</th>" for n in names)
+    heads = ["low-res label", *(f"seen as {n}" for n in names), "low-res fraction", "fraction seen"]
     lines = []
     for name in names:
         row = low_res["confusion"][name]
@@ -343,9 +347,8 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
     return (
         "<section><h2>Agreement with the low-res volume</h2>"
         f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
-        "operator makes of the super-resolved volume. Rows: label in the low-res volume; columns: label seen.</p>"
-        f"<div class='wide'><table><thead><tr><th></th>{head}<th>low-res fraction</th><th>seen fraction</th></tr>"
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div></section>"
+        "operator makes of the super-resolved volume.</p>"
+        f"{_table(heads, lines, 'one')}</section>"
     )
 
 
@@ -385,9 +388,9 @@ def _distributions(metrics: Mapping[str, Any]) -> str:
     figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     cubes = metrics["volume"]["subvolumes"]
     return (
+        f"<section><h2>Phase fractions</h2>{fractions}</section>"
         f"<section><h2>Distributions over {cubes['count']} random cubes of {cubes['voxels']}³</h2>"
         f"{_svg(figure, 'distributions over sub-volumes')}</section>"
-        f"<section><h2>Phase fractions</h2>{fractions}</section>"
     )
 
 
@@ -401,7 +404,7 @@ def _plot_fractions(metrics: Mapping[str, Any]) -> str:
         if len(found) == len(rows):
             groups.append((title, colour, found))
     figure = _figure(min(11, 2.5 + 1.7 * len(rows)), 2.4)
-    axes, width = figure.add_subplot(), 0.8 / len(groups)
+    axes, width = figure.add_subplot(), min(0.5, 0.8 / len(groups))
     for place, (title, colour, values) in enumerate(groups):
         at = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * width
         bars = axes.bar(at, values, width * 0.92, color=colour, label=title, alpha=0.85)
@@ -435,10 +438,9 @@ def _transport(transport: Mapping[str, Any] | None, metrics: Mapping[str, Any] |
                     cells.append(_cell(f"{each['percolating']} of {each['count']}"))
                 lines.append(f"<tr class='{'first' if place == 0 else ''}'>{''.join(cells)}</tr>")
         edge = (metrics or {})["volume"]["subvolumes"]["voxels"]
-        head = "".join(f"<th>{h}</th>" for h in heads)
         parts.append(
-            f"<h3>In cubes of {edge}³ (TauFactor)</h3><div class='wide'><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(lines)}</tbody></table></div><p class='note'>Mean ± standard deviation. A cube in which "
+            f"<h3>In cubes of {edge}³ (TauFactor)</h3>{_table(heads, lines)}"
+            "<p class='note'>Mean ± standard deviation. A cube in which "
             "the phase does not percolate has D_rel 0 and infinite tau; tau is over the percolating ones.</p>"
         )
     return f"<section><h2>Transport</h2>{''.join(parts)}</section>"
@@ -480,12 +482,11 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
         lines.append(f"<tr class='{'first' if phase else ''}'>{''.join(cells)}</tr>")
         last = one["phase"]
     solver, volume = transport["solver"], transport["volume"]
-    crop = f" Only {volume['crop']} (z, y, x) of the volume." if volume.get("crop") else ""
-    head = "".join(f"<th>{h}</th>" for h in heads)
+    ranges = ", ".join(f"{axis} {a}:{b}" for axis, (a, b) in zip(AXES, volume.get("crop") or (), strict=False))
+    crop = f" Only {ranges} of the volume." if ranges else ""
     return (
-        f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-        f"<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. {escape(solver['name'])}: "
-        f"{escape(solver['method'])}; {escape(solver['stop'])}.{escape(crop)}</p>"
+        f"{_table(heads, lines)}<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. "
+        f"{escape(solver['name'])}: {escape(solver['method'])}; stops at {escape(solver['stop'])}.{escape(crop)}</p>"
     )
 
 
@@ -636,17 +637,24 @@ def _signed(value: float | None) -> str:
 def _plus_minus(summary: Mapping[str, Any] | None) -> str:
     if not summary or summary["mean"] is None:
         return "–"
-    spread = "" if summary["std"] is None else f" ± {_short(summary['std'])}"
-    return f"{_short(summary['mean'])}{spread}"
-
-
-def _short(value: float) -> str:
-    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
+    mean, std = summary["mean"], summary["std"]
+    if not std:
+        return _number(mean)
+    decimals = max(0, 1 - floor(log10(std)))  # two digits of the spread
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
 def _published(one: Mapping[str, Any]) -> str:
     spread = f" ± {one['spread']:g}" if one.get("spread") is not None else ""
     return f"<b>{one['value']:g}{spread}</b> {escape(one['source'])}"
+
+
+def _table(heads: Iterable[str], lines: Iterable[str], style: str = "two") -> str:
+    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    return (
+        f"<div class='wide'><table class='{style}'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def _cell(text: str, style: str = "") -> str:
@@ -692,7 +700,8 @@ def _svg(figure: Figure, alt: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "hpcres"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue().encode()).decode()
-    return f"<img class='plot' alt='{escape(alt)}' src='data:image/svg+xml;base64,{data}'>"
+    width = round(figure.get_figwidth() * 97)
+    return f"<img class='plot' alt='{escape(alt)}' style='max-width:{width}px' src='data:image/svg+xml;base64,{data}'>"
 
 
 def _write(target: Path, title: str, body: Iterable[str]) -> Path:
@@ -742,6 +751,7 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.92
 .grid { display: grid; grid-template-columns: 62px repeat(var(--columns), minmax(0, 330px)); gap: 8px; }
 .grid .head { font-weight: 600; font-size: 14px; align-self: end; }
 .grid .plane { font-size: 13px; color: var(--soft); align-self: center; }
+.grid.single { grid-template-columns: 0 repeat(var(--columns), minmax(0, 350px)); margin-left: -8px; }
 .slice { position: relative; line-height: 0; }
 .slice img { width: 100%; image-rendering: pixelated; border-radius: 3px; }
 .slice .bar { position: absolute; left: 8px; bottom: 8px; height: 4px; background: #fff;
@@ -756,19 +766,22 @@ table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabu
 th { text-align: left; font-weight: 500; padding: 3px 10px 3px 0; vertical-align: top; }
 thead th { color: var(--soft); font-size: 12.5px; text-align: right; vertical-align: bottom;
   border-bottom: 1px solid var(--line); }
-thead th:first-child, thead th:nth-child(2) { text-align: left; }
+thead th:first-child, .two thead th:nth-child(2) { text-align: left; }
 td { text-align: right; padding: 3px 10px 3px 8px; white-space: nowrap; vertical-align: top; }
 td.strong { font-weight: 650; }
 td.source { text-align: left; white-space: normal; min-width: 190px; font-size: 12.5px; }
 tr.first th, tr.first td { border-top: 1px solid var(--line); }
 tbody tr:hover { background: var(--tint); }
-th small { color: var(--soft); }
+th small { color: var(--soft); white-space: nowrap; }
+tbody th { white-space: nowrap; }
 .facts th { width: 210px; color: var(--soft); }
 .facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.plot { width: 100%; max-width: 1072px; height: auto; display: block; }
+.plot { width: 100%; height: auto; display: block; }
 footer { margin-top: 40px; border-top: 1px solid var(--line); padding-top: 8px; }
 @media (max-width: 760px) { .grid, .training { grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
-  .grid > :first-child { display: none; } .grid .plane { grid-column: 1 / -1; } .training .slice { grid-column: auto; }
+  .grid > :first-child, .grid.single > :nth-child(5) { display: none; }
+  .grid:not(.single) .plane { grid-column: 1 / -1; } .training .slice { grid-column: auto; }
+  .grid.single { grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); }
   .training { grid-template-columns: 1fr; } }
 @media print { main { max-width: none; padding: 0; } section { break-inside: avoid-page; } body { font-size: 11px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }

@@ -315,7 +315,7 @@ def test_agreement_by_blocks_is_that_of_the_whole_volume(client, tmp_path, monke
     )
     assert found["agreement"] == np.mean(imaged.numpy() == given)
     assert found["voxels_compared"] == imaged.numel()
-    assert found["phases"] == ["pore+binder", "solid"]
+    assert found["phases"] == ["pore + binder", "solid"]
     assert found["of_volume"]["solid"] == imaged.float().mean().item() or found["of_volume"]["solid"] == np.mean(
         imaged.numpy()
     )

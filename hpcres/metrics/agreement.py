@@ -1,6 +1,6 @@
 """Does the sharp volume look, through the coarse instrument, like the coarse image it was made from?
 
-`low_res` of metrics.json: path, shape, voxels_compared, phases (names of its labels, merged ones with `+`),
+`low_res` of metrics.json: path, shape, voxels_compared, phases (names of its labels, merged ones with ` + `),
 volume_fraction {group: share} of the low-res volume and of the super-resolved one (`of_volume`), `agreement`
 (share of low-res voxels equal to the imaging operator applied to the volume) and `confusion`
 {low-res group: {group seen in the volume: voxels}}.
@@ -85,7 +85,7 @@ def agreement(
     )  # fmt: skip
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
     confusion = sum(client.gather(tasks), np.zeros((len(study.low_res.phases),) * 2, np.int64))
-    names = ["+".join(group) for group in study.low_res.groups]
+    names = [" + ".join(group) for group in study.low_res.groups]
     voxels = int(confusion.sum())
     return {
         "path": low_res.path,

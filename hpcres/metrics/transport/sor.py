@@ -14,7 +14,7 @@ import torch
 from taufactor import AnisotropicSolver, Solver
 
 BYTES_PER_VOXEL = 70
-MAX_ITERATIONS = 20_000
+MAX_ITERATIONS = 10_000  # TauFactor's own
 Report = Callable[[int, float, float], None]
 """Called every 100 iterations with iterations, D_rel so far, and the spread of the flux over the layers."""
 

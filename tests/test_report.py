@@ -1,0 +1,224 @@
+"""The page says what metrics.json and transport.json say, shows the voxels it claims to, and needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hpcres.errors import InputError
+from hpcres.geometry import Box
+from hpcres.metrics.measure import header, measure, measure_study, write_json
+from hpcres.metrics.schedule import connect
+from hpcres.metrics.table import metric_rows, metrics_text
+from hpcres.metrics.transport import SCHEMA, tortuosity
+from hpcres.metrics.transport.sor import describe
+from hpcres.report import report_study, report_volume
+from hpcres.study import Study, SubVolumes
+from hpcres.volumes import PHASE_COLOURS, LabelStore, open_volume
+
+SHAPE = (32, 24, 28)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
+    """A study whose every stage left its files: blobs of three phases, low-res at scale factor 4."""
+    folder = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(4)
+    truth = rng.integers(0, 3, (8, 6, 7)).repeat(4, 0).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+    sharp = truth.copy()
+    sharp[::5, ::3] = (sharp[::5, ::3] + 1) % 3
+    np.save(folder / "truth.npy", truth)
+    np.save(folder / "low.npy", np.where(truth[::4, ::4, ::4] == 1, 9, 5).astype(np.uint8))
+    np.save(folder / "slice.npy", rng.integers(0, 3, (1, 16, 16)).repeat(4, 1).repeat(4, 2).astype(np.uint8))
+    study = Study.model_validate(
+        {
+            "name": "anode", "scale_factor": 4, "output": str(folder / "out"),
+            "high_res": {
+                "phases": {0: "pore", 1: "nickel", 2: "YSZ <8 %>"}, "voxel_size": "65 nm",
+                "images": [{"path": str(folder / "slice.npy")}],
+            },
+            "low_res": {"path": str(folder / "low.npy"), "phases": {5: ["pore", "YSZ <8 %>"], 9: "nickel"}},
+            "imaging": {"operator": "under-sampled"},
+            "metrics": {"subvolumes": {"count": 6, "voxels": 12, "transport_count": 1}},
+            "reference": {
+                "volume": str(folder / "truth.npy"),
+                "published": [
+                    {"metric": "normalised_tpb", "value": 0.01087, "spread": 0.00121, "source": "Dahari 2022"},
+                    {"metric": "tau", "of": "nickel", "value": 3.5, "source": "someone & sons"},
+                ],
+            },
+        }
+    )  # fmt: skip
+    store = LabelStore.create(
+        study.labels_path, SHAPE, shard=(32, 32, 32), chunk_voxels=32, voxel_size=65.0, unit="nanometer",
+        phases=study.phases, provenance={"weights": {"sha256": "feed" * 16}, "seed": 7},
+    )  # fmt: skip
+    store.write(0, Box((0, 0, 0), SHAPE), sharp)
+    volume = open_volume(study.labels_path)
+    with connect(threads=2) as client:
+        metrics = measure_study(study, volume, client=client, progress=False, command="hpcres metrics study.yaml")
+    write_json(study.metrics_path, metrics)
+    both = [tortuosity(v, phases=study.phases, directions="z") for v in (volume, open_volume(study.reference.volume))]
+    published = [p.model_dump(mode="json") for p in study.reference.published]
+    write_json(
+        study.transport_path,
+        {
+            "schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(0.01, "cpu"), "volume": both[0],
+            "reference": both[1], "published": published,
+        },
+    )  # fmt: skip
+    with (study.folder / "training.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["step", "seconds", "critic_loss", "wasserstein", "voxel_loss", "fraction_pore"])
+        rows.writerows([i, i * 2.0, -1 / i, 1 / i, 0.1 / i, 0.4] for i in range(1, 90))
+    return study, sharp, metrics
+
+
+def page_of(study: Study) -> str:
+    return report_study(study, open_volume(study.labels_path)).read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.S)))
+
+
+def pictures(page: str) -> dict[str, np.ndarray]:
+    """Alternative text → RGB of every inlined PNG."""
+    found = re.findall(r"<img alt='([^']+)' src='data:image/png;base64,([^']+)'>", page)
+    return {alt: np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for alt, data in found}
+
+
+def test_the_page_loads_nothing_and_runs_nothing(finished):
+    page = page_of(finished[0])
+    for outside in ("http://", "https://", "<script", "<link", "@import", "url("):
+        assert outside not in page
+    assert all(source.startswith("data:") for source in re.findall(r"src=['\"]([^'\"]+)", page))
+
+
+def test_the_page_shows_every_metric_beside_truth_images_and_published(finished):
+    study, _, metrics = finished
+    text = text_of(page_of(study))
+    for phase, value in metrics["volume"]["volume_fraction"].items():
+        reference = metrics["reference"]["volume_fraction"][phase]
+        shown = "YSZ &lt;8 %&gt;" if phase.startswith("YSZ") else phase
+        assert f"{shown} {value:.5f} {reference:.5f} {value - reference:+.5f} {value / reference - 1:+.1%}" in text
+    normalised = metrics["volume"]["tpb"]["normalised"]
+    assert f"TPB, normalised {normalised:.5f}" in text
+    assert f"{metrics['images']['tpb']['normalised']:.5f}" in text
+    assert "0.01087 ± 0.00121 Dahari 2022" in text
+    assert f"{metrics['low_res']['agreement']:.2%}" in text
+    assert "feed" * 16 in text
+    assert "hpcres metrics study.yaml" in text
+    assert "someone &amp; sons" in text
+    assert "no number" not in text
+    assert "89 generator steps" in text
+
+
+def test_slices_are_the_voxels_of_the_volume_and_of_the_same_region(finished):
+    study, sharp, _ = finished
+    shown = pictures(page_of(study))
+    colours = np.array(PHASE_COLOURS[:3])
+    np.testing.assert_array_equal(shown["super-resolved, yx plane"], colours[sharp[16]])
+    np.testing.assert_array_equal(shown["super-resolved, zx plane"], colours[sharp[:, 12]])
+    np.testing.assert_array_equal(shown["super-resolved, zy plane"], colours[sharp[:, :, 14]])
+    truth = np.load(study.reference.volume)
+    np.testing.assert_array_equal(shown["ground truth, zx plane"], colours[truth[:, 12]])
+    low = shown["low-res input, zy plane"]
+    assert low.shape == (8, 6, 3)
+    nickel = (low == colours[1]).all(-1)
+    np.testing.assert_array_equal(nickel, truth[::4, ::4, 12] == 1)
+
+
+def test_large_volumes_show_their_middle_from_a_whole_coarse_voxel_on(finished, monkeypatch):
+    import hpcres.report as module
+
+    monkeypatch.setattr(module, "_SLICE_VOXELS", 20)
+    study, sharp, _ = finished
+    shown = pictures(page_of(study))
+    # From a whole coarse voxel on: (32 − 20) // 2 = 6 → 4, (28 − 20) // 2 = 4.
+    colours = np.array(PHASE_COLOURS[:3])
+    np.testing.assert_array_equal(shown["super-resolved, zx plane"], colours[sharp[4:24, 12, 4:24]])
+    assert shown["low-res input, zx plane"].shape == (5, 5, 3)
+
+
+def test_the_verdict_names_the_worst_phase(finished):
+    study, _, metrics = finished
+    errors = {
+        phase: value - metrics["reference"]["volume_fraction"][phase]
+        for phase, value in metrics["volume"]["volume_fraction"].items()
+    }
+    worst = max(errors, key=lambda phase: abs(errors[phase]))
+    card = re.search(r'<div class="card (\w+)"><div class="title">Phase fractions.*?"value">([^<]+)', page_of(study))
+    assert card
+    assert card.group(2) == f"{100 * errors[worst]:+.2f} points"
+    assert card.group(1) == ("good" if abs(errors[worst]) <= 0.01 else "fair" if abs(errors[worst]) <= 0.02 else "poor")
+
+
+def test_what_is_missing_is_said_with_the_command_that_makes_it(finished, tmp_path):
+    study, _, _ = finished
+    bare = study.model_copy(update={"output": str(tmp_path)})
+    page = text_of(report_study(bare, open_volume(study.labels_path)).read_text(encoding="utf-8"))
+    for file, command in (
+        ("metrics.json", "hpcres metrics"), ("transport.json", "hpcres tortuosity"), ("training.csv", "hpcres train"),
+    ):  # fmt: skip
+        assert f"No {file} yet: run {command} , then" in page
+
+
+def test_metrics_of_another_volume_are_called_stale(finished, tmp_path):
+    study, _, metrics = finished
+    other = study.model_copy(update={"output": str(tmp_path)})
+    write_json(other.metrics_path, {**metrics, "volume": {**metrics["volume"], "provenance": {"seed": 8}}})
+    page = report_study(other, open_volume(study.labels_path)).read_text(encoding="utf-8")
+    assert "metrics.json belongs to another" in page
+    assert "metrics.json belongs to another" not in page_of(study)
+
+
+def test_broken_json_is_named(finished, tmp_path):
+    study, _, _ = finished
+    other = study.model_copy(update={"output": str(tmp_path)})
+    Path(other.metrics_path).write_text('{"schema": ')
+    with pytest.raises(InputError, match=r"metrics\.json: not valid JSON"):
+        report_study(other, open_volume(study.labels_path))
+    assert not other.report_path.exists()
+
+
+def test_the_same_numbers_give_the_same_page(finished):
+    study = finished[0]
+    assert page_of(study) == page_of(study)
+
+
+def test_a_bare_volume_has_a_page(tmp_path):
+    labels = np.array([0, 85, 170], np.uint8)[np.random.default_rng(0).integers(0, 3, (20, 22, 24))]
+    np.save(tmp_path / "v.npy", labels)
+    volume = open_volume(tmp_path / "v.npy")
+    with connect(threads=2) as client:
+        measured = measure(volume, client=client, settings=SubVolumes(count=4, voxels=8), progress=False)
+    path = report_volume(volume, {**header(), "volume": measured}, tmp_path / "report.html")
+    page = path.read_text(encoding="utf-8")
+    shown = pictures(page)["v.npy, yx plane"]
+    np.testing.assert_array_equal(shown, np.array(PHASE_COLOURS[:3])[labels[10] // 85])
+    assert "ground truth" not in page
+    assert f"{np.mean(labels == 85):.5f}" in page
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "v.npy"]
+
+
+def test_the_terminal_table_has_each_number_once(finished):
+    _, _, metrics = finished
+    table = metrics_text(metrics)
+    rows = metric_rows(metrics)
+    assert len({(r.metric, r.of) for r in rows}) == len(rows) == 3 + 6 + 3 + 2
+    for row in rows:
+        line = next(line for line in table.splitlines() if line.startswith(row.name + "  "))
+        assert f"{row.value:.6f}" in line
+        assert f"{row.reference:.6f}" in line
+        assert f"{row.difference:+.6f}" in line
+    assert "published normalised_tpb : 0.01087 ± 0.00121 (Dahari 2022)" in table
+    json.dumps(metrics, allow_nan=False)
