@@ -87,7 +87,6 @@ class Tile:
     """
 
     index: int
-    grid: Triple
     core: Box
     read: Box
     write: Box
@@ -112,6 +111,25 @@ class TilePlan:
         """Low-res voxels read per low-res voxel owned, ≥ 1."""
         return sum(t.read.voxels for t in self.tiles) / prod(self.low_res_shape)
 
+    def blocks_of(self, tile: Tile, block_voxels: int) -> list[Tile]:
+        """A tile cut into blocks of `block_voxels` high-res voxels per edge, each with a halo of its own."""
+        edge = block_voxels // self.scale.numerator * self.scale.denominator
+        return [
+            _tile(index, Box(triple([a + o for a, o in zip(core.start, tile.core.start, strict=True)]),
+                             triple([b + o for b, o in zip(core.stop, tile.core.start, strict=True)])),
+                  self.low_res_shape, self.shape, self.scale, self.halo_low_res)
+            for index, core in enumerate(blocks(tile.core.shape, (edge,) * 3))
+        ]  # fmt: skip
+
+
+def _tile(index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int) -> Tile:
+    p, q = scale.numerator, scale.denominator
+    # The start of a window is rounded down to a multiple of q, where interpolation weights repeat; its end is free.
+    read = core.grown(-(-halo_low_res // q) * q, halo_low_res, Box.whole(low_res_shape))
+    start = triple([s // q * p for s in core.start])
+    write = Box(start, triple([-(-e * p // q) for e in core.stop])).clipped(Box.whole(shape))
+    return Tile(index, core, read, write, write.relative_to([s // q * p for s in read.start]))
+
 
 def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:
     """Output voxels per axis: ⌊n · scale⌋."""
@@ -124,40 +142,27 @@ def plan_tiles(
     """Cut a low-res volume into at most `tiles` tiles per axis.
 
     A tile is a whole number of storage chunks (`chunk_voxels`, high-res voxels per edge), so the grid can come
-    out coarser than asked; the plan's `grid` says what it is. The halo's start is rounded down to a multiple of
-    q (scale = p/q), because interpolation weights repeat with that period; its end is free.
+    out coarser than asked; the plan's `grid` says what it is.
     """
     p, q = scale.numerator, scale.denominator
     if min(tiles) < 1:
         raise InputError(f"tiles {'x'.join(map(str, tiles))}: every axis needs at least one tile; use e.g. 2x2x2")
     if chunk_voxels % p:
         raise InputError(
-            f"chunk of {chunk_voxels} voxels: it is not a whole number of low-res voxels at scale factor {scale}; "
+            f"inference.chunk_voxels: {chunk_voxels} voxels are not whole low-res voxels at scale factor {scale}; "
             f"use a multiple of {p}"
         )
     chunk_low_res = chunk_voxels // p * q
     shape = high_res_shape(low_res_shape, scale)
     if min(shape) < 1:
         raise InputError(f"low-res volume {tuple(low_res_shape)}: empty at scale factor {scale}; check its axes")
-    core_edge = triple(
-        [-(-n // t // chunk_low_res) * chunk_low_res for n, t in zip(low_res_shape, tiles, strict=True)]
-    )
-    whole_low, whole_high = Box.whole(low_res_shape), Box.whole(shape)
-    grid = triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)])
-    before = -(-halo_low_res // q) * q
-    planned = []
-    for index, position in enumerate(product(*map(range, grid))):
-        start = triple([i * e for i, e in zip(position, core_edge, strict=True)])
-        core = Box(start, triple([s + e for s, e in zip(start, core_edge, strict=True)])).clipped(whole_low)
-        read = core.grown(before, halo_low_res, whole_low)
-        write = Box(
-            triple([s // q * p for s in core.start]), triple([-(-e * p // q) for e in core.stop])
-        ).clipped(whole_high)
-        crop = write.relative_to([s // q * p for s in read.start])
-        planned.append(Tile(index, triple(position), core, read, write, crop))
+    core_edge = triple([-(-n // t // chunk_low_res) * chunk_low_res for n, t in zip(low_res_shape, tiles, strict=True)])
+    cores = blocks(low_res_shape, core_edge)
     return TilePlan(
         triple(low_res_shape), shape, scale, halo_low_res, chunk_voxels,
-        triple([e // q * p for e in core_edge]), grid, tuple(planned),
+        triple([e // q * p for e in core_edge]),
+        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]),
+        tuple(_tile(i, core, triple(low_res_shape), shape, scale, halo_low_res) for i, core in enumerate(cores)),
     )  # fmt: skip
 
 
