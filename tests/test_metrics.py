@@ -228,6 +228,21 @@ def test_a_scheduler_that_is_not_there_is_an_input_error(tmp_path):
         pass
 
 
+def test_a_running_scheduler_gives_the_same_numbers_by_address_and_by_file(client, tmp_path):
+    """Worker processes of their own, which open the volume by its path."""
+    from distributed import LocalCluster
+
+    a = np.random.default_rng(9).integers(0, 3, (20, 24, 28)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", a)
+    volume, cubes = open_volume(tmp_path / "a.npy"), SubVolumes(count=3, voxels=8)
+    here = measure(volume, client=client, settings=cubes, progress=False)
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        (tmp_path / "scheduler.json").write_text(json.dumps(cluster.scheduler.identity(), default=str))
+        for address in (cluster.scheduler_address, str(tmp_path / "scheduler.json")):
+            with connect(address) as remote:
+                assert measure(volume, client=remote, settings=cubes, block=(7, 24, 9), progress=False) == here
+
+
 def test_blocks_are_whole_chunks_of_bounded_size():
     assert block_shape((2000, 2000, 2000), (128, 128, 128), 2**26) == (512, 512, 256)
     assert block_shape((256, 256, 256), (1, 256, 256), 2**21) == (32, 256, 256)

@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
+from typing import Any
 
 import numba
 import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
 
 from hpcres.errors import InputError
 from hpcres.geometry import Triple
@@ -64,9 +67,124 @@ class Densities:
     tpb_normalised_by_phases: dict[tuple[int, ...], float]
 
 
+def _popcount_instruction(typing_context, word):
+    return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
+
+
+_popcount: Any = intrinsic(_popcount_instruction)
+
+
 @numba.njit(cache=True, nogil=True)
-def _count(block, nz, ny, nx, n, voxels, faces, edges):
-    """Owned shape (nz, ny, nx); `faces` is (3, n·n) by ordered pair, `edges` (3, 2ⁿ) by set of phases."""
+def _pack(row, planes, n):
+    """Bit x of planes[p] tells whether row[x] is phase p."""
+    whole = row.shape[0] // 64
+    for word in range(whole):
+        for p in range(n):
+            bits = np.uint64(0)
+            for x in range(64):
+                bits |= np.uint64(row[64 * word + x] == p) << np.uint64(x)
+            planes[p, word] = bits
+    if row.shape[0] % 64:
+        for p in range(n):
+            bits = np.uint64(0)
+            for x in range(64 * whole, row.shape[0]):
+                bits |= np.uint64(row[x] == p) << np.uint64(x & 63)
+            planes[p, whole] = bits
+
+
+@numba.njit(nogil=True, inline="always")
+def _faces(faces, axis, a, b, mask, n):
+    faces[axis, 1] += _popcount(((a[0] & b[1]) | (a[1] & b[0])) & mask)
+    if n > 2:
+        faces[axis, 2] += _popcount(((a[0] & b[2]) | (a[2] & b[0])) & mask)
+        faces[axis, 6] += _popcount(((a[1] & b[2]) | (a[2] & b[1])) & mask)
+    if n > 3:
+        faces[axis, 3] += _popcount(((a[0] & b[3]) | (a[3] & b[0])) & mask)
+        faces[axis, 7] += _popcount(((a[1] & b[3]) | (a[3] & b[1])) & mask)
+        faces[axis, 11] += _popcount(((a[2] & b[3]) | (a[3] & b[2])) & mask)
+
+
+@numba.njit(nogil=True, inline="always")
+def _edges(edges, axis, a, b, mask, n):
+    """Edges whose four voxels are two pairs; `a` and `b` hold the phases of either pair together."""
+    e0, e1, e2, e3 = (a[0] | b[0]) & mask, (a[1] | b[1]) & mask, (a[2] | b[2]) & mask, (a[3] | b[3]) & mask
+    edges[axis, 0b0111] += _popcount(e0 & e1 & e2 & ~e3)
+    if n > 3:
+        edges[axis, 0b1011] += _popcount(e0 & e1 & e3 & ~e2)
+        edges[axis, 0b1101] += _popcount(e0 & e2 & e3 & ~e1)
+        edges[axis, 0b1110] += _popcount(e1 & e2 & e3 & ~e0)
+        edges[axis, 0b1111] += _popcount(e0 & e1 & e2 & e3)
+
+
+@numba.njit(nogil=True, inline="always")
+def _word(row, word):
+    return row[0, word], row[1, word], row[2, word], row[3, word]
+
+
+@numba.njit(nogil=True, inline="always")
+def _next(row, word):
+    """The word of the voxels one further along x."""
+    one, rest = np.uint64(1), np.uint64(63)
+    return (
+        (row[0, word] >> one) | (row[0, word + 1] << rest), (row[1, word] >> one) | (row[1, word + 1] << rest),
+        (row[2, word] >> one) | (row[2, word + 1] << rest), (row[3, word] >> one) | (row[3, word + 1] << rest),
+    )  # fmt: skip
+
+
+@numba.njit(nogil=True, inline="always")
+def _both(a, b):
+    return a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3]
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
+    """Up to four phases, 64 voxels at a time: a row is one bit plane per phase, counts are population counts.
+
+    Owned shape (nz, ny, nx); `voxels` (4), `faces` (3, 4·4) by pair, `edges` (3, 2⁴) by set of phases.
+    """
+    rows, length = block.shape[1], block.shape[2]
+    words = (length + 63) // 64
+    planes = np.zeros((2, rows, 4, words + 1), np.uint64)  # of two slices; one empty word beyond each row
+    owned, inner = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
+    for x in range(nx):
+        owned[x >> 6] |= np.uint64(1) << np.uint64(x & 63)
+        if x + 1 < length:
+            inner[x >> 6] |= np.uint64(1) << np.uint64(x & 63)
+    for y in range(rows):
+        _pack(block[0, y], planes[0, y], n)
+    for z in range(nz):
+        here, there, on_z = z & 1, 1 - (z & 1), z + 1 < block.shape[0]
+        if on_z:
+            for y in range(rows):
+                _pack(block[z + 1, y], planes[there, y], n)
+        for y in range(ny):
+            on_y = y + 1 < rows
+            beside = y + 1 if on_y else y
+            row_a, row_b, row_c, row_d = planes[here, y], planes[here, beside], planes[there, y], planes[there, beside]
+            for w in range(words):
+                own, inn = owned[w], inner[w]
+                a, a_next = _word(row_a, w), _next(row_a, w)
+                for p in range(n):
+                    voxels[p] += _popcount(row_a[p, w] & own)
+                _faces(faces, 2, a, a_next, inn, n)
+                along = _both(a, a_next)
+                if on_y:
+                    b = _word(row_b, w)
+                    _faces(faces, 1, a, b, own, n)
+                    if n > 2:
+                        _edges(edges, 0, along, _both(b, _next(row_b, w)), inn, n)
+                if on_z:
+                    c = _word(row_c, w)
+                    _faces(faces, 0, a, c, own, n)
+                    if n > 2:
+                        _edges(edges, 1, along, _both(c, _next(row_c, w)), inn, n)
+                        if on_y:
+                            _edges(edges, 2, _both(a, c), _both(_word(row_b, w), _word(row_d, w)), own, n)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_many(block, nz, ny, nx, n, voxels, faces, edges):
+    """Any number of phases, voxel by voxel; `faces` (3, n·n) by ordered pair, `edges` (3, 2ⁿ) by set of phases."""
     one = np.uint32(1)
     for z in range(nz):
         on_z = z + 1 < block.shape[0]
@@ -117,12 +235,11 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
         return Counts()
     index, present = _indexed(block, labels)
     n = len(present)
-    voxels = np.zeros(n, np.int64)
-    faces = np.zeros((3, n * n), np.int64)
-    edges = np.zeros((3, 1 << n), np.int64)
+    kernel, room = (_count_few, 4) if n <= 4 else (_count_many, n)
+    voxels, faces, edges = (np.zeros(s, np.int64) for s in (room, (3, room * room), (3, 1 << room)))
     z, y, x = shape
-    _count(index, z, y, x, n, voxels, faces, edges)
-    pairs = faces.reshape(3, n, n)
+    kernel(index, z, y, x, n, voxels, faces, edges)
+    pairs = faces.reshape(3, room, room)
     pairs = pairs + pairs.transpose(0, 2, 1)
     iz, iy, ix = (min(o, b - 1) for o, b in zip(shape, block.shape, strict=True))
     return Counts(
@@ -133,7 +250,7 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
             if pairs[:, i, j].any()
         },
         edges={
-            tuple(present[i] for i in range(n) if mask >> i & 1): _ints(edges[:, mask])
+            tuple(label for i, label in enumerate(present) if mask >> i & 1): _ints(edges[:, mask])
             for mask in np.flatnonzero(edges.any(axis=0))
         },
         all_faces=(iz * y * x, z * iy * x, z * y * ix),
@@ -153,8 +270,8 @@ def _indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarra
         if block.max() < len(labels):
             return np.ascontiguousarray(block), tuple(labels)
     if block.dtype.itemsize == 1:
-        seen = np.bincount(block.view(np.uint8).ravel(), minlength=256).astype(bool)
-        found = np.sort(np.flatnonzero(seen).astype(np.uint8).view(block.dtype))
+        flat = np.ascontiguousarray(block).view(np.uint8).ravel()
+        found = np.sort(np.flatnonzero(_seen(flat)).astype(np.uint8).view(block.dtype))
     else:
         found = np.unique(block)
     known = tuple(int(v) for v in found) if labels is None else tuple(sorted(int(v) for v in labels))
@@ -170,8 +287,24 @@ def _indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarra
     if block.dtype.itemsize == 1:
         table = np.zeros(256, np.uint8)
         table[np.array(known).astype(block.dtype).view(np.uint8)] = np.arange(len(known))
-        return table[block.view(np.uint8)], known
+        return _through(flat, table).reshape(block.shape), known
     return np.searchsorted(np.array(known), block).astype(np.uint8), known
+
+
+@numba.njit(cache=True, nogil=True)
+def _seen(flat):
+    seen = np.zeros(256, np.uint8)
+    for i in range(flat.size):
+        seen[flat[i]] = 1
+    return seen
+
+
+@numba.njit(cache=True, nogil=True)
+def _through(flat, table):
+    out = np.empty(flat.size, np.uint8)
+    for i in range(flat.size):
+        out[i] = table[flat[i]]
+    return out
 
 
 def add(a: Counts, b: Counts) -> Counts:
