@@ -86,6 +86,7 @@ def _study_options(command: _Command) -> _Command:
 
 _study_argument = click.argument("study", metavar="[STUDY]", default="study.yaml", type=click.Path())
 _volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default="study.yaml", type=click.Path())
+_tiles = click.option("--tiles", metavar="ZxYxX", help="Tiles per axis; the study's inference.tiles by default.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left.")
 _voxel_size = click.option(
     "--voxel-size", metavar="LENGTH", help="Edge of a bare volume's voxel with its unit, as 65nm or '65 nm'."
@@ -251,6 +252,111 @@ def train(study: str, settings: tuple[str, ...], output: str | None, overwrite: 
 
 
 @commands.command()
+@_study_argument
+@_study_options
+@_tiles
+@click.option("--ranks", type=click.IntRange(1), help="MPI ranks; the study's cluster by default.")
+def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, ranks: int | None) -> None:
+    """What infer would cost: tiles, memory, bytes, hours from a ten-second trial, and the sbatch lines. Dry run.
+
+    \b
+    hpcres plan --tiles 8x8x8
+    hpcres plan study.yaml --tiles 16x16x16 --ranks 1024
+
+    Works before training too: the cost does not depend on the weights.
+    """
+    from hpcres.checkpoint import build_generator, load_checkpoint
+    from hpcres.inference.plan import describe, estimate
+    from hpcres.volumes import open_volume
+
+    if tiles is not None:
+        settings = (*settings, f"inference.tiles={tiles}")
+    loaded = load_study(study, settings, output)
+    trained = loaded.checkpoint_path.exists()
+    generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
+    volume = open_volume(loaded.low_res.path, loaded.low_res.raw)
+    count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
+    click.echo(describe(loaded, estimate(loaded, generator, volume.shape, count), study))
+
+
+@commands.command()
+@_study_argument
+@_study_options
+@_tiles
+@click.option("--checkpoint", metavar="PATH", help="The study's by default.")
+@click.option("--low-res", metavar="PATH", help="The study's by default.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the noise; the study's by default.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), help="The study's by default.")
+@_overwrite
+def infer(
+    study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, checkpoint: str | None,
+    low_res: str | None, seed: int | None, device: str | None, overwrite: bool,
+) -> None:  # fmt: skip
+    """Paint the high-res volume, tile by tile over MPI ranks; a stopped run goes on where it was.
+
+    \b
+    hpcres infer --tiles 8x8x8
+    mpirun -n 16 hpcres infer --tiles 8x8x8
+    hpcres infer --checkpoint checkpoint.pt --low-res tomogram.tif --output labels.zarr
+
+    Writes <output>/labels.zarr, OME-Zarr 0.5 with a pyramid; the bytes do not depend on the number of ranks.
+    Without a study file, the checkpoint and the coarse volume are all it needs.
+    """
+    from hpcres.inference.ranks import join_ranks
+    from hpcres.inference.run import infer as run
+    from hpcres.inference.run import open_job
+
+    alone = checkpoint and low_res and not Path(study).exists()
+    with join_ranks() as ranks:
+        loaded = None if alone else load_study(study, settings, output)
+        job = open_job(
+            loaded, checkpoint=checkpoint, low_res=low_res, output=output, tiles=tiles, seed=seed, device=device,
+            command=_command_line(),
+        )  # fmt: skip
+        painted = run(job, ranks, overwrite=overwrite)
+        if ranks.rank == 0:
+            if loaded is not None:
+                save_study(loaded, "infer")
+            click.echo(painted.store)
+
+
+@commands.command()
+@click.argument("source", metavar="[STUDY|STORE]", default="study.yaml", type=click.Path())
+@_study_options
+@click.option("--repair", is_flag=True, help="Paint again what is missing or damaged, and nothing else.")
+def verify(source: str, settings: tuple[str, ...], output: str | None, repair: bool) -> None:
+    """Check every shard of a painted store: there, undamaged, labels valid. Exit 3 where some are not.
+
+    \b
+    hpcres verify
+    hpcres verify labels.zarr --repair
+    """
+    from hpcres.inference.ranks import join_ranks
+    from hpcres.inference.run import infer as run
+    from hpcres.inference.verify import find_faults, remove_faulty, repair_job
+
+    if _is_study(source):
+        path = load_study(source, settings, output).labels_path
+    else:
+        _no_settings(source, settings)
+        path = Path(source)
+    with _progress("verify") as progress:
+        faults = find_faults(path, progress)
+    for fault in faults:
+        click.echo(str(fault))
+    if not faults:
+        click.echo(f"{path}: every shard is there and whole")
+        return
+    if not repair:
+        raise Unfinished(f"{path}: {len(faults)} shards are missing or damaged; run hpcres verify --repair")
+    job = repair_job(path, _command_line())
+    tiles = remove_faulty(path, faults)
+    with join_ranks() as ranks:
+        run(job, ranks)
+    click.echo(f"{path}: {tiles} tiles painted again")
+
+
+@commands.command()
 @_volume_argument
 @_study_options
 @_scheduler
@@ -278,7 +384,7 @@ def metrics(
     from hpcres.study import SubVolumes
     from hpcres.volumes import open_volume
 
-    command = " ".join(["hpcres", *sys.argv[1:]])
+    command = _command_line()
     if _is_study(source):
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
@@ -369,7 +475,7 @@ def tortuosity(
         rtol=rtol, device=device, report=report, finished=finished,
     )  # fmt: skip
     result: dict[str, Any] = {
-        "schema": SCHEMA, "hpcres": __version__, "command": " ".join(["hpcres", *sys.argv[1:]]),
+        "schema": SCHEMA, "hpcres": __version__, "command": _command_line(),
         "solver": solver, "volume": measured(volume), "reference": None, "published": [],
     }  # fmt: skip
     if study is not None:
@@ -421,7 +527,7 @@ def report(
         _writable(target)
         with connect(scheduler) as client:
             measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes())
-        command = " ".join(["hpcres", *sys.argv[1:]])
+        command = _command_line()
         path = report_volume(volume, {**header(command), "volume": measured}, target)
     click.echo(path)
 
@@ -432,6 +538,10 @@ def _study_volume(study: Study) -> Any:
     if not study.labels_path.exists():
         raise InputError(f"{study.labels_path}: not there yet; run hpcres infer first")
     return open_volume(study.labels_path)
+
+
+def _command_line() -> str:
+    return " ".join(["hpcres", *sys.argv[1:]])
 
 
 def _no_settings(source: str, settings: tuple[str, ...]) -> None:

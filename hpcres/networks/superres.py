@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from hpcres.networks.resampling import upsample
 
-
 Padding = Literal["replicate", "zeros"]
 
 
@@ -88,6 +87,11 @@ class SuperResGenerator(nn.Module):
             self.conv_last = nn.Conv3d(channels, channels // 2, 3, padding=1, padding_mode=padding)
         self.norm_last = nn.BatchNorm3d(channels // 2)
         self.conv_end = nn.Conv3d(channels // 2, phases, 3, padding=1, padding_mode=padding)
+
+    @property
+    def channels_last(self) -> int:
+        """Channels of the widest high-res layer: what the last upsampling takes in."""
+        return self.conv_end.in_channels * 2
 
     def forward(self, x: Tensor) -> Tensor:
         first = functional.relu(self.norm_first(self.conv_first(x)))

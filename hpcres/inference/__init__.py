@@ -1,0 +1,1 @@
+"""Painting the high-res volume: plan → read → generate → write, tile by tile over MPI ranks."""

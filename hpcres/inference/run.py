@@ -1,0 +1,376 @@
+"""The rank loop: each rank paints its tiles into whole shards of one store and notes them in its journal.
+
+A shard's file is the mark of a tile being done: zarr renames it into place whole. Running the same command again
+paints what is missing; a job whose weights, input, seed or tiles differ from the store's is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hpcres import __version__
+from hpcres.checkpoint import Checkpoint, load_checkpoint
+from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.geometry import Box, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
+from hpcres.inference.generate import Painter, cores
+from hpcres.inference.ranks import Ranks
+from hpcres.study import Inference, Study, VoxelSize, parse_grid
+from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
+
+_IDENTITY = ("weights_sha256", "input_sha256", "seed", "scale_factor", "tile_voxels", "chunk_voxels", "block_voxels")
+"""What decides every byte of a store; a rerun must agree in all of it."""
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+_LINE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to paint, from what, where; pure data but for the generator and the lazily read volume."""
+
+    checkpoint: Checkpoint
+    low_res: Volume
+    output: Path
+    plan: TilePlan
+    seed: int
+    settings: Inference
+    device: str
+    command: str
+
+    @property
+    def voxel_size(self) -> VoxelSize:
+        return self.checkpoint.study.high_res.voxel_size
+
+
+@dataclass(frozen=True)
+class Painted:
+    """How a job ended: tiles painted now, all tiles, seconds of the painting, ranks."""
+
+    store: Path
+    painted: int
+    tiles: int
+    seconds: float
+    ranks: int
+
+
+def chunk_edge(shape: Sequence[int], scale: Fraction, settings: Inference) -> int:
+    """Edge of the store's inner chunk: 128 voxels, or 64 where the volume is small or needs it."""
+    return settings.chunk_voxels or (128 if min(shape) >= 512 else 64)
+
+
+def plan_job(checkpoint_scale: Fraction, halo_low_res: int, low_res: Volume, settings: Inference) -> TilePlan:
+    """The tiles of a low-res volume, with the halo of the loaded network."""
+    shape = [int(n * checkpoint_scale) for n in low_res.shape]
+    return plan_tiles(
+        low_res.shape, checkpoint_scale, settings.tiles, halo_low_res, chunk_edge(shape, checkpoint_scale, settings)
+    )
+
+
+def open_job(
+    study: Study | None, *, checkpoint: str | None = None, low_res: str | None = None, output: str | None = None,
+    tiles: str | None = None, seed: int | None = None, device: str | None = None, command: str = "",
+) -> Job:  # fmt: skip
+    """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree."""
+    if study is None:
+        if checkpoint is None or low_res is None or output is None:
+            raise InputError("infer: without a study, --checkpoint, --low-res and --output are needed; give all three")
+        loaded = load_checkpoint(checkpoint)
+        basis, store = loaded.study, Path(output)
+        volume = open_volume(low_res)
+    else:
+        loaded = load_checkpoint(checkpoint or study.checkpoint_path)
+        _refuse_other_study(loaded, study)
+        basis, store = study, study.labels_path
+        raw = study.low_res.raw if low_res is None else None
+        volume = open_volume(low_res or study.low_res.path, raw)
+    settings = basis.inference
+    if tiles is not None:
+        try:
+            settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
+        except ValueError as error:
+            raise InputError(f"--tiles: {error}") from None
+    plan = plan_job(loaded.scale, loaded.generator.halo_low_res, volume, settings)
+    chosen = basis.seed if seed is None else seed
+    return Job(loaded, volume, store, plan, chosen, settings, device or basis.device, command)
+
+
+def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
+    theirs = checkpoint.study
+    for what, old, new in (
+        ("phases", ", ".join(theirs.phases), ", ".join(study.phases)),
+        ("scale factor", checkpoint.scale, study.scale_factor),
+        ("low-res phases", dict(theirs.low_res.phases), dict(study.low_res.phases)),
+    ):
+        if old != new:
+            raise InputError(
+                f"{checkpoint.path}: was trained with {what} {old}, the study has {new}; train anew, or give the "
+                "study it was trained with"
+            )
+
+
+def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
+    """Paint every tile that is missing, then the pyramid. Collective: every rank of `ranks` calls it.
+
+    InputError where the job does not fit what is there; Stopped after the tile in hand on SIGTERM or SIGUSR1;
+    Unfinished where the input of some tiles could not be read.
+    """
+    device = choose_device(job.device, ranks)
+    phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
+    threads = job.settings.threads or max(1, cores() // ranks.local_size)
+    painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads)
+    try:
+        missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite))
+        store = LabelStore.open(job.output)
+        mine = [missing[i] for i in tiles_of_rank(len(missing), ranks.rank, ranks.size)]
+        if ranks.rank == 0:
+            _say(_opening(job, len(missing), ranks, device, threads))
+        started = time.monotonic()
+        failed: list[str] = []
+        with _signals() as received, Journal(job.output, ranks.rank) as journal:
+            done = 0
+            said = time.monotonic()
+            for number in mine:
+                if received:
+                    break
+                tile = job.plan.tiles[number]
+                before = time.monotonic()
+                try:
+                    with _naming(ranks, f"tile {number} ({tile.write})", job.output):
+                        store.write(0, tile.write, painter.paint(tile, job.low_res.read))
+                except InputError as error:
+                    failed.append(f"tile {number} ({tile.write}): {error}")
+                    continue
+                journal.note(store, 0, tile.write, tile=number, seconds=round(time.monotonic() - before, 3))
+                done += 1
+                if ranks.rank == 0 and (time.monotonic() - said > _LINE_SECONDS or done == len(mine)):
+                    said = time.monotonic()
+                    rate = done * tile.write.voxels / (said - started)
+                    _say(f"rank 0: {done} of {len(mine)} tiles, {rate / 1e6:.3g} M voxels/s on each rank")
+            outcome = ranks.everyone((done, failed, received[0] if received else 0))
+            painted = sum(part[0] for part in outcome)
+            failures = [line for part in outcome for line in part[1]]
+            stopped = [part[2] for part in outcome if part[2]]
+            if stopped and painted + len(failures) < len(missing):
+                raise Stopped(
+                    f"infer: stopped by {signal.Signals(stopped[0]).name}; {painted} of {len(missing)} missing tiles "
+                    f"are painted in {job.output}; run the same command to go on"
+                )
+            if failures:
+                raise Unfinished(f"infer: {len(failures)} of {len(missing)} tiles failed: {'; '.join(failures[:20])}")
+            _pyramid(store, ranks, journal)
+        seconds = time.monotonic() - started
+        if ranks.rank == 0 and missing:
+            store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3))
+        ranks.everyone(None)
+        return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size)
+    finally:
+        painter.close()
+
+
+def choose_device(device: str, ranks: Ranks) -> torch.device:
+    """The CPU, or the GPU of this rank by its place on the node."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda asked for, but torch finds no GPU here; use cpu, or a CUDA build of torch")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+
+
+def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool) -> list[int]:
+    """Create or check the store, and list the tiles to paint. Rank 0 only."""
+    if not overwrite and job.output.exists():
+        provenance = _existing_provenance(job.output)
+        identity = _identity(job, painter, phase_map)
+        for key in _IDENTITY:
+            old, new = provenance.get(key), identity[key]
+            if old != new:
+                raise InputError(
+                    f"{job.output}: was painted with {key} {old}, this job has {new}; use --overwrite to paint it "
+                    "anew, or another --output"
+                )
+        # A killed rank can leave a half-written file beside the shard it was about to become.
+        for leftover in job.output.rglob("*.partial"):
+            leftover.unlink()
+        store = LabelStore.open(job.output)
+    else:
+        refuse_existing(job.output, overwrite)
+        identity = _identity(job, painter, phase_map)
+        store = LabelStore.create(
+            job.output, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
+            voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=job.checkpoint.phases,
+            codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
+        )  # fmt: skip
+        shutil.rmtree(journal_folder(job.output), ignore_errors=True)
+    return [tile.index for tile in job.plan.tiles if not store.is_written(0, tile.write)]
+
+
+def _existing_provenance(output: Path) -> dict[str, Any]:
+    provenance = LabelStore.open(output).provenance
+    if provenance.get("stage") != "infer":
+        raise InputError(f"{output}: is there already and not made by hpcres infer; choose another --output")
+    return provenance
+
+
+def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]:
+    """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
+    digest = hashlib.sha256(f"{job.low_res.shape} {sorted(job.checkpoint.study.low_res.phases.items())}".encode())
+    slab = max(1, 2**26 // (job.low_res.shape[1] * job.low_res.shape[2]))
+    for box in blocks(job.low_res.shape, triple([slab, *job.low_res.shape[1:]])):
+        digest.update(phase_map.index(job.low_res.read(box)).tobytes())
+    return {
+        "weights_sha256": job.checkpoint.sha256, "input_sha256": digest.hexdigest(), "seed": job.seed,
+        "scale_factor": str(job.plan.scale), "tile_voxels": list(job.plan.tile_voxels),
+        "chunk_voxels": job.plan.chunk_voxels, "block_voxels": painter.block_voxels,
+    }  # fmt: skip
+
+
+def _origin(job: Job) -> dict[str, Any]:
+    return {
+        "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()), "low_res": job.low_res.path,
+        "raw": job.low_res.raw.model_dump() if job.low_res.raw else None,
+        "step": job.checkpoint.step, "halo_low_res": job.plan.halo_low_res, "codec": job.settings.codec,
+        "tiles": list(job.plan.grid), "versions": {**job.checkpoint.versions, "hpcres": __version__,
+        "torch": str(torch.__version__)}, "command": job.command, "complete": False,
+    }  # fmt: skip
+
+
+def _opening(job: Job, missing: int, ranks: Ranks, device: torch.device, threads: int) -> str:
+    plan = job.plan
+    if not missing:
+        return f"{job.output}: all {len(plan.tiles)} tiles are there already, nothing to paint"
+    asked, grid = job.settings.tiles, plan.grid
+    edges = "×".join(map(str, plan.tile_voxels))
+    text = (
+        f"{missing} of {len(plan.tiles)} tiles ({'x'.join(map(str, grid))}, {edges} voxels each) to paint "
+        f"over {ranks.size} rank{'s' * (ranks.size > 1)} on {device.type}, {threads} threads each"
+    )
+    if tuple(asked) != tuple(grid):
+        text += f"; asked for {'x'.join(map(str, asked))}, but a tile is whole chunks of {plan.chunk_voxels} voxels"
+    if ranks.size > missing:
+        text += f"; {ranks.size - missing} ranks have no tile"
+    return text
+
+
+def _pyramid(store: LabelStore, ranks: Ranks, journal: Journal) -> None:
+    """Every coarser level, its shards shared by the ranks, each level after the one below it is whole."""
+    for level in range(1, len(store.levels)):
+        missing = ranks.from_first(partial(_unwritten, store, level))
+        for number in tiles_of_rank(len(missing), ranks.rank, ranks.size):
+            with _naming(ranks, f"level {level}, {missing[number]}", store.path):
+                store.write_coarser(level, missing[number])
+            journal.note(store, level, missing[number])
+        ranks.everyone(None)
+
+
+def _unwritten(store: LabelStore, level: int) -> list[Box]:
+    return [box for box in store.shard_boxes(level) if not store.is_written(level, box)]
+
+
+@contextmanager
+def _naming(ranks: Ranks, what: str, output: Path) -> Iterator[None]:
+    """An error in the middle of a rank's work: say whose it is, and end the job, so that nobody waits for this rank."""
+    try:
+        yield
+    except (InputError, Unfinished):
+        raise
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            _say(f"rank {ranks.rank}, {what}: {error}")
+            raise
+        error.filename = str(output)
+        if ranks.size > 1:
+            _say(f"rank {ranks.rank}, {what}: {error}; nothing painted is lost, run the same command again")
+            ranks.abort(2)
+        raise
+    except BaseException as error:
+        _say(f"rank {ranks.rank}, {what}: {type(error).__name__}: {error}")
+        raise
+
+
+# ---- the journal -------------------------------------------------------------------------------------------
+
+
+def journal_folder(output: Path) -> Path:
+    """Beside the store, because zarr readers stumble over what they do not know inside it."""
+    return output.with_name(output.name + ".journal")
+
+
+class Journal:
+    """One JSON line a shard, appended by the rank that wrote it: level, place, seconds and the file's checksum."""
+
+    def __init__(self, output: Path, rank: int) -> None:
+        folder = journal_folder(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def note(self, store: LabelStore, level: int, box: Box, **more: Any) -> None:
+        entry = {"level": level, "start": list(box.start), "crc32": file_crc32(store.shard_path(level, box))}
+        entry |= {"time": time.time(), **more}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+
+def file_crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def read_journal(output: Path) -> dict[tuple[int, tuple[int, ...]], int]:
+    """The last checksum noted for each shard, by level and start; a line that a kill cut short is skipped."""
+    noted: dict[tuple[int, tuple[int, ...]], tuple[float, int]] = {}
+    for file in sorted(journal_folder(output).glob("rank-*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                key = (int(entry["level"]), tuple(entry["start"]))
+                value = (float(entry["time"]), int(entry["crc32"]))
+            except (ValueError, KeyError):
+                continue
+            noted[key] = max(value, noted.get(key, value))
+    return {key: crc for key, (_, crc) in noted.items()}
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGUSR1 are noted, so that the tile in hand is finished."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _say(message: str) -> None:
+    Console(stderr=True).print(f"infer: {message}", highlight=False, markup=False, soft_wrap=True)
+    sys.stderr.flush()
