@@ -650,7 +650,7 @@ def _published(one: Mapping[str, Any]) -> str:
 
 
 def _table(heads: Iterable[str], lines: Iterable[str], style: str = "two") -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
+    head = "".join(f"<th class='{'left' if h == 'published' else ''}'>{escape(h)}</th>" for h in heads)
     return (
         f"<div class='wide'><table class='{style}'><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -766,7 +766,7 @@ table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabu
 th { text-align: left; font-weight: 500; padding: 3px 10px 3px 0; vertical-align: top; }
 thead th { color: var(--soft); font-size: 12.5px; text-align: right; vertical-align: bottom;
   border-bottom: 1px solid var(--line); }
-thead th:first-child, .two thead th:nth-child(2) { text-align: left; }
+thead th:first-child, thead th.left, .two thead th:nth-child(2) { text-align: left; }
 td { text-align: right; padding: 3px 10px 3px 8px; white-space: nowrap; vertical-align: top; }
 td.strong { font-weight: 650; }
 td.source { text-align: left; white-space: normal; min-width: 190px; font-size: 12.5px; }

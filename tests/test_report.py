@@ -220,5 +220,5 @@ def test_the_terminal_table_has_each_number_once(finished):
         assert f"{row.value:.6f}" in line
         assert f"{row.reference:.6f}" in line
         assert f"{row.difference:+.6f}" in line
-    assert "published normalised_tpb : 0.01087 ± 0.00121 (Dahari 2022)" in table
+    assert "published normalised_tpb: 0.01087 ± 0.00121 (Dahari 2022)" in table
     json.dumps(metrics, allow_nan=False)

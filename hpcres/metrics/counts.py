@@ -2,9 +2,9 @@
 
 `count(block)`, `add(a, b)`, `finalize(total, voxel_size)`. A block owns its voxels and the faces and edges on
 their + side, so it is read with one more voxel at the end of each axis where the volume goes on, and
-`sum(count(block))` over any partition is `count(whole)`. Definitions: docs/definitions of volume fraction and
-specific surface after Gayon-Lombardo et al. 2020 (eqs. S6, S7), interphase area and normalised TPB after Dahari
-et al. 2022 (fig. 2 and 2.3).
+`sum(count(block))` over any partition is `count(whole)`. Definitions in docs/metrics.md: volume fraction, specific
+surface and TPB density after Gayon-Lombardo et al. 2020 (eqs. S6, S7, D.1), interphase area and normalised TPB after
+Dahari et al. 2022 (fig. 2, section 2.3).
 """
 
 from __future__ import annotations

@@ -140,7 +140,8 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
     for one in result.get("published") or ():
         spread_text = f" ± {one['spread']:g}" if one.get("spread") is not None else ""
-        lines.append(f"published {one['metric']} {one['of']}: {one['value']:g}{spread_text} ({one['source']})")
+        what = f"{one['metric']} {one['of']}".strip()
+        lines.append(f"published {what}: {one['value']:g}{spread_text} ({one['source']})")
     if skipped := (volume.get("subvolumes") or {}).get("skipped"):
         lines.append(f"no sub-volumes: {skipped}")
     return "\n".join(lines)
