@@ -144,12 +144,11 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
     """
     rows, length = block.shape[1], block.shape[2]
     words = (length + 63) // 64
-    planes = np.zeros((2, rows, 4, words + 1), np.uint64)  # of two slices; one empty word beyond each row
-    owned, inner = np.zeros(words, np.uint64), np.zeros(words, np.uint64)
+    # Of two slices. Beyond its end a row has no phase at all, so nothing is counted against what is not there.
+    planes = np.zeros((2, rows, 4, words + 1), np.uint64)
+    owned = np.zeros(words, np.uint64)
     for x in range(nx):
         owned[x >> 6] |= np.uint64(1) << np.uint64(x & 63)
-        if x + 1 < length:
-            inner[x >> 6] |= np.uint64(1) << np.uint64(x & 63)
     for y in range(rows):
         _pack(block[0, y], planes[0, y], n)
     for z in range(nz):
@@ -162,22 +161,22 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
             beside = y + 1 if on_y else y
             row_a, row_b, row_c, row_d = planes[here, y], planes[here, beside], planes[there, y], planes[there, beside]
             for w in range(words):
-                own, inn = owned[w], inner[w]
+                own = owned[w]
                 a, a_next = _word(row_a, w), _next(row_a, w)
                 for p in range(n):
                     voxels[p] += _popcount(row_a[p, w] & own)
-                _faces(faces, 2, a, a_next, inn, n)
+                _faces(faces, 2, a, a_next, own, n)
                 along = _both(a, a_next)
                 if on_y:
                     b = _word(row_b, w)
                     _faces(faces, 1, a, b, own, n)
                     if n > 2:
-                        _edges(edges, 0, along, _both(b, _next(row_b, w)), inn, n)
+                        _edges(edges, 0, along, _both(b, _next(row_b, w)), own, n)
                 if on_z:
                     c = _word(row_c, w)
                     _faces(faces, 0, a, c, own, n)
                     if n > 2:
-                        _edges(edges, 1, along, _both(c, _next(row_c, w)), inn, n)
+                        _edges(edges, 1, along, _both(c, _next(row_c, w)), own, n)
                         if on_y:
                             _edges(edges, 2, _both(a, c), _both(_word(row_b, w), _word(row_d, w)), own, n)
 
