@@ -100,11 +100,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; run `hpcres train` first or give --checkpoint")
+    path.open("rb").close()  # what the file system has against it is said in its own words
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        if isinstance(error, OSError):
-            raise
+    except Exception:  # torch raises many kinds for a damaged or foreign file
         raise InputError(
             f"{path}: not a readable checkpoint (damaged, cut short or of another program); train again or copy it anew"
         ) from None
