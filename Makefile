@@ -35,8 +35,12 @@ install: .venv/installed
 	  $(BIN)/pip install --progress-bar off -q uv \
 	  && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend auto -c constraints.txt torch; \
 	fi
-	@extras=test; command -v mpirun >/dev/null || extras=test,mpi; \
-	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e ".[$$extras]"
+	@extras=; command -v mpirun >/dev/null || extras="[mpi]"; \
+	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e ".$$extras"
+	@touch $@
+
+.venv/tested: .venv/installed
+	@$(BIN)/pip install --progress-bar off -q -c constraints.txt -e ".[test]"
 	@touch $@
 
 demo: install
@@ -54,17 +58,17 @@ case3: install
 	hpcres tortuosity configs/case3-sofc-small.yaml
 	hpcres report configs/case3-sofc-small.yaml
 
-test: install
+test: .venv/tested
 	pytest tests -m "not slow and not slurm"
 
 # Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
-test-slurm: install
+test-slurm: .venv/tested
 	pytest tests -m slurm
 
-lint: install
+lint: .venv/tested
 	ruff check .
 
-types: install
+types: .venv/tested
 	mypy
 
 clean:
