@@ -49,7 +49,11 @@ class Painter:
         self._phase_map = phase_map
         self._channels: int = generator.config["low_res_channels"]
         self.block_voxels = block_edge(generator)
-        self._pool = ThreadPoolExecutor(threads if device.type == "cpu" else 1, initializer=_one_thread)
+        workers = threads if device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(workers, initializer=_one_thread)
+        blocks = len(plan.blocks_of(plan.tiles[0], self.block_voxels))
+        self.tiles_in_flight = max(2, -(-workers // blocks))
+        """Enough for every thread to have a block, and one tile more being read or compressed."""
 
     def paint(self, tile: Tile, read: Callable[[Box], np.ndarray]) -> np.ndarray:
         """uint8 labels (z, y, x) of tile.write; `read` gives low-res labels as the file has them."""

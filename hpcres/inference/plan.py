@@ -56,8 +56,9 @@ def estimate(study: Study, generator: SuperResGenerator, low_res_shape: tuple[in
     done, seconds = _trial(study, generator, plan, edge, threads)
     window_operations = operations(generator, window.read) / window.write.voxels
     labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
-    # The interpreter with torch, the blocks in flight, a tile of labels and its shard while it is compressed.
-    rank_bytes = 400 * 2**20 + threads * block_bytes(generator, edge) + 3 * labels
+    in_flight = max(2, -(-threads // len(plan.blocks_of(plan.tiles[0], edge))))
+    # The interpreter with torch, the blocks in flight, tiles of labels, and one shard being compressed.
+    rank_bytes = 340 * 2**20 + threads * block_bytes(generator, edge) + (in_flight + 1) * labels
     return Cost(plan, ranks, threads, edge, rank_bytes, done / seconds, window_operations)
 
 

@@ -16,10 +16,12 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ from rich.console import Console
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import Box, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
+from hpcres.geometry import Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
 from hpcres.inference.generate import Painter, cores
 from hpcres.inference.ranks import Ranks
+from hpcres.memory import keep_freed_memory
 from hpcres.study import Inference, Study, VoxelSize, parse_grid
 from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
 
@@ -131,6 +134,7 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
     InputError where the job does not fit what is there; Stopped after the tile in hand on SIGTERM or SIGUSR1;
     Unfinished where the input of some tiles could not be read.
     """
+    keep_freed_memory()
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     threads = job.settings.threads or max(1, cores() // ranks.local_size)
@@ -146,18 +150,11 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
         with _signals() as received, Journal(job.output, ranks.rank) as journal:
             done = 0
             said = time.monotonic()
-            for number in mine:
-                if received:
-                    break
-                tile = job.plan.tiles[number]
-                before = time.monotonic()
-                try:
-                    with _naming(ranks, f"tile {number} ({tile.write})", job.output):
-                        store.write(0, tile.write, painter.paint(tile, job.low_res.read))
-                except InputError as error:
-                    failed.append(f"tile {number} ({tile.write}): {error}")
+            for tile, seconds, error in _paint_in_flight(job, painter, store, ranks, mine, received):
+                if error is not None:
+                    failed.append(f"tile {tile.index} ({tile.write}): {error}")
                     continue
-                journal.note(store, 0, tile.write, tile=number, seconds=round(time.monotonic() - before, 3))
+                journal.note(store, 0, tile.write, tile=tile.index, seconds=round(seconds, 3))
                 done += 1
                 if ranks.rank == 0 and (time.monotonic() - said > _LINE_SECONDS or done == len(mine)):
                     said = time.monotonic()
@@ -182,6 +179,38 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
         return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size)
     finally:
         painter.close()
+
+
+def _paint_in_flight(
+    job: Job, painter: Painter, store: LabelStore, ranks: Ranks, mine: list[int], received: list[int]
+) -> Iterator[tuple[Tile, float, InputError | None]]:
+    """Paint and write this rank's tiles, a few at a time so that one is read or compressed while others compute.
+
+    Yields each tile that is done with its seconds, and the error where its input could not be read. After a signal
+    no new tile is begun.
+    """
+
+    def work(tile: Tile) -> tuple[Tile, float, InputError | None]:
+        started = time.monotonic()
+        try:
+            labels = painter.paint(tile, job.low_res.read)
+        except InputError as error:
+            return tile, time.monotonic() - started, error
+        store.write(0, tile.write, labels)
+        return tile, time.monotonic() - started, None
+
+    queue = iter(mine)
+    with ThreadPoolExecutor(painter.tiles_in_flight) as pool:
+        begun = {pool.submit(work, job.plan.tiles[i]): i for i in islice(queue, painter.tiles_in_flight)}
+        while begun:
+            finished, _ = wait(begun, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                number = begun.pop(future)
+                with _naming(ranks, f"tile {number} ({job.plan.tiles[number].write})", job.output):
+                    result = future.result()
+                for following in islice(queue, 0 if received else 1):
+                    begun[pool.submit(work, job.plan.tiles[following])] = following
+                yield result
 
 
 def choose_device(device: str, ranks: Ranks) -> torch.device:
