@@ -85,4 +85,4 @@ def test_metrics_on_two_nodes(submitted, output):
         arguments=["--output", str(output), "--set", "metrics.subvolumes={count: 4, transport_count: 0}"],
     )  # fmt: skip
     measured = json.loads((output / "metrics.json").read_text())
-    assert sum(measured["volume_fraction"].values()) == pytest.approx(1)
+    assert sum(measured["volume"]["volume_fraction"].values()) == pytest.approx(1)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from taufactor import AnisotropicSolver, Solver
 
+from hpcres.memory import keep_freed_memory
+
 BYTES_PER_VOXEL = 70
 MAX_ITERATIONS = 10_000  # TauFactor's own
 Report = Callable[[int, float, float], None]
@@ -67,6 +69,8 @@ def solve(
     conducting: np.ndarray, spacing: Sequence[float], *, rtol: float, device: str, report: Report | None = None
 ) -> tuple[float, int, bool]:
     """(D_rel, iterations, converged) along axis 0 of a mask (axis 0, 1, 2) whose every cluster percolates."""
+    if device == "cpu":
+        keep_freed_memory()
     image = np.ascontiguousarray(conducting, np.uint8)
     if max(spacing) - min(spacing) < 1e-9 * max(spacing):
         solver: Any = _Cubic(image, device=device)
