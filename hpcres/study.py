@@ -78,6 +78,9 @@ class VoxelSize(tuple[float, str]):
     def __new__(cls, length: float, unit: str) -> VoxelSize:
         return super().__new__(cls, (length, unit))
 
+    def __getnewargs__(self) -> tuple[float, str]:  # type: ignore[override]
+        return self.length, self.unit
+
     @property
     def length(self) -> float:
         return self[0]
