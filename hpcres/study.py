@@ -78,7 +78,7 @@ class VoxelSize(tuple[float, str]):
     def __new__(cls, length: float, unit: str) -> VoxelSize:
         return super().__new__(cls, (length, unit))
 
-    def __getnewargs__(self) -> tuple[float, str]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[float, str]:
         return self.length, self.unit
 
     @property
@@ -406,7 +406,7 @@ class _Loader(yaml.SafeLoader):
 def load_study(path: str | Path, settings: Sequence[str] = (), output: str | None = None) -> Study:
     """Read, override (`section.key=value`) and check a study file; raises InputError in one line.
 
-    A study may name another as its `base` and then holds only what differs from it.
+    A study may name another, or several, as its `base` and then holds only what differs; later ones win.
     """
     path = Path(path)
     raw = _read(path, ())
@@ -437,12 +437,14 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     raw = _over_paths(raw, lambda text, _: _place(text, folder))
     if "output" in raw:
         raw["output"] = _place(str(raw["output"]), folder)
-    if "base" not in raw:
-        return raw
-    base = Path(_place(str(raw.pop("base")), folder))
-    if base in below:
-        raise InputError(f"{path}: base {base} leads back to itself; name another file")
-    return _merged(_read(base, (*below, path.resolve())), raw)
+    bases = raw.pop("base", [])
+    merged: dict[str, Any] = {}
+    for name in [bases] if isinstance(bases, str) else bases:
+        base = Path(_place(str(name), folder))
+        if base in (*below, path.resolve()):
+            raise InputError(f"{path}: base {base} leads back to itself; name another file")
+        merged = _merged(merged, _read(base, (*below, path.resolve())))
+    return _merged(merged, raw)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
