@@ -1,0 +1,151 @@
+"""What keeps the house in order: imports go one way, every command explains itself, every shipped study is right."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from hpcres.cli import commands
+from hpcres.errors import InputError
+from hpcres.study import load_study, save_study
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "hpcres"
+ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
+    "errors": set(),
+    "memory": set(),
+    "geometry": {"errors"},
+    "noise": {"geometry"},
+    "study": {"errors"},
+    "networks": {"networks"},
+    "imaging": {"networks", "study"},
+    "volumes": {"errors", "geometry", "study"},
+    "checkpoint": {"errors", "networks", "study"},
+    "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
+    "training": {"errors", "geometry", "networks", "study", "imaging", "volumes", "checkpoint", "training", "memory"},
+    "inference": {
+        "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory",
+    },
+    "metrics": {"errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
+    "report": {"errors", "geometry", "study", "volumes", "metrics"},
+}  # fmt: skip
+KEEPERS = {
+    "zarr": {"volumes.py"}, "tifffile": {"volumes.py"}, "h5py": {"volumes.py"},
+    "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
+    "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": {"metrics/transport/"}, "click": {"cli.py"},
+}  # fmt: skip
+COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report"]
+
+
+def imports(file: Path) -> set[str]:
+    """Every module a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    place = str(file.relative_to(PACKAGE))
+    room = place.split("/")[0].removesuffix(".py")
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] == "hpcres" and len(parts) > 1 and room not in ("cli", "__main__"):
+            assert parts[1] in ROOMS[room], f"{place} imports {name}"
+        for library, keepers in KEEPERS.items():
+            if name == library or name.startswith(library + "."):
+                assert any(place == k or (k.endswith("/") and place.startswith(k)) for k in keepers), f"{place}: {name}"
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "hpcres", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert out.returncode == 0
+    loaded = {line.split("|")[-1].strip() for line in out.stderr.splitlines() if line.startswith("import time")}
+    assert not loaded & {"torch", "zarr", "dask", "numba", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_shows_an_example(name):
+    shown = CliRunner().invoke(commands, [name, "--help"])
+    assert shown.exit_code == 0
+    assert f"hpcres {name}" in shown.output
+    assert sorted(commands.commands) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in sorted((ROOT / "configs").glob("*.yaml")) if f.name != "fast.yaml"], ids=lambda f: f.stem
+)
+def test_shipped_studies_are_right(file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HPCRES_DATA", "/data")
+    study = load_study(file)
+    assert study.name == file.stem
+    if "small" not in file.stem and file.stem != "demo":
+        assert (study.network.width, study.network.critic_width, study.network.padding) == (8, 9, "replicate")
+        assert (study.training.critic_steps, study.training.learning_rate) == (5, 1e-4)
+
+
+def test_cases_are_those_of_the_paper(monkeypatch):
+    monkeypatch.setenv("HPCRES_DATA", "/data")
+    cases = {f.stem[:5]: load_study(f) for f in (ROOT / "configs").glob("case?-*.yaml") if "small" not in f.stem}
+    assert [float(cases[f"case{i}"].scale_factor) for i in (1, 2, 3, 4)] == [4, 4, 4, 8]
+    assert cases["case4"].low_res.phases == {0: ("pore", "binder"), 128: "active"}
+    assert not cases["case2"].high_res.isotropic
+    assert cases["case3"].imaging.operator == "under-sampled"
+    assert cases["case3"].reference.published[0].value == 0.01087
+
+
+def test_resolved_study_is_the_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCRES_DATA", "/data")
+    study = load_study(ROOT / "configs" / "case2-separator-small.yaml", ["seed=7"], str(tmp_path))
+    assert study.seed == 7
+    assert load_study(save_study(study, "train")) == study
+
+
+def test_base_gives_what_a_study_does_not(tmp_path):
+    base = {
+        "name": "base", "scale_factor": 2, "training": {"steps": 5, "cubes": 3},
+        "high_res": {"phases": {0: "a", 1: "b"}, "voxel_size": "1 um", "images": [{"path": "x.tif"}]},
+        "low_res": {"path": "y.tif", "phases": {0: "a", 1: "b"}},
+    }  # fmt: skip
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "base.yaml").write_text(yaml.safe_dump(base))
+    over = {"base": "deep/base.yaml", "name": "over", "training": {"cubes": 4}, "low_res": {"phases": {5: "a", 6: "b"}}}
+    (tmp_path / "over.yaml").write_text(yaml.safe_dump(over))
+    study = load_study(tmp_path / "over.yaml")
+    assert (study.name, study.training.steps, study.training.cubes) == ("over", 5, 4)
+    assert study.low_res.phases == {5: "a", 6: "b"}
+    assert study.low_res.path == str(tmp_path / "deep" / "y.tif")
+
+
+def test_every_option_of_a_study_has_a_reader():
+    """A setting that nothing reads is a dead option."""
+    from hpcres import study as module
+
+    source = "".join(f.read_text() for f in PACKAGE.rglob("*.py") if f.name != "study.py")
+    own = Path(module.__file__).read_text()
+    for section in vars(module).values():
+        if isinstance(section, type) and issubclass(section, module.Section):
+            for field in section.model_fields:
+                read = f".{field}" in source + own or f'"{field}"' in source  # the report reads JSON
+                assert read, f"{section.__name__}.{field}"
+
+
+def test_unset_variable_names_the_key(monkeypatch):
+    monkeypatch.delenv("HPCRES_DATA", raising=False)
+    with pytest.raises(InputError, match=r"low_res.path|high_res.images.path"):
+        load_study(ROOT / "configs" / "case1-cathode.yaml")
+    assert "HPCRES_DATA" not in os.environ
