@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hpcres"
 ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
     "errors": set(),
     "memory": set(),
+    "signals": set(),
     "geometry": {"errors"},
     "noise": {"geometry"},
     "study": {"errors"},
@@ -29,9 +30,11 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "volumes": {"errors", "geometry", "study"},
     "checkpoint": {"errors", "networks", "study"},
     "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
-    "training": {"errors", "geometry", "networks", "study", "imaging", "volumes", "checkpoint", "training", "memory"},
+    "training": {
+        "errors", "geometry", "networks", "study", "imaging", "volumes", "checkpoint", "training", "memory", "signals",
+    },
     "inference": {
-        "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory",
+        "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory", "signals",
     },
     "metrics": {"errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
     "report": {"errors", "geometry", "study", "volumes", "metrics"},

@@ -12,7 +12,6 @@ import json
 import shutil
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from hpcres.geometry import Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_ra
 from hpcres.inference.generate import Painter, cores
 from hpcres.inference.ranks import Ranks
 from hpcres.memory import keep_freed_memory
+from hpcres.signals import noted_signals
 from hpcres.study import Inference, Study, VoxelSize, parse_grid
 from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
 
@@ -147,7 +147,7 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
             _say(_opening(job, len(missing), ranks, device, threads))
         started = time.monotonic()
         failed: list[str] = []
-        with _signals() as received, Journal(job.output, ranks.rank) as journal:
+        with noted_signals() as received, Journal(job.output, ranks.rank) as journal:
             done = 0
             said = time.monotonic()
             for tile, seconds, error in _paint_in_flight(job, painter, store, ranks, mine, received):
@@ -383,21 +383,6 @@ def read_journal(output: Path) -> dict[tuple[int, tuple[int, ...]], int]:
                 continue
             noted[key] = max(value, noted.get(key, value))
     return {key: crc for key, (_, crc) in noted.items()}
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGUSR1 are noted, so that the tile in hand is finished."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    old = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _say(message: str) -> None:
