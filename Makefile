@@ -48,7 +48,7 @@ demo: install
 	hpcres train configs/demo.yaml --overwrite
 	mpirun -n $(RANKS) hpcres infer configs/demo.yaml --tiles 2x2x2 --overwrite
 	hpcres metrics configs/demo.yaml
-	hpcres tortuosity configs/demo.yaml --phase pore --phase active --direction z
+	hpcres tortuosity configs/demo.yaml --phase pore --phase active --direction z --crop 0:160,0:160,0:160
 	hpcres report configs/demo.yaml
 	@echo "open results/demo/report.html"
 
