@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +23,7 @@ from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.networks.critic import Critic
 from hpcres.networks.superres import SuperResGenerator
+from hpcres.signals import noted_signals
 from hpcres.study import PATCH_VOXELS, Study, save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
@@ -74,7 +73,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
         try:
             for message in _opening(study, group, models, real, before):
                 journal.note(message)
-            with _signals() as received:
+            with noted_signals() as received:
                 started = time.monotonic()
                 reported = saved = seconds = seconds_before
                 done = 0.0
@@ -105,9 +104,10 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                     if done >= 1:
                         break
                     if stop:
+                        name = signal.Signals(received[0]).name if received else "a signal"
                         raise Stopped(
-                            f"training: stopped by {signal.Signals(received[0]).name if received else 'a signal'} after "
-                            f"saving step {step + 1} to {study.checkpoint_path}; run the same command to go on"
+                            f"training: stopped by {name} after saving step {step + 1} to "
+                            f"{study.checkpoint_path}; run the same command to go on"
                         )
                 return TrainingResult(str(study.checkpoint_path), step + 1, seconds, first, False)
         finally:
@@ -211,7 +211,7 @@ class Models:
         self.generator = build_generator(study)
         self.critics = Critics(study).to(group.device)
         group.synchronise_batch_norm(self.generator)
-        self.generator.to(group.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.generator.to(group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         phases = study.phases
@@ -268,16 +268,17 @@ class Models:
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
         """Phase probabilities, float32 (cubes, phases, 64, 64, 64), with batch norm in training mode."""
-        given = given.contiguous(memory_format=torch.channels_last_3d)
         low = self.study.training.precision == "bf16"
+        if low:  # faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient)
+            given = given.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.group.device.type, torch.bfloat16, enabled=low):
             logits = (self._generator if learn else self.generator)(given)
         return functional.softmax(logits.float(), dim=1)
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
         """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones."""
-        crop = self.study.training.crop_voxels
-        inner = probabilities[(..., *[slice(crop, PATCH_VOXELS - crop)] * 3)]
+        kept = slice(self.study.training.crop_voxels, PATCH_VOXELS - self.study.training.crop_voxels)
+        inner = probabilities[:, :, kept, kept, kept]
         return [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
 
     @torch.no_grad()
@@ -311,7 +312,7 @@ class Models:
 
         Running statistics belong to weights of many steps; with averaged weights they can be far off.
         """
-        generator = build_generator(self.study).to(self.group.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        generator = build_generator(self.study).to(self.group.device)
         weights = self.generator.parameters() if self.average is None else self.average
         for ours, theirs in zip(generator.parameters(), weights, strict=True):
             ours.copy_(theirs)
@@ -323,11 +324,11 @@ class Models:
         batch = self.study.training.cubes // self.group.size
         for start in range(0, _SETTLING_CUBES, batch):
             given = low_res.draw(0, range(start, start + batch), self.group.device, _SETTLING)[1]
-            generator(given.contiguous(memory_format=torch.channels_last_3d))
+            generator(given)
         return generator.eval()
 
     def save(self, step: int, seconds: float, low_res: LowResCubes) -> None:
-        """Write the checkpoint with all that `restore` needs; Unfinished, and the old one kept, where a weight is NaN."""
+        """Write the checkpoint with all that `restore` needs; Unfinished, the old one kept, where a weight is NaN."""
         generator = self.settled(low_res)
         for name, tensor in [*generator.state_dict().items(), *self.critics.state_dict().items()]:
             if not torch.isfinite(tensor).all():
@@ -424,18 +425,3 @@ def _opening(
             yield f"it ran on {before.training_state['processes']} processes before; the samples stay the same"
     for phase in real.missing_phases():
         yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGUSR1 are put in the list instead of ending the process."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    old = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -7,20 +7,20 @@ norm takes its statistics from the global batch; and decisions (stop, voxel thre
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from hpcres.errors import InputError
+from hpcres.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Processes:
         """This rank's part of `count` things, which must divide evenly."""
         if count % self.size:
             raise InputError(
-                f"training.cubes: {count} cubes cannot be shared by {self.size} processes; use a multiple of {self.size}"
+                f"training.cubes: {count} cubes cannot be shared by {self.size} processes; "
+                f"use a multiple of {self.size}"
             )
         part = count // self.size
         return range(self.rank * part, (self.rank + 1) * part)
@@ -61,10 +62,9 @@ class Processes:
         """The module with gradients averaged over all processes; itself where there is only one."""
         if self.size == 1:
             return module
-        # Buffers are equal already, because every process computes the same global statistics. `static_graph`
-        # must stay off: with a gradient penalty it silently averages the wrong gradients.
+        # `static_graph` must stay off: with a gradient penalty it silently averages the wrong gradients.
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=devices)
 
     def synchronise_batch_norm(self, module: nn.Module) -> nn.Module:
         """Replace every BatchNorm3d in place by one over the global batch, where there is more than one process."""
@@ -90,7 +90,7 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
     )
     place = _device(device, local_rank, local_size)
     torch.set_num_threads(threads or max(1, _cores() // local_size))
-    _keep_freed_memory()
+    keep_freed_memory()
     if size == 1:
         yield Processes(rank, size, local_size, place)
         return
@@ -109,10 +109,10 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InputError("device: cuda asked for, but torch finds no GPU here; use auto or cpu, or a CUDA build of torch")
+        raise InputError("device: cuda, but torch finds no GPU here; use auto or cpu, or a CUDA build of torch")
     if local_size > torch.cuda.device_count():
         raise InputError(
-            f"device: {local_size} processes on this node but {torch.cuda.device_count()} GPUs, one is needed for each; "
+            f"device: {local_size} processes on this node but {torch.cuda.device_count()} GPUs, each needs one; "
             f"use --nproc-per-node {torch.cuda.device_count()} or device: cpu"
         )
     return torch.device("cuda", local_rank)
@@ -120,17 +120,6 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse freed activations: returning them to the kernel costs up to half of a CPU step in page faults."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            trim_threshold, top_pad, mmap_max = -1, -2, -4
-            libc.mallopt(mmap_max, 0)
-            libc.mallopt(trim_threshold, 2**31 - 1)
-            libc.mallopt(top_pad, 2**26)
 
 
 class GlobalBatchNorm3d(nn.BatchNorm3d):
@@ -148,23 +137,52 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3, 4), correction=0)
-        ranks = dist.get_world_size()
-        # Variance of the whole = mean of the parts' variances + variance of the parts' means.
-        mean_all, variance_all, square_all = (
-            all_reduce(torch.stack([mean, variance, mean.square()]).div(ranks)).unbind()
-        )
-        variance_all = variance_all + square_all - mean_all.square()
+        normalised, mean, variance = _GlobalNormalisation.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             assert self.num_batches_tracked is not None
             assert self.running_mean is not None
             assert self.running_var is not None
             assert self.momentum is not None
             self.num_batches_tracked += 1
-            count = x.numel() // x.shape[1] * ranks
-            self.running_mean.lerp_(mean_all, self.momentum)
-            self.running_var.lerp_(variance_all * (count / (count - 1)), self.momentum)
+            count = x.numel() // x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return normalised
+
+
+class _GlobalNormalisation(torch.autograd.Function):
+    """(x − μ) · w / √(σ² + ε) + b with μ and σ² of all processes' x, and what all losses say of them.
+
+    The passes over voxels are torch's for given statistics; only sums over voxels travel.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        # Planes first, then planes and processes together: one long sum in fp32 would lose digits.
+        plane_variance, plane_mean = torch.var_mean(x.float(), dim=(3, 4), correction=0)
+        ours = torch.stack([plane_variance, plane_mean])
+        every = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+        dist.all_gather(every, ours)
+        variances, means = torch.cat(every, dim=1).unbind()
+        mean = means.mean(dim=(0, 2))
+        variance = variances.mean(dim=(0, 2)) + means.var(dim=(0, 2), correction=0)
+        context.save_for_backward(x, weight, mean, variance)
+        context.eps = eps
+        context.mark_non_differentiable(mean, variance)
+        return functional.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance
+
+    @staticmethod
+    def backward(context: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance = context.saved_tensors
+        direct, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            slope, x, weight, mean, variance, None, None, False, context.eps, [True, True, True]
+        )
+        # With x̂ = (x − μ)/σ over N values: dx = w/σ · (g − Σg/N − x̂ Σg x̂/N), both sums over all processes.
+        sums = torch.stack([to_weight, to_bias]) / (x.numel() // x.shape[1] * dist.get_world_size())
+        dist.all_reduce(sums)
+        inverse = torch.rsqrt(variance + context.eps)
+        per_value = -weight * inverse * inverse * sums[0]
+        constant = -weight * inverse * sums[1] - per_value * mean
         shape = (1, -1, 1, 1, 1)
-        factor = self.weight * torch.rsqrt(variance_all + self.eps)
-        shift = self.bias - mean_all * factor
-        return torch.addcmul(shift.view(shape).to(x.dtype), x, factor.view(shape).to(x.dtype))
+        spread = torch.addcmul(constant.view(shape).to(x.dtype), x, per_value.view(shape).to(x.dtype))
+        return direct + spread, to_weight, to_bias, None

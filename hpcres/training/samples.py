@@ -57,7 +57,8 @@ class LowResCubes:
         return held
 
     def _labels(self, start: np.ndarray) -> np.ndarray:
-        box = Box(triple(start), triple(start + self.edge))
+        corner = start.tolist()
+        box = Box(triple(corner), triple([c + self.edge for c in corner]))
         if self._held is not None:
             return self._held[box.slices]
         return self._phases.index(self._volume.read(box))

@@ -1,0 +1,485 @@
+"""Training against closed forms and a few-line reference of Algorithm 1; processes, stops and resumes against
+the uninterrupted run on one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.study import Imaging, Study, save_study
+from hpcres.training import adversarial
+from hpcres.training.adversarial import Models, gradient_penalty, learning_rate, train, volume_slices, voxel_loss
+from hpcres.training.distributed import Processes, processes
+from hpcres.training.samples import LowResCubes, RealSlices
+
+ALONE = Processes(0, 1, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Fewer cubes behind the stored statistics, and one thread for the same sums everywhere."""
+    monkeypatch.setattr(adversarial, "_SETTLING_CUBES", 2)
+    torch.set_num_threads(1)
+
+
+def blobs(shape, seed, phases=3):
+    field = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2, mode="wrap")
+    return np.digitize(field, np.quantile(field, np.arange(1, phases) / phases)).astype(np.uint8)
+
+
+def study_of(folder, images=None, high_res=None, volume=None, **more):
+    """A study of small random data; `training` and other sections override the tiny defaults."""
+    np.save(folder / "low.npy", blobs((20, 18, 17), 1) if volume is None else volume)
+    if images is None:
+        np.save(folder / "high.npy", blobs((1, 90, 80), 2))
+        images = [{"path": str(folder / "high.npy")}]
+    training = {"steps": 4, "cubes": 2, "slices_per_axis": 3, "critic_steps": 2, "ema": 0.9, "threads": 1}
+    training |= more.pop("training", {})
+    return Study.model_validate(
+        {
+            "name": "t", "seed": 2**63 + 5, "output": str(folder / "out"), "scale_factor": 4,
+            "high_res": {
+                "phases": {0: "a", 1: "b", 2: "c"}, "voxel_size": "65 nm", "images": images, **(high_res or {})
+            },
+            "low_res": {"path": str(folder / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}},
+            "network": {"width": 3, "critic_width": 5, "padding": "zeros", "last_stage": "transposed"},
+            "training": training, "device": "cpu",
+            "imaging": {"operator": "under-sampled"},
+        } | more
+    )  # fmt: skip
+
+
+def anisotropic(folder):
+    np.save(folder / "side.npy", blobs((2, 60, 70), 3))
+    np.save(folder / "top.npy", blobs((1, 64, 64), 4))
+    images = [
+        {"path": str(folder / "side.npy"), "planes": ["zy", "xz"]},
+        {"path": str(folder / "top.npy"), "planes": ["yx"], "augment": True},
+    ]
+    return study_of(
+        folder, images, {"isotropic": False}, np.minimum(blobs((20, 18, 17), 1), 1),
+        low_res={"path": str(folder / "low.npy"), "phases": {0: "a", 1: ["b", "c"]}},
+        imaging={"operator": "under-resolved"},
+        training={"slices_per_axis": None, "critic_steps": 1, "cubes": 3},
+    )  # fmt: skip
+
+
+# ---- the losses ----
+
+
+def test_gradient_penalty_of_critics_with_known_slope():
+    real, fake, mix = torch.randn(5, 2, 4, 4), torch.randn(5, 2, 4, 4), torch.rand(5)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(32, 1))
+    weight = linear[1].weight
+    penalty = gradient_penalty(linear, real, fake, mix)
+    assert penalty.item() == pytest.approx((weight.norm().item() - 1) ** 2, rel=1e-5)
+    penalty.backward()
+    expected = 2 * (weight.norm() - 1) * weight / weight.norm()
+    assert torch.allclose(weight.grad, expected, atol=1e-6)
+
+    class HalfSquare(nn.Module):
+        def forward(self, x):
+            return 0.5 * x.square().sum(dim=(1, 2, 3))
+
+    between = mix.view(-1, 1, 1, 1) * real + (1 - mix.view(-1, 1, 1, 1)) * fake
+    slopes = between.flatten(1).norm(dim=1)
+    assert torch.allclose(gradient_penalty(HalfSquare(), real, fake, mix), ((slopes - 1) ** 2).mean())
+
+
+def test_voxel_loss_is_the_mean_square_over_voxels_and_channels():
+    labels = torch.zeros(1, 8, 8, 8, dtype=torch.long)
+    operator = ImagingOperator(Fraction(4), [[0], [1]], Imaging(operator="under-sampled"))
+    wanted = one_hot(labels[:, ::4, ::4, ::4], 2)
+    assert voxel_loss(operator, one_hot(labels, 2), wanted) == 0
+    labels[0, 4, 0, 0] = 1  # one of 8 low-res voxels wrong: both its channels are off by one
+    assert voxel_loss(operator, one_hot(labels, 2), wanted).item() == pytest.approx(2 / 16)
+
+
+@pytest.mark.parametrize("chosen", [None, torch.tensor([[3, 0], [1, 4]])])
+def test_slices_of_a_numbered_volume(chosen):
+    z, y, x = np.meshgrid(*map(np.arange, (5, 5, 5)), indexing="ij")
+    numbers = torch.from_numpy(100 * z + 10 * y + x).float()
+    volume = torch.stack([torch.stack([numbers, -numbers]), torch.stack([numbers + 1000, numbers])])
+    for axis in range(3):
+        slices = volume_slices(volume, axis, chosen)
+        picks = [range(5)] * 2 if chosen is None else chosen.tolist()
+        expected = [volume[cube].select(axis + 1, i) for cube in range(2) for i in picks[cube]]
+        assert torch.equal(slices, torch.stack(expected))
+    assert volume_slices(volume, 1)[2, 0, 3, 4] == 324  # normal y: rows along z, columns along x
+
+
+def test_each_critic_of_an_anisotropic_material_sees_its_plane(tmp_path):
+    models = Models(anisotropic(tmp_path), ALONE)
+    assert len(models.critics.critics) == 3
+    seen = []
+
+    class Watcher(nn.Module):
+        def forward(self, slices):
+            seen.append(slices)
+            return slices.flatten(1).sum(1)
+
+    models.critics.critics = nn.ModuleList(Watcher() for _ in range(3))
+    volume = torch.zeros(1, 3, 64, 64, 64)
+    volume[0, 0] = torch.arange(64.0).view(-1, 1, 1)  # varies along z alone
+    models.critics.score(models.slices(volume, (None, None, None)))
+    normal_z, normal_y, normal_x = seen
+    assert normal_z.shape == (56, 3, 56, 56)
+    assert torch.equal(normal_z[:, 0, 0, 0], torch.arange(4.0, 60.0))  # four voxels cropped from each face
+    assert normal_z.std(dim=(2, 3)).max() == 0
+    for slices in (normal_y, normal_x):
+        assert torch.equal(slices[0, 0, :, 7], torch.arange(4.0, 60.0))
+
+
+def test_one_step_against_a_reference_of_a_few_lines(tmp_path):
+    """Gradients of critic and generator; the voxel loss counts only above its threshold."""
+    slopes = {}
+    for threshold in (0.0, 1e9):
+        study = study_of(tmp_path, training={"critic_steps": 1, "voxel_threshold": threshold, "learning_rate": 1e-30})
+        models, cubes = Models(study, ALONE), range(2)
+        generator, critic = models.generator, models.critics.critics[0]
+        low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
+        models.step(0, cubes, low_res, real, 1e-30)
+        ours = [[p.grad.clone() for p in module.parameters()] for module in (critic, generator)]
+
+        draw = real.draw(0, 0, cubes)
+        with torch.no_grad():
+            fake_volume = generator(low_res.draw(0, cubes, ALONE.device, 1)[1]).softmax(1)[..., 4:60, 4:60, 4:60]
+        loss = 0.0
+        for axis in range(3):
+            for i, (sample, weight) in enumerate(zip(draw.real[axis], draw.mix[axis], strict=True)):
+                fake = fake_volume[i // 3].select(axis + 1, int(draw.chosen[axis][i // 3, i % 3]))
+                between = (weight * sample + (1 - weight) * fake)[None].requires_grad_()
+                (slope,) = torch.autograd.grad(critic(between), between, create_graph=True)
+                loss = loss + critic(fake[None]) - critic(sample[None]) + 10 * (slope.norm() - 1) ** 2
+        expected = torch.autograd.grad((loss / 18).sum(), list(critic.parameters()))
+        for a, b in zip(ours[0], expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+        labels, given = low_res.draw(0, cubes, ALONE.device)
+        volume = generator(given).softmax(1)
+        shown = real.choose(0, cubes)
+        scores = [
+            critic(volume[c, :, 4:60, 4:60, 4:60].select(axis + 1, int(i))[None])
+            for axis in range(3) for c in cubes for i in shown[axis][c]
+        ]  # fmt: skip
+        loss = -torch.stack(scores).mean()
+        if threshold == 0:
+            squares = [(volume[:, p, ::4, ::4, ::4] - (labels == p).float()) ** 2 for p in range(3)]
+            loss = loss + 10 * torch.stack(squares).mean()
+        expected = torch.autograd.grad(loss, list(generator.parameters()))
+        largest = max(float(b.abs().max()) for b in expected)
+        for a, b in zip(ours[1], expected, strict=True):
+            assert torch.allclose(a, b, atol=2e-5 * largest)
+        slopes[threshold] = expected[0]
+    assert not torch.allclose(slopes[0.0], slopes[1e9], rtol=0.1)
+
+
+def test_learning_rate_is_constant_then_linear(tmp_path):
+    study = study_of(tmp_path, training={"learning_rate": 8e-4, "final_learning_rate": 0.25})
+    assert [learning_rate(study, done) for done in (0, 0.5, 0.75, 1)] == pytest.approx([8e-4, 8e-4, 5e-4, 2e-4])
+
+
+# ---- samples ----
+
+
+def one_image(folder, pixels, **image):
+    np.save(folder / "one.npy", pixels)
+    return {"path": str(folder / "one.npy"), **image}
+
+
+def patches(study, draws=60, axis=0):
+    """Distinct patches as label bytes, and all of them."""
+    real = RealSlices(study, ALONE.device)
+    cut = [real.draw(step, 0, range(2)).real[axis].argmax(1).numpy().astype(np.uint8) for step in range(draws)]
+    return {patch.tobytes() for patch in np.concatenate(cut)}, np.concatenate(cut)
+
+
+def test_augmentation_gives_the_eight_mirrors_and_rotations(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 3, (1, 56, 56), np.uint8)
+    turned = [np.rot90(p, k) for p in (pixels[0], pixels[0].T) for k in range(4)]
+    expected = {np.ascontiguousarray(p).tobytes() for p in turned}
+    assert len(expected) == 8
+    assert patches(study_of(tmp_path, [one_image(tmp_path, pixels)]))[0] == expected
+    assert patches(study_of(tmp_path, [one_image(tmp_path, pixels, augment=False)]))[0] == {pixels[0].tobytes()}
+
+
+def test_patches_are_whole_windows_of_their_image(tmp_path):
+    pixels = blobs((2, 60, 75), 5)
+    windows = {
+        np.ascontiguousarray(image[r : r + 56, c : c + 56]).tobytes()
+        for image in pixels for r in range(5) for c in range(20)
+    }  # fmt: skip
+    found, _ = patches(study_of(tmp_path, [one_image(tmp_path, pixels, augment=False)]), draws=300)
+    assert found <= windows
+    assert len(found) > 0.99 * len(windows)
+
+
+def test_images_are_drawn_in_proportion_to_their_area(tmp_path):
+    np.save(tmp_path / "small.npy", np.zeros((1, 60, 60), np.uint8))
+    np.save(tmp_path / "large.npy", np.ones((3, 60, 120), np.uint8))
+    images = [{"path": str(tmp_path / name)} for name in ("small.npy", "large.npy")]
+    _, found = patches(study_of(tmp_path, images), draws=200)
+    share = float((found[:, 0, 0] == 1).mean())
+    assert share == pytest.approx(6 / 7, abs=4 * (6 / 49 / len(found)) ** 0.5)
+
+
+@pytest.mark.parametrize(("plane", "axis", "varies"), [
+    ("zy", 2, 0), ("yz", 2, 1), ("zx", 1, 0), ("xz", 1, 1), ("yx", 0, 0), ("xy", 0, 1)
+])  # fmt: skip
+def test_an_image_goes_to_the_critic_of_its_normal_with_rows_and_columns_in_order(tmp_path, plane, axis, varies):
+    """The image varies along its rows; in the patch that is the direction of its first letter."""
+    rows = np.broadcast_to(np.arange(60)[:, None] // 20, (1, 60, 64)).astype(np.uint8)
+    np.save(tmp_path / "flat.npy", np.zeros((1, 64, 64), np.uint8))
+    others = [p for p in ("yx", "zx", "zy") if set(p) != set(plane)]
+    images = [one_image(tmp_path, rows, planes=[plane]), {"path": str(tmp_path / "flat.npy"), "planes": others}]
+    study = study_of(tmp_path, images, {"isotropic": False})
+    for normal in range(3):
+        found = patches(study, 3, normal)[1]
+        assert (found.std(axis=1 + varies).min() > 0) == (normal == axis)
+        assert found.std(axis=2 - varies).max() == 0
+
+
+def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path):
+    study = study_of(tmp_path)
+    low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
+    whole = low_res.draw(7, range(4), ALONE.device)
+    parts = [low_res.draw(7, share, ALONE.device) for share in (range(2), range(2, 4))]
+    assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
+    slices = real.draw(7, 1, range(4))
+    parts = [real.draw(7, 1, share) for share in (range(2), range(2, 4))]
+    for axis in range(3):
+        for name in ("chosen", "real", "mix"):
+            cut = torch.cat([getattr(part, name)[axis] for part in parts])
+            assert torch.equal(getattr(slices, name)[axis], cut)
+    assert not torch.equal(whole[1], low_res.draw(8, range(4), ALONE.device)[1])
+    assert not torch.equal(slices.mix[0], real.draw(7, 0, range(4)).mix[0])
+
+
+def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monkeypatch):
+    study = study_of(tmp_path)
+    volume = np.load(tmp_path / "low.npy")
+    held = LowResCubes(study).draw(0, range(8), ALONE.device)
+    windows = np.lib.stride_tricks.sliding_window_view(volume, (16, 16, 16)).reshape(-1, 16**3)
+    for cube in held[0].numpy().reshape(8, -1):
+        assert (windows == cube).all(axis=1).any()
+    assert torch.equal(held[1][:, :3].argmax(1), held[0].long())
+    assert abs(float(held[1][:, 3].std()) - 1) < 0.05
+    monkeypatch.setattr("hpcres.training.samples._HELD_VOXELS", 100)
+    lazy = LowResCubes(study)
+    assert lazy._held is None
+    assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])
+
+
+# ---- the saved generator ----
+
+
+def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, monkeypatch):
+    """With one settling batch of all cubes, evaluation must give what training mode gives on that batch."""
+    study = study_of(tmp_path, training={"cubes": 8})
+    monkeypatch.setattr(adversarial, "_SETTLING_CUBES", 8)
+    models, low_res = Models(study, ALONE), LowResCubes(study)
+    real = RealSlices(study, ALONE.device)
+    for step in range(2):
+        models.step(step, range(2), low_res, real, 0.02)
+    saved = models.settled(low_res)
+    for ours, theirs in zip(saved.parameters(), models.average, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(next(saved.parameters()), next(models.generator.parameters()))
+    given = low_res.draw(0, range(8), ALONE.device, adversarial._SETTLING)[1]
+    with torch.no_grad():
+        assert not saved.training
+        evaluated, trained = saved(given), saved.train()(given)
+        stale = models.generator.eval()(given)
+    assert (evaluated - trained).abs().max() < 1e-3 * trained.std()
+    assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
+
+
+# ---- processes ----
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ranked_step(rank, size, port, study, folder):
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    with processes("cpu", 1) as group:
+        save_step(study, group, folder / f"{size}-{rank}.pt")
+
+
+def save_step(study, group, path):
+    models = Models(study, group)
+    cubes = group.share(study.training.cubes)
+    outcome = models.step(0, cubes, LowResCubes(study), RealSlices(study, group.device), study.training.learning_rate)
+    state = {
+        "critic": [p.grad for p in models.critics.parameters()],
+        "generator": [p.grad for p in models.generator.parameters()],
+        "statistics": [b for b in models.generator.buffers() if b.is_floating_point()],
+        "report": list(models.report(outcome, len(study.low_res.phases)).values()),
+        "names": list(models.generator.state_dict()),
+    }
+    torch.save(state, path)
+    return float(outcome.voxel)
+
+
+@pytest.mark.parametrize(("material", "size"), [("isotropic", 2), ("anisotropic", 3)])
+def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(tmp_path, material, size):
+    if material == "isotropic":
+        training = {"cubes": 4, "reuse_generated": True, "critic_steps": 1}
+        # A threshold between the processes' own voxel losses, just below the batch's, which decides.
+        of_batch = save_step(study_of(tmp_path, training=training), ALONE, tmp_path / "1-0.pt")
+        study = study_of(tmp_path, training=training | {"voxel_threshold": of_batch * 0.9999})
+    else:
+        study = anisotropic(tmp_path)
+    save_step(study, ALONE, tmp_path / "1-0.pt")
+    torch.multiprocessing.spawn(ranked_step, (size, free_port(), study, tmp_path), size)
+    alone = torch.load(tmp_path / "1-0.pt")
+    for rank in range(size):
+        shared = torch.load(tmp_path / f"{size}-{rank}.pt")
+        assert shared["names"] == alone["names"]
+        assert shared["report"] == pytest.approx(alone["report"], rel=1e-4, abs=1e-6)
+        for kind in ("critic", "generator", "statistics"):
+            ours, theirs = (torch.cat([t.flatten() for t in state[kind]]) for state in (shared, alone))
+            assert (ours - theirs).norm() < 1e-5 * theirs.norm(), kind
+
+
+def test_torchrun_trains_with_two_processes(tmp_path):
+    study = study_of(tmp_path, training={"steps": 2})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*launcher, "-m", "hpcres", "train", str(save_study(study, "mine"))],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu" in done.stderr
+    checkpoint = load_checkpoint(study.checkpoint_path)
+    assert checkpoint.step == 2
+    rows = (study.folder / "training.csv").read_text().splitlines()
+    assert rows[0].startswith("step,seconds,critic_loss,wasserstein,gradient_penalty,generator_loss,voxel_loss,")
+    assert rows[0].endswith("fraction_a,fraction_b,fraction_c,low_res_agreement")
+    assert rows[-1].startswith("2,")
+
+
+# ---- stops and resumes ----
+
+
+def weights(study):
+    checkpoint = load_checkpoint(study.checkpoint_path)
+    state = checkpoint.training_state
+    return checkpoint.sha256, state["generator"], state["critics"], state["average"], state["critic_optimizer"]["state"]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6}
+    whole, cut = (
+        study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut")
+    )
+    assert train(whole).step == 5
+    plain = Models.step
+
+    def signalled(self, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Models, "step", signalled)
+        with pytest.raises(Stopped, match=r"SIGUSR1.*step 3"):
+            train(cut)
+    assert load_checkpoint(cut.checkpoint_path).step == 3
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    with (cut.folder / "training.csv").open("a") as file:
+        file.write("4,9,9,9")  # a row that a kill cut short
+    result = train(cut)
+    assert (result.step, result.resumed_step) == (5, 3)
+    assert same(weights(whole), weights(cut))
+    histories = [
+        [",".join(v for i, v in enumerate(row.split(",")) if i != 1) for row in (s.folder / "training.csv").open()]
+        for s in (whole, cut)
+    ]
+    assert histories[0] == histories[1]  # but for the seconds
+    assert len(histories[0]) == 6
+    again = train(cut)
+    assert again.already_finished
+    assert again.step == 5
+
+
+def test_another_training_in_the_same_place_is_refused(tmp_path):
+    study = study_of(tmp_path, training={"steps": 1})
+    train(study)
+    before = study.checkpoint_path.read_bytes()
+    changed = study_of(tmp_path, training={"steps": 1, "gradient_penalty": 5.0})
+    with pytest.raises(InputError, match=r"training.gradient_penalty 10.0.*5.0.*--overwrite"):
+        train(changed)
+    assert study.checkpoint_path.read_bytes() == before
+    assert train(changed, overwrite=True).resumed_step == 0
+    longer = study_of(tmp_path, training={"steps": 2, "gradient_penalty": 5.0, "report_seconds": 3.0, "threads": 1})
+    assert train(longer).resumed_step == 1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    study = study_of(tmp_path, training={"steps": 1})
+    train(study)
+    before = study.checkpoint_path.read_bytes()
+    monkeypatch.setattr(adversarial, "learning_rate", lambda *_: float("inf"))
+    # The step after the one that spoiled the weights has the first loss that shows it; neither may be saved.
+    with pytest.raises(Unfinished, match=r"step [23]\b"):
+        train(study_of(tmp_path, training={"steps": 4, "checkpoint_minutes": 1e-9}))
+    assert study.checkpoint_path.read_bytes() == before
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "says"),
+    [
+        ({"images": (1, 90, 50)}, {}, r"one.npy: 90 x 50 pixels.*56 x 56"),
+        ({"volume": np.zeros((20, 18, 15), np.uint8)}, {}, "low.npy: 15 voxels along x.*16 at scale factor 4"),
+        ({"volume": np.full((20, 18, 17), 7, np.uint8)}, {}, "low.npy: label 7"),
+        ({"images": 9}, {}, "one.npy: label 9"),
+        ({}, {"slices_per_axis": 57}, "slices_per_axis: 57"),
+        ({"device": "cuda"}, {}, "device: cuda"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, data, training, says):
+    if isinstance(data.get("images"), tuple):
+        data = {"images": [one_image(tmp_path, np.zeros(data["images"], np.uint8))]}
+    elif isinstance(data.get("images"), int):
+        data = {"images": [one_image(tmp_path, np.full((1, 64, 64), data["images"], np.uint8))]}
+    if "device" in data and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(InputError, match=says) as refused:
+        train(study_of(tmp_path, training=training, **data))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cubes_that_do_not_divide_are_refused():
+    with pytest.raises(InputError, match=r"3 cubes.*2 processes.*multiple of 2"):
+        Processes(1, 2, 2, torch.device("cpu")).share(3)
+    assert [Processes(r, 3, 3, torch.device("cpu")).share(6) for r in range(3)] == [range(2), range(2, 4), range(4, 6)]
