@@ -252,7 +252,7 @@ class Models:
         voxel = voxel_loss(self.operator, probabilities, one_hot(labels, low_res.channels))
         loss = -score
         # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
-        if voxel > settings.voxel_threshold:
+        if self.group.mean(voxel) > settings.voxel_threshold:
             loss = loss + settings.voxel_weight * voxel
         # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
         (slope,) = torch.autograd.grad(loss, probabilities)
