@@ -263,8 +263,8 @@ class Models:
             decay = min(settings.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
-        finite = bool(torch.isfinite(torch.stack([wasserstein, penalty, score, voxel])).all())
-        return Outcome(wasserstein, penalty, score, voxel, finite, probabilities.detach(), labels)
+        losses = torch.stack([wasserstein, penalty, score, voxel]).detach()
+        return Outcome(*losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
         """Phase probabilities, float32 (cubes, phases, 64, 64, 64), with batch norm in training mode."""
