@@ -335,7 +335,7 @@ def save_step(study, group, path):
         "names": list(models.generator.state_dict()),
     }
     torch.save(state, path)
-    return float(outcome.voxel)
+    return float(outcome.losses[3])
 
 
 @pytest.mark.parametrize(("material", "size"), [("isotropic", 2), ("anisotropic", 3)])

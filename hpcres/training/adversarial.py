@@ -190,12 +190,10 @@ _COLUMNS = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses of one step (scalars of this process's share) and what the generator made of its cubes."""
+    """One step of this process's share: Wasserstein distance, gradient penalty, score and voxel loss in `losses`,
+    and what the generator made of its cubes."""
 
-    wasserstein: Tensor
-    penalty: Tensor
-    score: Tensor
-    voxel: Tensor
+    losses: Tensor
     finite: bool
     probabilities: Tensor
     labels: Tensor
@@ -264,7 +262,7 @@ class Models:
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, score, voxel]).detach()
-        return Outcome(*losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
+        return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
         """Phase probabilities, float32 (cubes, phases, 64, 64, 64), with batch norm in training mode."""
@@ -291,8 +289,7 @@ class Models:
         values = self.group.mean(
             torch.stack(
                 [
-                    outcome.wasserstein, outcome.penalty, outcome.score, outcome.voxel,
-                    (seen == outcome.labels).float().mean(),
+                    *outcome.losses, (seen == outcome.labels).float().mean(),
                     *((painted == phase).float().mean() for phase in range(phases)),
                 ]
             )
