@@ -158,6 +158,7 @@ def phantom(study: str, settings: tuple[str, ...], output: str | None, overwrite
     loaded = load_study(study, settings, output)
     for path in make_phantom(loaded, overwrite, lambda name: click.echo(f"phantom: {name}", err=True)):
         click.echo(path)
+    save_study(loaded, "phantom")
 
 
 @commands.command()
@@ -242,6 +243,8 @@ def train(study: str, settings: tuple[str, ...], output: str | None, overwrite: 
 
     Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume) and training.csv.
     """
+    # Threads that wait must not spin: on cores shared with anything else that makes a step several times longer.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hpcres.training.adversarial import train as run
 
     result = run(load_study(study, settings, output), overwrite=overwrite)

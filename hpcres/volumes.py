@@ -269,29 +269,31 @@ def _refuse_colour(path: str) -> NoReturn:
 # ---- TIFF --------------------------------------------------------------------------------------------------
 
 
-class _Complaints(logging.Handler):
-    """tifffile logs what it finds broken and goes on with fewer pages; we must not."""
+class _Complaints(logging.Filter):
+    """tifffile logs what it finds broken and goes on with fewer pages; we must not. Hears its own thread only."""
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.fatal: list[str] = []
+        self._thread = threading.get_ident()
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.thread != self._thread:
+            return True
         message = record.getMessage()
         if any(sign in message for sign in ("invalid page offset", "failed to reshape", "invalid offset")):
             self.fatal.append(message)
+        return False
 
 
 @contextlib.contextmanager
 def _tifffile_complaints() -> Iterator[_Complaints]:
-    logger, handler = logging.getLogger("tifffile"), _Complaints()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
+    logger, complaints = logging.getLogger("tifffile"), _Complaints()
+    logger.addFilter(complaints)
     try:
-        yield handler
+        yield complaints
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+        logger.removeFilter(complaints)
 
 
 def _open_tiff(path: str, flat: bool = False) -> Volume:
