@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from itertools import count
@@ -19,13 +22,13 @@ import pytest
 import torch
 import yaml
 
-from hpcres.checkpoint import build_generator, save_checkpoint
+from hpcres.checkpoint import build_generator, load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference.generate import Painter, block_bytes, block_edge, operations
-from hpcres.inference.ranks import Ranks, join_ranks
+from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
 from hpcres.inference.run import infer, open_job, read_journal
-from hpcres.inference.verify import find_faults
+from hpcres.inference.verify import find_faults, repair_job
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.study import load_study
@@ -79,6 +82,25 @@ def mpirun(ranks: int, *arguments: str, **options) -> subprocess.CompletedProces
     return subprocess.run(
         [program, "-n", str(ranks), *arguments], env=environment, capture_output=True, text=True, timeout=200, **options
     )
+
+
+def descendants(process: int) -> list[int]:
+    """Every living process that `process` started, directly or not."""
+    children = Path(f"/proc/{process}/task/{process}/children")
+    direct = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [one for child in direct for one in (child, *descendants(child))]
+
+
+def with_fault(folder: Path, fault: str) -> list[str]:
+    """hpcres as a program into which `fault`, lines of Python that see the rank's number, was injected first."""
+    script = folder / "faulty.py"
+    script.write_text(
+        "import errno, os, time\nfrom hpcres import cli\nfrom hpcres.errors import InputError\n"
+        "from hpcres.inference import generate, run\nfrom hpcres.volumes import LabelStore\n"
+        "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', 0))\n"
+        "paint, write = generate.Painter.paint, LabelStore.write\n" + fault + "\ncli.main()\n"
+    )
+    return [sys.executable, str(script)]
 
 
 def store_bytes(store: Path) -> dict[str, bytes]:
@@ -251,10 +273,13 @@ def test_killed_job_resumes_to_the_same_bytes(ranks, tmp_path):
             if store.exists() and sum(p.is_file() for p in (store / "0").rglob("*")) > moment:
                 break
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        started = descendants(process.pid)  # mpirun gives its ranks process groups of their own
+        for one in (process.pid, *started):
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
         process.wait()
-        subprocess.run(["pkill", "-KILL", "-f", str(path)], check=False)
-        time.sleep(0.3)
+        while any(Path(f"/proc/{one}").exists() for one in started) and time.monotonic() < deadline:
+            time.sleep(0.02)
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     reference = paint_alone(path, tmp_path / "f", tiles="4x4x4")
@@ -279,22 +304,102 @@ def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
 def test_a_failing_rank_ends_the_job_and_says_where(tmp_path):
     """An exception in one rank must not leave the others waiting."""
     path = make_study(tmp_path / "s", "4", (9, 8, 7))
-    script = tmp_path / "fail.py"
-    script.write_text(
-        "import sys\n"
-        "from hpcres import cli\nfrom hpcres.inference import generate\n"
-        "paint = generate.Painter.paint\n"
+    fault = (
         "def failing(self, tile, read):\n"
         "    if tile.index == 7: raise RuntimeError('out of luck')\n"
         "    return paint(self, tile, read)\n"
-        "generate.Painter.paint = failing\n"
-        "cli.main()\n"
+        "generate.Painter.paint = failing"
     )
     started = time.monotonic()
-    done = mpirun(2, sys.executable, str(script), "infer", str(path))
+    done = mpirun(2, *with_fault(tmp_path, fault), "infer", str(path))
     assert done.returncode not in (0, 2, 3, 75)
     assert re.search(r"rank 1, tile 7 .*out of luck", done.stderr)
     assert time.monotonic() - started < 60
+
+
+def test_an_error_of_one_rank_alone_does_not_hang_the_others(study, tmp_path):
+    fault = "def missing(*a, **k): raise InputError('low.npy: not on this node')\nif rank == 1: run.open_job = missing"
+    more = ["--output", str(tmp_path), "--checkpoint", str(study.parent / "out" / "checkpoint.pt")]
+    done = mpirun(3, *with_fault(tmp_path, fault), "infer", str(study), *more)
+    assert done.returncode == 2
+    assert "rank 1: low.npy: not on this node" in done.stderr
+
+
+def test_a_signal_to_one_rank_stops_them_all(tmp_path):
+    path = make_study(tmp_path / "s", "4", (16, 16, 16))
+    fault = (
+        "def slowly(self, tile, read):\n"
+        "    time.sleep(0.5)\n"
+        "    if tile.index == 33: os.kill(os.getpid(), 15)\n"
+        "    return paint(self, tile, read)\n"
+        "generate.Painter.paint = slowly"
+    )
+    done = mpirun(2, *with_fault(tmp_path, fault), "infer", str(path), "--tiles", "4x4x4")
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("stopped by SIGTERM") == 1
+    painted = [int(p.parent.parent.name) for p in (path.parent / "out/labels.zarr/0/c").rglob("*") if p.is_file()]
+    assert {0, 2} <= set(painted)  # both ranks had begun, and neither went on
+    assert len(painted) < 16
+
+
+def test_full_disk_stops_every_rank_and_loses_nothing(study, painted, tmp_path):
+    fault = (
+        "def full(self, level, box, labels):\n"
+        "    if box.start == (32, 0, 16): raise OSError(errno.ENOSPC, 'No space left on device', 'shard')\n"
+        "    write(self, level, box, labels)\n"
+        "LabelStore.write = full"
+    )
+    checkpoint = str(study.parent / "out" / "checkpoint.pt")
+    arguments = ["infer", str(study), "--output", str(tmp_path / "o"), "--checkpoint", checkpoint]
+    done = mpirun(2, *with_fault(tmp_path, fault), *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("no space left") == 1
+    assert "Traceback" not in done.stderr
+    store = tmp_path / "o/labels.zarr"
+    assert not list(store.rglob("*.partial"))
+    assert 0 < len([p for p in (store / "0/c").rglob("*") if p.is_file()]) < 8
+    job = open_job(load_study(study, output=str(store.parent)), checkpoint=checkpoint)
+    infer(job, Ranks())
+    assert store_bytes(store) == store_bytes(painted)
+
+
+def test_a_tile_that_cannot_be_written_is_listed(study, painted, tmp_path, monkeypatch):
+    write, failing = LabelStore.write, [True]
+
+    def unlucky(self, level, box, labels):
+        if box.start == (32, 0, 16) and failing:
+            raise OSError(errno.EIO, "Input/output error")
+        write(self, level, box, labels)
+
+    monkeypatch.setattr(LabelStore, "write", unlucky)
+    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    with pytest.raises(Unfinished, match=r"1 of 8 tiles failed: tile 5 \(z 32:36 y 0:16 x 16:28\).*Input/output"):
+        infer(job, Ranks())
+    assert not LabelStore.open(job.output).provenance["complete"]
+    failing.clear()
+    assert infer(job, Ranks()).painted == 1
+    assert store_bytes(job.output) == store_bytes(painted)
+    assert LabelStore.open(job.output).provenance["complete"]
+
+
+def test_a_shard_that_no_journal_knows_is_read_back(study, copy, painted):
+    """A kill between the shard and its journal line; one of the two did not reach the disk whole."""
+    journal = next((copy.parent / "labels.zarr.journal").glob("*.jsonl"))
+    lines = journal.read_text().splitlines(keepends=True)
+    known = [line for line in lines if json.loads(line)["start"] not in ([0, 0, 16], [32, 0, 0])]
+    journal.write_text("".join(known) + lines[0][:20])
+    truncate(copy / "0/c/1/0/0")
+    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    assert infer(job, Ranks()).painted == 1
+    assert store_bytes(copy) == store_bytes(painted)
+    assert len(read_journal(copy)) == 8
+
+
+def test_output_that_is_not_finite_is_no_labels(study, tmp_path):
+    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job.checkpoint.generator.conv_end.bias[1] = float("inf")
+    with pytest.raises(Unfinished, match=r"8 of 8 tiles failed.*not finite"):
+        infer(job, Ranks())
 
 
 # ---- verify ------------------------------------------------------------------------------------------------------
@@ -349,6 +454,16 @@ def test_journal_survives_a_line_cut_short(copy):
     assert read_journal(copy) == whole
 
 
+def test_repair_with_another_checkpoint_is_refused_before_anything_is_removed(study, copy, tmp_path):
+    other = tmp_path / "other.pt"
+    loaded = load_checkpoint(study.parent / "out/checkpoint.pt")
+    loaded.generator.conv_end.bias[0] += 1
+    save_checkpoint(other, generator=loaded.generator, study=loaded.study, step=2)
+    LabelStore.open(copy).set_provenance(checkpoint=str(other))
+    with pytest.raises(InputError, match="has other weights"):
+        repair_job(copy)
+
+
 # ---- ranks and plan ------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +474,23 @@ def test_tasks_without_mpi_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="SLURM_NTASKS is 4"), join_ranks():
         pass
+
+
+def test_mpirun_counts_where_it_reached_another_node_by_a_step_of_its_own(monkeypatch):
+    step = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in {**step, "OMPI_COMM_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    _refuse_singletons(4)
+    with pytest.raises(InputError, match="OMPI_COMM_WORLD_SIZE is 4 but MPI knows of 1"):
+        _refuse_singletons(1)
+
+
+def test_cores_are_shared_only_where_ranks_are_not_bound():
+    bound = [frozenset(range(4 * rank, 4 * rank + 4)) for rank in range(4)]
+    assert [share_of_cores(one, bound) for one in bound] == [4, 4, 4, 4]
+    free = frozenset(range(8))
+    assert share_of_cores(free, [free, free]) == 4
+    assert share_of_cores(frozenset({0, 1}), [frozenset({0, 1})] * 3) == 1
 
 
 def test_no_study_is_needed(study, painted, tmp_path, monkeypatch, hpcres):

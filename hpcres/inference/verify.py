@@ -74,6 +74,7 @@ def remove_faulty(path: Path, faults: list[Fault]) -> int:
             start = [a // 2 // e * e for a, e in zip(box.start, edges, strict=True)]
             box = next(b for b in store.shard_boxes(level) if list(b.start) == start)
             store.shard_path(level, box).unlink(missing_ok=True)
+    store.set_provenance(complete=False)
     return len({fault.box for fault in faults if fault.level == 0})
 
 
@@ -86,6 +87,11 @@ def repair_job(path: Path, command: str = "") -> Job:
         None, checkpoint=provenance["checkpoint"], low_res=provenance["low_res"], output=str(path),
         seed=provenance["seed"], device="auto", command=command,
     )  # fmt: skip
+    if job.checkpoint.sha256 != provenance["weights_sha256"]:
+        raise InputError(
+            f"{job.checkpoint.path}: has other weights ({job.checkpoint.sha256[:12]}…) than painted {path} "
+            f"({provenance['weights_sha256'][:12]}…); put that checkpoint back, or paint anew: hpcres infer --overwrite"
+        )
     raw = provenance["raw"]
     low_res = open_volume(job.low_res.path, RawHeader(**raw)) if raw else job.low_res
     settings = job.settings.model_copy(
