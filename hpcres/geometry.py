@@ -1,7 +1,8 @@
 """Boxes, and the plan of tiles: integers in, boxes out. No I/O, no arrays.
 
 Axes are z, y, x. A low-res voxel of scale factor p/q (lowest terms) is p/q high-res voxels wide, so q low-res
-voxels are exactly p high-res ones; tiles therefore start at multiples of q low-res voxels.
+voxels are exactly p high-res ones; tiles therefore start at multiples of q low-res voxels. On a periodic axis of n
+voxels index i stands for voxel i mod n, so boxes there may reach below 0 and beyond n.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 from hpcres.errors import InputError
 
 Triple = tuple[int, int, int]
+Periodic = tuple[bool, bool, bool]
 AXES = "zyx"
 
 
@@ -78,12 +80,33 @@ def blocks(shape: Sequence[int], block: Sequence[int]) -> list[Box]:
     return [Box(triple(s), triple([a + b for a, b in zip(s, block, strict=True)])).clipped(whole) for s in starts]
 
 
+def wrapped(box: Box, shape: Sequence[int]) -> list[tuple[Box, Box]]:
+    """A box of a periodic volume cut where it wraps: (box inside the volume, its place in `box`) pieces, z-major.
+
+    A box longer than the volume wraps several times. One that lies inside gives itself.
+    """
+    runs: list[list[tuple[int, int, int]]] = []
+    for start, stop, n in zip(box.start, box.stop, shape, strict=True):
+        cuts = [start, *range((start // n + 1) * n, stop, n), stop]
+        runs.append([(a % n, a - start, b - a) for a, b in pairwise(cuts)])
+    pieces = []
+    for run in product(*runs):
+        source, place, length = (triple(part) for part in zip(*run, strict=True))
+        pieces.append((_sized(source, length), _sized(place, length)))
+    return pieces
+
+
+def _sized(start: Triple, shape: Triple) -> Box:
+    return Box(start, triple([a + n for a, n in zip(start, shape, strict=True)]))
+
+
 @dataclass(frozen=True)
 class Tile:
     """One unit of inference, of storage and of recovery: a tile is a shard is a file.
 
-    `core` and `read` are low-res boxes (`read` holds the halo and ends where the volume ends), `write` is the
-    high-res box the tile owns, `crop` the same box inside what the generator returns for `read`.
+    `core` and `read` are low-res boxes (`read` holds the halo; it ends where the volume ends, and goes on around it
+    on a periodic axis), `write` is the high-res box the tile owns, `crop` the same box inside what the generator
+    returns for `read`.
     """
 
     index: int
@@ -104,6 +127,7 @@ class TilePlan:
     chunk_voxels: int
     tile_voxels: Triple
     grid: Triple
+    periodic: Periodic
     tiles: tuple[Tile, ...]
 
     @property
@@ -117,15 +141,19 @@ class TilePlan:
         return [
             _tile(index, Box(triple([a + o for a, o in zip(core.start, tile.core.start, strict=True)]),
                              triple([b + o for b, o in zip(core.stop, tile.core.start, strict=True)])),
-                  self.low_res_shape, self.shape, self.scale, self.halo_low_res)
+                  self.low_res_shape, self.shape, self.scale, self.halo_low_res, self.periodic)
             for index, core in enumerate(blocks(tile.core.shape, (edge,) * 3))
         ]  # fmt: skip
 
 
-def _tile(index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int) -> Tile:
+def _tile(
+    index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int, periodic: Periodic
+) -> Tile:
     p, q = scale.numerator, scale.denominator
     # The start of a window is rounded down to a multiple of q, where interpolation weights repeat; its end is free.
-    read = core.grown(-(-halo_low_res // q) * q, halo_low_res, Box.whole(low_res_shape))
+    before = -(-halo_low_res // q) * q
+    around = triple([n + before * wraps for n, wraps in zip(low_res_shape, periodic, strict=True)])
+    read = core.grown(before, halo_low_res, Box(triple([-before * wraps for wraps in periodic]), around))
     start = triple([s // q * p for s in core.start])
     write = Box(start, triple([-(-e * p // q) for e in core.stop])).clipped(Box.whole(shape))
     return Tile(index, core, read, write, write.relative_to([s // q * p for s in read.start]))
@@ -137,9 +165,10 @@ def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:
 
 
 def plan_tiles(
-    low_res_shape: Sequence[int], scale: Fraction, tiles: Sequence[int], halo_low_res: int, chunk_voxels: int
-) -> TilePlan:
-    """Cut a low-res volume into at most `tiles` tiles per axis.
+    low_res_shape: Sequence[int], scale: Fraction, tiles: Sequence[int], halo_low_res: int, chunk_voxels: int,
+    periodic: Periodic = (False, False, False),
+) -> TilePlan:  # fmt: skip
+    """Cut a low-res volume into at most `tiles` tiles per axis. InputError for what cannot be cut, or not wrap.
 
     A tile is a whole number of storage chunks (`chunk_voxels`, high-res voxels per edge), so the grid can come
     out coarser than asked; the plan's `grid` says what it is.
@@ -156,13 +185,21 @@ def plan_tiles(
     shape = high_res_shape(low_res_shape, scale)
     if min(shape) < 1:
         raise InputError(f"low-res volume {tuple(low_res_shape)}: empty at scale factor {scale}; check its axes")
+    for axis, n, wraps in zip(AXES, low_res_shape, periodic, strict=True):
+        if wraps and n % q:
+            raise InputError(
+                f"inference.boundary: periodic along {axis} with {n} low-res voxels, which are no whole number of "
+                f"high-res ones at scale factor {scale}; give it a multiple of {q}, or use replicate there"
+            )
     core_edge = triple([-(-n // t // chunk_low_res) * chunk_low_res for n, t in zip(low_res_shape, tiles, strict=True)])
     cores = blocks(low_res_shape, core_edge)
     return TilePlan(
         triple(low_res_shape), shape, scale, halo_low_res, chunk_voxels,
         triple([e // q * p for e in core_edge]),
-        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]),
-        tuple(_tile(i, core, triple(low_res_shape), shape, scale, halo_low_res) for i, core in enumerate(cores)),
+        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]), periodic,
+        tuple(
+            _tile(i, core, triple(low_res_shape), shape, scale, halo_low_res, periodic) for i, core in enumerate(cores)
+        ),
     )  # fmt: skip
 
 

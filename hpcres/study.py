@@ -102,6 +102,11 @@ Voxel = Annotated[VoxelSize, PlainValidator(parse_voxel_size), PlainSerializer(s
 Grid = Annotated[tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(
     lambda v: "x".join(map(str, v))
 )]  # fmt: skip
+Boundary = Literal["replicate", "periodic"]
+Boundaries = Annotated[
+    tuple[Boundary, Boundary, Boundary], PlainValidator(lambda v: parse_boundary(v)),
+    PlainSerializer(lambda v: dict(zip("zyx", v, strict=True))),
+]  # fmt: skip
 Plane = Literal["zy", "zx", "yx", "yz", "xz", "xy"]
 """Rows and columns of an image: `zx` is a slice normal to y whose rows run along z."""
 Device = Literal["auto", "cpu", "cuda"]
@@ -117,6 +122,22 @@ def parse_grid(value: Any) -> tuple[int, int, int]:
         raise ValueError(f"{value!r} is not three numbers; write for example 8x8x8") from None
     if min(z, y, x) < 1:
         raise ValueError(f"{value}: every axis needs at least one; use for example 2x2x2")
+    return z, y, x
+
+
+def parse_boundary(value: Any) -> tuple[Boundary, Boundary, Boundary]:
+    """`periodic` for all axes, `{z: periodic}` with replicate for the others, or three words for z, y, x."""
+    words: Any = (value,) * 3 if isinstance(value, str) else value
+    if isinstance(value, dict):
+        if unknown := [key for key in value if key not in ("z", "y", "x")]:
+            raise ValueError(f"{unknown[0]!r} is no axis; use z, y and x")
+        words = [value.get(axis, "replicate") for axis in "zyx"]
+    if not isinstance(words, list | tuple) or len(words) != 3:
+        raise ValueError(f"{value!r} is neither one word nor one an axis; write periodic or {{z: periodic}}")
+    for word in words:
+        if word not in get_args(Boundary):
+            raise ValueError(f"{word!r} is no boundary; use {' or '.join(get_args(Boundary))}")
+    z, y, x = words
     return z, y, x
 
 
@@ -257,8 +278,16 @@ class Inference(Section):
     tiles: Grid = (2, 2, 2)
     chunk_voxels: Literal[16, 32, 64, 128] | None = None
     """Inner chunk of the store; 128, or 64 where the volume is below 512³."""
+    boundary: Boundaries = ("replicate", "replicate", "replicate")
+    """What lies beyond the volume, z, y, x: its outermost voxels again, or its other side. Given as `periodic` for all
+    axes or as `{z: periodic}`."""
     codec: Literal["zstd", "lz4"] = "zstd"
     threads: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def periodic(self) -> tuple[bool, bool, bool]:
+        z, y, x = (word == "periodic" for word in self.boundary)
+        return z, y, x
 
 
 class SubVolumes(Section):

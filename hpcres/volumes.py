@@ -31,7 +31,7 @@ import zarr.storage
 from PIL import Image
 
 from hpcres.errors import InputError, Unfinished
-from hpcres.geometry import AXES, Box, Triple, blocks, triple
+from hpcres.geometry import AXES, Box, Triple, blocks, triple, wrapped
 from hpcres.study import OME_UNITS, RawHeader
 
 Spacing = tuple[float, float, float]
@@ -90,6 +90,17 @@ def open_volume(path: str | Path, raw: RawHeader | None = None) -> Volume:
     if suffix in _RAW:
         raise InputError(f"{path}: a raw file has no header; give its shape and dtype as low_res.raw in the study")
     raise InputError(f"{path}: {suffix or 'no suffix'} is no volume format that hpcres knows; it {_READS}")
+
+
+def read_around(read: Callable[[Box], np.ndarray], box: Box, shape: Triple) -> np.ndarray:
+    """What `read` gives for a box (z, y, x) that may reach around the periodic axes of a volume of `shape` voxels."""
+    pieces = [(place, read(source)) for source, place in wrapped(box, shape)]
+    if len(pieces) == 1:
+        return pieces[0][1]
+    window = np.empty(box.shape, pieces[0][1].dtype)
+    for place, part in pieces:
+        window[place.slices] = part
+    return window
 
 
 def read_images(path: str | Path) -> np.ndarray:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, blocks, plan_tiles, tiles_of_rank
+from hpcres.geometry import Box, blocks, plan_tiles, tiles_of_rank, wrapped
 
 edges = st.integers(1, 40)
 scales = st.sampled_from([Fraction(64, d) for d in range(8, 65)])
@@ -66,3 +66,48 @@ def test_box_clipping_of_disjoint_boxes_is_empty():
 def test_impossible_plans_are_refused_in_words(tiles, chunk, words):
     with pytest.raises(InputError, match=words):
         plan_tiles((30, 30, 30), Fraction(16, 3), tiles, 5, chunk)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.tuples(edges, edges, edges), scales, st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 60),
+    st.tuples(*[st.booleans()] * 3),
+)  # fmt: skip
+def test_periodic_windows_hold_the_whole_halo(lengths, scale, tiles, halo, periodic):
+    """Each tile's window, put together from its pieces, is that stretch of a volume repeated without end."""
+    q = scale.denominator
+    low_res_shape = [-(-n // q) * q for n in lengths]
+    plan = plan_tiles(low_res_shape, scale, tiles, halo, 64, periodic)
+    before = -(-halo // q) * q
+    for tile in [block for whole in plan.tiles for block in plan.blocks_of(whole, 64)]:
+        for axis, n in enumerate(low_res_shape):
+            start, stop = tile.core.start[axis] - before, tile.core.stop[axis] + halo
+            expected = (start, stop) if periodic[axis] else (max(start, 0), min(stop, n))
+            assert (tile.read.start[axis], tile.read.stop[axis]) == expected
+        assert tile.crop.shape == tile.write.shape
+        assert min(tile.crop.start) >= 0
+        assert all(c <= int(n * scale) for c, n in zip(tile.crop.stop, tile.read.shape, strict=True))
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.tuples(*[st.integers(*range_)] * 3) for range_ in ((1, 6), (-25, 25), (1, 20))])
+def test_wrapped_pieces_are_the_volume_repeated(shape, start, extent):
+    volume = np.arange(np.prod(shape)).reshape(shape)
+    box = Box(start, tuple(a + n for a, n in zip(start, extent, strict=True)))
+    window = np.full(extent, -1)
+    for source, place in wrapped(box, shape):
+        assert source.clipped(Box.whole(shape)) == source
+        assert (window[place.slices] == -1).all()
+        window[place.slices] = volume[source.slices]
+    index = np.ix_(*(np.arange(a, a + n) % m for a, n, m in zip(start, extent, shape, strict=True)))
+    assert (window == volume[index]).all()
+
+
+def test_a_box_inside_is_one_piece():
+    box = Box((0, 2, 3), (4, 5, 6))
+    assert wrapped(box, (4, 5, 6)) == [(box, box.relative_to(box.start))]
+
+
+def test_periodic_length_must_be_whole_high_res_voxels():
+    with pytest.raises(InputError, match=r"periodic along y with 31 low-res voxels.*multiple of 5"):
+        plan_tiles((30, 31, 31), Fraction(8, 5), (1, 1, 1), 5, 64, (False, True, False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -18,7 +19,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import Box, Tile, TilePlan
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
-from hpcres.volumes import PhaseMap
+from hpcres.volumes import PhaseMap, read_around
 
 BLOCK_BYTES = 2 * 2**30
 """What the activations of one block may take; the block's edge follows from it and the network alone."""
@@ -63,7 +64,8 @@ class Painter:
         """uint8 labels (z, y, x) of tile.write; `read` gives low-res labels as the file has them."""
         labels = np.empty(tile.write.shape, np.uint8)
         blocks = self.plan.blocks_of(tile, self.block_voxels)
-        for block, part in zip(blocks, self.paint_blocks(blocks, read(tile.read), tile.read), strict=True):
+        low_res = read_around(read, tile.read, self.plan.low_res_shape)
+        for block, part in zip(blocks, self.paint_blocks(blocks, low_res, tile.read), strict=True):
             labels[block.write.relative_to(tile.write.start).slices] = part
         return labels
 
@@ -78,7 +80,7 @@ class Painter:
         given = np.empty((1, self._channels + 1, *window.shape), np.float32)
         for channel in range(self._channels):
             given[0, channel] = window == channel
-        given[0, -1] = normals(self.seed, block.read)
+        given[0, -1] = read_around(partial(normals, self.seed), block.read, self.plan.low_res_shape)
         logits = self._generator(torch.from_numpy(given).to(self.device))
         # max gives the first of equal values, so ties go to the lowest label; it hands on a NaN.
         best, labels = logits[(0, slice(None), *block.crop.slices)].max(0)

@@ -48,7 +48,9 @@ def estimate(study: Study, generator: SuperResGenerator, low_res_shape: tuple[in
     settings = study.inference
     shape = high_res_shape(low_res_shape, study.scale_factor)
     chunk = chunk_edge(shape, study.scale_factor, settings)
-    plan = plan_tiles(low_res_shape, study.scale_factor, settings.tiles, generator.halo_low_res, chunk)
+    plan = plan_tiles(
+        low_res_shape, study.scale_factor, settings.tiles, generator.halo_low_res, chunk, settings.periodic
+    )
     threads = settings.threads or study.cluster.cores_per_rank
     edge = block_edge(generator)
     tile = max(plan.tiles, key=lambda t: t.read.voxels)

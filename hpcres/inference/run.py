@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,15 +32,17 @@ from rich.console import Console
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
+from hpcres.geometry import AXES, Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
 from hpcres.inference.generate import Painter
 from hpcres.inference.ranks import Ranks
 from hpcres.memory import keep_freed_memory
 from hpcres.signals import noted_signals
-from hpcres.study import Inference, Study, VoxelSize, parse_grid
+from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
 from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
 
-_IDENTITY = ("weights_sha256", "input_sha256", "seed", "scale_factor", "tile_voxels", "chunk_voxels", "block_voxels")
+_IDENTITY = (
+    "weights_sha256", "input_sha256", "seed", "scale_factor", "boundary", "tile_voxels", "chunk_voxels", "block_voxels",
+)  # fmt: skip
 """What decides every byte of a store; a rerun must agree in all of it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _LINE_SECONDS = 5.0
@@ -84,28 +86,32 @@ def plan_job(checkpoint_scale: Fraction, halo_low_res: int, low_res: Volume, set
     """The tiles of a low-res volume, with the halo of the loaded network."""
     shape = [int(n * checkpoint_scale) for n in low_res.shape]
     return plan_tiles(
-        low_res.shape, checkpoint_scale, settings.tiles, halo_low_res, chunk_edge(shape, checkpoint_scale, settings)
-    )
+        low_res.shape, checkpoint_scale, settings.tiles, halo_low_res, chunk_edge(shape, checkpoint_scale, settings),
+        settings.periodic,
+    )  # fmt: skip
 
 
 def open_job(
     study: Study | None, *, checkpoint: str | None = None, low_res: str | None = None, output: str | None = None,
     tiles: str | None = None, seed: int | None = None, device: str | None = None, command: str = "",
+    raw: RawHeader | None = None, inference: Mapping[str, Any] | None = None,
 ) -> Job:  # fmt: skip
-    """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree."""
+    """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree.
+
+    `raw` is the header of a `low_res` without one; `inference` holds settings that go before the study's.
+    """
     if study is None:
         if checkpoint is None or low_res is None or output is None:
             raise InputError("infer: without a study, --checkpoint, --low-res and --output are needed; give all three")
         loaded = load_checkpoint(checkpoint)
         basis, store = loaded.study, Path(output)
-        volume = open_volume(low_res)
+        volume = open_volume(low_res, raw)
     else:
         loaded = load_checkpoint(checkpoint or study.checkpoint_path)
         _refuse_other_study(loaded, study)
         basis, store = study, study.labels_path
-        raw = study.low_res.raw if low_res is None else None
-        volume = open_volume(low_res or study.low_res.path, raw)
-    settings = basis.inference
+        volume = open_volume(low_res or study.low_res.path, study.low_res.raw if low_res is None else raw)
+    settings = basis.inference.model_copy(update=dict(inference or {}))
     if tiles is not None:
         try:
             settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
@@ -306,7 +312,8 @@ def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]
         digest.update(phase_map.index(job.low_res.read(box)).tobytes())
     return {
         "weights_sha256": job.checkpoint.sha256, "input_sha256": digest.hexdigest(), "seed": job.seed,
-        "scale_factor": str(job.plan.scale), "tile_voxels": list(job.plan.tile_voxels),
+        "scale_factor": str(job.plan.scale), "boundary": dict(zip(AXES, job.settings.boundary, strict=True)),
+        "tile_voxels": list(job.plan.tile_voxels),
         "chunk_voxels": job.plan.chunk_voxels, "block_voxels": painter.block_voxels,
     }  # fmt: skip
 

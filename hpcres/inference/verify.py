@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
-from hpcres.inference.run import Job, file_crc32, open_job, plan_job, read_journal
-from hpcres.study import RawHeader
-from hpcres.volumes import LabelStore, open_volume
+from hpcres.inference.run import Job, file_crc32, open_job, read_journal
+from hpcres.study import RawHeader, parse_boundary
+from hpcres.volumes import LabelStore
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,18 @@ def repair_job(path: Path, command: str = "") -> Job:
     provenance = LabelStore.open(path).provenance
     if provenance.get("stage") != "infer":
         raise InputError(f"{path}: not made by hpcres infer, so there is nothing to paint it from; convert it again")
+    raw = provenance["raw"]
     job = open_job(
         None, checkpoint=provenance["checkpoint"], low_res=provenance["low_res"], output=str(path),
-        seed=provenance["seed"], device="auto", command=command,
+        seed=provenance["seed"], device="auto", command=command, raw=RawHeader(**raw) if raw else None,
+        inference={
+            "tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"],
+            "boundary": parse_boundary(provenance["boundary"]),
+        },
     )  # fmt: skip
     if job.checkpoint.sha256 != provenance["weights_sha256"]:
         raise InputError(
             f"{job.checkpoint.path}: has other weights ({job.checkpoint.sha256[:12]}…) than painted {path} "
             f"({provenance['weights_sha256'][:12]}…); put that checkpoint back, or paint anew: hpcres infer --overwrite"
         )
-    raw = provenance["raw"]
-    low_res = open_volume(job.low_res.path, RawHeader(**raw)) if raw else job.low_res
-    settings = job.settings.model_copy(
-        update={"tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"]}
-    )
-    plan = plan_job(job.checkpoint.scale, job.checkpoint.generator.halo_low_res, low_res, settings)
-    return replace(job, low_res=low_res, settings=settings, plan=plan)
+    return job
