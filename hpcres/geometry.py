@@ -145,6 +145,29 @@ class TilePlan:
             for index, core in enumerate(blocks(tile.core.shape, (edge,) * 3))
         ]  # fmt: skip
 
+    def shifted(self, block_voxels: int) -> list[Tile]:
+        """Tiles of the plan's size that start half a tile later along each axis, so that they straddle its tile faces.
+
+        Where half a tile is whole compute blocks of `block_voxels`, half a block is added, or the same blocks would
+        come again; empty where tiles are too small for that. They end where the volume ends, and do not wrap.
+        """
+        p, q = self.scale.numerator, self.scale.denominator
+        starts, other = [], False
+        for n, edge in zip(self.low_res_shape, self.tile_voxels, strict=True):
+            steps = max(1, min(edge // p, n // q))
+            block = min(steps, block_voxels // p)
+            half = steps // 2
+            half += block // 2 * (half % block == 0)
+            other |= half % block != 0
+            starts.append(range(half * q, n, edge // p * q))
+        whole = Box.whole(self.low_res_shape)
+        shape = triple([edge // p * q for edge in self.tile_voxels])
+        cores = [_sized(triple(start), shape).clipped(whole) for start in product(*starts)] if other else []
+        return [
+            _tile(i, core, self.low_res_shape, self.shape, self.scale, self.halo_low_res, self.periodic)
+            for i, core in enumerate(cores)
+        ]
+
 
 def _tile(
     index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int, periodic: Periodic

@@ -271,15 +271,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
 def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool) -> list[int]:
     """Create or check the store, and list the tiles to paint. Rank 0 only."""
     if not overwrite and job.output.exists():
-        provenance = _existing_provenance(job.output)
-        identity = _identity(job, painter, phase_map)
-        for key in _IDENTITY:
-            old, new = provenance.get(key), identity[key]
-            if old != new:
-                raise InputError(
-                    f"{job.output}: was painted with {key} {old}, this job has {new}; use --overwrite to paint it "
-                    "anew, or another --output"
-                )
+        refuse_changed(job, painter, phase_map)
         # A killed rank can leave a half-written file beside the shard it was about to become.
         for leftover in job.output.rglob("*.partial"):
             leftover.unlink()
@@ -295,6 +287,19 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool) -
         shutil.rmtree(journal_folder(job.output), ignore_errors=True)
     missing = {box.start for box in _missing_shards(store, 0, len(job.checkpoint.phases))}
     return [tile.index for tile in job.plan.tiles if tile.write.start in missing]
+
+
+def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap) -> None:
+    """InputError where anything that decides the bytes of the store at job.output differs from the job's."""
+    provenance = _existing_provenance(job.output)
+    identity = _identity(job, painter, phase_map)
+    for key in _IDENTITY:
+        old, new = provenance.get(key), identity[key]
+        if old != new:
+            raise InputError(
+                f"{job.output}: was painted with {key} {old}, this job has {new}; use --overwrite to paint it "
+                "anew, or another --output"
+            )
 
 
 def _existing_provenance(output: Path) -> dict[str, Any]:

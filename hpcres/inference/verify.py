@@ -1,16 +1,29 @@
-"""Is a painted store whole? Every shard is read back: file, checksum, index, labels; --repair paints what is not."""
+"""Is a painted store whole, and free of seams?
+
+Every shard is read back: file, checksum, index, labels; --repair paints what is damaged. --audit paints some tiles
+again, cut half a tile later, and counts the labels that differ.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, prod
 from pathlib import Path
 
-from hpcres.errors import InputError
-from hpcres.geometry import Box
-from hpcres.inference.run import Job, file_crc32, open_job, read_journal
+import numpy as np
+
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import Box, Tile, TilePlan, tiles_of_rank
+from hpcres.inference.generate import Painter
+from hpcres.inference.ranks import Ranks
+from hpcres.inference.run import Job, choose_device, file_crc32, open_job, read_journal, refuse_changed
 from hpcres.study import RawHeader, parse_boundary
-from hpcres.volumes import LabelStore
+from hpcres.volumes import LabelStore, PhaseMap
+
+MOST_FLIPS = 4e-6
+"""Share of labels that rounding alone may change between two tilings in fp32; more is a seam or damage."""
 
 
 @dataclass(frozen=True)
@@ -98,3 +111,95 @@ def repair_job(path: Path, command: str = "") -> Job:
             f"({provenance['weights_sha256'][:12]}…); put that checkpoint back, or paint anew: hpcres infer --overwrite"
         )
     return job
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Labels compared and labels that differ, in all and within one low-res voxel of the store's tile faces."""
+
+    tiles: int
+    voxels: int
+    flips: int
+    face_voxels: int
+    face_flips: int
+
+    @property
+    def share(self) -> float:
+        return self.flips / self.voxels
+
+    def __str__(self) -> str:
+        parts = [
+            (f"{self.tiles} tiles painted again half a tile later, labels that differ", self.flips, self.voxels),
+            ("within one low-res voxel of tile faces", self.face_flips, self.face_voxels),
+            ("elsewhere", self.flips - self.face_flips, self.voxels - self.face_voxels),
+        ]
+        return "; ".join(f"{what} {flips} of {among} ({flips / max(1, among):.2g})" for what, flips, among in parts)
+
+    def refuse_seams(self, path: Path) -> None:
+        """Unfinished where more labels differ than rounding explains, saying whether they gather at tile faces."""
+        if self.share <= MOST_FLIPS:
+            return
+        elsewhere = (self.flips - self.face_flips) / max(1, self.voxels - self.face_voxels)
+        seam = self.face_flips / max(1, self.face_voxels) > 2 * elsewhere
+        where = "they gather at tile faces, which is a seam" if seam else "they do not gather at tile faces"
+        raise Unfinished(
+            f"{path}: {self.share:.2g} of the audited labels differ, more than the {MOST_FLIPS:g} that rounding may "
+            f"change; {where}; do not use it, paint it anew with hpcres infer --overwrite"
+        )
+
+
+def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], None] | None = None) -> Audit:
+    """Paint `count` tiles of the store at job.output again, half a tile later along each axis, and compare.
+
+    The tiles are random in even parts of the volume, the same for the same store. Collective: the ranks share them;
+    `progress(done, all)` is about this rank's. InputError where the job is not the store's, or cannot be shifted.
+    """
+    device = choose_device(job.device, ranks)
+    phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
+    painter = Painter(
+        job.checkpoint.generator, job.plan, phase_map, job.seed, device, job.settings.threads or ranks.cores
+    )
+    try:
+        ranks.from_first(lambda: refuse_changed(job, painter, phase_map))
+        chosen = _spread(job.plan.shifted(painter.block_voxels), count, job.seed)
+        if not chosen:
+            raise InputError(
+                f"{job.output}: tiles of {' x '.join(map(str, job.plan.tile_voxels))} voxels are too small to be "
+                f"shifted at scale factor {job.plan.scale}, so nothing can be audited; use fewer, larger tiles"
+            )
+        store, counted = LabelStore.open(job.output), [(0, 0, 0, 0, 0)]
+        mine = tiles_of_rank(len(chosen), ranks.rank, ranks.size)
+        for done, number in enumerate(mine):
+            tile = chosen[number]
+            differ = painter.paint(tile, job.low_res.read) != store.read(0, tile.write)
+            away = _away_from_faces(job.plan, tile.write)
+            flips, flips_away = int(np.count_nonzero(differ)), int(np.count_nonzero(differ[np.ix_(*away)]))
+            voxels_away = prod(int(along.sum()) for along in away)
+            counted.append((1, differ.size, flips, differ.size - voxels_away, flips - flips_away))
+            if progress:
+                progress(done + 1, len(mine))
+        total = zip(*(line for lines in ranks.everyone(counted) for line in lines), strict=True)
+        return Audit(*map(sum, total))
+    finally:
+        painter.close()
+
+
+def _spread(tiles: list[Tile], count: int, seed: int) -> list[Tile]:
+    """One random tile from each of `count` even parts of the list."""
+    count = min(count, len(tiles))
+    ends = [len(tiles) * part // count for part in range(count + 1)] if count else []
+    random = np.random.default_rng(seed)
+    return [tiles[random.integers(first, last)] for first, last in pairwise(ends)]
+
+
+def _away_from_faces(plan: TilePlan, box: Box) -> list[np.ndarray]:
+    """Per axis, which voxels of a high-res box lie more than one low-res voxel from every face between two tiles."""
+    reach, away = ceil(plan.scale), []
+    for axis, n in enumerate(plan.shape):
+        place, edge = np.arange(box.start[axis], box.stop[axis]), plan.tile_voxels[axis]
+        far = np.ones(place.size, bool)
+        # The ends of a periodic axis are a face between its last tile and its first.
+        for face in (*range(edge, n, edge), *((0, n) if plan.periodic[axis] else ())):
+            far &= (place < face - reach) | (place >= face + reach)
+        away.append(far)
+    return away
