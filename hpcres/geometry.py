@@ -105,15 +105,13 @@ class Tile:
     """One unit of inference, of storage and of recovery: a tile is a shard is a file.
 
     `core` and `read` are low-res boxes (`read` holds the halo; it ends where the volume ends, and goes on around it
-    on a periodic axis), `write` is the high-res box the tile owns, `crop` the same box inside what the generator
-    returns for `read`.
+    on a periodic axis), `write` is the high-res box the tile owns.
     """
 
     index: int
     core: Box
     read: Box
     write: Box
-    crop: Box
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,6 @@ class TilePlan:
     def halo_overhead(self) -> float:
         """Low-res voxels read per low-res voxel owned, ≥ 1."""
         return sum(t.read.voxels for t in self.tiles) / prod(self.low_res_shape)
-
-    def blocks_of(self, tile: Tile, block_voxels: int) -> list[Tile]:
-        """A tile cut into blocks of `block_voxels` high-res voxels per edge, each with a halo of its own."""
-        edge = block_voxels // self.scale.numerator * self.scale.denominator
-        return [
-            _tile(index, Box(triple([a + o for a, o in zip(core.start, tile.core.start, strict=True)]),
-                             triple([b + o for b, o in zip(core.stop, tile.core.start, strict=True)])),
-                  self.low_res_shape, self.shape, self.scale, self.halo_low_res, self.periodic)
-            for index, core in enumerate(blocks(tile.core.shape, (edge,) * 3))
-        ]  # fmt: skip
 
     def shifted(self, block_voxels: int) -> list[Tile]:
         """Tiles of the plan's size that start half a tile later along each axis, so that they straddle its tile faces.
@@ -179,7 +167,7 @@ def _tile(
     read = core.grown(before, halo_low_res, Box(triple([-before * wraps for wraps in periodic]), around))
     start = triple([s // q * p for s in core.start])
     write = Box(start, triple([-(-e * p // q) for e in core.stop])).clipped(Box.whole(shape))
-    return Tile(index, core, read, write, write.relative_to([s // q * p for s in read.start]))
+    return Tile(index, core, read, write)
 
 
 def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:

@@ -16,7 +16,7 @@ from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference import generate
-from hpcres.inference.generate import Painter
+from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.run import open_job
 from hpcres.inference.verify import repair_job
 from hpcres.networks.superres import SuperResGenerator
@@ -50,7 +50,7 @@ def paint(
 ) -> np.ndarray:  # fmt: skip
     """The high-res labels, tile by tile, with `noise` in place of the seed's."""
     monkeypatch.setattr(generate, "normals", lambda seed, box: noise[box.slices])
-    plan = plan_tiles(labels.shape, generator.scale, tiles, generator.halo_low_res, 16, periodic)
+    plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, periodic)
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = block_voxels
     out = np.full(plan.shape, 255, np.uint8)
@@ -110,7 +110,7 @@ def test_noise_beyond_a_periodic_face_is_that_of_the_voxel_it_stands_for(monkeyp
     generator, labels, noise = make_case("4")
     expected = paint(generator, labels, noise, (True,) * 3, (2, 2, 2), 16, monkeypatch)
     monkeypatch.undo()
-    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), generator.halo_low_res, 16, (True,) * 3)
+    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), halo_of(generator), 16, (True,) * 3)
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = 16
     for tile in plan.tiles:

@@ -18,7 +18,7 @@ scales = st.sampled_from([Fraction(64, d) for d in range(8, 65)])
 @given(st.tuples(edges, edges, edges), scales, st.tuples(*[st.integers(1, 5)] * 3), st.integers(0, 9))
 def test_tiles_partition_both_grids(low_res_shape, scale, tiles, halo):
     plan = plan_tiles(low_res_shape, scale, tiles, halo, 64)
-    p, q = scale.numerator, scale.denominator
+    q = scale.denominator
     owner = np.zeros(plan.low_res_shape, np.uint8)
     for tile in plan.tiles:
         owner[tile.core.slices] += 1
@@ -28,9 +28,6 @@ def test_tiles_partition_both_grids(low_res_shape, scale, tiles, halo):
             b % t == 0 or b == n
             for b, t, n in zip(tile.write.stop, plan.tile_voxels, plan.shape, strict=True)
         )
-        assert tile.crop.shape == tile.write.shape
-        # The generator returns ⌊n·p/q⌋ voxels for the window: the crop must lie inside.
-        assert all(c <= n * p // q for c, n in zip(tile.crop.stop, tile.read.shape, strict=True))
         for axis in range(3):
             assert tile.read.start[axis] in (0, tile.core.start[axis] - -(-halo // q) * q) or (
                 tile.read.start[axis] == 0
@@ -79,14 +76,11 @@ def test_periodic_windows_hold_the_whole_halo(lengths, scale, tiles, halo, perio
     low_res_shape = [-(-n // q) * q for n in lengths]
     plan = plan_tiles(low_res_shape, scale, tiles, halo, 64, periodic)
     before = -(-halo // q) * q
-    for tile in [block for whole in plan.tiles for block in plan.blocks_of(whole, 64)]:
+    for tile in plan.tiles:
         for axis, n in enumerate(low_res_shape):
             start, stop = tile.core.start[axis] - before, tile.core.stop[axis] + halo
             expected = (start, stop) if periodic[axis] else (max(start, 0), min(stop, n))
             assert (tile.read.start[axis], tile.read.stop[axis]) == expected
-        assert tile.crop.shape == tile.write.shape
-        assert min(tile.crop.start) >= 0
-        assert all(c <= int(n * scale) for c, n in zip(tile.crop.stop, tile.read.shape, strict=True))
 
 
 @settings(max_examples=200, deadline=None)

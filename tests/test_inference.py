@@ -25,7 +25,7 @@ import yaml
 from hpcres.checkpoint import build_generator, load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles
-from hpcres.inference.generate import Painter, block_bytes, block_edge, operations
+from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
 from hpcres.inference.run import infer, open_job, read_journal
 from hpcres.inference.verify import find_faults, repair_job
@@ -518,13 +518,18 @@ def test_operations_match_the_published_counts():
         assert operations(generator, box) / (box.voxels * scale**3) == pytest.approx(expected, rel=0.02)
 
 
-def test_block_edge_keeps_its_bound():
+def test_blocks_keep_their_bound():
+    plan = plan_tiles((144, 80, 64), Fraction(4), (1, 1, 1), 13, 64)
     for width in (3, 5, 8):
-        generator = SuperResGenerator(2, 3, Fraction(4), width)
-        edge = block_edge(generator)
-        assert edge == 64 or block_bytes(generator, edge) <= 2 * 2**30
-    plan = plan_tiles((64, 64, 64), Fraction(4), (1, 1, 1), 5, 64)
-    seen = np.zeros(plan.shape, np.uint8)
-    for block in plan.blocks_of(plan.tiles[0], 64):
-        seen[block.write.slices] += 1
-    assert (seen == 1).all()
+        painter = Painter(
+            SuperResGenerator(2, 3, Fraction(4), width), plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1
+        )
+        edge = painter.block_voxels
+        assert edge == 64 or painter.network.block_bytes(edge) <= BLOCK_BYTES
+        seen = np.zeros(plan.shape, np.uint8)
+        for block in painter.blocks_of(plan.tiles[0].write):
+            assert max(block.shape) <= edge
+            seen[block.slices] += 1
+        assert (seen == 1).all()
+        assert len(painter.blocks_of(Box((0, 0, 0), (edge + 1,) * 3))) == 1
+        painter.close()

@@ -36,7 +36,8 @@ def tiled_error(generator: SuperResGenerator, halo: int) -> float:
         assert tuple(whole.shape[2:]) == plan.shape
         worst = 0.0
         for tile in plan.tiles:
-            part = generator(x[(..., *tile.read.slices)])[(..., *tile.crop.slices)]
+            crop = tile.write.relative_to([int(start * generator.scale) for start in tile.read.start])
+            part = generator(x[(..., *tile.read.slices)])[(..., *crop.slices)]
             worst = max(worst, float((part - whole[(..., *tile.write.slices)]).abs().max()))
     return worst
 

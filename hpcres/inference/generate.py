@@ -1,42 +1,95 @@
-"""From a window of low-res labels to the high-res labels of a tile, block by block.
-
-Every block is computed by one thread with one fixed shape, so that neither the number of ranks nor of threads can
-change a rounding; threads work on different blocks.
-"""
+"""From a window of low-res labels to the high-res labels of a tile, block by block, a thread a block."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
-from math import prod
+from math import floor, prod
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, Tile, TilePlan
+from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
+from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
+from hpcres.networks.folded import fold
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.volumes import PhaseMap, read_around
 
-BLOCK_BYTES = 2 * 2**30
-"""What the activations of one block may take; the block's edge follows from it and the network alone."""
+BLOCK_BYTES = 1536 * 2**20
+"""What a thread may take for the maps of its block."""
+_BLOCK_EDGES = (256, 192, 128, 64)
 
 
-def block_bytes(generator: SuperResGenerator, block_voxels: int) -> int:
-    """Estimated peak of one block's activations: the last upsampling's input, output and a padded copy, fp32."""
-    p, q = generator.scale.numerator, generator.scale.denominator
-    edge = block_voxels + (-(-generator.halo_low_res // q) * q + generator.halo_low_res) * p // q
-    channels = generator.channels_last
-    return int(4 * edge**3 * channels * 3.5)
+class Network(Protocol):
+    """A generator in a form that labels any high-res box from the low-res window it reads."""
+
+    channels: int
+    """Of a window: one-hot labels, the noise, and zeros up to here."""
+    weight_bytes: int
+
+    def reads(self, write: Box) -> Box: ...
+
+    def labels(self, window: np.ndarray, place: Box, write: Box, memory: Memory) -> np.ndarray | None: ...
+
+    def block_bytes(self, edge: int) -> int: ...
+
+    def arithmetic(self, block_voxels: int) -> str: ...
 
 
-def block_edge(generator: SuperResGenerator) -> int:
-    """High-res voxels per edge of a compute block: 64, 128 or 192, whatever stays within BLOCK_BYTES."""
-    edges = [edge for edge in (192, 128) if block_bytes(generator, edge) <= BLOCK_BYTES]
-    return edges[0] if edges else 64
+class TorchNetwork:
+    """The generator as torch runs it, for GPUs."""
+
+    def __init__(self, generator: SuperResGenerator, plan: TilePlan, device: torch.device) -> None:
+        # fp32 means fp32: TF32 would flip labels, and cuDNN's search change bytes.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        self._generator, self._plan, self._device = generator.to(device), plan, device
+        self.channels = generator.config["low_res_channels"] + 1
+        self.weight_bytes = sum(p.nbytes for p in generator.parameters())
+
+    def reads(self, write: Box) -> Box:
+        """The box's own low-res voxels and the network's halo; its start is where interpolation weights repeat."""
+        p, q = self._plan.scale.numerator, self._plan.scale.denominator
+        halo = self._generator.halo_low_res
+        axes = []
+        for a, b, n, wraps in zip(
+            write.start, write.stop, self._plan.low_res_shape, self._plan.periodic, strict=True
+        ):
+            start, stop = a // p * q - -(-halo // q) * q, -(-b * q // p) + halo
+            axes.append((start, stop) if wraps else (max(start, 0), min(stop, n)))
+        return Box(triple([start for start, _ in axes]), triple([stop for _, stop in axes]))
+
+    @torch.inference_mode()
+    def labels(self, window: np.ndarray, place: Box, write: Box, memory: Memory) -> np.ndarray | None:
+        """uint8 labels (z, y, x) of a high-res box from the window of `reads(write)`; None for a NaN or infinity."""
+        given = torch.from_numpy(window.transpose(3, 0, 1, 2)[None]).to(self._device)
+        scale = self._plan.scale
+        crop = write.relative_to([floor(s * scale) for s in place.start])
+        # max gives the first of equal values, so ties go to the lowest label; it hands on a NaN.
+        best, labels = self._generator(given)[(0, slice(None), *crop.slices)].max(0)
+        return labels.to(torch.uint8).cpu().numpy() if best.isfinite().all() else None
+
+    def block_bytes(self, edge: int) -> int:
+        """The last upsampling's input and output and a padded copy, fp32."""
+        edge += floor(2 * self._generator.halo_low_res * self._plan.scale)
+        return int(4 * edge**3 * self._generator.channels_last * 3.5)
+
+    def arithmetic(self, block_voxels: int) -> str:
+        """A library's kernels may round differently where blocks lie differently."""
+        return f"torch {torch.__version__} {self._device.type} fp32, blocks of {block_voxels}"
+
+
+def halo_of(generator: SuperResGenerator) -> int:
+    """Low-res voxels around a tile that painting it reads: all that its whole cells can depend on."""
+    return max(reach_low_res(fold(generator)), generator.halo_low_res + 1)
 
 
 class Painter:
@@ -47,53 +100,86 @@ class Painter:
         threads: int,
     ) -> None:  # fmt: skip
         self.plan, self.seed, self.device = plan, seed, device
-        self._generator = generator.to(device)
+        self.network: Network = (
+            WinogradNetwork(fold(generator), plan.low_res_shape, plan.periodic)
+            if device.type == "cpu"
+            else TorchNetwork(generator, plan, device)
+        )
         self._phase_map = phase_map
         self._channels: int = generator.config["low_res_channels"]
-        self.block_voxels = block_edge(generator)
+        self.block_voxels = next(
+            (edge for edge in _BLOCK_EDGES if self.network.block_bytes(edge) <= BLOCK_BYTES), _BLOCK_EDGES[-1]
+        )
+        """Longest edge of a block, but for the one voxel more."""
+        self.arithmetic = self.network.arithmetic(self.block_voxels)
+        """What, besides weights and input, decides the last bit: part of a store's identity."""
         workers = threads if device.type == "cpu" else 1
-        if device.type == "cuda":  # fp32 means fp32: TF32 would flip labels, and cuDNN's search change bytes
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        self._pool = ThreadPoolExecutor(workers, initializer=_one_thread)
-        blocks = len(plan.blocks_of(plan.tiles[0], self.block_voxels))
-        self.tiles_in_flight = max(2, -(-workers // blocks))
+        self._pool = ThreadPoolExecutor(workers)
+        self._own = threading.local()
+        self.tiles_in_flight = max(2, -(-workers // len(self.blocks_of(plan.tiles[0].write))))
         """Enough for every thread to have a block, and one tile more being read or compressed."""
+        self.seconds: dict[str, float] = {"read": 0.0, "noise": 0.0, "network": 0.0}
+        """Spent so far, by all threads together, on each part of painting."""
 
-    def paint(self, tile: Tile, read: Callable[[Box], np.ndarray]) -> np.ndarray:
-        """uint8 labels (z, y, x) of tile.write; `read` gives low-res labels as the file has them."""
-        labels = np.empty(tile.write.shape, np.uint8)
-        blocks = self.plan.blocks_of(tile, self.block_voxels)
-        low_res = read_around(read, tile.read, self.plan.low_res_shape)
-        for block, part in zip(blocks, self.paint_blocks(blocks, low_res, tile.read), strict=True):
-            labels[block.write.relative_to(tile.write.start).slices] = part
+    def paint(
+        self, tile: Tile, read: Callable[[Box], np.ndarray], *, seed: int | None = None, more: int = 0
+    ) -> np.ndarray:
+        """uint8 labels (z, y, x) of tile.write, and of `more` voxels (0 or 1) beyond its + sides inside the volume.
+
+        `read` gives low-res labels as the file has them; `seed` is the painter's own by default.
+        """
+        with self._timed("read"):
+            low_res = self._phase_map.index(read_around(read, tile.read, self.plan.low_res_shape))
+        box = tile.write.grown(0, more, Box.whole(self.plan.shape))
+        labels = np.empty(box.shape, np.uint8)
+        chosen = self.seed if seed is None else seed
+
+        def one(block: Box) -> None:
+            labels[block.relative_to(box.start).slices] = self._block(block, low_res, tile.read, chosen)
+
+        list(self._pool.map(one, self.blocks_of(box)))
         return labels
 
-    def paint_blocks(self, blocks: list[Tile], low_res: np.ndarray, place: Box) -> list[np.ndarray]:
-        """The labels of each block's write box; `low_res` are the labels of the low-res box `place`."""
-        window = self._phase_map.index(low_res)
-        inner = [window[block.read.relative_to(place.start).slices] for block in blocks]
-        return list(self._pool.map(self._generate, inner, blocks))
+    def blocks_of(self, box: Box) -> list[Box]:
+        """A high-res box cut into nearly equal blocks, each starting where low-res and high-res voxels do."""
+        unit = self.plan.scale.numerator
+        unit *= -(-16 // unit)
+        edges = []
+        for length in box.shape:
+            parts = max(1, -(-(length - 1) // self.block_voxels))  # one voxel more makes no block of its own
+            edges.append(-(-length // parts // unit) * unit)
+        return [
+            Box(triple([a + o for a, o in zip(b.start, box.start, strict=True)]),
+                triple([a + o for a, o in zip(b.stop, box.start, strict=True)]))
+            for b in blocks(box.shape, edges)
+        ]  # fmt: skip
 
-    @torch.inference_mode()
-    def _generate(self, window: np.ndarray, block: Tile) -> np.ndarray:
-        given = np.empty((1, self._channels + 1, *window.shape), np.float32)
+    def _block(self, block: Box, low_res: np.ndarray, place: Box, seed: int) -> np.ndarray:
+        if not hasattr(self._own, "memory"):
+            torch.set_num_threads(1)
+            self._own.memory = Memory()
+        reads = self.network.reads(block)
+        assert reads.clipped(place) == reads, f"{block} reads {reads}, the tile's window is {place}"
+        inner = low_res[reads.relative_to(place.start).slices]
+        window = np.zeros((*inner.shape, self.network.channels), np.float32)
         for channel in range(self._channels):
-            given[0, channel] = window == channel
-        given[0, -1] = read_around(partial(normals, self.seed), block.read, self.plan.low_res_shape)
-        logits = self._generator(torch.from_numpy(given).to(self.device))
-        # max gives the first of equal values, so ties go to the lowest label; it hands on a NaN.
-        best, labels = logits[(0, slice(None), *block.crop.slices)].max(0)
-        if not best.isfinite().all():
+            window[..., channel] = inner == channel
+        with self._timed("noise"):
+            window[..., self._channels] = read_around(partial(normals, seed), reads, self.plan.low_res_shape)
+        with self._timed("network"):
+            labels = self.network.labels(window, reads, block, self._own.memory)
+        if labels is None:
             raise InputError("the network's output is not finite, labels would mean nothing; use an earlier checkpoint")
-        return labels.to(torch.uint8).cpu().numpy()
+        return labels
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - started
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def cores() -> int:

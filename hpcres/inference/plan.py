@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import numpy as np
 import torch
 
 from hpcres.geometry import Box, TilePlan, high_res_shape, plan_tiles, tiles_of_rank
-from hpcres.inference.generate import Painter, block_bytes, block_edge, cores, operations
+from hpcres.inference.generate import Painter, cores, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
@@ -49,48 +50,44 @@ def estimate(study: Study, generator: SuperResGenerator, low_res_shape: tuple[in
     shape = high_res_shape(low_res_shape, study.scale_factor)
     chunk = chunk_edge(shape, study.scale_factor, settings)
     plan = plan_tiles(
-        low_res_shape, study.scale_factor, settings.tiles, generator.halo_low_res, chunk, settings.periodic
+        low_res_shape, study.scale_factor, settings.tiles, halo_of(generator), chunk, settings.periodic
     )
     threads = settings.threads or study.cluster.cores_per_rank
-    edge = block_edge(generator)
-    tile = max(plan.tiles, key=lambda t: t.read.voxels)
-    window = plan.blocks_of(tile, edge)[0]
-    done, seconds = _trial(study, generator, plan, edge, threads)
-    window_operations = operations(generator, window.read) / window.write.voxels
-    labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
-    in_flight = max(2, -(-threads // len(plan.blocks_of(plan.tiles[0], edge))))
-    # The interpreter with torch, the blocks in flight, tiles of labels, and one shard being compressed.
-    rank_bytes = 340 * 2**20 + threads * block_bytes(generator, edge) + (in_flight + 1) * labels
-    return Cost(plan, ranks, threads, edge, rank_bytes, done / seconds, window_operations)
-
-
-def _trial(
-    study: Study, generator: SuperResGenerator, plan: TilePlan, edge: int, threads: int
-) -> tuple[int, float]:
-    """Output voxels and seconds of painting one tile's worth of blocks, as many at a time as a rank would."""
+    phase_map = PhaseMap(tuple(study.low_res.phases), "trial")
     use = min(threads, cores())
-    low = edge // study.scale_factor.numerator * study.scale_factor.denominator
-    side = min(2 * low + 2 * plan.halo_low_res, min(plan.low_res_shape))
-    trial = plan_tiles((side,) * 3, study.scale_factor, (1, 1, 1), plan.halo_low_res, plan.chunk_voxels)
-    painter = Painter(
-        generator, trial, PhaseMap(tuple(study.low_res.phases), "trial"), study.seed, torch.device("cpu"), use
-    )
-    values = np.array(list(study.low_res.phases))
-    labels = np.random.default_rng(0).choice(values, trial.low_res_shape)
-    blocks = trial.blocks_of(trial.tiles[0], edge)
-    done, started = 0, time.monotonic()
+    painter = Painter(generator, plan, phase_map, study.seed, torch.device("cpu"), use)
     try:
-        while done == 0 or time.monotonic() - started < _TRIAL_SECONDS:
-            for first in range(0, len(blocks), use):
-                part = blocks[first : first + use]
-                painter.paint_blocks(part, labels, Box.whole(trial.low_res_shape))
-                done += sum(block.write.voxels for block in part)
-                if time.monotonic() - started > _TRIAL_SECONDS:
-                    break
+        speed = _trial(study, painter, use) * threads / use
     finally:
         painter.close()
-    # A rank with more threads than this machine has cores would be that much faster.
-    return ceil(done * threads / use), time.monotonic() - started
+    tile_blocks = painter.blocks_of(plan.tiles[0].write)
+    block_bytes = painter.network.block_bytes(max(max(block.shape) for block in tile_blocks))
+    labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
+    in_flight = max(2, -(-threads // len(tile_blocks)))
+    # The interpreter with torch, the weights, the blocks in flight, tiles of labels, and one shard being compressed.
+    rank_bytes = 340 * 2**20 + painter.network.weight_bytes + threads * block_bytes + (in_flight + 1) * labels
+    whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
+    return Cost(plan, ranks, threads, painter.block_voxels, rank_bytes, speed, whole)
+
+
+def _trial(study: Study, painter: Painter, threads: int) -> float:
+    """Output voxels per second of painting the first block again and again, on as many threads as a rank would."""
+    write = painter.blocks_of(painter.plan.tiles[0].write)[0]
+    tile = replace(painter.plan.tiles[0], read=painter.network.reads(write), write=write)
+    values = np.array(list(study.low_res.phases))
+    rng = np.random.default_rng(0)
+    labels = rng.choice(values, tile.read.shape)
+
+    def read(box: Box) -> np.ndarray:
+        return labels[Box.whole(box.shape).slices]
+
+    painter.paint(tile, read)  # compiles, and takes its memory
+    started, done = time.monotonic(), 0
+    with ThreadPoolExecutor(threads) as pool:
+        while done == 0 or time.monotonic() - started < _TRIAL_SECONDS:
+            for _ in pool.map(lambda _: painter.paint(tile, read), range(threads)):
+                done += write.voxels
+    return done / (time.monotonic() - started)
 
 
 def describe(study: Study, cost: Cost, source: str) -> str:

@@ -33,7 +33,7 @@ from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import AXES, Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
-from hpcres.inference.generate import Painter
+from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.ranks import Ranks
 from hpcres.memory import keep_freed_memory
 from hpcres.signals import noted_signals
@@ -41,7 +41,7 @@ from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
 from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
 
 _IDENTITY = (
-    "weights_sha256", "input_sha256", "seed", "scale_factor", "boundary", "tile_voxels", "chunk_voxels", "block_voxels",
+    "weights_sha256", "input_sha256", "seed", "scale_factor", "boundary", "tile_voxels", "chunk_voxels", "arithmetic",
 )  # fmt: skip
 """What decides every byte of a store; a rerun must agree in all of it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -117,7 +117,7 @@ def open_job(
             settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
         except ValueError as error:
             raise InputError(f"--tiles: {error}") from None
-    plan = plan_job(loaded.scale, loaded.generator.halo_low_res, volume, settings)
+    plan = plan_job(loaded.scale, halo_of(loaded.generator), volume, settings)
     chosen = basis.seed if seed is None else seed
     return Job(loaded, volume, store, plan, chosen, settings, device or basis.device, command)
 
@@ -319,7 +319,7 @@ def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]
         "weights_sha256": job.checkpoint.sha256, "input_sha256": digest.hexdigest(), "seed": job.seed,
         "scale_factor": str(job.plan.scale), "boundary": dict(zip(AXES, job.settings.boundary, strict=True)),
         "tile_voxels": list(job.plan.tile_voxels),
-        "chunk_voxels": job.plan.chunk_voxels, "block_voxels": painter.block_voxels,
+        "chunk_voxels": job.plan.chunk_voxels, "arithmetic": painter.arithmetic,
     }  # fmt: skip
 
 

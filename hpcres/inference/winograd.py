@@ -447,31 +447,32 @@ class WinogradNetwork:
         *stages, end = folded.stages
         self._layers = [_layer_of(stage) for stage in stages]
         self._end = end
-        self._scale = prod((stage.scale for stage in stages), start=Fraction(1))
-        self.phases = end.weight.shape[0]
+        self.phases = folded.phases
         self._end_channels = self._layers[-1].outputs
         self._end_weight, self._end_bias = _aligned(self.phases * 27 * self._end_channels), end.bias.astype(np.float32)
         weight = self._end_weight.reshape(self.phases, 3, 3, 3, self._end_channels)
         weight[..., : end.weight.shape[1]] = end.weight.transpose(0, 2, 3, 4, 1)
         self.channels = self._layers[0].inputs
         """Channels of a window: those of the generator, filled up with zeros."""
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(layer.weights.nbytes for layer in self._layers)
+        self.weight_bytes = sum(layer.weights.nbytes for layer in self._layers)
 
     def block_bytes(self, edge: int) -> int:
         """What a thread's `Memory` comes to for blocks of edge³ high-res voxels, and smaller ones."""
         start = 64 * edge  # far from any face, and on every grid's cells
         axes = _cells(self._layers, None, start, start + edge)
-        floats = 0
+        maps, values, products, strip = 0, 0, 0, 0
         for layer, axis in zip(self._layers, axes, strict=True):
-            length = axis.stop - axis.start
-            rows, columns = _rows_together(layer, axis.cells), len(axis.reads)
+            length, rows = axis.stop - axis.start, _rows_together(layer, axis.cells)
             last = layer is self._layers[-1]
-            floats += layer.outputs * (7 * (length + 2) * (length + 10) if last else length**3)
-            floats += 216 * rows * (layer.inputs + layer.outputs) + 36 * columns * layer.inputs
-        return 4 * (floats + len(axes[0].reads) ** 3 * self.channels) + edge**3
+            maps += layer.outputs * (7 * (length + 2) * (length + 10) if last else length**3)
+            values, products = max(values, 216 * rows * layer.inputs), max(products, 216 * rows * layer.outputs)
+            strip = max(strip, 36 * len(axis.reads) * layer.inputs)
+        window = len(axes[0].reads) ** 3 * self.channels
+        return 4 * (maps + values + products + strip + window) + edge**3
+
+    def arithmetic(self, block_voxels: int) -> str:
+        """The same for all blocks, tiles and threads."""
+        return "winograd fp32"
 
     def reads(self, write: Box) -> Box:
         """The low-res box (reaching around periodic axes) that the labels of a high-res box depend on."""
@@ -488,18 +489,19 @@ class WinogradNetwork:
         """
         axes = [self._axes(a, write.start[a], write.stop[a]) for a in range(3)]
         here = _Map(window.ravel(), place.start, place.shape, self.channels)
-        maps = {"": here}
+        maps: list[_Map] = []
         for number, layer in enumerate(self._layers[:-1]):
             z, y, x = (one[number] for one in axes)
             shape = (z.stop - z.start, y.stop - y.start, x.stop - x.start)
             values = memory.array(layer.stage.name, prod(shape) * layer.outputs)
             out = _Map(values, (z.start, y.start, x.start), shape, layer.outputs)
             self._run(layer, (z, y, x), here, out, maps, memory)
-            here = maps[layer.stage.name] = out
+            maps.append(out)
+            here = out
         return self._finish((axes[0][-1], axes[1][-1], axes[2][-1]), here, maps, write, memory)
 
     def _run(
-        self, layer: _Layer, axes: tuple[Axis, Axis, Axis], x: _Map, out: _Map, maps: dict[str, _Map], memory: Memory,
+        self, layer: _Layer, axes: tuple[Axis, Axis, Axis], x: _Map, out: _Map, maps: list[_Map], memory: Memory,
         slab: int | None = None,
     ) -> None:  # fmt: skip
         """One layer over all its cells, or over the row `slab` of them along z, which is put at out's origin."""
@@ -519,7 +521,10 @@ class WinogradNetwork:
         columns = len(axes[2].reads)
         rows = _rows_together(layer, cells[2])
         wide = _lanes(layer.outputs)
-        before, after = maps.get(layer.stage.before or "-", _NOTHING), maps.get(layer.stage.after or "-", _NOTHING)
+        before, after = (
+            _NOTHING if number is None else maps[number]
+            for number in (layer.stage.add_before_relu, layer.stage.add_after_relu)
+        )
         _convolve(
             x.values, layer.inputs, taps, tuple(np.ascontiguousarray(t).ravel() for t in tables),
             triple(cells), layer.stage.kind == "transposed", layer.weights, layer.bias, layer.stage.relu,
@@ -532,7 +537,7 @@ class WinogradNetwork:
         )  # fmt: skip
 
     def _finish(
-        self, axes: tuple[Axis, Axis, Axis], x: _Map, maps: dict[str, _Map], write: Box, memory: Memory
+        self, axes: tuple[Axis, Axis, Axis], x: _Map, maps: list[_Map], write: Box, memory: Memory
     ) -> np.ndarray | None:
         """The last layer in slabs of four planes, each labelled as soon as the plane behind it is there."""
         layer, (z, y, x_axis) = self._layers[-1], axes
@@ -598,8 +603,7 @@ def _cells(layers: Sequence[_Layer], length: int | None, start: int, stop: int) 
 def reach_low_res(folded: Folded) -> int:
     """Low-res voxels beyond a box on which its cells can depend, the voxel more on its + side counted in."""
     layers = [_layer_of(stage) for stage in folded.stages[:-1]]
-    scale = prod((stage.scale for stage in folded.stages), start=Fraction(1))
-    p, q = scale.numerator, scale.denominator
+    p, q = folded.scale.numerator, folded.scale.denominator
     reach = 0
     for start in range(0, 4 * q, q):  # cells lie alike every four low-res voxels, weights every q
         first = _cells(layers, None, start * p // q, start * p // q + 1)[0].reads.start
