@@ -133,28 +133,23 @@ class TilePlan:
         """Low-res voxels read per low-res voxel owned, ≥ 1."""
         return sum(t.read.voxels for t in self.tiles) / prod(self.low_res_shape)
 
-    def shifted(self, block_voxels: int) -> list[Tile]:
+    def shifted(self) -> list[Tile]:
         """Tiles of the plan's size that start half a tile later along each axis, so that they straddle its tile faces.
 
-        Where half a tile is whole compute blocks of `block_voxels`, half a block is added, or the same blocks would
-        come again; empty where tiles are too small for that. They end where the volume ends, and do not wrap.
+        Empty where tiles are too small for that. They end where the volume ends, and do not wrap.
         """
         p, q = self.scale.numerator, self.scale.denominator
-        starts, other = [], False
-        for n, edge in zip(self.low_res_shape, self.tile_voxels, strict=True):
-            steps = max(1, min(edge // p, n // q))
-            block = min(steps, block_voxels // p)
-            half = steps // 2
-            half += block // 2 * (half % block == 0)
-            other |= half % block != 0
-            starts.append(range(half * q, n, edge // p * q))
-        whole = Box.whole(self.low_res_shape)
+        halves = [min(edge // p, n // q) // 2 * q for n, edge in zip(self.low_res_shape, self.tile_voxels, strict=True)]
+        if not any(halves):
+            return []
         shape = triple([edge // p * q for edge in self.tile_voxels])
-        cores = [_sized(triple(start), shape).clipped(whole) for start in product(*starts)] if other else []
+        starts = (range(half, n, edge) for half, n, edge in zip(halves, self.low_res_shape, shape, strict=True))
+        whole = Box.whole(self.low_res_shape)
         return [
-            _tile(i, core, self.low_res_shape, self.shape, self.scale, self.halo_low_res, self.periodic)
-            for i, core in enumerate(cores)
-        ]
+            _tile(i, _sized(triple(start), shape).clipped(whole), self.low_res_shape, self.shape, self.scale,
+                  self.halo_low_res, self.periodic)
+            for i, start in enumerate(product(*starts))
+        ]  # fmt: skip
 
 
 def _tile(

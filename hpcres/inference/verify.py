@@ -161,7 +161,9 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
     )
     try:
         ranks.from_first(lambda: refuse_changed(job, painter, phase_map))
-        chosen = _spread(job.plan.shifted(painter.block_voxels), count, job.seed)
+        # Blocks of another size, or half a tile could bring the same ones again.
+        painter.block_voxels = painter.block_voxels * 3 // 4
+        chosen = _spread(job.plan.shifted(), count, job.seed)
         if not chosen:
             raise InputError(
                 f"{job.output}: tiles of {' x '.join(map(str, job.plan.tile_voxels))} voxels are too small to be "
