@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -272,6 +273,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     from hpcres.inference.plan import describe, estimate
     from hpcres.volumes import open_volume
 
+    given = [study, *(f"--set={setting}" for setting in settings), *([f"--output={output}"] if output else [])]
     if tiles is not None:
         settings = (*settings, f"inference.tiles={tiles}")
     loaded = load_study(study, settings, output)
@@ -279,7 +281,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
     volume = open_volume(loaded.low_res.path, loaded.low_res.raw)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
-    click.echo(describe(loaded, estimate(loaded, generator, volume.shape, count), study))
+    click.echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
 
 
 @commands.command()

@@ -793,6 +793,16 @@ def move_into_place(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def pyramid(shape: Triple) -> list[tuple[Triple, Triple]]:
+    """Voxels per axis of every level of a store, finest first, and how many voxels of level 0 each is wide."""
+    levels = [(shape, (1, 1, 1))]
+    while max(levels[-1][0]) > _TOP_VOXELS:
+        extent, step = levels[-1]
+        coarser = triple([s * (2 if n > 1 else 1) for s, n in zip(step, extent, strict=True)])
+        levels.append((triple([-(-n // 2) for n in extent]), coarser))
+    return levels
+
+
 def _write_template(
     path: Path, shape: Triple, shard: Triple, chunk: int, spacing: Spacing, unit: str, phases: Sequence[str],
     codec: Literal["zstd", "lz4"], provenance: Mapping[str, Any],
@@ -801,10 +811,7 @@ def _write_template(
     axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
     for axis in axes:
         axis |= {"unit": unit} if unit != "voxel" else {}
-    shapes, steps = [shape], [(1, 1, 1)]
-    while max(shapes[-1]) > _TOP_VOXELS:
-        steps.append(triple([s * (2 if n > 1 else 1) for s, n in zip(steps[-1], shapes[-1], strict=True)]))
-        shapes.append(triple([-(-n // 2) for n in shapes[-1]]))
+    levels = pyramid(shape)
     datasets: list[dict[str, Any]] = [
         {
             "path": str(level),
@@ -814,7 +821,7 @@ def _write_template(
                 {"type": "translation", "translation": [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]},
             ],
         }
-        for level, step in enumerate(steps)
+        for level, (_, step) in enumerate(levels)
     ]
     multiscale = {"name": "labels", "axes": axes, "datasets": datasets, "type": "mode of 2×2×2 blocks"}
     attributes = {
@@ -827,7 +834,7 @@ def _write_template(
     }
     group = zarr.create_group(zarr.storage.LocalStore(path), zarr_format=3, attributes=attributes)
     blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=3 if codec == "zstd" else 5, shuffle="bitshuffle")
-    for level, extent in enumerate(shapes):
+    for level, (extent, _) in enumerate(levels):
         group.create_array(
             str(level), shape=extent, dtype="uint8", chunks=(chunk,) * 3, fill_value=UNWRITTEN, compressors=blosc,
             shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),

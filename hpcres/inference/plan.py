@@ -15,10 +15,13 @@ from hpcres.inference.generate import Painter, cores, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
-from hpcres.volumes import PhaseMap
+from hpcres.volumes import PhaseMap, pyramid
 
 COMPRESSION = 10
 """zstd 3 with bitshuffle on label volumes: about 11 times smaller (512³ electrode, docs/design.md)."""
+LARGE_VOXELS = 8192
+"""Edge of the output that every plan also tells the cost of; whole low-res voxels at every scale factor 64/d."""
+_LARGE_RANKS, _LARGE_TILE_VOXELS = 1024, 512
 _TRIAL_SECONDS = 10.0
 
 
@@ -43,9 +46,29 @@ class Cost:
         largest = max(tile.write.voxels for tile in self.plan.tiles)
         return self.tiles_of_busiest * largest / self.voxels_per_second / 3600
 
+    @property
+    def core_hours(self) -> float:
+        return self.hours * self.ranks * self.threads
 
-def estimate(study: Study, generator: SuperResGenerator, low_res_shape: tuple[int, int, int], ranks: int) -> Cost:
-    """Plan the job and paint blocks of noise for up to ten seconds to learn this machine's speed."""
+    @property
+    def store_bytes(self) -> float:
+        """Of all levels, before compression."""
+        return float(sum(prod(extent) for extent, _ in pyramid(self.plan.shape)))
+
+    @property
+    def shards(self) -> int:
+        """Of all levels; each is a file."""
+        extents = [extent for extent, _ in pyramid(self.plan.shape)]
+        return sum(prod(-(-n // e) for n, e in zip(extent, self.plan.tile_voxels, strict=True)) for extent in extents)
+
+
+def estimate(
+    study: Study, generator: SuperResGenerator, low_res_shape: tuple[int, int, int], ranks: int
+) -> tuple[Cost, Cost]:
+    """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
+
+    Paints blocks of noise for up to ten seconds to learn this machine's speed.
+    """
     settings = study.inference
     shape = high_res_shape(low_res_shape, study.scale_factor)
     chunk = chunk_edge(shape, study.scale_factor, settings)
@@ -60,14 +83,25 @@ def estimate(study: Study, generator: SuperResGenerator, low_res_shape: tuple[in
         speed = _trial(study, painter, use) * threads / use
     finally:
         painter.close()
+    whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
+    cost = Cost(plan, ranks, threads, painter.block_voxels, _rank_bytes(painter, plan, threads), speed, whole)
+    large = large_plan(plan)
+    return cost, replace(cost, plan=large, ranks=_LARGE_RANKS, rank_bytes=_rank_bytes(painter, large, threads))
+
+
+def _rank_bytes(painter: Painter, plan: TilePlan, threads: int) -> int:
+    """The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed."""
     tile_blocks = painter.blocks_of(plan.tiles[0].write)
     block_bytes = painter.network.block_bytes(max(max(block.shape) for block in tile_blocks))
     labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
     in_flight = max(2, -(-threads // len(tile_blocks)))
-    # The interpreter with torch, the weights, the blocks in flight, tiles of labels, and one shard being compressed.
-    rank_bytes = 340 * 2**20 + painter.network.weight_bytes + threads * block_bytes + (in_flight + 1) * labels
-    whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
-    return Cost(plan, ranks, threads, painter.block_voxels, rank_bytes, speed, whole)
+    return 340 * 2**20 + painter.network.weight_bytes + threads * block_bytes + (in_flight + 1) * labels
+
+
+def large_plan(plan: TilePlan) -> TilePlan:
+    """Tiles of 512³ for an output of LARGE_VOXELS per edge, with the scale factor, halo and boundary of `plan`."""
+    edge, tiles = int(LARGE_VOXELS / plan.scale), LARGE_VOXELS // _LARGE_TILE_VOXELS
+    return plan_tiles((edge,) * 3, plan.scale, (tiles,) * 3, plan.halo_low_res, 128, plan.periodic)
 
 
 def _trial(study: Study, painter: Painter, threads: int) -> float:
@@ -90,15 +124,15 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     return done / (time.monotonic() - started)
 
 
-def describe(study: Study, cost: Cost, source: str) -> str:
-    """The plan in words and numbers, and the sbatch lines that fit."""
+def describe(study: Study, cost: Cost, large: Cost, source: str) -> str:
+    """The plan in words and numbers, and the sbatch lines that fit; `source` is the study and options as given."""
     plan, cluster = cost.plan, study.cluster
     total = float(prod(plan.shape))
-    pyramid = total * 8 / 7
     nodes = -(-cost.ranks // cluster.ranks_per_node)
     hours = max(0.1, 1.5 * cost.hours)
     partition = f"--partition {cluster.partition} " if cluster.partition else ""
     time_limit = f"{int(hours)}:{ceil(hours % 1 * 60):02d}:00" if hours % 1 * 60 <= 59 else f"{int(hours) + 1}:00:00"
+    blocks, cores = _count(cost.threads, "block"), _count(cost.threads, "core")
     grid, edge, tiles = _times(plan.grid), _times(plan.tile_voxels), len(plan.tiles)
     idle = max(0, cost.ranks - tiles)
     rows = [
@@ -107,25 +141,40 @@ def describe(study: Study, cost: Cost, source: str) -> str:
         ("tiles", f"{grid} = {tiles}, {edge} voxels each, in chunks of {plan.chunk_voxels}³"),
         ("halo", f"{plan.halo_low_res} low-res voxels; {plan.halo_overhead:.2f} × the low-res volume is read"),
         ("ranks", f"{cost.ranks}, {cost.tiles_of_busiest} tiles on the busiest, {idle} idle"),
-        ("store", f"about {_bytes(pyramid / COMPRESSION)} (1/{COMPRESSION} of {_bytes(pyramid)} with the pyramid)"),
-        ("memory per rank", f"{_bytes(cost.rank_bytes)}, {cost.threads} blocks of {cost.block_voxels}³ at a time"),
+        ("store", f"{_store(cost)}, {_bytes(prod(plan.tile_voxels))} a tile before compression"),
+        ("memory per rank", f"{_bytes(cost.rank_bytes)}, {blocks} of {cost.block_voxels}³ at a time"),
         ("operations", f"{cost.operations_per_voxel * total:.2g} in all, {cost.operations_per_voxel:.3g} per voxel"),
-        ("speed of this machine", f"{cost.voxels_per_second:.3g} voxels/s per rank of {cost.threads} cores (trial)"),
-        ("time", f"{cost.hours:.2g} h on {cost.ranks} ranks, {cost.hours * cost.ranks * cost.threads:.3g} core hours"),
-    ]
-    cores = cluster.cores_per_rank
-    shared = f"sbatch {partition}--nodes {nodes} --ntasks-per-node {min(cluster.ranks_per_node, cost.ranks)} "
+        ("speed of this machine", f"{cost.voxels_per_second:.3g} voxels/s per rank of {cores} (trial)"),
+        ("time", f"{cost.hours:.2g} h on {_count(cost.ranks, 'rank')}, {cost.core_hours:.3g} core hours"),
+        (f"for {LARGE_VOXELS}³ voxels", f"{large.core_hours:.3g} core hours: {large.hours:.2g} h on "
+         f"{_count(large.ranks, 'rank')} of {_bytes(large.rank_bytes)} at this speed"),
+        ("", f"{_store(large)}; {_times(large.plan.grid)} tiles of {_LARGE_TILE_VOXELS}³, "
+         f"{large.plan.halo_overhead:.2f} × the low-res volume is read"),
+    ]  # fmt: skip
+    per_rank = cluster.cores_per_rank
+    per_node = min(cluster.ranks_per_node, cost.ranks)
+    tasks = f"--ntasks {cost.ranks} " * (nodes * per_node != cost.ranks)
+    shared = f"sbatch {partition}--nodes {nodes} {tasks}--ntasks-per-node {per_node} "
     gpus = f"--gpus-per-node {cluster.gpus_per_node} " if cluster.gpus_per_node else ""
     lines = [f"{name:<22} {text}" for name, text in rows]
     lines += [
         "",
         f"sbatch {partition}--nodes {cluster.train_nodes} {gpus}--time {ceil(cluster.train_hours)}:00:00 "
         f"slurm/train.sh {source}",
-        f"{shared}--cpus-per-task {cores} --mem-per-cpu {ceil(cost.rank_bytes / cores / 2**20)}M "
+        f"{shared}--cpus-per-task {per_rank} --mem-per-cpu {ceil(cost.rank_bytes / per_rank / 2**20)}M "
         f"--time {time_limit} slurm/infer.sh {source} --tiles {'x'.join(map(str, study.inference.tiles))}",
         f"{shared}--time 1:00:00 slurm/metrics.sh {source}",
     ]
     return "\n".join(lines)
+
+
+def _store(cost: Cost) -> str:
+    stored, whole = _bytes(cost.store_bytes / COMPRESSION), _bytes(cost.store_bytes)
+    return f"{_count(cost.shards, 'file')}, about {stored} (1/{COMPRESSION} of {whole} with the pyramid)"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _times(shape: tuple[int, ...]) -> str:
