@@ -124,6 +124,13 @@ def test_audit_of_another_input_is_refused(study, store, tmp_path):
         audit(repair_job(store), 1, Ranks())
 
 
+def test_one_device_may_audit_what_another_painted(study, store):
+    LabelStore.open(store).set_provenance(arithmetic="torch 9 cuda fp32, blocks of 192")
+    assert audit(repair_job(store), 1, Ranks()).flips <= 2
+    with pytest.raises(InputError, match="was painted with arithmetic torch 9"):
+        infer(repair_job(store), Ranks())
+
+
 def test_tiles_too_small_to_shift_are_said(tmp_path):
     path = make_study(tmp_path / "s", "16/3", (6, 6, 6))
     with pytest.raises(InputError, match="16 x 16 x 16 voxels are too small to be shifted"):

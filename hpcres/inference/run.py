@@ -289,11 +289,11 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool) -
     return [tile.index for tile in job.plan.tiles if tile.write.start in missing]
 
 
-def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap) -> None:
-    """InputError where anything that decides the bytes of the store at job.output differs from the job's."""
+def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap, besides: Sequence[str] = ()) -> None:
+    """InputError where what decides the bytes of the store at job.output, `besides` some, differs from the job's."""
     provenance = _existing_provenance(job.output)
     identity = _identity(job, painter, phase_map)
-    for key in _IDENTITY:
+    for key in (key for key in _IDENTITY if key not in besides):
         old, new = provenance.get(key), identity[key]
         if old != new:
             raise InputError(

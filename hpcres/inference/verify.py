@@ -160,7 +160,8 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
         job.checkpoint.generator, job.plan, phase_map, job.seed, device, job.settings.threads or ranks.cores
     )
     try:
-        ranks.from_first(lambda: refuse_changed(job, painter, phase_map))
+        # Rounding is what is audited, so a CPU may audit what a GPU painted.
+        ranks.from_first(lambda: refuse_changed(job, painter, phase_map, besides=("arithmetic",)))
         # Blocks of another size, or half a tile could bring the same ones again.
         painter.block_voxels = painter.block_voxels * 3 // 4
         chosen = _spread(job.plan.shifted(), count, job.seed)
