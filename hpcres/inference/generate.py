@@ -118,8 +118,8 @@ class Painter:
         self._own = threading.local()
         self.tiles_in_flight = max(2, -(-workers // len(self.blocks_of(plan.tiles[0].write))))
         """Enough for every thread to have a block, and one tile more being read or compressed."""
-        self.seconds: dict[str, float] = {"read": 0.0, "noise": 0.0, "network": 0.0}
-        """Spent so far, by all threads together, on each part of painting."""
+        self.seconds: dict[str, float] = dict.fromkeys(("read", "noise", "network", "write"), 0.0)
+        """Spent so far, by all threads together, on each part of a tile."""
 
     def paint(
         self, tile: Tile, read: Callable[[Box], np.ndarray], *, seed: int | None = None, more: int = 0
@@ -128,7 +128,7 @@ class Painter:
 
         `read` gives low-res labels as the file has them; `seed` is the painter's own by default.
         """
-        with self._timed("read"):
+        with self.timed("read"):
             low_res = self._phase_map.index(read_around(read, tile.read, self.plan.low_res_shape))
         box = tile.write.grown(0, more, Box.whole(self.plan.shape))
         labels = np.empty(box.shape, np.uint8)
@@ -164,16 +164,17 @@ class Painter:
         window = np.zeros((*inner.shape, self.network.channels), np.float32)
         for channel in range(self._channels):
             window[..., channel] = inner == channel
-        with self._timed("noise"):
+        with self.timed("noise"):
             window[..., self._channels] = read_around(partial(normals, seed), reads, self.plan.low_res_shape)
-        with self._timed("network"):
+        with self.timed("network"):
             labels = self.network.labels(window, reads, block, self._own.memory)
         if labels is None:
             raise InputError("the network's output is not finite, labels would mean nothing; use an earlier checkpoint")
         return labels
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def timed(self, part: str) -> Iterator[None]:
+        """Add what is done inside to `seconds`."""
         started = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - started

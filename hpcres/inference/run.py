@@ -75,6 +75,8 @@ class Painted:
     tiles: int
     seconds: float
     ranks: int
+    parts: dict[str, float]
+    """Seconds of all threads of all ranks, by part of the work: read, noise, network, write."""
 
 
 def chunk_edge(shape: Sequence[int], scale: Fraction, settings: Inference) -> int:
@@ -186,8 +188,9 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
         seconds = time.monotonic() - started
         if ranks.rank == 0 and not store.provenance.get("complete"):
             store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3))
-        ranks.everyone(None)
-        return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size)
+        spent = ranks.everyone(painter.seconds)
+        parts = {part: sum(one[part] for one in spent) for part in painter.seconds}
+        return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size, parts)
     finally:
         painter.close()
 
@@ -206,7 +209,8 @@ def _paint_in_flight(
         error: InputError | OSError | None
         try:
             labels = painter.paint(tile, job.low_res.read)
-            error = stop.unless_room(partial(store.write, 0, tile.write, labels))
+            with painter.timed("write"):
+                error = stop.unless_room(partial(store.write, 0, tile.write, labels))
         except InputError as fault:
             error = fault
         return tile, time.monotonic() - started, error

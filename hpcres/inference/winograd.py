@@ -613,17 +613,18 @@ def reach_low_res(folded: Folded) -> int:
 
 
 def _layer_of(stage: Stage) -> _Layer:
-    weight = stage.weight
+    inputs, outputs = stage.in_channels, stage.out_channels
     if stage.kind == "transposed":
-        change, weight = _G4, weight.transpose(2, 3, 4, 0, 1)
+        change, weight = _G4, stage.weight.transpose(2, 3, 4, 0, 1)
     else:
-        change, weight = _G3, weight.transpose(2, 3, 4, 1, 0)
-    for _ in range(3):  # each turn transforms the first axis and moves it behind the other two
-        weight = np.moveaxis(np.tensordot(change, weight, (1, 0)), 0, 2)
-    inputs, outputs = weight.shape[3:]
+        change, weight = _G3, stage.weight.transpose(2, 3, 4, 1, 0)
     shape = (6, 6, 6, _filled(inputs), _filled(outputs))
     filled = _aligned(prod(shape))
-    filled.reshape(shape)[..., :inputs, :outputs] = weight
+    for first in range(0, inputs, 32):  # in parts, because these are doubles
+        some = weight[..., first : first + 32, :]
+        for _ in range(3):  # each turn transforms the first axis and moves it behind the other two
+            some = np.moveaxis(np.tensordot(change, some, (1, 0)), 0, 2)
+        filled.reshape(shape)[..., first : first + some.shape[3], :outputs] = some
     bias = np.zeros(_filled(outputs), np.float32)
     bias[:outputs] = stage.bias
     return _Layer(stage, _filled(inputs), _filled(outputs), filled, bias)

@@ -1,0 +1,194 @@
+"""How fast `hpcres infer` paints, beside what a direct convolution could reach on the same core in the same run.
+
+    python bench/inference.py                       widths 5 and 8 at scale factor 8, one rank and two (5 minutes)
+    python bench/inference.py --sizes 512 1024 1920 the small network on growing volumes (half an hour)
+
+The network is the paper's with random weights, the input a chi² phantom, the store real. The direct bound is the rate
+at which one core multiplies fp32 matrices of 2048² (torch), measured before and after, over the operations that the
+layers' convolutions take per output voxel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none",
+}  # fmt: skip
+
+
+def prepare(folder: Path, scale: int, width: int, edge: int, tile: int) -> Path:
+    """A study with its phantom and checkpoint."""
+    import torch
+    import yaml
+
+    from hpcres.checkpoint import build_generator, save_checkpoint
+    from hpcres.phantoms import chi2_field
+    from hpcres.study import load_study
+
+    low = edge // scale
+    # Repeated, because a phantom of a big volume takes longer than painting it.
+    part = min(low, 96)
+    block = chi2_field((part,) * 3, 1, gamma_squared=0.02, porosity=0.4).astype(np.uint8)
+    np.save(folder / "low.npy", np.tile(block, (-(-low // part),) * 3)[:low, :low, :low])
+    tiles = -(-edge // tile)
+    content = {
+        "name": "bench", "scale_factor": scale, "output": str(folder / "out"), "seed": 1, "device": "cpu",
+        "high_res": {"phases": {0: "pore", 1: "active", 2: "binder"}, "voxel_size": "50 nm",
+                     "images": [{"path": "none.tif"}]},
+        "low_res": {"path": str(folder / "low.npy"), "phases": {0: ["pore", "binder"], 1: "active"}},
+        "network": {"width": width},
+        "inference": {"tiles": [tiles] * 3, "threads": 1, "chunk_voxels": 64 if tile % 128 else 128},
+    }  # fmt: skip
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    study = load_study(path)
+    torch.manual_seed(0)
+    save_checkpoint(study.checkpoint_path, generator=build_generator(study).eval(), study=study, step=0)
+    return path
+
+
+def rank(study: str) -> None:
+    """One rank, on a core of its own; prints a JSON line."""
+    number = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[-1 - number % len(cores)]})
+    from hpcres.inference.ranks import join_ranks
+    from hpcres.inference.run import infer, open_job
+    from hpcres.study import load_study
+
+    with join_ranks() as ranks:
+        before = matrix_rate()
+        painted = infer(open_job(load_study(study)), ranks)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        after = matrix_rate()
+        line = {"seconds": painted.seconds, "parts": painted.parts, "peak": peak, "rate": max(before, after)}
+        for other in ranks.everyone(json.dumps(line)):
+            if ranks.rank == 0:
+                print(other, flush=True)
+
+
+def matrix_rate() -> float:
+    """fp32 operations per second of one core: the best of some products of 2048² matrices."""
+    import torch
+
+    torch.set_num_threads(1)
+    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
+    best = float("inf")
+    for _ in range(6):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best
+
+
+def compress_seconds(store: Path) -> float:
+    """Seconds to compress one voxel as the store does, measured on its own first tile."""
+    import numcodecs
+
+    from hpcres.geometry import Box
+    from hpcres.volumes import LabelStore
+
+    labels = LabelStore.open(store).read(0, Box.whole((64, 64, 64)))
+    codec = numcodecs.Blosc("zstd", 3, numcodecs.Blosc.BITSHUFFLE)
+    codec.encode(labels)
+    started = time.perf_counter()
+    for _ in range(5):
+        codec.encode(labels)
+    return (time.perf_counter() - started) / 5 / labels.size
+
+
+def measure(scale: int, width: int, edge: int, ranks: int) -> dict[str, float]:
+    from hpcres.checkpoint import load_checkpoint
+    from hpcres.geometry import Box
+    from hpcres.inference.generate import operations
+    from hpcres.study import load_study
+
+    folder = Path(tempfile.mkdtemp(prefix="hpcres-bench-"))
+    try:
+        path = prepare(folder, scale, width, edge, 256 if width <= 6 else 192)
+        program = [sys.executable, __file__, "--rank", str(path)]
+        launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "mpirun"
+        command = program if ranks == 1 else [launcher, "-n", str(ranks), *program]
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True, check=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        study = load_study(path)
+        generator = load_checkpoint(study.checkpoint_path).generator
+        low = Box.whole((edge // scale,) * 3)
+        per_voxel = operations(generator, low) / (low.voxels * float(Fraction(scale)) ** 3)
+        seconds, parts = lines[0]["seconds"], lines[0]["parts"]
+        compress = compress_seconds(study.labels_path) * edge**3 * 8 / 7
+        rate = sum(line["rate"] for line in lines) / len(lines)
+        return {
+            "voxels/s": edge**3 / seconds, "bound": rate / per_voxel, "rate": rate,
+            "peak": max(line["peak"] for line in lines), "compress": compress / (seconds * ranks),
+            **{part: spent / (seconds * ranks) for part, spent in parts.items()},
+        }  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def row(scale: int, width: int, edge: int, ranks: int, found: dict[str, float], more: str) -> str:
+    write = max(0.0, found["write"] - found["compress"])
+    shares = [found["read"], found["noise"], found["network"], found["compress"], write]
+    cells = [
+        f"{width}", f"{scale}", f"{edge}³", f"{ranks}", f"{found['voxels/s'] / 1e6:.3g} M",
+        f"{found['bound'] * ranks / 1e6:.3g} M", f"{found['voxels/s'] / found['bound'] / ranks:.2f}",
+        f"{found['rate'] / 1e9:.0f}", *(f"{share:.1%}" for share in shares), f"{found['peak'] / 2**20:.0f} MiB", more,
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=int, nargs="*", help="edges of output volumes for the small network")
+    parser.add_argument("--scale", type=int, default=8, choices=(2, 4, 8))
+    parser.add_argument("--widths", type=int, nargs="*", default=[5, 8])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    options = parser.parse_args()
+    if options.rank:
+        rank(options.rank)
+        return
+    heads = [
+        "width", "scale", "output", "ranks", "voxels/s", "direct bound", "ratio", "GFLOP/s a core", "read", "noise",
+        "network", "compress", "write", "peak a rank", "",
+    ]  # fmt: skip
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+    measure(options.scale, 5, 64, 1)  # compiles, which takes memory
+    if options.sizes:
+        first: dict[str, float] = {}
+        for edge in options.sizes:
+            found = measure(options.scale, 5, edge, options.ranks[-1])
+            first = first or found
+            more = (
+                f"{found['voxels/s'] / first['voxels/s']:.3f} × the speed, {found['peak'] / first['peak']:.3f} × the "
+                f"memory of {options.sizes[0]}³"
+            )
+            print(row(options.scale, 5, edge, options.ranks[-1], found, more), flush=True)
+        return
+    for width in options.widths:
+        alone = 0.0
+        for ranks in options.ranks:
+            edge = 512 if width <= 6 else 384
+            found = measure(options.scale, width, edge, ranks)
+            more = f"{found['voxels/s'] / alone:.2f} × one rank" if alone else ""
+            alone = alone or found["voxels/s"]
+            print(row(options.scale, width, edge, ranks, found, more), flush=True)
+
+
+if __name__ == "__main__":
+    main()
