@@ -22,7 +22,8 @@ COMPRESSION = 10
 LARGE_VOXELS = 8192
 """Edge of the output that every plan also tells the cost of; whole low-res voxels at every scale factor 64/d."""
 _LARGE_RANKS, _LARGE_TILE_VOXELS = 1024, 512
-_TRIAL_SECONDS = 10.0
+_TRIAL_SECONDS = 5.0
+_PROCESS_BYTES = 340 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def estimate(
 ) -> tuple[Cost, Cost]:
     """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
 
-    Paints blocks of noise for up to ten seconds to learn this machine's speed.
+    Paints blocks of noise for five seconds each to learn this machine's speed with blocks of either size.
     """
     settings = study.inference
     shape = high_res_shape(low_res_shape, study.scale_factor)
@@ -76,26 +77,29 @@ def estimate(
         low_res_shape, study.scale_factor, settings.tiles, halo_of(generator), chunk, settings.periodic
     )
     threads = settings.threads or study.cluster.cores_per_rank
+    whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
+    job, large = (_cost(study, generator, one, threads) for one in (plan, large_plan(plan)))
+    return (
+        Cost(plan, ranks, threads, *job, whole),
+        Cost(large_plan(plan), _LARGE_RANKS, threads, *large, whole),
+    )
+
+
+def _cost(study: Study, generator: SuperResGenerator, plan: TilePlan, threads: int) -> tuple[int, int, float]:
+    """The longest edge of a block, a rank's bytes, and voxels per second, from a trial."""
     phase_map = PhaseMap(tuple(study.low_res.phases), "trial")
     use = min(threads, cores())
     painter = Painter(generator, plan, phase_map, study.seed, torch.device("cpu"), use)
     try:
-        speed = _trial(study, painter, use) * threads / use
+        tile_blocks = painter.blocks_of(plan.tiles[0].write)
+        edge = max(max(block.shape) for block in tile_blocks)
+        labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
+        in_flight = max(2, -(-threads // len(tile_blocks)))
+        # The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed.
+        held = painter.network.weight_bytes + threads * painter.network.block_bytes(edge) + (in_flight + 1) * labels
+        return edge, _PROCESS_BYTES + held, _trial(study, painter, use) * threads / use
     finally:
         painter.close()
-    whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
-    cost = Cost(plan, ranks, threads, painter.block_voxels, _rank_bytes(painter, plan, threads), speed, whole)
-    large = large_plan(plan)
-    return cost, replace(cost, plan=large, ranks=_LARGE_RANKS, rank_bytes=_rank_bytes(painter, large, threads))
-
-
-def _rank_bytes(painter: Painter, plan: TilePlan, threads: int) -> int:
-    """The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed."""
-    tile_blocks = painter.blocks_of(plan.tiles[0].write)
-    block_bytes = painter.network.block_bytes(max(max(block.shape) for block in tile_blocks))
-    labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
-    in_flight = max(2, -(-threads // len(tile_blocks)))
-    return 340 * 2**20 + painter.network.weight_bytes + threads * block_bytes + (in_flight + 1) * labels
 
 
 def large_plan(plan: TilePlan) -> TilePlan:
