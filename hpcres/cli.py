@@ -345,6 +345,7 @@ def verify(
 
     An audit that finds more labels to differ than rounding explains, 4 in a million, also ends with exit 3.
     """
+    from hpcres.inference.journal import Claim
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer as run
     from hpcres.inference.verify import audit, find_faults, remove_faulty, repair_job
@@ -354,7 +355,7 @@ def verify(
     else:
         _no_settings(source, settings)
         path = Path(source)
-    with join_ranks() as ranks:
+    with join_ranks() as ranks, Claim(path) as claim:
 
         def say(line: str) -> None:
             if ranks.rank == 0:
@@ -362,7 +363,7 @@ def verify(
 
         def check() -> Any:
             with _progress("verify") as progress:
-                return find_faults(path, progress)
+                return find_faults(path, progress, claim if repair else None)
 
         faults = ranks.from_first(check)
         for fault in faults:
@@ -374,7 +375,7 @@ def verify(
         else:
             job = repair_job(path, _command_line())
             tiles = ranks.from_first(lambda: remove_faulty(path, faults))
-            run(job, ranks)
+            run(job, ranks, claim=claim)
             say(f"{path}: {tiles} tiles painted again")
         if audited:
             with _progress("audit") if ranks.rank == 0 else nullcontext() as progress:

@@ -69,6 +69,20 @@ class Volume:
             raise InputError(f"{self.path}: {box} leaves the volume of {_times(self.shape)} voxels; ask inside it")
         return np.ascontiguousarray(self._read(box))
 
+    def stamp(self) -> tuple[int, int, int]:
+        """What changes when the file is replaced or written to; InputError where it is gone.
+
+        Of a zarr it is the file that describes it: chunks are not looked at one by one.
+        """
+        parts = _hdf5_parts(self.path)
+        place = Path(parts[0] if parts else self.path)
+        place = next((place / name for name in _ZARR_FILES if (place / name).is_file()), place)
+        try:
+            status = place.stat()
+        except OSError as error:
+            raise InputError(f"{self.path}: has gone ({error.strerror}); put it back") from None
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
     def __reduce__(self) -> tuple[Callable[..., Volume], tuple[str, RawHeader | None]]:
         return open_volume, (self.path, self.raw)
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,8 +27,9 @@ from hpcres.checkpoint import build_generator, load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
+from hpcres.inference.journal import Claim, Journal, read_journal
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
-from hpcres.inference.run import infer, open_job, read_journal
+from hpcres.inference.run import infer, open_job
 from hpcres.inference.verify import find_faults, repair_job
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
@@ -56,6 +58,7 @@ def make_study(folder: Path, scale: str, low_res_shape: tuple[int, int, int], bl
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content))
     study = load_study(path)
+    torch.manual_seed(4)
     save_checkpoint(study.checkpoint_path, generator=lively(build_generator(study)), study=study, step=1)
     return path
 
@@ -287,6 +290,72 @@ def test_killed_job_resumes_to_the_same_bytes(ranks, tmp_path):
     assert find_faults(store) == []
 
 
+def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path):
+    """Until the first is killed as nothing but SIGKILL can: its lock is gone with it."""
+    path = make_study(tmp_path / "s", "4", (9, 8, 7))
+    slowly = (
+        "def slowly(self, tile, read):\n"
+        "    if tile.index > 1: time.sleep(60)\n"
+        "    return paint(self, tile, read)\n"
+        "generate.Painter.paint = slowly"
+    )
+    environment = {**os.environ, **MPI, "SLURM_JOB_ID": "4711"}
+    arguments = ["mpirun", "-n", "2", *with_fault(tmp_path, slowly), "infer", str(path)]
+    first = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+    store = path.parent / "out/labels.zarr"
+    deadline = time.monotonic() + 60
+    while not read_journal(store) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    before, ours = store_bytes(store), descendants(first.pid)
+    second = mpirun(2, *command(path, "infer"))
+    assert second.returncode == 2, second.stderr
+    assert second.stderr.count("another job is painting it") == 1, second.stderr
+    told = re.search(r"\(job 4711, process (\d+) on (\S+) since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\)", second.stderr)
+    assert told
+    assert int(told.group(1)) in ours
+    assert told.group(2) == socket.gethostname()
+    job = open_job(load_study(path))
+    with pytest.raises(InputError, match=r"another job.*give another --output"):
+        infer(job, Ranks(), overwrite=True)
+    with pytest.raises(InputError, match="another job"), Claim(store) as claim:
+        find_faults(store, claim=claim)
+    assert store_bytes(store) == before
+    for one in (first.pid, *ours):
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+    first.wait()
+    infer(job, Ranks())
+    assert store_bytes(store) == store_bytes(painted)
+
+
+def test_a_rank_that_outlives_its_job_is_waited_for(tmp_path, monkeypatch):
+    """Rank 0 and its lock are gone, another rank still writes."""
+    monkeypatch.setattr("hpcres.inference.journal._LEFT_OVER_SECONDS", 0.2)
+    with Journal(tmp_path / "labels.zarr", 1), Claim(tmp_path / "labels.zarr") as claim:
+        with pytest.raises(InputError, match=r"rank-00001\.jsonl is locked.*run this command again"):
+            claim.take()
+    with Claim(tmp_path / "labels.zarr") as claim, Journal(tmp_path / "labels.zarr", 1):
+        pass
+
+
+def test_without_locks_it_says_so_and_goes_on(study, painted, tmp_path, monkeypatch, capfd):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    assert store_bytes(paint_alone(study, tmp_path)) == store_bytes(painted)
+    assert capfd.readouterr().err.count("has no locks") == 1
+
+
+@pytest.mark.parametrize("size", [0, 100, 20000])
+def test_a_shard_that_a_loss_of_power_cut_short_is_painted_again(size, study, copy, painted):
+    """Renamed into place and noted, but its bytes never reached the disk, or others did."""
+    os.truncate(copy / "0/c/1/0/0", size)
+    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    assert infer(job, Ranks()).painted == 1
+    assert store_bytes(copy) == store_bytes(painted)
+
+
 def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
     job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
     volume, reads = job.low_res, count()
@@ -342,18 +411,21 @@ def test_a_signal_to_one_rank_stops_them_all(tmp_path):
     assert len(painted) < 16
 
 
-def test_full_disk_stops_every_rank_and_loses_nothing(study, painted, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "error", "said"), [(2, "ENOSPC", "no space left"), (1, "EROFS", "read-only file system")]
+)
+def test_a_disk_that_takes_no_more_stops_every_rank_and_loses_nothing(ranks, error, said, study, painted, tmp_path):
     fault = (
         "def full(self, level, box, labels):\n"
-        "    if box.start == (32, 0, 16): raise OSError(errno.ENOSPC, 'No space left on device', 'shard')\n"
+        f"    if box.start == (32, 0, 16): raise OSError(errno.{error}, os.strerror(errno.{error}), 'shard')\n"
         "    write(self, level, box, labels)\n"
         "LabelStore.write = full"
     )
     checkpoint = str(study.parent / "out" / "checkpoint.pt")
     arguments = ["infer", str(study), "--output", str(tmp_path / "o"), "--checkpoint", checkpoint]
-    done = mpirun(2, *with_fault(tmp_path, fault), *arguments)
+    done = mpirun(ranks, *with_fault(tmp_path, fault), *arguments)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("no space left") == 1
+    assert done.stderr.count(said) == 1
     assert "Traceback" not in done.stderr
     store = tmp_path / "o/labels.zarr"
     assert not list(store.rglob("*.partial"))
@@ -361,6 +433,56 @@ def test_full_disk_stops_every_rank_and_loses_nothing(study, painted, tmp_path):
     job = open_job(load_study(study, output=str(store.parent)), checkpoint=checkpoint)
     infer(job, Ranks())
     assert store_bytes(store) == store_bytes(painted)
+
+
+def read_only(folder: Path) -> list[str]:
+    """What to put before a command so that it cannot write to `folder`, even as root."""
+    mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}" && exec "$@"'
+    prefix = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("no mounts of our own here")
+    return prefix
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_read_only_store_is_said_in_one_line(ranks, study, copy, painted):
+    prefix = read_only(copy.parent)
+    (copy / "0/c/1/0/0").unlink()
+    before = store_bytes(copy)
+    arguments = command(study, "infer", "--output", str(copy.parent))
+    arguments += ["--checkpoint", str(study.parent / "out" / "checkpoint.pt")]
+    done = mpirun(ranks, *prefix, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("read-only file system") == 1
+    assert "Traceback" not in done.stderr
+    assert store_bytes(copy) == before
+    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    infer(job, Ranks())
+    assert store_bytes(copy) == store_bytes(painted)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "harm", "said"),
+    [(2, "os.rename(LOW, LOW + '.away')", "has gone while"), (1, "os.utime(LOW)", "was written to while")],
+)
+def test_an_input_that_vanishes_or_changes_stops_every_rank_and_loses_nothing(ranks, harm, said, painted, tmp_path):
+    path = make_study(tmp_path / "s", "4", (9, 8, 7))
+    low_res = path.parent / "low.npy"
+    kept = low_res.read_bytes()
+    fault = (
+        f"LOW = {str(low_res)!r}\n"
+        "def losing(self, tile, read):\n"
+        f"    if tile.index == 4: time.sleep(1); {harm}\n"
+        "    return paint(self, tile, read)\n"
+        "generate.Painter.paint = losing"
+    )
+    done = mpirun(ranks, *with_fault(tmp_path, fault), "infer", str(path))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count(f"low.npy: {said}") == 1
+    assert "Traceback" not in done.stderr
+    low_res.write_bytes(kept)
+    assert 0 < infer(open_job(load_study(path)), Ranks()).painted < 8
+    assert store_bytes(path.parent / "out/labels.zarr") == store_bytes(painted)
 
 
 def test_a_tile_that_cannot_be_written_is_listed(study, painted, tmp_path, monkeypatch):

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
-import os
-import shutil
 import signal
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -34,6 +30,7 @@ from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import AXES, Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
 from hpcres.inference.generate import Painter, halo_of
+from hpcres.inference.journal import Claim, Journal, read_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.memory import keep_freed_memory
 from hpcres.signals import noted_signals
@@ -138,27 +135,35 @@ def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
             )
 
 
-def infer(job: Job, ranks: Ranks, *, overwrite: bool = False) -> Painted:
+def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | None = None) -> Painted:
     """Paint every tile that is missing, then the pyramid. Collective: every rank of `ranks` calls it.
 
-    InputError where the job does not fit what is there; Stopped after the tiles in hand on SIGTERM or SIGUSR1 of any
-    rank; Unfinished where some tiles could not be read or written; OSError, on every rank, where the disk is full.
+    claim: the store's, where the caller has taken it. InputError where the job does not fit what is there, another
+    job paints it, or the input changes meanwhile; Stopped after the tiles in hand on SIGTERM or SIGUSR1 of any rank;
+    Unfinished where some tiles could not be read or written; OSError, on every rank, where the disk is full.
     """
+    with nullcontext(claim) if claim is not None else Claim(job.output) as held:
+        return _infer(job, ranks, overwrite, held)
+
+
+def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     keep_freed_memory()
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     threads = job.settings.threads or ranks.cores
     painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads)
     try:
-        missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite))
+        missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))
         store = LabelStore.open(job.output)
         mine = [missing[i] for i in tiles_of_rank(len(missing), ranks.rank, ranks.size)]
         if ranks.rank == 0:
             _say(_opening(job, len(missing), ranks, device, threads))
+            if not claim.certain:
+                _say(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
         started = time.monotonic()
         failed: list[str] = []
         with noted_signals() as received, Journal(job.output, ranks.rank) as journal:
-            stop = _Stop(ranks, received)
+            stop = _Stop(ranks, received, job.low_res)
             done = 0
             said = time.monotonic()
             for tile, seconds, error in _paint_in_flight(job, painter, store, ranks, mine, stop):
@@ -206,13 +211,16 @@ def _paint_in_flight(
 
     def work(tile: Tile) -> tuple[Tile, float, InputError | OSError | None]:
         started = time.monotonic()
-        error: InputError | OSError | None
+        error: InputError | OSError | None = None
         try:
             labels = painter.paint(tile, job.low_res.read)
-            with painter.timed("write"):
-                error = stop.unless_room(partial(store.write, 0, tile.write, labels))
         except InputError as fault:
             error = fault
+        # After the reading, because a volume of many files loses some of them before the one we look at.
+        error = stop.unless_input_changed() or error
+        if error is None:
+            with painter.timed("write"):
+                error = stop.unless_room(partial(store.write, 0, tile.write, labels))
         return tile, time.monotonic() - started, error
 
     queue = iter(mine)
@@ -230,14 +238,15 @@ def _paint_in_flight(
 
 
 class _Stop:
-    """Whether to begin nothing new: a signal, or a disk that takes no more, on any rank."""
+    """Whether to begin nothing new: a signal, a disk that takes no more, or an input that changed, on any rank."""
 
-    def __init__(self, ranks: Ranks, received: list[int]) -> None:
-        self._ranks, self._received = ranks, received
-        self._no_room: OSError | None = None
+    def __init__(self, ranks: Ranks, received: list[int], low_res: Volume) -> None:
+        self._ranks, self._received, self._low_res = ranks, received, low_res
+        self._stamp = low_res.stamp()
+        self._fault: OSError | InputError | None = None
 
     def asked(self) -> bool:
-        if self._received or self._no_room:
+        if self._received or self._fault:
             self._ranks.stop_all()
         return self._ranks.asked_to_stop()
 
@@ -247,15 +256,29 @@ class _Stop:
             write()
         except OSError as error:
             if error.errno in _NO_ROOM:
-                self._no_room = error
+                self._fault = error
             return error
         return None
 
+    def unless_input_changed(self) -> InputError | None:
+        """The error where the low-res volume is not the one that the job began with: no tile of it can be trusted."""
+        try:
+            if self._low_res.stamp() == self._stamp:
+                return None
+            state = "was written to"
+        except InputError:
+            state = "has gone"
+        self._fault = InputError(f"{self._low_res.path}: {state} while the job read it")
+        return self._fault
+
     def end_here_if_asked(self, output: Path, state: str) -> None:
         """Raise the same on every rank where any of them was to stop. Collective."""
-        told = self._ranks.everyone((self._received[:1], self._no_room))
-        if full := [error for _, error in told if error is not None]:
-            raise OSError(full[0].errno, full[0].strerror, str(output))
+        told = self._ranks.everyone((self._received[:1], self._fault))
+        if faults := [error for _, error in told if error is not None]:
+            first = faults[0]
+            if isinstance(first, OSError):
+                raise OSError(first.errno, first.strerror, str(output))
+            raise InputError(f"{first}; {state} in {output}; put it back as it was and run the same command to go on")
         if signals := [number for numbers, _ in told for number in numbers]:
             raise Stopped(
                 f"infer: stopped by {signal.Signals(signals[0]).name}; {state} in {output}; run the same command to "
@@ -272,23 +295,29 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool) -> list[int]:
+def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, claim: Claim) -> list[int]:
     """Create or check the store, and list the tiles to paint. Rank 0 only."""
-    if not overwrite and job.output.exists():
+    going_on = not overwrite and job.output.exists()
+    if going_on:
+        _existing_provenance(job.output)
+    else:
+        refuse_existing(job.output, overwrite)
+    claim.take()
+    if going_on:
         refuse_changed(job, painter, phase_map)
         # A killed rank can leave a half-written file beside the shard it was about to become.
         for leftover in job.output.rglob("*.partial"):
             leftover.unlink()
         store = LabelStore.open(job.output)
     else:
-        refuse_existing(job.output, overwrite)
         identity = _identity(job, painter, phase_map)
+        # Before the store: what a journal says of another store's shards must never meet this one's.
+        claim.forget_journals()
         store = LabelStore.create(
             job.output, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
             voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=job.checkpoint.phases,
             codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
         )  # fmt: skip
-        shutil.rmtree(journal_folder(job.output), ignore_errors=True)
     missing = {box.start for box in _missing_shards(store, 0, len(job.checkpoint.phases))}
     return [tile.index for tile in job.plan.tiles if tile.write.start in missing]
 
@@ -375,13 +404,18 @@ def _missing_shards(store: LabelStore, level: int, phases: int) -> list[Box]:
     """The shards to paint. Rank 0 only, while nobody paints.
 
     A shard that is there but in no journal was finished as a kill struck: it is read back, and noted if it is whole.
+    One that a loss of power cut short has another size than its journal says.
     """
     noted, missing = read_journal(store.path), []
     with Journal(store.path, 0) as journal:
         for box in store.shard_boxes(level):
+            known = noted.get((level, box.start))
             if not store.is_written(level, box):
                 missing.append(box)
-            elif (level, box.start) not in noted:
+            elif known is not None:
+                if store.shard_path(level, box).stat().st_size != known.size:
+                    missing.append(box)
+            else:
                 try:
                     whole = int(store.read(level, box).max()) < phases
                 except InputError:
@@ -406,64 +440,6 @@ def _naming(ranks: Ranks, what: str) -> Iterator[None]:
             traceback.print_exc()
             ranks.abort(1)
         raise
-
-
-# ---- the journal -------------------------------------------------------------------------------------------
-
-
-def journal_folder(output: Path) -> Path:
-    """Beside the store, because zarr readers stumble over what they do not know inside it."""
-    return output.with_name(output.name + ".journal")
-
-
-class Journal:
-    """One JSON line a shard, appended by the rank that wrote it: level, place, seconds and the file's checksum."""
-
-    def __init__(self, output: Path, rank: int) -> None:
-        folder = journal_folder(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Unbuffered, so that a line is in the file or its write has failed.
-        self._file = (folder / f"rank-{rank:05d}.jsonl").open("ab+", buffering=0)
-        if self._file.tell():
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":  # a kill cut the last line short
-                self._file.write(b"\n")
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def note(self, store: LabelStore, level: int, box: Box, **more: Any) -> None:
-        entry = {"level": level, "start": list(box.start), "crc32": file_crc32(store.shard_path(level, box))}
-        entry |= {"time": time.time(), **more}
-        line = (json.dumps(entry) + "\n").encode()
-        if self._file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
-
-
-def file_crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while part := file.read(2**24):
-            crc = zlib.crc32(part, crc)
-    return crc
-
-
-def read_journal(output: Path) -> dict[tuple[int, tuple[int, ...]], int]:
-    """The last checksum noted for each shard, by level and start; a line that a kill cut short is skipped."""
-    noted: dict[tuple[int, tuple[int, ...]], tuple[float, int]] = {}
-    for file in sorted(journal_folder(output).glob("rank-*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                key = (int(entry["level"]), tuple(entry["start"]))
-                value = (float(entry["time"]), int(entry["crc32"]))
-            except (ValueError, KeyError):
-                continue
-            noted[key] = max(value, noted.get(key, value))
-    return {key: crc for key, (_, crc) in noted.items()}
 
 
 def _say(message: str) -> None:

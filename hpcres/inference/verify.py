@@ -17,8 +17,9 @@ import numpy as np
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Tile, TilePlan, tiles_of_rank
 from hpcres.inference.generate import Painter
+from hpcres.inference.journal import Claim, Noted, file_crc32, read_journal
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import Job, choose_device, file_crc32, open_job, read_journal, refuse_changed
+from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.study import RawHeader, parse_boundary
 from hpcres.volumes import LabelStore, PhaseMap
 
@@ -38,9 +39,16 @@ class Fault:
         return f"level {self.level}, {self.box}: {self.why}"
 
 
-def find_faults(path: Path, progress: Callable[[int, int], None] | None = None) -> list[Fault]:
-    """Check every shard of every level of a store that hpcres infer made."""
+def find_faults(
+    path: Path, progress: Callable[[int, int], None] | None = None, claim: Claim | None = None
+) -> list[Fault]:
+    """Check every shard of every level of a store that hpcres infer made.
+
+    `claim` is taken first, for a caller that goes on to mend; InputError where another job has it.
+    """
     store = LabelStore.open(path)
+    if claim is not None:
+        claim.take()
     phases = len(store.volume.phases or ())
     noted = read_journal(path)
     shards = [(level, box) for level in range(len(store.levels)) for box in store.shard_boxes(level)]
@@ -54,12 +62,12 @@ def find_faults(path: Path, progress: Callable[[int, int], None] | None = None) 
     return faults
 
 
-def _fault(store: LabelStore, level: int, box: Box, phases: int, crc: int | None) -> str:
+def _fault(store: LabelStore, level: int, box: Box, phases: int, noted: Noted | None) -> str:
     file = store.shard_path(level, box)
     if not file.is_file():
         return "missing"
     # Blosc does not check what it decodes, so the checksum of the whole file comes first.
-    if crc is not None and file_crc32(file) != crc:
+    if noted is not None and file_crc32(file) != noted.crc32:
         return "damaged, its checksum differs from the journal's"
     try:
         labels = store.read(level, box)

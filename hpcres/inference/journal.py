@@ -1,0 +1,227 @@
+"""What is known of a store's shards, beside the store: a journal of each rank, and the lock of the job that paints it.
+
+`labels.zarr.journal/rank-00000.jsonl` has one line a shard; `lock` names the process that paints now.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from hpcres.errors import InputError
+from hpcres.geometry import Box
+from hpcres.volumes import LabelStore
+
+_HELD = (errno.EAGAIN, errno.EACCES)  # local file systems say the one, some NFS the other
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_DYING_SECONDS = 2.0
+_LEFT_OVER_SECONDS = 10.0
+"""How long the ranks of a job that has just been killed may take to end."""
+
+
+def journal_folder(output: Path) -> Path:
+    """Beside the store, because zarr readers stumble over what they do not know inside it."""
+    return output.with_name(output.name + ".journal")
+
+
+# ---- one job at a time -------------------------------------------------------------------------------------
+
+
+def _lock(file: IO[bytes]) -> bool | None:
+    """Whether `file` is locked for us now; None where its file system has no locks.
+
+    The kernel keeps such a lock with the open file and drops it when its process ends, however it ends, so nothing
+    is left to clear after SIGKILL; NFS and Lustre (mounted with flock) carry it to every node, and drop it when a
+    node is lost. A file that is there or not could do neither.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _lock_within(file: IO[bytes], seconds: float) -> bool | None:
+    deadline = time.monotonic() + seconds
+    while (locked := _lock(file)) is False and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return locked
+
+
+class Claim:
+    """The right to paint one store. Every rank makes it, rank 0 takes it and holds it until the job is over."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._file: IO[bytes] | None = None
+        self.certain = True
+        """False where the file system has no locks, so that another job would not be noticed."""
+
+    def take(self) -> None:
+        """InputError that names the holder where another job has the store. Again is the same as once."""
+        if self._file is not None:
+            return
+        path = journal_folder(self._output) / "lock"
+        while self._file is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab+", buffering=0)
+            try:
+                self._take(file)
+                # Whoever had it before us may have removed it, and a third could lock what is there now.
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    self._file = file
+            finally:
+                if self._file is None:
+                    file.close()
+
+    def _take(self, file: IO[bytes]) -> None:
+        # A process that was killed lives on until its memory is given back, and so does its lock.
+        locked = _lock_within(file, _DYING_SECONDS)
+        if locked is False:
+            file.seek(0)
+            raise InputError(
+                f"{self._output}: another job is painting it ({_holder(file.read())}); wait for its end or stop it, or "
+                "give another --output"
+            )
+        self.certain = bool(locked)
+        # Ranks outlive a rank 0 that was killed by some seconds; what they still write must not meet what we write.
+        for journal in sorted(self._output_journals()):
+            with journal.open("ab", buffering=0) as other:
+                if _lock_within(other, _LEFT_OVER_SECONDS) is False:
+                    raise InputError(
+                        f"{self._output}: a rank of an earlier job still paints it ({journal.name} is locked); stop "
+                        "that job (scancel, kill), then run this command again"
+                    )
+        file.truncate(0)
+        file.write(json.dumps(_ourselves()).encode() + b"\n")
+
+    def _output_journals(self) -> list[Path]:
+        return list(journal_folder(self._output).glob("rank-*.jsonl"))
+
+    def forget_journals(self) -> None:
+        """Remove what is known of a store that is painted anew; the lock stays where it is."""
+        assert self._file is not None
+        for journal in self._output_journals():
+            journal.unlink()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            if not self._output.exists():  # refused before there was a store: leave nothing
+                with suppress(OSError):
+                    Path(self._file.name).unlink()
+                    journal_folder(self._output).rmdir()
+            self._file.close()
+            self._file = None
+
+
+def _ourselves() -> dict[str, Any]:
+    names = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
+    job = next((os.environ[name] for name in names if name in os.environ), None)
+    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return {"host": socket.gethostname(), "process": os.getpid(), "job": job, "since": since}
+
+
+def _holder(content: bytes) -> str:
+    try:
+        told = json.loads(content)
+        job = f"job {told['job']}, " if told["job"] else ""
+        return f"{job}process {told['process']} on {told['host']} since {told['since']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock, but has not yet written who it is
+        return "it has only just begun"
+
+
+# ---- what was written --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a journal says of a shard's file."""
+
+    size: int
+    """Bytes."""
+    crc32: int
+
+
+class Journal:
+    """One JSON line a shard, appended by the rank that wrote it: level, place, seconds, the file's size and checksum.
+
+    Threads may share it. InputError where another living process writes the same journal.
+    """
+
+    def __init__(self, output: Path, rank: int) -> None:
+        folder = journal_folder(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Unbuffered, so that a line is in the file or its write has failed.
+        self._file = (folder / f"rank-{rank:05d}.jsonl").open("ab+", buffering=0)
+        self._turn = threading.Lock()
+        if _lock(self._file) is False:
+            self._file.close()
+            raise InputError(f"{output}: another job is painting it (rank {rank} has its journal); wait for its end")
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":  # a kill cut the last line short
+                self._file.write(b"\n")
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def note(self, store: LabelStore, level: int, box: Box, **more: Any) -> None:
+        """Note a shard that has just been written, when the disk has it. OSError where either is not taken."""
+        size, crc32 = _size_and_crc32(store.shard_path(level, box), settle=True)
+        entry = {"level": level, "start": list(box.start), "bytes": size, "crc32": crc32, "time": time.time(), **more}
+        line = (json.dumps(entry) + "\n").encode()
+        with self._turn:
+            written = self._file.write(line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+
+
+def file_crc32(path: Path) -> int:
+    return _size_and_crc32(path)[1]
+
+
+def _size_and_crc32(path: Path, settle: bool = False) -> tuple[int, int]:
+    """Bytes and checksum of a file; with `settle`, not before it would survive a loss of power."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            size, crc = size + len(part), zlib.crc32(part, crc)
+        if settle:
+            os.fsync(file.fileno())
+    return size, crc
+
+
+def read_journal(output: Path) -> dict[tuple[int, tuple[int, ...]], Noted]:
+    """What was last noted of each shard, by level and start; a line that a kill cut short is skipped."""
+    noted: dict[tuple[int, tuple[int, ...]], tuple[float, Noted]] = {}
+    for file in sorted(journal_folder(output).glob("rank-*.jsonl")):
+        for line in file.read_bytes().splitlines():
+            try:
+                entry = json.loads(line)
+                key = (int(entry["level"]), tuple(entry["start"]))
+                value = (float(entry["time"]), Noted(int(entry["bytes"]), int(entry["crc32"])))
+            except (ValueError, KeyError, TypeError):
+                continue
+            if key not in noted or noted[key][0] <= value[0]:
+                noted[key] = value
+    return {key: value for key, (_, value) in noted.items()}
