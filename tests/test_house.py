@@ -25,7 +25,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "geometry": {"errors"},
     "noise": {"geometry"},
     "study": {"errors"},
-    "networks": {"networks"},
+    "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
     "volumes": {"errors", "geometry", "study"},
     "checkpoint": {"errors", "networks", "study"},
