@@ -119,6 +119,17 @@ def test_polyphase_is_the_generator_everywhere(scale, padding, last, blocks, sla
     assert torch.equal(network.labels(x), expected.argmax(1))
 
 
+@pytest.mark.parametrize(("scale", "padding", "last"), [("8", "zeros", "resize"), ("4", "replicate", "transposed")])
+def test_the_layout_for_fp32_on_gpus_gives_the_same(scale, padding, last, monkeypatch):
+    monkeypatch.setattr(polyphase, "_layout", lambda device, dtype: torch.contiguous_format)
+    generator, x = trained(scale, padding, last), window((3, 5, 4), 2)
+    with torch.no_grad():
+        expected = generator(x)
+    network = Polyphase(fold(generator), dtype=torch.float64)
+    assert (network.logits(x) - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert torch.equal(network.labels(x), expected.argmax(1))
+
+
 @pytest.mark.parametrize("padding", ["replicate", "zeros"])
 def test_axes_of_one_voxel(padding):
     """First and last voxel of an axis are one: both faces meet in it."""

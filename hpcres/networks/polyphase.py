@@ -92,7 +92,7 @@ class _Map:
         part = self.part(inner)
         if inner == want:
             return part
-        layout = torch.channels_last_3d if part.stride(1) == 1 else torch.contiguous_format
+        layout = torch.channels_last_3d if _channels_last(part) else torch.contiguous_format
         shape = (*part.shape[:2], *(b - a for a, b in want))
         out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
         if pad == "zeros":
@@ -108,19 +108,32 @@ class _Map:
         return out
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1
+
+
 def _in_voxel_order(cells: _Map, offset: int, want: _Spans) -> Tensor:
-    """(batch, 8 · channels, cells) → (batch, channels, voxels `want`), channels last in memory."""
+    """(batch, 8 · channels, cells) → (batch, channels, voxels `want`) in the memory layout of `cells`."""
     batch, channels = cells.values.shape[0], cells.values.shape[1] // 8
-    apart = cells.values.unflatten(1, (2, 2, 2, channels)).permute(0, 5, 1, 6, 2, 7, 3, 4)
-    voxels = apart.reshape(batch, *(2 * n for n in cells.values.shape[2:]), channels).permute(0, 4, 1, 2, 3)
+    apart, shape = cells.values.unflatten(1, (2, 2, 2, channels)), [2 * n for n in cells.values.shape[2:]]
+    if _channels_last(cells.values):
+        voxels = apart.permute(0, 5, 1, 6, 2, 7, 3, 4).reshape(batch, *shape, channels).permute(0, 4, 1, 2, 3)
+    else:
+        voxels = apart.permute(0, 4, 5, 1, 6, 2, 7, 3).reshape(batch, channels, *shape)
     return _Map(voxels, _spans([(2 * a - offset, 2 * b - offset) for a, b in cells.spans]), ()).part(want)
+
+
+def _layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """Channels last suits oneDNN and tensor cores; cuDNN's other kernels, those for fp32, are made for planes."""
+    planes = device.type == "cuda" and dtype.itemsize > 2
+    return torch.contiguous_format if planes else torch.channels_last_3d
 
 
 class _Weights:
     """Weight and bias of a convolution without padding, on a device and in its float format."""
 
     def __init__(self, weight: np.ndarray, bias: np.ndarray, device: torch.device, dtype: torch.dtype) -> None:
-        self.weight = torch.from_numpy(weight).to(device, dtype).contiguous(memory_format=torch.channels_last_3d)
+        self.weight = torch.from_numpy(weight).to(device, dtype).contiguous(memory_format=_layout(device, dtype))
         self.bias = torch.from_numpy(bias).to(device, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -418,7 +431,7 @@ class Polyphase:
         assert windows.ndim == 5, windows.shape
         assert windows.shape[1] == self.in_channels, windows.shape
         out, spans, sizes = self._ranges(windows.shape[2:], crop)
-        given = windows.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last_3d)
+        given = windows.to(self.device, self.dtype).contiguous(memory_format=_layout(self.device, self.dtype))
         x, kept = _Map(given, _whole(sizes[0]), sizes[0]), dict[int, _Map]()
         del given
         for i, stage in enumerate(self._stages):
@@ -453,7 +466,8 @@ class Polyphase:
         # max gives the first of equal values, so ties go to the lowest label; it hands on a NaN.
         best, labels = logits.max(2, keepdim=True)
         target.copy_(self._end.in_voxel_order(labels.to(torch.uint8), slab)[:, 0])
-        return best.isfinite().all()
+        lowest, highest = best.aminmax()
+        return lowest.isfinite() & highest.isfinite()
 
     def _ranges(self, window: Sequence[int], crop: Crop | None) -> tuple[_Spans, list[_Spans], list[tuple[int, ...]]]:
         """The high-res voxels asked for, the voxels needed of the input and of each stage, and their grids' sizes."""
@@ -483,9 +497,9 @@ class Polyphase:
         return 1, [((max(start, a), min(stop, a + step)), y, x) for a in starts]
 
     def _slab_bytes(self, slab: _Spans, sizes: Sequence[int]) -> int:
-        """Feature maps and logits; or logits, the highest, what tells whether it is finite, its index and its label."""
+        """Feature maps and logits; or logits, the highest of them, its index and its label twice."""
         item, voxels = self.dtype.itemsize, 8 * _size(_cells(slab, self._end.offset))
-        return max(self._end.held(slab, sizes) * item, voxels * ((self.phases + 2) * item + 8 + 3))
+        return max(self._end.held(slab, sizes) * item, voxels * ((self.phases + 1) * item + 8 + 2))
 
     def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
         """Peak bytes of the tensors for `batch` windows of (z, y, x) low-res voxels; weights not counted.
