@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -73,12 +72,18 @@ def rank(study: str) -> None:
     with join_ranks() as ranks:
         before = matrix_rate()
         painted = infer(open_job(load_study(study)), ranks)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_bytes()
         after = matrix_rate()
         line = {"seconds": painted.seconds, "parts": painted.parts, "peak": peak, "rate": max(before, after)}
         for other in ranks.everyone(json.dumps(line)):
             if ranks.rank == 0:
                 print(other, flush=True)
+
+
+def peak_bytes() -> int:
+    """Of this process; its maximal resident size by getrusage would be that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def matrix_rate() -> float:

@@ -23,7 +23,7 @@ LARGE_VOXELS = 8192
 """Edge of the output that every plan also tells the cost of; whole low-res voxels at every scale factor 64/d."""
 _LARGE_RANKS, _LARGE_TILE_VOXELS = 1024, 512
 _TRIAL_SECONDS = 5.0
-_PROCESS_BYTES = 340 * 2**20
+_PROCESS_BYTES = 450 * 2**20
 
 
 @dataclass(frozen=True)
