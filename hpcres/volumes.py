@@ -723,6 +723,10 @@ class LabelStore:
         """Whether every shard that `box` touches has its file."""
         return all(self.shard_path(level, shard).is_file() for shard in self._shards_in(level, box))
 
+    def shards_below(self, level: int, box: Box) -> list[Box]:
+        """The shards of `level` - 1 that a shard of `level` ≥ 1 is made from."""
+        return self._shards_in(level - 1, self._finer(level, box))
+
     def write_coarser(self, level: int, box: Box) -> None:
         """Write one shard of `level` ≥ 1 from the level below, by mode; Unfinished where that has gaps.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box
+from hpcres.geometry import Box, Triple, triple
 from hpcres.volumes import LabelStore
 
 _HELD = (errno.EAGAIN, errno.EACCES)  # local file systems say the one, some NFS the other
@@ -211,17 +211,45 @@ def _size_and_crc32(path: Path, settle: bool = False) -> tuple[int, int]:
     return size, crc
 
 
-def read_journal(output: Path) -> dict[tuple[int, tuple[int, ...]], Noted]:
+def read_journal(output: Path) -> dict[tuple[int, Triple], Noted]:
     """What was last noted of each shard, by level and start; a line that a kill cut short is skipped."""
-    noted: dict[tuple[int, tuple[int, ...]], tuple[float, Noted]] = {}
+    noted: dict[tuple[int, Triple], tuple[float, Noted]] = {}
     for file in sorted(journal_folder(output).glob("rank-*.jsonl")):
         for line in file.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-                key = (int(entry["level"]), tuple(entry["start"]))
+                key = (int(entry["level"]), triple(entry["start"]))
                 value = (float(entry["time"]), Noted(int(entry["bytes"]), int(entry["crc32"])))
             except (ValueError, KeyError, TypeError):
                 continue
             if key not in noted or noted[key][0] <= value[0]:
                 noted[key] = value
     return {key: value for key, (_, value) in noted.items()}
+
+
+def missing_shards(store: LabelStore) -> list[tuple[int, Box]]:
+    """Level and box of every shard that is to be made, finest level first, z-major.
+
+    Only what a journal vouches for is trusted: a shard without a line is one that a kill took before its line was
+    written, and one of another size has lost bytes with the power of its machine.
+    """
+    noted, missing = read_journal(store.path), []
+    for level in range(len(store.levels)):
+        for box in store.shard_boxes(level):
+            known = noted.get((level, box.start))
+            try:
+                if known is None or store.shard_path(level, box).stat().st_size != known.size:
+                    missing.append((level, box))
+            except OSError:
+                missing.append((level, box))
+    return missing
+
+
+def refuse_without_journal(output: Path) -> None:
+    """InputError for a store that came without its journal, so that nothing in it could be trusted."""
+    folder = journal_folder(output)
+    if not folder.is_dir():
+        raise InputError(
+            f"{output}: its journal {folder.name} is not beside it, so every shard would be painted anew; put it back, "
+            "or say so with hpcres infer --overwrite"
+        )

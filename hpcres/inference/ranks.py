@@ -42,7 +42,7 @@ class Ranks:
             self.local_rank = node.Get_rank()
             self.cores = share_of_cores(allowed, node.allgather(allowed))
             node.Free()
-            self._control, self._leaving = comm.Dup(), comm.Dup()
+            self._control, self._leaving, self._desk = comm.Dup(), comm.Dup(), comm.Dup()
             self._sent: list[Any] = []
 
     def from_first(self, work: Callable[[], _Result]) -> _Result:
@@ -68,6 +68,20 @@ class Ranks:
             return [value]
         self._meet()
         return self._comm.allgather(value)
+
+    def tell(self, rank: int, message: Any) -> None:
+        """Send to one rank, without waiting until it listens; what `heard` there gives, in the order it was told."""
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent.append(self._desk.isend(message, dest=rank))
+
+    def heard(self) -> Iterator[tuple[int, Any]]:
+        """The sender and the message of everything told to this rank that has arrived."""
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            status = MPI.Status()
+            while self._desk.iprobe(status=status):
+                yield status.source, self._desk.recv(source=status.source)
 
     def stop_all(self) -> None:
         """Ask every rank to begin no new tile. Rank 0 passes it on, so that N ranks send 2 N messages at most."""

@@ -1,7 +1,7 @@
-"""The rank loop: each rank paints its tiles into whole shards of one store and notes them in its journal.
+"""The rank loop: ranks paint tiles into whole shards of one store, and the pyramid, and note them in their journals.
 
-A shard's file is the mark of a tile being done: zarr renames it into place whole. Running the same command again
-paints what is missing; a job whose weights, input, seed or tiles differ from the store's is refused.
+A shard that is there as its journal line says is done: zarr renames it into place whole. Running the same command
+again makes what is missing; a job whose weights, input, seed or tiles differ from the store's is refused.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from rich.console import Console
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import AXES, Box, Tile, TilePlan, blocks, plan_tiles, tiles_of_rank, triple
+from hpcres.geometry import AXES, Tile, TilePlan, blocks, plan_tiles, triple
 from hpcres.inference.generate import Painter, halo_of
-from hpcres.inference.journal import Claim, Journal, read_journal
+from hpcres.inference.journal import Claim, Journal, missing_shards, refuse_without_journal
 from hpcres.inference.ranks import Ranks
+from hpcres.inference.tasks import Desk, Shard, Tasks
 from hpcres.memory import keep_freed_memory
 from hpcres.signals import noted_signals
 from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
@@ -43,6 +43,8 @@ _IDENTITY = (
 """What decides every byte of a store; a rerun must agree in all of it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _LINE_SECONDS = 5.0
+_POLL_SECONDS = 0.02
+"""How often a rank looks for messages: far less than a tile takes, and a thousandth of a core."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
 
 
 def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | None = None) -> Painted:
-    """Paint every tile that is missing, then the pyramid. Collective: every rank of `ranks` calls it.
+    """Paint every tile that is missing, and the pyramid meanwhile. Collective: every rank of `ranks` calls it.
 
     claim: the store's, where the caller has taken it. InputError where the job does not fit what is there, another
     job paints it, or the input changes meanwhile; Stopped after the tiles in hand on SIGTERM or SIGUSR1 of any rank;
@@ -154,42 +156,18 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads)
     try:
         missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))
-        store = LabelStore.open(job.output)
-        mine = [missing[i] for i in tiles_of_rank(len(missing), ranks.rank, ranks.size)]
+        store, tiles = LabelStore.open(job.output), sum(level == 0 for level, _ in missing)
         if ranks.rank == 0:
-            _say(_opening(job, len(missing), ranks, device, threads))
+            _say(_opening(job, tiles, ranks, device, threads))
             if not claim.certain:
                 _say(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
         started = time.monotonic()
-        failed: list[str] = []
         with noted_signals() as received, Journal(job.output, ranks.rank) as journal:
             stop = _Stop(ranks, received, job.low_res)
-            done = 0
-            said = time.monotonic()
-            for tile, seconds, error in _paint_in_flight(job, painter, store, ranks, mine, stop):
-                if error is None:
-                    error = stop.unless_room(
-                        partial(journal.note, store, 0, tile.write, tile=tile.index, seconds=round(seconds, 3))
-                    )
-                if error is not None:
-                    failed.append(f"tile {tile.index} ({tile.write}): {error}")
-                    continue
-                done += 1
-                if ranks.rank == 0 and (time.monotonic() - said > _LINE_SECONDS or done == len(mine)):
-                    said = time.monotonic()
-                    rate = done * tile.write.voxels / (said - started)
-                    _say(f"rank 0: {done} of {len(mine)} tiles, {rate / 1e6:.3g} M voxels/s on each rank")
-            outcome = ranks.everyone((done, failed))
+            outcome = ranks.everyone(_make(missing, _Maker(job, painter, store, journal, stop), ranks, stop))
             painted = sum(part[0] for part in outcome)
-            failures = [line for part in outcome for line in part[1]]
-            stop.end_here_if_asked(job.output, f"{painted} of {len(missing)} missing tiles are painted")
-            if failures:
-                more = f" and {len(failures) - 20} more" if len(failures) > 20 else ""
-                raise Unfinished(
-                    f"infer: {len(failures)} of {len(missing)} tiles failed: {'; '.join(failures[:20])}{more}; "
-                    "run the same command to try them again"
-                )
-            _pyramid(job, store, ranks, journal, stop)
+            stop.end_here_if_asked(job.output, f"{painted} of {tiles} missing tiles are painted")
+            _end_if_failed(tiles, [line for part in outcome for line in part[1]])
         seconds = time.monotonic() - started
         if ranks.rank == 0 and not store.provenance.get("complete"):
             store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3))
@@ -200,41 +178,97 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         painter.close()
 
 
-def _paint_in_flight(
-    job: Job, painter: Painter, store: LabelStore, ranks: Ranks, mine: list[int], stop: _Stop
-) -> Iterator[tuple[Tile, float, InputError | OSError | None]]:
-    """Paint and write this rank's tiles, a few at a time so that one is read or compressed while others compute.
+class _Maker:
+    """Makes one shard at a time, and notes it; threads share it."""
 
-    Yields each tile that is done with its seconds, and the error where its input could not be read or its shard not
-    be written. Once any rank is to stop, no new tile is begun.
-    """
+    def __init__(self, job: Job, painter: Painter, store: LabelStore, journal: Journal, stop: _Stop) -> None:
+        self.store, self.painter = store, painter
+        self._job, self._journal, self._stop = job, journal, stop
+        self._tiles = {tile.write: tile for tile in job.plan.tiles}
 
-    def work(tile: Tile) -> tuple[Tile, float, InputError | OSError | None]:
+    def name(self, shard: Shard) -> str:
+        level, box = shard
+        return f"level {level}, {box}" if level else f"tile {self._tiles[box].index} ({box})"
+
+    def make(self, shard: Shard) -> InputError | Unfinished | OSError | None:
+        """Paint a tile, or write a coarser shard; the error where something could not be read or written."""
+        level, box = shard
+        if level == 0:
+            return self._paint(self._tiles[box])
+        try:
+            with self.painter.timed("write"):
+                return self._stop.unless_room(partial(self.store.write_coarser, level, box)) or self._note(shard)
+        except (InputError, Unfinished) as fault:
+            return fault
+
+    def _paint(self, tile: Tile) -> InputError | OSError | None:
         started = time.monotonic()
         error: InputError | OSError | None = None
         try:
-            labels = painter.paint(tile, job.low_res.read)
+            labels = self.painter.paint(tile, self._job.low_res.read)
         except InputError as fault:
             error = fault
         # After the reading, because a volume of many files loses some of them before the one we look at.
-        error = stop.unless_input_changed() or error
-        if error is None:
-            with painter.timed("write"):
-                error = stop.unless_room(partial(store.write, 0, tile.write, labels))
-        return tile, time.monotonic() - started, error
+        error = self._stop.unless_input_changed() or error
+        if error is not None:
+            return error
+        with self.painter.timed("write"):
+            error = self._stop.unless_room(partial(self.store.write, 0, tile.write, labels))
+            seconds = round(time.monotonic() - started, 3)
+            return error or self._note((0, tile.write), tile=tile.index, seconds=seconds)
 
-    queue = iter(mine)
-    with ThreadPoolExecutor(painter.tiles_in_flight) as pool:
-        begun = {pool.submit(work, job.plan.tiles[i]): i for i in islice(queue, painter.tiles_in_flight)}
-        while begun:
-            finished, _ = wait(begun, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in finished:
-                number = begun.pop(future)
-                with _naming(ranks, f"tile {number} ({job.plan.tiles[number].write})"):
-                    result = future.result()
-                yield result
-                for following in islice(queue, 0 if stop.asked() else 1):
-                    begun[pool.submit(work, job.plan.tiles[following])] = following
+    def _note(self, shard: Shard, **more: Any) -> OSError | None:
+        return self._stop.unless_room(partial(self._journal.note, self.store, *shard, **more))
+
+
+def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) -> tuple[int, list[str]]:
+    """Make shards until none is left, a few at a time so that one is read or compressed while others compute.
+
+    Returns the tiles that this rank painted, and what failed. Once any rank is to stop, none is begun.
+    """
+
+    def below(shard: Shard) -> list[Shard]:
+        level, box = shard
+        return [(level - 1, part) for part in maker.store.shards_below(level, box)]
+
+    tasks = Tasks(missing, below, ranks.size) if ranks.rank == 0 else None
+    desk = Desk(ranks, tasks, maker.painter.tiles_in_flight)
+    pause = _POLL_SECONDS if ranks.size > 1 else 0.5
+    tiles = sum(level == 0 for level, _ in missing)
+    painted, failed = 0, list[str]()
+    started = said = time.monotonic()
+    begun: dict[Future[InputError | Unfinished | OSError | None], Shard] = {}
+    with ThreadPoolExecutor(maker.painter.tiles_in_flight) as pool:
+        while True:
+            for shard in desk.exchange(stop.asked()):
+                begun[pool.submit(maker.make, shard)] = shard
+            if desk.may_leave():
+                return painted, failed
+            if not begun:
+                time.sleep(pause)
+                continue
+            for future in wait(begun, pause, FIRST_COMPLETED).done:
+                shard = begun.pop(future)
+                with _naming(ranks, maker.name(shard)):
+                    error = future.result()
+                if error is not None:
+                    failed.append(f"{maker.name(shard)}: {error}")
+                elif shard[0] == 0:
+                    painted += 1
+                desk.done(shard, error is None)
+            now = time.monotonic()
+            if tasks is not None and tasks.tiles_done and now - said > _LINE_SECONDS:
+                said, rate = now, tasks.voxels_done / (now - started)
+                _say(f"{tasks.tiles_done} of {tiles} tiles, {rate / 1e6:.3g} M voxels/s on all ranks together")
+
+
+def _end_if_failed(tiles: int, failures: list[str]) -> None:
+    if failures:
+        among = f"{len(failures)} of {tiles} tiles" if any(f.startswith("tile") for f in failures) else len(failures)
+        more = f" and {len(failures) - 20} more" if len(failures) > 20 else ""
+        raise Unfinished(
+            f"infer: {among} failed: {'; '.join(failures[:20])}{more}; run the same command to try them again"
+        )
 
 
 class _Stop:
@@ -295,11 +329,12 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, claim: Claim) -> list[int]:
-    """Create or check the store, and list the tiles to paint. Rank 0 only."""
+def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, claim: Claim) -> list[Shard]:
+    """Create or check the store, and list what is to be made. Rank 0 only."""
     going_on = not overwrite and job.output.exists()
     if going_on:
         _existing_provenance(job.output)
+        refuse_without_journal(job.output)
     else:
         refuse_existing(job.output, overwrite)
     claim.take()
@@ -308,18 +343,16 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, c
         # A killed rank can leave a half-written file beside the shard it was about to become.
         for leftover in job.output.rglob("*.partial"):
             leftover.unlink()
-        store = LabelStore.open(job.output)
     else:
         identity = _identity(job, painter, phase_map)
         # Before the store: what a journal says of another store's shards must never meet this one's.
         claim.forget_journals()
-        store = LabelStore.create(
+        LabelStore.create(
             job.output, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
             voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=job.checkpoint.phases,
             codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
         )  # fmt: skip
-    missing = {box.start for box in _missing_shards(store, 0, len(job.checkpoint.phases))}
-    return [tile.index for tile in job.plan.tiles if tile.write.start in missing]
+    return missing_shards(LabelStore.open(job.output))
 
 
 def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap, besides: Sequence[str] = ()) -> None:
@@ -381,50 +414,6 @@ def _opening(job: Job, missing: int, ranks: Ranks, device: torch.device, threads
     if ranks.size > missing:
         text += f"; {ranks.size - missing} ranks have no tile"
     return text
-
-
-def _pyramid(job: Job, store: LabelStore, ranks: Ranks, journal: Journal, stop: _Stop) -> None:
-    """Every coarser level, its shards shared by the ranks, each level after the one below it is whole."""
-    for level in range(1, len(store.levels)):
-        missing = ranks.from_first(partial(_missing_shards, store, level, len(job.checkpoint.phases)))
-        for number in tiles_of_rank(len(missing), ranks.rank, ranks.size):
-            if stop.asked():
-                break
-            with _naming(ranks, f"level {level}, {missing[number]}"):
-                box = missing[number]
-                error = stop.unless_room(partial(store.write_coarser, level, box)) or stop.unless_room(
-                    partial(journal.note, store, level, box)
-                )
-                if error is not None and not stop.asked():
-                    raise Unfinished(f"{store.path}: level {level}, {box}: {error}; run the same command to go on")
-        stop.end_here_if_asked(store.path, f"all tiles are painted, but not the pyramid from level {level} on")
-
-
-def _missing_shards(store: LabelStore, level: int, phases: int) -> list[Box]:
-    """The shards to paint. Rank 0 only, while nobody paints.
-
-    A shard that is there but in no journal was finished as a kill struck: it is read back, and noted if it is whole.
-    One that a loss of power cut short has another size than its journal says.
-    """
-    noted, missing = read_journal(store.path), []
-    with Journal(store.path, 0) as journal:
-        for box in store.shard_boxes(level):
-            known = noted.get((level, box.start))
-            if not store.is_written(level, box):
-                missing.append(box)
-            elif known is not None:
-                if store.shard_path(level, box).stat().st_size != known.size:
-                    missing.append(box)
-            else:
-                try:
-                    whole = int(store.read(level, box).max()) < phases
-                except InputError:
-                    whole = False
-                if whole:
-                    journal.note(store, level, box)
-                else:
-                    missing.append(box)
-    return missing
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Tile, TilePlan, tiles_of_rank
 from hpcres.inference.generate import Painter
-from hpcres.inference.journal import Claim, Noted, file_crc32, read_journal
+from hpcres.inference.journal import Claim, Noted, file_crc32, read_journal, refuse_without_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.study import RawHeader, parse_boundary
@@ -48,6 +48,7 @@ def find_faults(
     """
     store = LabelStore.open(path)
     if claim is not None:
+        refuse_without_journal(path)
         claim.take()
     phases = len(store.volume.phases or ())
     noted = read_journal(path)
