@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hpcres.errors import InputError
 from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
 from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.networks.folded import fold
+from hpcres.networks.polyphase import Polyphase, paint_batches
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.volumes import PhaseMap, read_around
@@ -34,10 +34,12 @@ class Network(Protocol):
     channels: int
     """Of a window: one-hot labels, the noise, and zeros up to here."""
     weight_bytes: int
+    together: int
+    """How many blocks a thread paints at a time."""
 
     def reads(self, write: Box) -> Box: ...
 
-    def labels(self, window: np.ndarray, place: Box, write: Box, memory: Memory) -> np.ndarray | None: ...
+    def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]: ...
 
     def block_bytes(self, edge: int) -> int: ...
 
@@ -45,46 +47,62 @@ class Network(Protocol):
 
 
 class TorchNetwork:
-    """The generator as torch runs it, for GPUs."""
+    """The polyphase form in torch: for GPUs, and for float formats that the Winograd form would round too much."""
 
-    def __init__(self, generator: SuperResGenerator, plan: TilePlan, device: torch.device) -> None:
+    def __init__(self, generator: SuperResGenerator, plan: TilePlan, device: torch.device, precision: str) -> None:
         # fp32 means fp32: TF32 would flip labels, and cuDNN's search change bytes.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        self._generator, self._plan, self._device = generator.to(device), plan, device
+        self._network, self._plan = Polyphase(fold(generator), device, PRECISIONS[precision]), plan
+        self._halo, self._precision = generator.halo_low_res, precision
         self.channels = generator.config["low_res_channels"] + 1
         self.weight_bytes = sum(p.nbytes for p in generator.parameters())
+        self.together = 1
+        if device.type == "cuda":  # as many as fill it; other ranks on the same one may halve that
+            memory = torch.cuda.get_device_properties(device).total_memory * 6 // 10
+            self.together = max(1, memory // self.block_bytes(_BLOCK_EDGES[0]))
 
     def reads(self, write: Box) -> Box:
         """The box's own low-res voxels and the network's halo; its start is where interpolation weights repeat."""
         p, q = self._plan.scale.numerator, self._plan.scale.denominator
-        halo = self._generator.halo_low_res
         axes = []
         for a, b, n, wraps in zip(
             write.start, write.stop, self._plan.low_res_shape, self._plan.periodic, strict=True
         ):
-            start, stop = a // p * q - -(-halo // q) * q, -(-b * q // p) + halo
+            start, stop = a // p * q - -(-self._halo // q) * q, -(-b * q // p) + self._halo
             axes.append((start, stop) if wraps else (max(start, 0), min(stop, n)))
         return Box(triple([start for start, _ in axes]), triple([stop for _, stop in axes]))
 
-    @torch.inference_mode()
-    def labels(self, window: np.ndarray, place: Box, write: Box, memory: Memory) -> np.ndarray | None:
-        """uint8 labels (z, y, x) of a high-res box from the window of `reads(write)`; None for a NaN or infinity."""
-        given = torch.from_numpy(window.transpose(3, 0, 1, 2)[None]).to(self._device)
-        scale = self._plan.scale
-        crop = write.relative_to([floor(s * scale) for s in place.start])
-        # max gives the first of equal values, so ties go to the lowest label; it hands on a NaN.
-        best, labels = self._generator(given)[(0, slice(None), *crop.slices)].max(0)
-        return labels.to(torch.uint8).cpu().numpy() if best.isfinite().all() else None
+    def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
+        """uint8 labels of (window (z, y, x, channel), place, write) each; InputError where a logit is not finite."""
+        windows = [window.transpose(3, 0, 1, 2) for window, _, _ in parts]
+        crops = [
+            write.relative_to([floor(s * self._plan.scale) for s in place.start]).slices for _, place, write in parts
+        ]
+        labels, self.together = paint_batches(self._network, windows, crops, self.together)
+        return labels
 
     def block_bytes(self, edge: int) -> int:
-        """The last upsampling's input and output and a padded copy, fp32."""
-        edge += floor(2 * self._generator.halo_low_res * self._plan.scale)
-        return int(4 * edge**3 * self._generator.channels_last * 3.5)
+        """What a block away from the faces takes while it is computed."""
+        p, q = self._plan.scale.numerator, self._plan.scale.denominator
+        before = -(-self._halo // q) * q
+        window, start = (-(-edge * q // p) + before + self._halo,) * 3, before // q * p
+        return self._network.batch_bytes(window, 1, (slice(start, start + edge),) * 3)
 
     def arithmetic(self, block_voxels: int) -> str:
         """A library's kernels may round differently where blocks lie differently."""
-        return f"torch {torch.__version__} {self._device.type} fp32, blocks of {block_voxels}"
+        version = str(torch.__version__).split("+")[0]
+        return f"torch {version} {self._network.device.type} {self._precision}, blocks of {block_voxels}"
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def network_of(generator: SuperResGenerator, plan: TilePlan, device: torch.device, precision: str = "fp32") -> Network:
+    """The form that suits a device and a float format."""
+    if device.type == "cpu" and precision == "fp32":
+        return WinogradNetwork(fold(generator), plan.low_res_shape, plan.periodic)
+    return TorchNetwork(generator, plan, device, precision)
 
 
 def halo_of(generator: SuperResGenerator) -> int:
@@ -97,14 +115,10 @@ class Painter:
 
     def __init__(
         self, generator: SuperResGenerator, plan: TilePlan, phase_map: PhaseMap, seed: int, device: torch.device,
-        threads: int,
+        threads: int, precision: str = "fp32",
     ) -> None:  # fmt: skip
         self.plan, self.seed, self.device = plan, seed, device
-        self.network: Network = (
-            WinogradNetwork(fold(generator), plan.low_res_shape, plan.periodic)
-            if device.type == "cpu"
-            else TorchNetwork(generator, plan, device)
-        )
+        self.network = network_of(generator, plan, device, precision)
         self._phase_map = phase_map
         self._channels: int = generator.config["low_res_channels"]
         self.block_voxels = next(
@@ -113,7 +127,9 @@ class Painter:
         """Longest edge of a block, but for the one voxel more."""
         self.arithmetic = self.network.arithmetic(self.block_voxels)
         """What, besides weights and input, decides the last bit: part of a store's identity."""
-        workers = threads if device.type == "cpu" else 1
+        own_threads = isinstance(self.network, TorchNetwork)  # torch spreads one block over the cores by itself
+        workers = 1 if own_threads else threads
+        self._torch_threads = threads if own_threads else 1
         self._pool = ThreadPoolExecutor(workers)
         self._own = threading.local()
         self.tiles_in_flight = max(2, -(-workers // len(self.blocks_of(plan.tiles[0].write))))
@@ -134,10 +150,12 @@ class Painter:
         labels = np.empty(box.shape, np.uint8)
         chosen = self.seed if seed is None else seed
 
-        def one(block: Box) -> None:
-            labels[block.relative_to(box.start).slices] = self._block(block, low_res, tile.read, chosen)
+        def some(part: list[Box]) -> None:
+            for block, painted in zip(part, self._paint(part, low_res, tile.read, chosen), strict=True):
+                labels[block.relative_to(box.start).slices] = painted
 
-        list(self._pool.map(one, self.blocks_of(box)))
+        cut, together = self.blocks_of(box), self.network.together
+        list(self._pool.map(some, [cut[i : i + together] for i in range(0, len(cut), together)]))
         return labels
 
     def blocks_of(self, box: Box) -> list[Box]:
@@ -154,10 +172,16 @@ class Painter:
             for b in blocks(box.shape, edges)
         ]  # fmt: skip
 
-    def _block(self, block: Box, low_res: np.ndarray, place: Box, seed: int) -> np.ndarray:
+    def _paint(self, blocks: list[Box], low_res: np.ndarray, place: Box, seed: int) -> list[np.ndarray]:
         if not hasattr(self._own, "memory"):
-            torch.set_num_threads(1)
+            torch.set_num_threads(self._torch_threads)
             self._own.memory = Memory()
+        parts = [self._window(block, low_res, place, seed) for block in blocks]
+        with self.timed("network"):
+            return self.network.paint(parts, self._own.memory)
+
+    def _window(self, block: Box, low_res: np.ndarray, place: Box, seed: int) -> tuple[np.ndarray, Box, Box]:
+        """What the network sees of a block, float32 (z, y, x, channel), its low-res place, and the block."""
         reads = self.network.reads(block)
         assert reads.clipped(place) == reads, f"{block} reads {reads}, the tile's window is {place}"
         inner = low_res[reads.relative_to(place.start).slices]
@@ -166,11 +190,7 @@ class Painter:
             window[..., channel] = inner == channel
         with self.timed("noise"):
             window[..., self._channels] = read_around(partial(normals, seed), reads, self.plan.low_res_shape)
-        with self.timed("network"):
-            labels = self.network.labels(window, reads, block, self._own.memory)
-        if labels is None:
-            raise InputError("the network's output is not finite, labels would mean nothing; use an earlier checkpoint")
-        return labels
+        return window, reads, block
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

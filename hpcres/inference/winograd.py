@@ -20,6 +20,7 @@ from math import floor, prod
 import numba
 import numpy as np
 
+from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.inference.lanes import (
     NARROW,
@@ -454,12 +455,13 @@ class WinogradNetwork:
         weight[..., : end.weight.shape[1]] = end.weight.transpose(0, 2, 3, 4, 1)
         self.channels = self._layers[0].inputs
         """Channels of a window: those of the generator, filled up with zeros."""
+        self.together = 1
         self.weight_bytes = sum(layer.weights.nbytes for layer in self._layers)
 
     def block_bytes(self, edge: int) -> int:
         """What a thread's `Memory` comes to for blocks of edge³ high-res voxels, and smaller ones."""
         start = 64 * edge  # far from any face, and on every grid's cells
-        axes = _cells(self._layers, None, start, start + edge)
+        axes = _cells([layer.stage for layer in self._layers], None, start, start + edge)
         maps, values, products, strip = 0, 0, 0, 0
         for layer, axis in zip(self._layers, axes, strict=True):
             length, rows = axis.stop - axis.start, _rows_together(layer, axis.cells)
@@ -469,6 +471,18 @@ class WinogradNetwork:
             strip = max(strip, 36 * len(axis.reads) * layer.inputs)
         window = len(axes[0].reads) ** 3 * self.channels
         return 4 * (maps + values + products + strip + window) + edge**3
+
+    def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
+        """`labels` of (window, place, write) each; InputError where a logit is not finite."""
+        painted = []
+        for window, place, write in parts:
+            labels = self.labels(window, place, write, memory)
+            if labels is None:
+                raise InputError(
+                    "the network's output is not finite, labels would mean nothing; use an earlier checkpoint"
+                )
+            painted.append(labels)
+        return painted
 
     def arithmetic(self, block_voxels: int) -> str:
         """The same for all blocks, tiles and threads."""
@@ -480,7 +494,7 @@ class WinogradNetwork:
         return Box(triple([r.start for r in axes]), triple([r.stop for r in axes]))
 
     def _axes(self, axis: int, start: int, stop: int) -> list[Axis]:
-        return _cells(self._layers, self._ends[axis], start, stop)
+        return _cells([layer.stage for layer in self._layers], self._ends[axis], start, stop)
 
     def labels(self, window: np.ndarray, place: Box, write: Box, memory: Memory) -> np.ndarray | None:
         """uint8 labels (z, y, x) of a high-res box; None where a logit is not finite.
@@ -584,15 +598,15 @@ class WinogradNetwork:
         return labels
 
 
-def _cells(layers: Sequence[_Layer], length: int | None, start: int, stop: int) -> list[Axis]:
-    """Every layer's cells along an axis of `length` low-res voxels, for high-res voxels [start, stop)."""
+def _cells(stages: Sequence[Stage], length: int | None, start: int, stop: int) -> list[Axis]:
+    """Every stage's cells along an axis of `length` low-res voxels, for high-res voxels [start, stop)."""
     lengths = [length]
-    for layer in layers:
-        lengths.append(None if lengths[-1] is None else floor(lengths[-1] * layer.stage.scale))
+    for stage in stages:
+        lengths.append(None if lengths[-1] is None else floor(lengths[-1] * stage.scale))
     start, stop = start - 1, stop + 1  # for the last convolution
     found: list[Axis] = []
-    for number in reversed(range(len(layers))):
-        end, stage = lengths[number + 1], layers[number].stage
+    for number in reversed(range(len(stages))):
+        end, stage = lengths[number + 1], stages[number]
         if end is not None:
             start, stop = max(start, 0), min(stop, end)
         found.insert(0, axis_of(stage.kind, stage.scale, stage.padding, start, stop, lengths[number]))
@@ -602,13 +616,12 @@ def _cells(layers: Sequence[_Layer], length: int | None, start: int, stop: int) 
 
 def reach_low_res(folded: Folded) -> int:
     """Low-res voxels beyond a box on which its cells can depend, the voxel more on its + side counted in."""
-    layers = [_layer_of(stage) for stage in folded.stages[:-1]]
+    stages = folded.stages[:-1]
     p, q = folded.scale.numerator, folded.scale.denominator
     reach = 0
     for start in range(0, 4 * q, q):  # cells lie alike every four low-res voxels, weights every q
-        first = _cells(layers, None, start * p // q, start * p // q + 1)[0].reads.start
-        last = _cells(layers, None, start * p // q, start * p // q + 1)[0].reads.stop
-        reach = max(reach, start - first, last - start)
+        reads = _cells(stages, None, start * p // q, start * p // q + 1)[0].reads
+        reach = max(reach, start - reads.start, reads.stop - start)
     return reach
 
 
