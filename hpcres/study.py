@@ -282,6 +282,8 @@ class Inference(Section):
     """What lies beyond the volume, z, y, x: its outermost voxels again, or its other side. Given as `periodic` for all
     axes or as `{z: periodic}`."""
     codec: Literal["zstd", "lz4"] = "zstd"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Half precision is faster, above all on GPUs, and changes labels; infer says how many."""
     threads: Annotated[int, Field(ge=1)] | None = None
 
     @property

@@ -219,3 +219,24 @@ def test_plan_is_that_of_the_job(study, monkeypatch):
     # Three tiles and their windows; the network's maps are those of a block, which is smaller in the small volume.
     tiles = 3 * max(t.read.voxels + t.write.voxels for t in large.plan.tiles)
     assert large.rank_bytes - cost.rank_bytes > 0.9 * tiles
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_says_what_it_changes_and_stays_what_it_is(precision, study, store, tmp_path, capfd):
+    checkpoint = str(study.parent / "out/checkpoint.pt")
+    loaded = load_study(study, [f"inference.precision={precision}"], str(tmp_path / "half"))
+    half = infer(open_job(loaded, checkpoint=checkpoint, tiles="3x3x3"), Ranks()).store
+    share = LabelStore.open(half).provenance["flips"]["share"]
+    assert 0 < share < 0.05
+    assert f"{precision} changes {share:.2%} of" in capfd.readouterr().err
+    whole = Box.whole(LabelStore.open(half).levels[0].shape)
+    differ = LabelStore.open(half).read(0, whole) != LabelStore.open(store).read(0, whole)
+    assert 0 < differ.mean() < 0.05
+    with pytest.raises(InputError, match=rf"was painted with arithmetic torch .*{precision}"):
+        infer(open_job(load_study(study, output=str(tmp_path / "half")), checkpoint=checkpoint, tiles="3x3x3"), Ranks())
+    before = half / "0/c/1/1/1"
+    content = before.read_bytes()
+    before.unlink()
+    assert infer(repair_job(half), Ranks()).painted == 1
+    assert before.read_bytes() == content
+    audit(repair_job(half), 4, Ranks()).refuse_seams(half)

@@ -26,6 +26,7 @@ from hpcres.volumes import PhaseMap, read_around
 BLOCK_BYTES = 1536 * 2**20
 """What a thread may take for the maps of its block."""
 _BLOCK_EDGES = (256, 192, 128, 64)
+_SAMPLE_VOXELS = 10**6
 
 
 class Network(Protocol):
@@ -92,7 +93,7 @@ class TorchNetwork:
     def arithmetic(self, block_voxels: int) -> str:
         """A library's kernels may round differently where blocks lie differently."""
         version = str(torch.__version__).split("+")[0]
-        return f"torch {version} {self._network.device.type} {self._precision}, blocks of {block_voxels}"
+        return f"torch {version} {self._network.device.type} {self._precision}, {self.together} × {block_voxels}³"
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,6 +159,22 @@ class Painter:
         list(self._pool.map(some, [cut[i : i + together] for i in range(0, len(cut), together)]))
         return labels
 
+    def flips(self, generator: SuperResGenerator, read: Callable[[Box], np.ndarray]) -> tuple[int, int]:
+        """Labels of a sample from the middle of the volume, a million where there are, and how many fp32 changes."""
+        exact, memory = network_of(generator, self.plan, self.device), Memory()
+        compared = differ = 0
+        middle = len(self.plan.tiles) // 2
+        for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
+            low_res = self._phase_map.index(read_around(read, tile.read, self.plan.low_res_shape))
+            for block in self.blocks_of(tile.write):
+                if compared >= _SAMPLE_VOXELS:
+                    return compared, differ
+                (ours,) = self._paint([block], low_res, tile.read, self.seed)
+                part = self._window(block, low_res, tile.read, self.seed, exact)
+                compared += ours.size
+                differ += int(np.count_nonzero(ours != exact.paint([part], memory)[0]))
+        return compared, differ
+
     def blocks_of(self, box: Box) -> list[Box]:
         """A high-res box cut into nearly equal blocks, each starting where low-res and high-res voxels do."""
         unit = self.plan.scale.numerator
@@ -176,16 +193,18 @@ class Painter:
         if not hasattr(self._own, "memory"):
             torch.set_num_threads(self._torch_threads)
             self._own.memory = Memory()
-        parts = [self._window(block, low_res, place, seed) for block in blocks]
+        parts = [self._window(block, low_res, place, seed, self.network) for block in blocks]
         with self.timed("network"):
             return self.network.paint(parts, self._own.memory)
 
-    def _window(self, block: Box, low_res: np.ndarray, place: Box, seed: int) -> tuple[np.ndarray, Box, Box]:
-        """What the network sees of a block, float32 (z, y, x, channel), its low-res place, and the block."""
-        reads = self.network.reads(block)
+    def _window(
+        self, block: Box, low_res: np.ndarray, place: Box, seed: int, network: Network
+    ) -> tuple[np.ndarray, Box, Box]:
+        """What a network sees of a block, float32 (z, y, x, channel), its low-res place, and the block."""
+        reads = network.reads(block)
         assert reads.clipped(place) == reads, f"{block} reads {reads}, the tile's window is {place}"
         inner = low_res[reads.relative_to(place.start).slices]
-        window = np.zeros((*inner.shape, self.network.channels), np.float32)
+        window = np.zeros((*inner.shape, network.channels), np.float32)
         for channel in range(self._channels):
             window[..., channel] = inner == channel
         with self.timed("noise"):

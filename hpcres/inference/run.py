@@ -153,9 +153,11 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     threads = job.settings.threads or ranks.cores
-    painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads)
+    painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads, job.settings.precision)
     try:
         missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))
+        if job.settings.precision != "fp32" and missing:
+            ranks.from_first(lambda: _say_flips(job, painter))
         store, tiles = LabelStore.open(job.output), sum(level == 0 for level, _ in missing)
         if ranks.rank == 0:
             _say(_opening(job, tiles, ranks, device, threads))
@@ -176,6 +178,14 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size, parts)
     finally:
         painter.close()
+
+
+def _say_flips(job: Job, painter: Painter) -> None:
+    """Measure what half precision changes, say it and put it into the store's attributes. Rank 0 only."""
+    compared, differ = painter.flips(job.checkpoint.generator, job.low_res.read)
+    share = differ / compared
+    _say(f"{job.settings.precision} changes {share:.2%} of {compared} labels of a sample, beside fp32")
+    LabelStore.open(job.output).set_provenance(flips={"labels": compared, "differ": differ, "share": share})
 
 
 class _Maker:
@@ -394,6 +404,7 @@ def _origin(job: Job) -> dict[str, Any]:
         "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()), "low_res": job.low_res.path,
         "raw": job.low_res.raw.model_dump() if job.low_res.raw else None,
         "step": job.checkpoint.step, "halo_low_res": job.plan.halo_low_res, "codec": job.settings.codec,
+        "precision": job.settings.precision,
         "tiles": list(job.plan.grid), "versions": {**job.checkpoint.versions, "hpcres": __version__,
         "torch": str(torch.__version__)}, "command": job.command, "complete": False,
     }  # fmt: skip

@@ -111,7 +111,7 @@ def repair_job(path: Path, command: str = "") -> Job:
         seed=provenance["seed"], device="auto", command=command, raw=RawHeader(**raw) if raw else None,
         inference={
             "tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"],
-            "boundary": parse_boundary(provenance["boundary"]),
+            "boundary": parse_boundary(provenance["boundary"]), "precision": provenance["precision"],
         },
     )  # fmt: skip
     if job.checkpoint.sha256 != provenance["weights_sha256"]:
@@ -131,6 +131,8 @@ class Audit:
     flips: int
     face_voxels: int
     face_flips: int
+    limit: float
+    """Share that rounding may change."""
 
     @property
     def share(self) -> float:
@@ -146,13 +148,13 @@ class Audit:
 
     def refuse_seams(self, path: Path) -> None:
         """Unfinished where more labels differ than rounding explains, saying whether they gather at tile faces."""
-        if self.share <= MOST_FLIPS:
+        if self.share <= self.limit:
             return
         elsewhere = (self.flips - self.face_flips) / max(1, self.voxels - self.face_voxels)
         seam = self.face_flips / max(1, self.face_voxels) > 2 * elsewhere
         where = "they gather at tile faces, which is a seam" if seam else "they do not gather at tile faces"
         raise Unfinished(
-            f"{path}: {self.share:.2g} of the audited labels differ, more than the {MOST_FLIPS:g} that rounding may "
+            f"{path}: {self.share:.2g} of the audited labels differ, more than the {self.limit:.2g} that rounding may "
             f"change; {where}; do not use it, paint it anew with hpcres infer --overwrite"
         )
 
@@ -166,8 +168,9 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     painter = Painter(
-        job.checkpoint.generator, job.plan, phase_map, job.seed, device, job.settings.threads or ranks.cores
-    )
+        job.checkpoint.generator, job.plan, phase_map, job.seed, device, job.settings.threads or ranks.cores,
+        job.settings.precision,
+    )  # fmt: skip
     try:
         # Rounding is what is audited, so a CPU may audit what a GPU painted.
         ranks.from_first(lambda: refuse_changed(job, painter, phase_map, besides=("arithmetic",)))
@@ -191,7 +194,10 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
             if progress:
                 progress(done + 1, len(mine))
         total = zip(*(line for lines in ranks.everyone(counted) for line in lines), strict=True)
-        return Audit(*map(sum, total))
+        # What half precision changed against fp32 it may change against itself.
+        known = store.provenance.get("flips", {}).get("share", 0.0)
+        tiles, voxels, flips, face_voxels, face_flips = map(sum, total)
+        return Audit(tiles, voxels, flips, face_voxels, face_flips, max(MOST_FLIPS, known))
     finally:
         painter.close()
 

@@ -572,17 +572,5 @@ def _paint_if_it_fits(network: Polyphase, windows: list[np.ndarray], crop: Crop)
     return None
 
 
-def flips(
-    windows: Sequence[np.ndarray], crops: Sequence[Crop], reference: Polyphase, other: Polyphase, batch: int = 1
-) -> tuple[int, int]:
-    """Labels compared and labels that differ between two forms of a network, as of float32 and bfloat16."""
-    compared = differing = 0
-    pairs = (paint_batches(network, windows, crops, batch)[0] for network in (reference, other))
-    for a, b in zip(*pairs, strict=True):
-        compared += a.size
-        differing += int(np.count_nonzero(a != b))
-    return compared, differing
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
