@@ -148,7 +148,7 @@ def measure(scale: int, width: int, edge: int, ranks: int) -> dict[str, float]:
 
 def row(scale: int, width: int, edge: int, ranks: int, found: dict[str, float], more: str) -> str:
     write = max(0.0, found["write"] - found["compress"])
-    shares = [found["read"], found["noise"], found["network"], found["compress"], write]
+    shares = [found["read"], found["noise"], found["network"], found["count"], found["compress"], write]
     cells = [
         f"{width}", f"{scale}", f"{edge}³", f"{ranks}", f"{found['voxels/s'] / 1e6:.3g} M",
         f"{found['bound'] * ranks / 1e6:.3g} M", f"{found['voxels/s'] / found['bound'] / ranks:.2f}",
@@ -170,7 +170,7 @@ def main() -> None:
         return
     heads = [
         "width", "scale", "output", "ranks", "voxels/s", "direct bound", "ratio", "GFLOP/s a core", "read", "noise",
-        "network", "compress", "write", "peak a rank", "",
+        "network", "count", "compress", "write", "peak a rank", "",
     ]  # fmt: skip
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
     measure(options.scale, 5, 64, 1)  # compiles, which takes memory

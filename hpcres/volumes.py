@@ -37,6 +37,8 @@ from hpcres.study import OME_UNITS, RawHeader
 Spacing = tuple[float, float, float]
 UNWRITTEN = 255
 """Fill value of every label store, so that a missing shard is never read as phase 0."""
+_RESULTS = ("measured", "spread")
+"""What `hpcres infer` found out while it painted; no part of where a store is from."""
 _TOP_VOXELS = 256
 """Edge that the coarsest pyramid level stays within."""
 _SLAB_BYTES = 2**30
@@ -492,7 +494,7 @@ def _open_multiscale(path: str, group: zarr.Group, attributes: dict[str, Any], o
         for each in ome.get("image-label", {}).get("properties", []) if "name" in each
     }  # fmt: skip
     phases = tuple(named[label] for label in range(len(named))) if set(named) == set(range(len(named))) else ()
-    provenance = attributes.get("hpcres", {})
+    provenance = {key: value for key, value in attributes.get("hpcres", {}).items() if key not in _RESULTS}
     volume = _array_volume(
         path, array, False, array.chunks, voxel_size=_spacing(scale[-3:]) if transformations else None, unit=unit,
         phases=phases or None, provenance=provenance,

@@ -32,6 +32,8 @@ from hpcres.inference.journal import Claim, Journal, read_journal
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
 from hpcres.inference.run import infer, open_job
 from hpcres.inference.verify import find_faults, repair_job
+from hpcres.metrics import counts
+from hpcres.metrics.named import Named, described
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.study import load_study
@@ -154,6 +156,7 @@ def test_any_number_of_ranks_gives_the_same_store(scale, shape, chunk, rank_coun
         assert done.returncode == 0, done.stderr
         stores.append(store_bytes(folder / "labels.zarr"))
         assert f"over {ranks} rank" in done.stderr
+        refuse_other_numbers(folder / "labels.zarr")
     assert len(stores[0]) > 4
     assert all(store == stores[0] for store in stores)
     store = LabelStore.open(tmp_path / "ranks1" / "labels.zarr")
@@ -281,15 +284,16 @@ def test_killed_job_resumes_to_the_same_bytes(ranks, tmp_path):
     reference = paint_alone(path, tmp_path / "f", tiles="4x4x4")
     assert store_bytes(store) == store_bytes(reference)
     assert find_faults(store) == []
+    refuse_other_numbers(store)
 
 
 def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch):
     """Until the first is killed as nothing but SIGKILL can: its lock is gone with it."""
     path = make_study(tmp_path / "s", "4", (9, 8, 7))
     slowly = (
-        "def slowly(self, tile, read):\n"
+        "def slowly(self, tile, read, **how):\n"
         "    if tile.index > 1: time.sleep(60)\n"
-        "    return paint(self, tile, read)\n"
+        "    return paint(self, tile, read, **how)\n"
         "generate.Painter.paint = slowly"
     )
     environment = {**os.environ, **MPI, "SLURM_JOB_ID": "4711"}
@@ -369,10 +373,10 @@ def test_a_failing_rank_ends_the_job_and_says_where(tmp_path):
     """An exception in one rank must not leave the others waiting."""
     path = make_study(tmp_path / "s", "4", (9, 8, 7))
     fault = (
-        "def failing(self, tile, read):\n"
+        "def failing(self, tile, read, **how):\n"
         "    if rank == 1: raise RuntimeError('out of luck')\n"
         "    time.sleep(0.5)\n"
-        "    return paint(self, tile, read)\n"
+        "    return paint(self, tile, read, **how)\n"
         "generate.Painter.paint = failing"
     )
     started = time.monotonic()
@@ -393,10 +397,10 @@ def test_an_error_of_one_rank_alone_does_not_hang_the_others(study, tmp_path):
 def test_a_signal_to_one_rank_stops_them_all(tmp_path):
     path = make_study(tmp_path / "s", "4", (16, 16, 16))
     fault = (
-        "def slowly(self, tile, read):\n"
+        "def slowly(self, tile, read, **how):\n"
         "    time.sleep(0.5)\n"
         "    if tile.index == 33: os.kill(os.getpid(), 15)\n"
-        "    return paint(self, tile, read)\n"
+        "    return paint(self, tile, read, **how)\n"
         "generate.Painter.paint = slowly"
     )
     done = mpirun(2, *with_fault(tmp_path, fault), "infer", str(path), "--tiles", "4x4x4")
@@ -466,9 +470,9 @@ def test_an_input_that_vanishes_or_changes_stops_every_rank_and_loses_nothing(ra
     kept = low_res.read_bytes()
     fault = (
         f"LOW = {str(low_res)!r}\n"
-        "def losing(self, tile, read):\n"
+        "def losing(self, tile, read, **how):\n"
         f"    if tile.index == 4: time.sleep(1); {harm}\n"
-        "    return paint(self, tile, read)\n"
+        "    return paint(self, tile, read, **how)\n"
         "generate.Painter.paint = losing"
     )
     done = mpirun(ranks, *with_fault(tmp_path, fault), "infer", str(path))
@@ -528,6 +532,47 @@ def test_output_that_is_not_finite_is_no_labels(study, tmp_path):
     job.checkpoint.generator.conv_end.bias[1] = float("inf")
     with pytest.raises(Unfinished, match=r"8 of 8 tiles failed.*not finite"):
         infer(job, Ranks())
+
+
+# ---- measured as it is made --------------------------------------------------------------------------------------
+
+
+def refuse_other_numbers(store: Path) -> None:
+    """The store's own numbers must be those of its labels, counted in one piece, to the last digit."""
+    opened = LabelStore.open(store)
+    whole = counts.count(opened.read(0, Box.whole(opened.levels[0].shape)), labels=range(3))
+    size = opened.levels[0].voxel_size
+    assert opened.provenance["measured"] == described(whole, Named(dict(enumerate(LABELS.values())), size, "nanometer"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "tiles"),
+    [
+        ("4", (9, 8, 7), "1x1x1"), ("4", (9, 8, 7), "3x2x2"), ("8/5", (20, 20, 10), "2x3x2"),
+        ("16/3", (6, 9, 9), "3x3x3"),
+    ],
+)
+@pytest.mark.parametrize("boundary", ["replicate", "periodic"])
+def test_the_store_knows_its_numbers_when_the_last_tile_lands(scale, shape, tiles, boundary, tmp_path):
+    path = make_study(tmp_path / "s", scale, shape)
+    job = open_job(load_study(path, [f"inference.boundary={boundary}"]), tiles=tiles)
+    assert len(job.plan.tiles) > 1 or tiles == "1x1x1"
+    refuse_other_numbers(infer(job, Ranks()).store)
+    before = LabelStore.open(job.output).provenance["measured"]
+    (job.output / "0/c/0/0/0").unlink()
+    LabelStore.open(job.output).set_provenance(complete=False, measured={})
+    infer(job, Ranks())
+    assert LabelStore.open(job.output).provenance["measured"] == before
+
+
+def test_the_numbers_are_those_of_hpcres_metrics(painted, hpcres, tmp_path):
+    done = hpcres("metrics", painted, "--output", tmp_path / "m.json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "m.json").read_text())["volume"]
+    measured = LabelStore.open(painted).provenance["measured"]
+    assert measured.items() <= metrics.items()
+    assert {"counts", "volume_fraction", "specific_surface_area", "interphase_area", "tpb"} <= set(measured)
+    assert "measured" not in metrics["provenance"]
 
 
 # ---- who makes what ----------------------------------------------------------------------------------------------
@@ -634,6 +679,7 @@ def test_verify_finds_and_repair_mends(spoil, why, shard, copy, painted, hpcres)
     assert untouched.stat().st_mtime_ns == before
     assert store_bytes(copy) == store_bytes(painted)
     assert find_faults(copy) == []
+    refuse_other_numbers(copy)
 
 
 def test_damage_is_found_without_a_journal_where_it_shows(copy):

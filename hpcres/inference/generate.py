@@ -135,7 +135,7 @@ class Painter:
         self._own = threading.local()
         self.tiles_in_flight = max(2, -(-workers // len(self.blocks_of(plan.tiles[0].write))))
         """Enough for every thread to have a block, and one tile more being read or compressed."""
-        self.seconds: dict[str, float] = dict.fromkeys(("read", "noise", "network", "write"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(("read", "noise", "network", "count", "write"), 0.0)
         """Spent so far, by all threads together, on each part of a tile."""
 
     def paint(

@@ -13,13 +13,17 @@ import socket
 import threading
 import time
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
+from hpcres.metrics import counts
+from hpcres.metrics.counts import Counts
 from hpcres.volumes import LabelStore
 
 _HELD = (errno.EAGAIN, errno.EACCES)  # local file systems say the one, some NFS the other
@@ -157,10 +161,13 @@ class Noted:
     size: int
     """Bytes."""
     crc32: int
+    counts: tuple[Mapping[str, Any], ...]
+    """Of a tile: voxels, faces and edges as `metrics.counts.to_json` has them, of each seed."""
 
 
 class Journal:
-    """One JSON line a shard, appended by the rank that wrote it: level, place, seconds, the file's size and checksum.
+    """One JSON line a shard, appended by the rank that wrote it: level, place, the file's size and checksum; of a tile
+    also seconds and counts.
 
     Threads may share it. InputError where another living process writes the same journal.
     """
@@ -219,7 +226,8 @@ def read_journal(output: Path) -> dict[tuple[int, Triple], Noted]:
             try:
                 entry = json.loads(line)
                 key = (int(entry["level"]), triple(entry["start"]))
-                value = (float(entry["time"]), Noted(int(entry["bytes"]), int(entry["crc32"])))
+                counted = tuple(entry.get("counts", ()))
+                value = (float(entry["time"]), Noted(int(entry["bytes"]), int(entry["crc32"]), counted))
             except (ValueError, KeyError, TypeError):
                 continue
             if key not in noted or noted[key][0] <= value[0]:
@@ -227,7 +235,16 @@ def read_journal(output: Path) -> dict[tuple[int, Triple], Noted]:
     return {key: value for key, (_, value) in noted.items()}
 
 
-def missing_shards(store: LabelStore) -> list[tuple[int, Box]]:
+def total_counts(store: LabelStore, seeds: int) -> list[Counts]:
+    """Counts of the whole volume, of each seed, from the tiles' lines. Only for a store that misses nothing."""
+    noted = read_journal(store.path)
+    lines = [noted[0, box.start].counts for box in store.shard_boxes(0)]
+    total = [counts.add_all([counts.from_json(line[seed]) for line in lines]) for seed in range(seeds)]
+    assert all(sum(one.voxels.values()) == prod(store.levels[0].shape) for one in total)
+    return total
+
+
+def missing_shards(store: LabelStore, seeds: int) -> list[tuple[int, Box]]:
     """Level and box of every shard that is to be made, finest level first, z-major.
 
     Only what a journal vouches for is trusted: a shard without a line is one that a kill took before its line was
@@ -238,9 +255,10 @@ def missing_shards(store: LabelStore) -> list[tuple[int, Box]]:
         for box in store.shard_boxes(level):
             known = noted.get((level, box.start))
             try:
-                if known is None or store.shard_path(level, box).stat().st_size != known.size:
-                    missing.append((level, box))
+                size = store.shard_path(level, box).stat().st_size
             except OSError:
+                size = -1
+            if known is None or known.size != size or (level == 0 and len(known.counts) != seeds):
                 missing.append((level, box))
     return missing
 

@@ -29,10 +29,12 @@ from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import AXES, Tile, TilePlan, blocks, plan_tiles, triple
 from hpcres.inference.generate import Painter, halo_of
-from hpcres.inference.journal import Claim, Journal, missing_shards, refuse_without_journal
+from hpcres.inference.journal import Claim, Journal, missing_shards, refuse_without_journal, total_counts
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.tasks import Desk, Shard, Tasks
 from hpcres.memory import keep_freed_memory
+from hpcres.metrics import counts
+from hpcres.metrics.named import Named, described
 from hpcres.signals import noted_signals
 from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
 from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
@@ -172,7 +174,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
             _end_if_failed(tiles, [line for part in outcome for line in part[1]])
         seconds = time.monotonic() - started
         if ranks.rank == 0 and not store.provenance.get("complete"):
-            store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3))
+            store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3), **_measured(job, store))
         spent = ranks.everyone(painter.seconds)
         parts = {part: sum(one[part] for one in spent) for part in painter.seconds}
         return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size, parts)
@@ -215,17 +217,22 @@ class _Maker:
         started = time.monotonic()
         error: InputError | OSError | None = None
         try:
-            labels = self.painter.paint(tile, self._job.low_res.read)
+            # With the first voxels of the tiles on its + sides, to which its last faces and edges belong.
+            painted = self.painter.paint(tile, self._job.low_res.read, more=1)
         except InputError as fault:
             error = fault
         # After the reading, because a volume of many files loses some of them before the one we look at.
         error = self._stop.unless_input_changed() or error
         if error is not None:
             return error
+        with self.painter.timed("count"):
+            phases = range(len(self._job.checkpoint.phases))
+            counted = [counts.to_json(counts.count(painted, tile.write.shape, phases))]
         with self.painter.timed("write"):
+            labels = painted[tile.write.relative_to(tile.write.start).slices]
             error = self._stop.unless_room(partial(self.store.write, 0, tile.write, labels))
             seconds = round(time.monotonic() - started, 3)
-            return error or self._note((0, tile.write), tile=tile.index, seconds=seconds)
+            return error or self._note((0, tile.write), tile=tile.index, seconds=seconds, counts=counted)
 
     def _note(self, shard: Shard, **more: Any) -> OSError | None:
         return self._stop.unless_room(partial(self._journal.note, self.store, *shard, **more))
@@ -270,6 +277,13 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
             if tasks is not None and tasks.tiles_done and now - said > _LINE_SECONDS:
                 said, rate = now, tasks.voxels_done / (now - started)
                 _say(f"{tasks.tiles_done} of {tiles} tiles, {rate / 1e6:.3g} M voxels/s on all ranks together")
+
+
+def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
+    """What `hpcres metrics` would say of the store, from the counts of its tiles."""
+    size = job.voxel_size
+    names = Named(dict(enumerate(job.checkpoint.phases)), (size.length,) * 3, size.unit)
+    return {"measured": described(total_counts(store, 1)[0], names)}
 
 
 def _end_if_failed(tiles: int, failures: list[str]) -> None:
@@ -362,7 +376,7 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, c
             voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=job.checkpoint.phases,
             codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
         )  # fmt: skip
-    return missing_shards(LabelStore.open(job.output))
+    return missing_shards(LabelStore.open(job.output), 1)
 
 
 def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap, besides: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ Dahari et al. 2022 (fig. 2, section 2.3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
@@ -322,6 +322,31 @@ def add(a: Counts, b: Counts) -> Counts:
             f"is this a segmented image?"
         )
     return total
+
+
+def to_json(total: Counts) -> dict[str, Any]:
+    """Counts as JSON has them: labels, and sets of labels as `0|1|2`, for keys."""
+    return {
+        "voxels": {str(label): n for label, n in total.voxels.items()},
+        "faces": {"|".join(map(str, pair)): list(n) for pair, n in total.faces.items()},
+        "edges": {"|".join(map(str, some)): list(n) for some, n in total.edges.items()},
+        "all_faces": list(total.all_faces),
+        "all_edges": list(total.all_edges),
+    }
+
+
+def from_json(tree: Mapping[str, Any]) -> Counts:
+    """What `to_json` gave; KeyError, TypeError or ValueError for anything else."""
+
+    def labels(key: str) -> tuple[int, ...]:
+        return tuple(int(label) for label in key.split("|"))
+
+    faces: dict[Any, Triple] = {labels(key): _ints(n) for key, n in tree["faces"].items()}
+    return Counts(
+        {int(label): int(n) for label, n in tree["voxels"].items()}, faces,
+        {labels(key): _ints(n) for key, n in tree["edges"].items()},
+        _ints(tree["all_faces"]), _ints(tree["all_edges"]),
+    )  # fmt: skip
 
 
 def _plus(p, q):

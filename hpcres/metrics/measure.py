@@ -30,21 +30,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from distributed import Client
 
 from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Triple, blocks
 from hpcres.metrics import counts
-from hpcres.metrics.counts import Counts, Densities
+from hpcres.metrics.counts import Counts
+from hpcres.metrics.named import Named, described, summary
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, grown_by_one, submit, threads_of
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Study, SubVolumes, VoxelSize
 from hpcres.volumes import PhaseMap, Volume, open_volume, read_images
 
 SCHEMA = "hpcres metrics 1"
-_MICROMETERS = {"angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "meter": 1e6}
 _FAN_IN = 32
 
 
@@ -101,28 +100,6 @@ def count_volume(
     return total
 
 
-@dataclass(frozen=True)
-class Named:
-    """How a volume's labels are called and how long its voxels are."""
-
-    phases: dict[int, str]
-    voxel_size: tuple[float, float, float]
-    unit: str
-
-    @property
-    def length_unit(self) -> str:
-        return "micrometer" if self.unit in _MICROMETERS else self.unit
-
-    @property
-    def lengths(self) -> tuple[float, float, float]:
-        """Voxel edges in `length_unit`."""
-        z, y, x = (h * _MICROMETERS.get(self.unit, 1.0) for h in self.voxel_size)
-        return z, y, x
-
-    def join(self, labels: Sequence[int]) -> str:
-        return "|".join(self.phases[i] for i in labels)
-
-
 def measure(
     volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelSize | None = None,
     settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, block: Triple | None = None,
@@ -159,47 +136,6 @@ def measure(
     return result
 
 
-def described(total: Counts, named: Named) -> dict[str, Any]:
-    """Counts and the numbers derived from them, keyed by phase name, with units."""
-    found = counts.finalize(total, named.lengths, tuple(named.phases))
-    per_length = f"1/{named.length_unit}"
-    return {
-        "voxel_size": list(named.voxel_size),
-        "voxel_unit": named.unit,
-        "length_unit": named.length_unit,
-        "phases": [{"label": label, "name": name} for label, name in named.phases.items()],
-        "counts": {
-            "voxels": {name: total.voxels.get(label, 0) for label, name in named.phases.items()},
-            "faces": {named.join(pair): list(n) for pair, n in total.faces.items()},
-            "edges": {named.join(some): list(n) for some, n in total.edges.items()},
-            "all_faces": list(total.all_faces),
-            "all_edges": list(total.all_edges),
-        },
-        **_named_densities(found, named, per_length),
-    }
-
-
-def _named_densities(found: Densities, named: Named, per_length: str) -> dict[str, Any]:
-    return {
-        "volume_fraction": {named.phases[i]: v for i, v in found.volume_fraction.items()},
-        "specific_surface_area": {
-            "unit": per_length,
-            "faces": {named.phases[i]: v for i, v in found.specific_surface_faces.items()},
-            "crofton": {named.phases[i]: v for i, v in found.specific_surface_crofton.items()},
-        },
-        "interphase_area": {named.join(pair): v for pair, v in found.interphase_area.items()},
-        "tpb": {
-            "unit": f"{per_length}^2",
-            "density": found.tpb_density,
-            "normalised": found.tpb_normalised,
-            "by_phases": {
-                named.join(some): {"density": v, "normalised": found.tpb_normalised_by_phases[some]}
-                for some, v in found.tpb_density_by_phases.items()
-            },
-        },
-    }
-
-
 def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
     if spread.skipped:
         return {"skipped": spread.skipped}
@@ -230,16 +166,6 @@ def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
             for label, by_direction in spread.transport.items()
         }
     return result
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and the values; null where there are none."""
-    array = np.asarray(values, float)
-    return {
-        "mean": float(array.mean()) if array.size else None,
-        "std": float(array.std(ddof=1)) if array.size > 1 else None,
-        "values": array.tolist(),
-    }
 
 
 def measure_study(
