@@ -116,7 +116,7 @@ def compress_seconds(store: Path) -> float:
     return (time.perf_counter() - started) / 5 / labels.size
 
 
-def measure(scale: int, width: int, edge: int, ranks: int) -> dict[str, float]:
+def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[str, float]:
     from hpcres.checkpoint import load_checkpoint
     from hpcres.geometry import Box
     from hpcres.inference.generate import operations
@@ -124,7 +124,7 @@ def measure(scale: int, width: int, edge: int, ranks: int) -> dict[str, float]:
 
     folder = Path(tempfile.mkdtemp(prefix="hpcres-bench-"))
     try:
-        path = prepare(folder, scale, width, edge, 256 if width <= 6 else 192)
+        path = prepare(folder, scale, width, edge, tile)
         program = [sys.executable, __file__, "--rank", str(path)]
         launcher = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "mpirun"
         command = program if ranks == 1 else [launcher, "-n", str(ranks), *program]
@@ -173,11 +173,11 @@ def main() -> None:
         "network", "count", "compress", "write", "peak a rank", "",
     ]  # fmt: skip
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
-    measure(options.scale, 5, 64, 1)  # compiles, which takes memory
+    measure(options.scale, 5, 64, 64, 1)  # compiles, which takes memory
     if options.sizes:
         first: dict[str, float] = {}
         for edge in options.sizes:
-            found = measure(options.scale, 5, edge, options.ranks[-1])
+            found = measure(options.scale, 5, edge, 256, options.ranks[-1])
             first = first or found
             more = (
                 f"{found['voxels/s'] / first['voxels/s']:.3f} × the speed, {found['peak'] / first['peak']:.3f} × the "
@@ -188,8 +188,8 @@ def main() -> None:
     for width in options.widths:
         alone = 0.0
         for ranks in options.ranks:
-            edge = 512 if width <= 6 else 384
-            found = measure(options.scale, width, edge, ranks)
+            edge = 768 if width <= 6 else 384  # 64 tiles, or 8
+            found = measure(options.scale, width, edge, 192, ranks)
             more = f"{found['voxels/s'] / alone:.2f} × one rank" if alone else ""
             alone = alone or found["voxels/s"]
             print(row(options.scale, width, edge, ranks, found, more), flush=True)

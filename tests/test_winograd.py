@@ -102,6 +102,38 @@ def test_every_block_gives_the_bits_of_the_whole(name, monkeypatch):
     assert (labels_of(network, window, whole, Memory()) == labels).all()
 
 
+@pytest.mark.parametrize("d", range(8, 65))
+def test_every_scale_factor(d):
+    """64/d: the labels of the module, and of a block that begins inside."""
+    scale = Fraction(64, d)
+    generator = lively(SuperResGenerator(2, 3, scale, 2))
+    n = scale.denominator + 5 if scale > 2 else scale.denominator + 12
+    shape = (n, 5, 6)
+    network, rng = WinogradNetwork(fold(generator), shape), np.random.default_rng(d)
+    window = np.zeros((*shape, network.channels), np.float32)
+    window[..., :2] = rng.integers(0, 2, shape)[..., None] == np.arange(2)
+    window[..., 2] = rng.standard_normal(shape)
+    given = torch.from_numpy(window[..., :3].transpose(3, 0, 1, 2)[None]).double()
+    with torch.inference_mode():
+        logits = generator.double()(given)[0].numpy()
+    labels = labels_of(network, window, Box.whole(logits.shape[1:]), Memory())
+    best = np.sort(logits, 0)
+    differ = labels != logits.argmax(0)
+    assert not differ.any() or (best[-1] - best[-2])[differ].max() < 1e-5 * np.abs(logits).max()
+    p = scale.numerator
+    block = Box((p, 0, 0), labels.shape) if labels.shape[0] > p else Box.whole(labels.shape)
+    assert (labels_of(network, window, block, Memory()) == labels[block.slices]).all()
+
+
+def test_ties_go_to_the_lowest_label():
+    generator, window, _ = network_of("4")
+    with torch.no_grad():
+        generator.conv_end.weight[:] = generator.conv_end.weight[:1].clone()
+        generator.conv_end.bias[:] = torch.tensor([-1.0, 2.0, 2.0])
+    network = WinogradNetwork(fold(generator), window.shape[:3])
+    assert (labels_of(network, window, Box.whole([4 * n for n in window.shape[:3]]), Memory()) == 1).all()
+
+
 def test_reach_is_what_blocks_read():
     for name in ("4", "8", "8/5", "16/3", "two blocks"):
         scale, width, blocks, padding, last, _ = CASES[name]
