@@ -10,12 +10,13 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-slurm case3 clean
+.PHONY: help install demo test lint types test-slurm case3 bench-inference clean
 
 help:
 	@echo "make demo    the main job on a phantom, about 8 minutes on two cores; ends with results/demo/report.html"
 	@echo "make test    the tests"
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
+	@echo "make bench-inference   how fast painting is on this machine, an hour"
 	@echo "make lint types test-slurm clean"
 
 install: .venv/installed
@@ -65,6 +66,11 @@ test: .venv/tested
 # Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
 test-slurm: .venv/tested
 	pytest tests -m slurm
+
+# An hour on two idle cores; the tables go into docs/inference.md.
+bench-inference: .venv/tested
+	python bench/inference.py
+	python bench/inference.py --sizes 512 1024 1920
 
 lint: .venv/tested
 	ruff check .
