@@ -301,7 +301,7 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
     first = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
     store = path.parent / "out/labels.zarr"
     deadline = time.monotonic() + 60
-    while not read_journal(store) and time.monotonic() < deadline:
+    while len(read_journal(store)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     before, ours = store_bytes(store), descendants(first.pid)
     second = mpirun(2, *command(path, "infer"))
