@@ -654,11 +654,12 @@ def _lanes(channels: int) -> np.generic:
 def _rows_together(layer: _Layer, row: int) -> int:
     """How many cells to transform before multiplying, in a `row` of them: parts of it, or several rows.
 
-    As many as half of a core's second-level cache holds; more where the weights are larger than that, because they
-    are read again each time.
+    As many as half of a core's second-level cache holds. Where the weights are larger than that they are read again
+    each time: from the cache that cores share, which the cells should leave room in, or from memory, so for many.
     """
-    fit = _CACHE_BYTES // 2 // (216 * 4 * (layer.inputs + layer.outputs))
-    rows = max(12, fit, min(96, 12 * layer.weights.nbytes // _CACHE_BYTES))
+    rows = max(12, _CACHE_BYTES // 2 // (216 * 4 * (layer.inputs + layer.outputs)))
+    if layer.weights.nbytes > _CACHE_BYTES // 2:
+        rows = max(rows, 24 if layer.weights.nbytes <= 16 * _CACHE_BYTES else 192)
     return (rows // row * row if rows > row else -(-row // -(-row // rows))) + 1  # the remainder is taken in twos
 
 
