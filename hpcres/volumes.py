@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 import h5py
 import numba
@@ -501,12 +501,12 @@ def _open_multiscale(path: str, group: zarr.Group, attributes: dict[str, Any], o
     )  # fmt: skip
     if "hpcres" not in attributes:
         return volume
-    # Our own stores have no label 255: what reads as 255 was never written, and must not be measured.
-    inner = volume._read
+    # What reads as the fill value in one of our own stores was never written, and must not be measured.
+    inner, unwritten = volume._read, array.fill_value
 
     def read(box: Box) -> np.ndarray:
         labels = inner(box)
-        if missing := int(np.count_nonzero(labels == UNWRITTEN)):
+        if missing := int(np.count_nonzero(labels == unwritten)):
             raise InputError(f"{path}: {missing} voxels of {box} were never written; run hpcres verify --repair first")
         return labels
 
@@ -591,6 +591,28 @@ def coarsen_by_mode(labels: np.ndarray) -> np.ndarray:
     return coarse
 
 
+@numba.njit(cache=True, nogil=True)
+def _mean(fine: np.ndarray, coarse: np.ndarray) -> None:
+    nz, ny, nx = fine.shape
+    for z in range(coarse.shape[0]):
+        for y in range(coarse.shape[1]):
+            for x in range(coarse.shape[2]):
+                total, n = 0, 0
+                for i in range(2 * z, min(2 * z + 2, nz)):
+                    for j in range(2 * y, min(2 * y + 2, ny)):
+                        for k in range(2 * x, min(2 * x + 2, nx)):
+                            total += fine[i, j, k]
+                            n += 1
+                coarse[z, y, x] = (2 * total + n) // (2 * n)
+
+
+def coarsen_by_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of every 2×2×2 block of a uint8 volume, halves rounded up; blocks at odd ends are smaller."""
+    coarse = np.empty([-(-n // 2) for n in values.shape], np.uint8)
+    _mean(values, coarse)
+    return coarse
+
+
 # ---- the label store ---------------------------------------------------------------------------------------
 
 PHASE_COLOURS = (
@@ -616,6 +638,10 @@ class LabelStore:
     that is there is whole. What was never written reads as 255. Pickles as its path.
     """
 
+    unwritten = UNWRITTEN
+    kind, method = "labels", "mode of 2×2×2 blocks"
+    coarsen: Callable[[np.ndarray], np.ndarray] = staticmethod(coarsen_by_mode)
+
     def __init__(self, path: str | Path, group: zarr.Group) -> None:
         self.path = Path(path)
         ome: Any = group.attrs["ome"]
@@ -634,7 +660,7 @@ class LabelStore:
         cls, path: str | Path, shape: Sequence[int], *, shard: Sequence[int], chunk_voxels: int,
         voxel_size: float | Sequence[float], unit: str, phases: Sequence[str],
         codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any], overwrite: bool = False,
-    ) -> LabelStore:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """Write the metadata of all levels beside `path` and rename it into place; no voxel is written yet.
 
         shape, shard: z, y, x voxels; shard is a multiple of the inner chunk's edge `chunk_voxels`.
@@ -652,7 +678,7 @@ class LabelStore:
             raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
         temporary = temporary_beside(path)
         try:
-            _write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
+            cls._write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
             move_into_place(temporary, path)
         except OSError as error:
             error.filename = str(path)
@@ -662,18 +688,23 @@ class LabelStore:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path) -> LabelStore:
+    def open(cls, path: str | Path) -> Self:
         """Open a store of ours; InputError for anything else."""
         group, attributes = _zarr_node(str(path), "r+" if os.access(path, os.W_OK) else "r")
         if not isinstance(group, zarr.Group) or not {"hpcres", "ome"} <= set(attributes):
             raise InputError(f"{path}: is no label store of hpcres; make one with hpcres convert or hpcres infer")
         try:
+            found: Any = attributes["ome"]
+            if (other := found["multiscales"][0]["name"]) != cls.kind:
+                raise InputError(f"{path}: holds {other} where {cls.kind} are due; name the other store")
             return cls(path, group)
+        except InputError:
+            raise
         except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
             _corrupt(str(path), f"metadata: {error!r}")
 
-    def __reduce__(self) -> tuple[Callable[..., LabelStore], tuple[Path]]:
-        return LabelStore.open, (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        return type(self).open, (self.path,)
 
     @property
     def volume(self) -> Volume:
@@ -685,11 +716,14 @@ class LabelStore:
         return dict(self._attributes()["hpcres"])
 
     def write(self, level: int, box: Box, labels: np.ndarray) -> None:
-        """Write whole shards: `labels` uint8 (z, y, x) of `box`, which starts and ends where shards do."""
+        """Write whole shards: `labels` uint8 (z, y, x) of `box`, which starts and ends where shards do.
+
+        InputError where it does not. Values are none of `unwritten`.
+        """
         here = self.levels[level]
         assert labels.shape == box.shape, (labels.shape, box)
         assert labels.dtype == np.uint8, labels.dtype
-        assert not (labels == UNWRITTEN).any(), "255 means unwritten"
+        assert not (labels == self.unwritten).any(), f"{self.unwritten} means unwritten"
         whole = Box.whole(here.shape)
         for axis, start, stop, edge, end in zip(AXES, box.start, box.stop, here.shard, whole.stop, strict=True):
             cut = start if start % edge else stop if stop % edge and stop != end else None
@@ -706,7 +740,7 @@ class LabelStore:
         self._arrays[level][box.slices] = labels
 
     def read(self, level: int, box: Box) -> np.ndarray:
-        """uint8 (z, y, x); 255 where nothing was written."""
+        """uint8 (z, y, x); `unwritten` where nothing was."""
         try:
             return np.asarray(self._arrays[level][box.slices])
         except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -730,7 +764,7 @@ class LabelStore:
         return self._shards_in(level - 1, self._finer(level, box))
 
     def write_coarser(self, level: int, box: Box) -> None:
-        """Write one shard of `level` ≥ 1 from the level below, by mode; Unfinished where that has gaps.
+        """Write one shard of `level` ≥ 1 from the level below, by `coarsen`; Unfinished where that has gaps.
 
         Needs the memory of one shard and of 2³ chunks.
         """
@@ -748,7 +782,7 @@ class LabelStore:
                 triple([a + o for a, o in zip(part.start, box.start, strict=True)]),
                 triple([b + o for b, o in zip(part.stop, box.start, strict=True)]),
             )
-            labels[part.slices] = coarsen_by_mode(self.read(level - 1, self._finer(level, place)))
+            labels[part.slices] = self.coarsen(self.read(level - 1, self._finer(level, place)))
         self.write(level, box, labels)
 
     def set_provenance(self, **items: Any) -> None:
@@ -781,6 +815,58 @@ class LabelStore:
         starts = product(*(range(a // e * e, b, e) for a, b, e in zip(box.start, box.stop, edges, strict=True)))
         whole = Box.whole(self.levels[level].shape)
         return [Box(triple(s), triple([a + e for a, e in zip(s, edges, strict=True)])).clipped(whole) for s in starts]
+
+    @classmethod
+    def _write_template(
+        cls, path: Path, shape: Triple, shard: Triple, chunk: int, spacing: Spacing, unit: str, phases: Sequence[str],
+        codec: Literal["zstd", "lz4"], provenance: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
+        for axis in axes:
+            axis |= {"unit": unit} if unit != "voxel" else {}
+        levels = pyramid(shape)
+        datasets: list[dict[str, Any]] = []
+        for level, (_, step) in enumerate(levels):
+            edges = [v * s for v, s in zip(spacing, step, strict=True)]
+            # The centre of a coarse voxel is the centre of the fine ones under it.
+            centre = [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]
+            placed = [{"type": "scale", "scale": edges}, {"type": "translation", "translation": centre}]
+            datasets.append({"path": str(level), "coordinateTransformations": placed})
+        multiscale = {"name": cls.kind, "axes": axes, "datasets": datasets, "type": cls.method}
+        attributes = {
+            "ome": {"version": "0.5", "multiscales": [multiscale], **cls._look(phases)},
+            "hpcres": dict(provenance),
+        }
+        group = zarr.create_group(zarr.storage.LocalStore(path), zarr_format=3, attributes=attributes)
+        level_of = {"zstd": 3, "lz4": 5}
+        blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=level_of[codec], shuffle="bitshuffle")
+        for level, (extent, _) in enumerate(levels):
+            group.create_array(
+                str(level), shape=extent, dtype="uint8", chunks=(chunk,) * 3, fill_value=cls.unwritten,
+                compressors=blosc,
+                shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),
+                dimension_names=tuple(AXES), config={"write_empty_chunks": True},
+            )  # fmt: skip
+
+    @classmethod
+    def _look(cls, phases: Sequence[str]) -> dict[str, Any]:
+        return {"image-label": _image_label(dict(enumerate(phases)))}
+
+
+class AgreementStore(LabelStore):
+    """The same for an image of shares: 255 times the share, which is never 0, so that 0 is what was never written.
+
+    Its pyramid is by mean, and it is no label image.
+    """
+
+    unwritten = 0
+    kind, method = "agreement", "mean of 2×2×2 blocks"
+    coarsen = staticmethod(coarsen_by_mean)
+
+    @classmethod
+    def _look(cls, phases: Sequence[str]) -> dict[str, Any]:
+        return {}
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
@@ -821,45 +907,6 @@ def pyramid(shape: Triple) -> list[tuple[Triple, Triple]]:
         coarser = triple([s * (2 if n > 1 else 1) for s, n in zip(step, extent, strict=True)])
         levels.append((triple([-(-n // 2) for n in extent]), coarser))
     return levels
-
-
-def _write_template(
-    path: Path, shape: Triple, shard: Triple, chunk: int, spacing: Spacing, unit: str, phases: Sequence[str],
-    codec: Literal["zstd", "lz4"], provenance: Mapping[str, Any],
-) -> None:  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
-    for axis in axes:
-        axis |= {"unit": unit} if unit != "voxel" else {}
-    levels = pyramid(shape)
-    datasets: list[dict[str, Any]] = [
-        {
-            "path": str(level),
-            "coordinateTransformations": [
-                {"type": "scale", "scale": [v * s for v, s in zip(spacing, step, strict=True)]},
-                # The centre of a coarse voxel is the centre of the fine ones under it.
-                {"type": "translation", "translation": [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]},
-            ],
-        }
-        for level, (_, step) in enumerate(levels)
-    ]
-    multiscale = {"name": "labels", "axes": axes, "datasets": datasets, "type": "mode of 2×2×2 blocks"}
-    attributes = {
-        "ome": {
-            "version": "0.5",
-            "multiscales": [multiscale],
-            "image-label": _image_label(dict(enumerate(phases))),
-        },
-        "hpcres": dict(provenance),
-    }
-    group = zarr.create_group(zarr.storage.LocalStore(path), zarr_format=3, attributes=attributes)
-    blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=3 if codec == "zstd" else 5, shuffle="bitshuffle")
-    for level, (extent, _) in enumerate(levels):
-        group.create_array(
-            str(level), shape=extent, dtype="uint8", chunks=(chunk,) * 3, fill_value=UNWRITTEN, compressors=blosc,
-            shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),
-            dimension_names=tuple(AXES), config={"write_empty_chunks": True},
-        )  # fmt: skip
 
 
 def _image_label(phases: Mapping[int, str | None]) -> dict[str, Any]:

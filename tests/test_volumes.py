@@ -21,6 +21,7 @@ from hpcres.geometry import Box, triple
 from hpcres.study import RawHeader
 from hpcres.volumes import (
     UNWRITTEN,
+    AgreementStore,
     LabelStore,
     PhaseMap,
     Volume,
@@ -566,6 +567,30 @@ def test_ngff_zarr_validates_it(pyramid):
     assert images[0].scale == {"z": 3.0, "y": 2.0, "x": 2.0}
     assert images[1].translation == {"z": 1.5, "y": 1.0, "x": 1.0}
     assert set(images[0].axes_units.values()) == {"nanometer"}
+
+
+def test_shares_are_an_intensity_image_with_a_pyramid_by_mean(tmp_path):
+    import ngff_zarr
+
+    shares = np.random.default_rng(2).integers(1, 256, (301, 37, 50)).astype(np.uint8)
+    path = tmp_path / "agreement.zarr"
+    store = AgreementStore.create(
+        path, shares.shape, shard=(32, 64, 64), chunk_voxels=16, voxel_size=2.0, unit="nanometer", phases=(),
+        provenance={"seed": 7},
+    )  # fmt: skip
+    with pytest.raises(InputError, match="never written"):
+        open_volume(path).read(Box.whole(shares.shape))
+    fill(store, shares)
+    padded = np.pad(shares.astype(float), [(0, n % 2) for n in shares.shape], constant_values=np.nan)
+    mean = np.nanmean(padded.reshape(151, 2, 19, 2, 25, 2), (1, 3, 5))
+    np.testing.assert_array_equal(store.read(1, Box.whole(mean.shape)), np.floor(mean + 0.5))
+    np.testing.assert_array_equal(open_volume(path).read(Box.whole(shares.shape)), shares)
+    images = ngff_zarr.from_ngff_zarr(str(path), validate=True).images
+    np.testing.assert_array_equal(np.asarray(images[0].data), shares)
+    assert type(pickle.loads(pickle.dumps(AgreementStore.open(path)))) is AgreementStore
+    with pytest.raises(InputError, match="holds agreement where labels are due"):
+        LabelStore.open(path)
+    assert "image-label" not in json.loads((path / "zarr.json").read_text())["attributes"]["ome"]
 
 
 def test_napari_shows_labels(pyramid):
