@@ -389,10 +389,14 @@ def verify(
 @_study_options
 @_scheduler
 @_voxel_size
+@click.option(
+    "--periodic", type=click.Choice(("z", "y", "x")), multiple=True,
+    help="The volume's two sides meet along this axis; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
 def metrics(
     source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, voxel_size: str | None,
-    as_json: bool,
+    periodic: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Measure volume fractions, surface and interphase areas, TPB, and their spread over sub-volumes.
 
@@ -400,6 +404,7 @@ def metrics(
     hpcres metrics                                  the study's labels.zarr, its reference and its images
     hpcres metrics electrode.tiff                   any volume: .tif, .npy, .h5:/dataset, .zarr
     hpcres metrics scan.zarr --voxel-size 65nm --output metrics.json
+    hpcres metrics --periodic z --periodic y        what was painted so: the sides' faces and edges count too
     hpcres metrics --scheduler tcp://node1:8786     on a running Dask cluster
 
     Writes <output>/metrics.json; for a bare volume only where --output names a file.
@@ -412,7 +417,7 @@ def metrics(
     from hpcres.study import SubVolumes
     from hpcres.volumes import open_volume
 
-    command = _command_line()
+    command, (z, y, x) = _command_line(), (axis in periodic for axis in "zyx")
     if _is_study(source):
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
@@ -421,7 +426,7 @@ def metrics(
         target: Path | None = study.metrics_path
         _writable(study.metrics_path)
         with connect(scheduler) as client:
-            result = measure_study(study, volume, client=client, command=command)
+            result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
         save_study(study, "metrics")
     else:
         _no_settings(source, settings)
@@ -429,7 +434,9 @@ def metrics(
         if target is not None:
             _writable(target)
         with connect(scheduler) as client:
-            measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes(count=0))
+            measured = measure(
+                volume, client=client, voxel_size=size, settings=SubVolumes(count=0), periodic=(z, y, x)
+            )
         result = {**header(command), "volume": measured}
     if target is not None:
         write_json(target, result)

@@ -80,6 +80,25 @@ def blocks(shape: Sequence[int], block: Sequence[int]) -> list[Box]:
     return [Box(triple(s), triple([a + b for a, b in zip(s, block, strict=True)])).clipped(whole) for s in starts]
 
 
+def following(boxes: Sequence[Box], shape: Sequence[int], periodic: Periodic) -> list[dict[Triple, int]]:
+    """Of every block of a regular grid over a volume, the positions in `boxes` of those that follow it.
+
+    Keys are how many blocks further along z, y, x, 0 or 1 each but not all 0; around a periodic axis the first block
+    follows the last, and beyond an open end none does.
+    """
+    at = {box.start: place for place, box in enumerate(boxes)}
+    found = []
+    for box in boxes:
+        near = {}
+        for step in list(product((0, 1), repeat=3))[1:]:
+            edges = zip(box.start, box.stop, step, shape, periodic, strict=True)
+            start = [(stop % n if wraps else stop) if s else begin for begin, stop, s, n, wraps in edges]
+            if tuple(start) in at:
+                near[triple(step)] = at[triple(start)]
+        found.append(near)
+    return found
+
+
 def wrapped(box: Box, shape: Sequence[int]) -> list[tuple[Box, Box]]:
     """A box of a periodic volume cut where it wraps: (box inside the volume, its place in `box`) pieces, z-major.
 

@@ -9,8 +9,8 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
     low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
     published             figures of the literature from the study, as they stand there
 
-    volume: path, provenance (of the store), shape [z, y, x], voxel_size [z, y, x] and voxel_unit, length_unit,
-        phases [{label, name}],
+    volume: path, provenance (of the store), shape [z, y, x], periodic [axes whose sides meet],
+        voxel_size [z, y, x] and voxel_unit, length_unit, phases [{label, name}],
         counts {voxels {phase: n}, faces {"a|b": [z, y, x]}, edges {"a|b|c": [z, y, x]}, all_faces, all_edges},
         volume_fraction {phase: share},
         specific_surface_area {unit, faces {phase: value}, crofton {phase: value}},
@@ -34,16 +34,18 @@ from distributed import Client
 
 from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
-from hpcres.geometry import Box, Triple, blocks
+from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
 from hpcres.metrics import counts
-from hpcres.metrics.counts import Counts
+from hpcres.metrics.counts import Counts, Rim
 from hpcres.metrics.named import Named, described, summary
-from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, grown_by_one, submit, threads_of
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, submit_with_neighbours, threads_of
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Study, SubVolumes, VoxelSize
 from hpcres.volumes import PhaseMap, Volume, open_volume, read_images
 
 SCHEMA = "hpcres metrics 1"
+OPEN = (False, False, False)
+"""No axis is periodic: the volume's outer faces part nothing."""
 _FAN_IN = 32
 
 
@@ -56,18 +58,32 @@ class Failure:
 
 
 Part = tuple[Counts, tuple[Failure, ...]]
+Leaf = tuple[Counts, Rim] | Failure
 
 
-def _count_block(box: Box, source: Source, labels: tuple[int, ...] | None) -> Part:
+def _count_inner(box: Box, source: Source, labels: tuple[int, ...] | None) -> Leaf:
     volume = source.open()
     try:
-        voxels = volume.read(grown_by_one(box, volume.shape))
+        voxels = volume.read(box)
     except (InputError, OSError, RuntimeError) as error:
-        return Counts(), (Failure(box, " ".join(str(error).split())),)
+        return Failure(box, " ".join(str(error).split()))
     try:
-        return counts.count(voxels, box.shape, labels), ()
+        return counts.count_inner(voxels, labels), Rim.of(voxels)
     except InputError as error:
         raise InputError(f"{volume.path}: {error}") from None
+
+
+def _count_rim(own: Leaf, beyond: Mapping[Triple, Leaf], path: str, labels: tuple[int, ...] | None) -> Part:
+    if isinstance(own, Failure):
+        return Counts(), (own,)
+    inner, rim = own
+    rims = {place: leaf[1] for place, leaf in beyond.items() if not isinstance(leaf, Failure)}
+    if len(rims) < len(beyond):
+        return inner, ()
+    try:
+        return counts.add(inner, counts.count_rim(rim, rims, labels)), ()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _add_parts(parts: Sequence[Part]) -> Part:
@@ -75,17 +91,21 @@ def _add_parts(parts: Sequence[Part]) -> Part:
 
 
 def count_volume(
-    volume: Volume, *, client: Client, labels: Sequence[int] | None = None, block: Triple | None = None,
-    progress: bool = True,
+    volume: Volume, *, client: Client, labels: Sequence[int] | None = None, periodic: Periodic = OPEN,
+    block: Triple | None = None, progress: bool = True,
 ) -> Counts:  # fmt: skip
     """All counts of a volume, read once block by block and added up in a tree; the same for any `block`.
 
+    Along a `periodic` axis (z, y, x) the faces and edges between the last plane and the first count too.
     Unfinished, with the blocks named, where some could not be read.
     """
     limit = block_voxels(volume.shape, volume.dtype.itemsize, threads_of(client))
     boxes = blocks(volume.shape, block or block_shape(volume.shape, volume.chunks, limit))
     known = None if labels is None else tuple(labels)
-    leaves = submit(client, _count_block, boxes, source=Source.of(volume), labels=known)
+    leaves = submit_with_neighbours(
+        client, _count_inner, _count_rim, boxes, following(boxes, volume.shape, periodic),
+        {"source": Source.of(volume), "labels": known}, {"path": volume.path, "labels": known},
+    )  # fmt: skip
     level = leaves
     while len(level) > 1:
         groups = [level[i : i + _FAN_IN] for i in range(0, len(level), _FAN_IN)]
@@ -102,18 +122,19 @@ def count_volume(
 
 def measure(
     volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelSize | None = None,
-    settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, block: Triple | None = None,
-    progress: bool = True,
+    settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, periodic: Periodic = OPEN,
+    block: Triple | None = None, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything metrics.json says of one volume (its `volume` entry).
 
     phases: names of labels 0, 1, 2, … (default: what the file knows, else the labels as they are found).
     voxel_size: default what the file says, else one voxel. settings: the random sub-volumes, or none.
     within: draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
+    periodic: axes z, y, x whose two sides meet; sub-volumes are cut inside the volume whatever it says.
     """
     names = tuple(phases) if phases is not None else volume.phases
     known = None if names is None else tuple(range(len(names)))
-    total = count_volume(volume, client=client, labels=known, block=block, progress=progress)
+    total = count_volume(volume, client=client, labels=known, periodic=periodic, block=block, progress=progress)
     if voxel_size is not None:
         size, unit = (voxel_size.length,) * 3, voxel_size.unit
     elif volume.voxel_size is not None:
@@ -125,6 +146,7 @@ def measure(
         "path": os.path.abspath(volume.path),
         "provenance": volume.provenance,
         "shape": list(volume.shape),
+        "periodic": [axis for axis, wraps in zip(AXES, periodic, strict=True) if wraps],
         **described(total, named),
     }
     if settings is not None and settings.count:
@@ -169,9 +191,10 @@ def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
 
 
 def measure_study(
-    study: Study, volume: Volume, *, client: Client, progress: bool = True, command: str = ""
+    study: Study, volume: Volume, *, client: Client, periodic: Periodic = OPEN, progress: bool = True, command: str = ""
 ) -> dict[str, Any]:
-    """metrics.json of a study: the volume, its reference, the training images and the low-res agreement."""
+    """metrics.json of a study: the volume (its `periodic` axes z, y, x), its reference, the training images and the
+    low-res agreement."""
     reference = None if study.reference.volume is None else open_volume(study.reference.volume)
     low_res = open_volume(study.low_res.path, study.low_res.raw)
     within = None
@@ -184,10 +207,10 @@ def measure_study(
             f"measure it with the study that made it"
         )
 
-    def measured(one: Volume) -> dict[str, Any]:
+    def measured(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         return measure(
             one, client=client, phases=study.phases, voxel_size=size, settings=settings, seed=study.seed,
-            within=within, progress=progress,
+            within=within, periodic=periodic, progress=progress,
         )  # fmt: skip
 
     from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without
@@ -195,7 +218,7 @@ def measure_study(
     return {
         **header(command),
         "study": study.name,
-        "volume": measured(volume),
+        "volume": measured(volume, periodic),
         "reference": None if reference is None else measured(reference),
         "images": measure_images(study.high_res),
         "low_res": agreement(study, low_res, volume, client=client, progress=progress),

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,16 +15,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from dask import delayed
 from distributed import Client, Future, LocalCluster, as_completed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, Triple, triple
+from hpcres.geometry import Triple, triple
 from hpcres.study import RawHeader
 from hpcres.volumes import Volume, open_volume
 
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 32 * 2**20
 _LINE_SECONDS = 5.0
 
 
@@ -111,6 +112,23 @@ def submit(client: Client, task: Callable[..., Any], *columns: Sequence[Any], **
     return client.map(task, *columns, pure=False, **fixed)
 
 
+def submit_with_neighbours(
+    client: Client, first: Callable[..., Any], then: Callable[..., Any], items: Sequence[Any],
+    neighbours: Sequence[Mapping[Any, int]], first_fixed: Mapping[str, Any], then_fixed: Mapping[str, Any],
+) -> list[Future]:  # fmt: skip
+    """One `then(own, {key: neighbour})` per item over results of `first(item)`, `neighbours` giving positions.
+
+    A result of `first` is dropped as soon as the last that needs it is done, so few are held at any time.
+    """
+    # One graph, so that Dask sees at once what becomes of each result and goes through it depth first.
+    leaves = [delayed(first, pure=False)(item, **first_fixed) for item in items]
+    joined = [
+        delayed(then, pure=False)(leaf, {key: leaves[at] for key, at in near.items()}, **then_fixed)
+        for leaf, near in zip(leaves, neighbours, strict=True)
+    ]
+    return client.compute(joined)
+
+
 def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
     """Wait for all, showing how many are done; the first exception of a task ends the rest and is raised."""
     console = Console(stderr=True)
@@ -131,8 +149,3 @@ def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
             if progress and not console.is_terminal and time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
                 print(f"{what}: {done} of {len(futures)}", file=sys.stderr, flush=True)
-
-
-def grown_by_one(box: Box, shape: Sequence[int]) -> Box:
-    """The block with the one voxel on the + side that its faces and edges need."""
-    return box.grown(0, 1, Box.whole(shape))
