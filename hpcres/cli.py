@@ -291,11 +291,12 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
 @click.option("--checkpoint", metavar="PATH", help="The study's by default.")
 @click.option("--low-res", metavar="PATH", help="The study's by default.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the noise; the study's by default.")
+@click.option("--ensemble", metavar="K", type=click.IntRange(1, 255), help="Paint K seeds; see below.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), help="The study's by default.")
 @_overwrite
 def infer(
     study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, checkpoint: str | None,
-    low_res: str | None, seed: int | None, device: str | None, overwrite: bool,
+    low_res: str | None, seed: int | None, ensemble: int | None, device: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Paint the high-res volume, tile by tile over MPI ranks; a stopped run goes on where it was.
 
@@ -305,7 +306,9 @@ def infer(
     hpcres infer --checkpoint checkpoint.pt --low-res tomogram.tif --output labels.zarr
 
     Writes <output>/labels.zarr, OME-Zarr 0.5 with a pyramid; the bytes do not depend on the number of ranks.
-    Without a study file, the checkpoint and the coarse volume are all it needs.
+    Without a study file, the checkpoint and the coarse volume are all it needs. With --ensemble K the labels are those
+    of the first of K seeds, labels-agreement.zarr holds the share of seeds that agree with them, and the attributes of
+    labels.zarr how every metric varies with the seed.
     """
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer as run
@@ -316,7 +319,7 @@ def infer(
         loaded = None if alone else load_study(study, settings, output)
         job = open_job(
             loaded, checkpoint=checkpoint, low_res=low_res, output=output, tiles=tiles, seed=seed, device=device,
-            command=_command_line(),
+            command=_command_line(), inference={} if ensemble is None else {"ensemble": ensemble},
         )  # fmt: skip
         painted = run(job, ranks, overwrite=overwrite)
         if ranks.rank == 0:

@@ -284,6 +284,8 @@ class Inference(Section):
     codec: Literal["zstd", "lz4"] = "zstd"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Half precision is faster, above all on GPUs, and changes labels; infer says how many."""
+    ensemble: Annotated[int, Field(ge=1, le=255)] = 1
+    """Seeds to paint, from the study's on: labels of the first, the share of seeds that agree, and metrics of all."""
     threads: Annotated[int, Field(ge=1)] | None = None
 
     @property

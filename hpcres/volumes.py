@@ -888,6 +888,15 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
 
 
+def clear_leftovers(path: Path) -> None:
+    """Remove what a killed process left half-made in a store and beside it. Only while nobody else writes it."""
+    for half in [*path.rglob("*.partial"), *path.glob(".zarr.json.*")]:
+        half.unlink()
+    for beside in path.absolute().parent.iterdir():
+        if beside.name.startswith(f".{path.name}."):
+            shutil.rmtree(beside, ignore_errors=True)
+
+
 def move_into_place(temporary: Path, path: Path) -> None:
     """Rename a finished file or folder to `path`; what was there is removed after that."""
     if not path.is_dir():

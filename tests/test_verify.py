@@ -48,7 +48,7 @@ def spoil(path: Path, box: Box) -> int:
                 inside = part.relative_to(shard.start).slices
                 labels[inside] = (labels[inside] + 1) % 3
                 store.write(0, shard, labels)
-                journal.note(store, 0, shard)
+                journal.note([store], 0, shard)
     assert find_faults(path) == []
     return box.voxels
 

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +24,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.metrics import counts
 from hpcres.metrics.counts import Counts
-from hpcres.volumes import LabelStore
+from hpcres.volumes import AgreementStore, LabelStore
 
 _HELD = (errno.EAGAIN, errno.EACCES)  # local file systems say the one, some NFS the other
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -36,6 +36,18 @@ _LEFT_OVER_SECONDS = 10.0
 def journal_folder(output: Path) -> Path:
     """Beside the store, because zarr readers stumble over what they do not know inside it."""
     return output.with_name(output.name + ".journal")
+
+
+def agreement_path(output: Path) -> Path:
+    """Where the agreement of an ensemble stands beside its labels."""
+    return output.with_name(f"{output.stem}-agreement{output.suffix}")
+
+
+def open_stores(output: Path) -> tuple[LabelStore, ...]:
+    """The labels, and the agreement where they are of an ensemble; InputError where one is not there."""
+    labels = LabelStore.open(output)
+    several = labels.provenance.get("ensemble", 1) > 1
+    return (labels, AgreementStore.open(agreement_path(output))) if several else (labels,)
 
 
 # ---- one job at a time -------------------------------------------------------------------------------------
@@ -156,11 +168,10 @@ def _holder(content: bytes) -> str:
 
 @dataclass(frozen=True)
 class Noted:
-    """What a journal says of a shard's file."""
+    """What a journal says of a shard."""
 
-    size: int
-    """Bytes."""
-    crc32: int
+    files: tuple[tuple[int, int], ...]
+    """Bytes and checksum in each store of the job, in the order of `open_stores`."""
     counts: tuple[Mapping[str, Any], ...]
     """Of a tile: voxels, faces and edges as `metrics.counts.to_json` has them, of each seed."""
 
@@ -192,10 +203,10 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def note(self, store: LabelStore, level: int, box: Box, **more: Any) -> None:
-        """Note a shard that has just been written, when the disk has it. OSError where either is not taken."""
-        size, crc32 = _size_and_crc32(store.shard_path(level, box), settle=True)
-        entry = {"level": level, "start": list(box.start), "bytes": size, "crc32": crc32, "time": time.time(), **more}
+    def note(self, stores: Sequence[LabelStore], level: int, box: Box, **more: Any) -> None:
+        """Note a shard just written to all stores of the job, when the disk has it. OSError where one is not taken."""
+        files = [_size_and_crc32(store.shard_path(level, box), settle=True) for store in stores]
+        entry = {"level": level, "start": list(box.start), "files": files, "time": time.time(), **more}
         line = (json.dumps(entry) + "\n").encode()
         with self._turn:
             written = self._file.write(line)
@@ -226,8 +237,8 @@ def read_journal(output: Path) -> dict[tuple[int, Triple], Noted]:
             try:
                 entry = json.loads(line)
                 key = (int(entry["level"]), triple(entry["start"]))
-                counted = tuple(entry.get("counts", ()))
-                value = (float(entry["time"]), Noted(int(entry["bytes"]), int(entry["crc32"]), counted))
+                files = tuple((int(size), int(crc32)) for size, crc32 in entry["files"])
+                value = (float(entry["time"]), Noted(files, tuple(entry.get("counts", ()))))
             except (ValueError, KeyError, TypeError):
                 continue
             if key not in noted or noted[key][0] <= value[0]:
@@ -244,23 +255,32 @@ def total_counts(store: LabelStore, seeds: int) -> list[Counts]:
     return total
 
 
-def missing_shards(store: LabelStore, seeds: int) -> list[tuple[int, Box]]:
+def missing_shards(stores: Sequence[LabelStore], seeds: int) -> list[tuple[int, Box]]:
     """Level and box of every shard that is to be made, finest level first, z-major.
 
     Only what a journal vouches for is trusted: a shard without a line is one that a kill took before its line was
     written, and one of another size has lost bytes with the power of its machine.
     """
-    noted, missing = read_journal(store.path), []
-    for level in range(len(store.levels)):
-        for box in store.shard_boxes(level):
+    labels, missing = stores[0], []
+    noted = read_journal(labels.path)
+    for level in range(len(labels.levels)):
+        for box in labels.shard_boxes(level):
             known = noted.get((level, box.start))
-            try:
-                size = store.shard_path(level, box).stat().st_size
-            except OSError:
-                size = -1
-            if known is None or known.size != size or (level == 0 and len(known.counts) != seeds):
+            sizes = [_size(store.shard_path(level, box)) for store in stores]
+            if (
+                known is None
+                or [size for size, _ in known.files] != sizes
+                or (level == 0 and len(known.counts) != seeds)
+            ):
                 missing.append((level, box))
     return missing
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def refuse_without_journal(output: Path) -> None:

@@ -37,6 +37,8 @@ class Cost:
     rank_bytes: int
     voxels_per_second: float
     operations_per_voxel: float
+    seeds: int = 1
+    """Of an ensemble, painted one after the other."""
 
     @property
     def tiles_of_busiest(self) -> int:
@@ -45,7 +47,7 @@ class Cost:
     @property
     def hours(self) -> float:
         largest = max(tile.write.voxels for tile in self.plan.tiles)
-        return self.tiles_of_busiest * largest / self.voxels_per_second / 3600
+        return self.seeds * self.tiles_of_busiest * largest / self.voxels_per_second / 3600
 
     @property
     def core_hours(self) -> float:
@@ -53,14 +55,15 @@ class Cost:
 
     @property
     def store_bytes(self) -> float:
-        """Of all levels, before compression."""
-        return float(sum(prod(extent) for extent, _ in pyramid(self.plan.shape)))
+        """Of all levels, before compression; of the agreement too."""
+        return float(sum(prod(extent) for extent, _ in pyramid(self.plan.shape))) * min(self.seeds, 2)
 
     @property
     def shards(self) -> int:
         """Of all levels; each is a file."""
         extents = [extent for extent, _ in pyramid(self.plan.shape)]
-        return sum(prod(-(-n // e) for n, e in zip(extent, self.plan.tile_voxels, strict=True)) for extent in extents)
+        tiles = [[-(-n // e) for n, e in zip(extent, self.plan.tile_voxels, strict=True)] for extent in extents]
+        return sum(map(prod, tiles)) * min(self.seeds, 2)
 
 
 def estimate(
@@ -80,8 +83,8 @@ def estimate(
     whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
     job, large = (_cost(study, generator, one, threads) for one in (plan, large_plan(plan)))
     return (
-        Cost(plan, ranks, threads, *job, whole),
-        Cost(large_plan(plan), _LARGE_RANKS, threads, *large, whole),
+        Cost(plan, ranks, threads, *job, whole, settings.ensemble),
+        Cost(large_plan(plan), _LARGE_RANKS, threads, *large, whole, settings.ensemble),
     )
 
 
@@ -93,7 +96,8 @@ def _cost(study: Study, generator: SuperResGenerator, plan: TilePlan, threads: i
     try:
         tile_blocks = painter.blocks_of(plan.tiles[0].write)
         edge = max(max(block.shape) for block in tile_blocks)
-        labels = max(t.read.voxels + t.write.voxels for t in plan.tiles)
+        volumes = 1 if study.inference.ensemble == 1 else 3  # the first seed's labels, another's, how many agree
+        labels = max(t.read.voxels + volumes * t.write.voxels for t in plan.tiles)
         in_flight = max(2, -(-threads // len(tile_blocks)))
         # The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed.
         held = painter.network.weight_bytes + threads * painter.network.block_bytes(edge) + (in_flight + 1) * labels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import shutil
 import signal
 import sys
 import time
@@ -21,26 +22,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import AXES, Tile, TilePlan, blocks, plan_tiles, triple
+from hpcres.geometry import AXES, Box, Tile, TilePlan, blocks, plan_tiles, triple
 from hpcres.inference.generate import Painter, halo_of
-from hpcres.inference.journal import Claim, Journal, missing_shards, refuse_without_journal, total_counts
+from hpcres.inference.journal import (
+    Claim,
+    Journal,
+    agreement_path,
+    missing_shards,
+    open_stores,
+    refuse_without_journal,
+    total_counts,
+)
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.tasks import Desk, Shard, Tasks
 from hpcres.memory import keep_freed_memory
 from hpcres.metrics import counts
-from hpcres.metrics.named import Named, described
+from hpcres.metrics.named import Named, described, spread
 from hpcres.signals import noted_signals
 from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
-from hpcres.volumes import LabelStore, PhaseMap, Volume, open_volume, refuse_existing
+from hpcres.volumes import AgreementStore, LabelStore, PhaseMap, Volume, clear_leftovers, open_volume, refuse_existing
 
 _IDENTITY = (
-    "weights_sha256", "input_sha256", "seed", "scale_factor", "boundary", "tile_voxels", "chunk_voxels", "arithmetic",
+    "weights_sha256", "input_sha256", "seed", "ensemble", "scale_factor", "boundary",
+    "tile_voxels", "chunk_voxels", "arithmetic",
 )  # fmt: skip
 """What decides every byte of a store; a rerun must agree in all of it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -65,6 +76,11 @@ class Job:
     @property
     def voxel_size(self) -> VoxelSize:
         return self.checkpoint.study.high_res.voxel_size
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the ensemble; the labels are the first's."""
+        return [(self.seed + number) % 2**64 for number in range(self.settings.ensemble)]
 
 
 @dataclass(frozen=True)
@@ -160,7 +176,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))
         if job.settings.precision != "fp32" and missing:
             ranks.from_first(lambda: _say_flips(job, painter))
-        store, tiles = LabelStore.open(job.output), sum(level == 0 for level, _ in missing)
+        stores, tiles = open_stores(job.output), sum(level == 0 for level, _ in missing)
         if ranks.rank == 0:
             _say(_opening(job, tiles, ranks, device, threads))
             if not claim.certain:
@@ -168,13 +184,15 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         started = time.monotonic()
         with noted_signals() as received, Journal(job.output, ranks.rank) as journal:
             stop = _Stop(ranks, received, job.low_res)
-            outcome = ranks.everyone(_make(missing, _Maker(job, painter, store, journal, stop), ranks, stop))
+            outcome = ranks.everyone(_make(missing, _Maker(job, painter, stores, journal, stop), ranks, stop))
             painted = sum(part[0] for part in outcome)
             stop.end_here_if_asked(job.output, f"{painted} of {tiles} missing tiles are painted")
             _end_if_failed(tiles, [line for part in outcome for line in part[1]])
         seconds = time.monotonic() - started
-        if ranks.rank == 0 and not store.provenance.get("complete"):
-            store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3), **_measured(job, store))
+        if ranks.rank == 0 and not stores[0].provenance.get("complete"):
+            found = _measured(job, stores[0])
+            for store, more in zip(stores, (found, {}), strict=False):
+                store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3), **more)
         spent = ranks.everyone(painter.seconds)
         parts = {part: sum(one[part] for one in spent) for part in painter.seconds}
         return Painted(job.output, painted, len(job.plan.tiles), seconds, ranks.size, parts)
@@ -193,8 +211,10 @@ def _say_flips(job: Job, painter: Painter) -> None:
 class _Maker:
     """Makes one shard at a time, and notes it; threads share it."""
 
-    def __init__(self, job: Job, painter: Painter, store: LabelStore, journal: Journal, stop: _Stop) -> None:
-        self.store, self.painter = store, painter
+    def __init__(
+        self, job: Job, painter: Painter, stores: Sequence[LabelStore], journal: Journal, stop: _Stop
+    ) -> None:
+        self.stores, self.painter = stores, painter
         self._job, self._journal, self._stop = job, journal, stop
         self._tiles = {tile.write: tile for tile in job.plan.tiles}
 
@@ -209,7 +229,8 @@ class _Maker:
             return self._paint(self._tiles[box])
         try:
             with self.painter.timed("write"):
-                return self._stop.unless_room(partial(self.store.write_coarser, level, box)) or self._note(shard)
+                writes = [partial(store.write_coarser, level, box) for store in self.stores]
+                return self._written(writes) or self._note(shard)
         except (InputError, Unfinished) as fault:
             return fault
 
@@ -217,25 +238,53 @@ class _Maker:
         started = time.monotonic()
         error: InputError | OSError | None = None
         try:
-            # With the first voxels of the tiles on its + sides, to which its last faces and edges belong.
-            painted = self.painter.paint(tile, self._job.low_res.read, more=1)
+            volumes, counted = self._volumes(tile)
         except InputError as fault:
             error = fault
         # After the reading, because a volume of many files loses some of them before the one we look at.
         error = self._stop.unless_input_changed() or error
         if error is not None:
             return error
-        with self.painter.timed("count"):
-            phases = range(len(self._job.checkpoint.phases))
-            counted = [counts.to_json(counts.count(painted, tile.write.shape, phases))]
         with self.painter.timed("write"):
-            labels = painted[tile.write.relative_to(tile.write.start).slices]
-            error = self._stop.unless_room(partial(self.store.write, 0, tile.write, labels))
+            writes = [partial(s.write, 0, tile.write, v) for s, v in zip(self.stores, volumes, strict=True)]
             seconds = round(time.monotonic() - started, 3)
-            return error or self._note((0, tile.write), tile=tile.index, seconds=seconds, counts=counted)
+            return self._written(writes) or self._note(
+                (0, tile.write), tile=tile.index, seconds=seconds, counts=counted
+            )
+
+    def _volumes(self, tile: Tile) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+        """What is to be stored of a tile, labels and agreement, and the counts of each seed's labels."""
+        phases, own = range(len(self._job.checkpoint.phases)), tile.write.relative_to(tile.write.start).slices
+        windows: dict[Box, np.ndarray] = {}
+
+        def read(box: Box) -> np.ndarray:
+            if box not in windows:
+                windows[box] = self._job.low_res.read(box)
+            return windows[box]
+
+        counted, labels, agree = [], np.empty(0, np.uint8), np.zeros(tile.write.shape, np.uint8)
+        for number, seed in enumerate(self._job.seeds):
+            # With the first voxels of the tiles on its + sides, to which its last faces and edges belong.
+            painted = self.painter.paint(tile, read, seed=seed, more=1)
+            with self.painter.timed("count"):
+                counted.append(counts.to_json(counts.count(painted, tile.write.shape, phases)))
+                labels = labels if number else painted[own]
+                if len(self._job.seeds) > 1:
+                    agree += painted[own] == labels
+        if len(self._job.seeds) == 1:
+            return [labels], counted
+        return [labels, shares(len(self._job.seeds))[agree]], counted
+
+    def _written(self, writes: Sequence[Callable[[], None]]) -> OSError | None:
+        return next((error for write in writes if (error := self._stop.unless_room(write))), None)
 
     def _note(self, shard: Shard, **more: Any) -> OSError | None:
-        return self._stop.unless_room(partial(self._journal.note, self.store, *shard, **more))
+        return self._stop.unless_room(partial(self._journal.note, self.stores, *shard, **more))
+
+
+def shares(seeds: int) -> np.ndarray:
+    """What the agreement volume holds where n of `seeds` seeds agree, by n: round(255 · n / seeds), uint8."""
+    return ((2 * 255 * np.arange(seeds + 1) + seeds) // (2 * seeds)).astype(np.uint8)
 
 
 def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) -> tuple[int, list[str]]:
@@ -246,7 +295,7 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
 
     def below(shard: Shard) -> list[Shard]:
         level, box = shard
-        return [(level - 1, part) for part in maker.store.shards_below(level, box)]
+        return [(level - 1, part) for part in maker.stores[0].shards_below(level, box)]
 
     tasks = Tasks(missing, below, ranks.size) if ranks.rank == 0 else None
     desk = Desk(ranks, tasks, maker.painter.tiles_in_flight)
@@ -280,10 +329,11 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
 
 
 def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
-    """What `hpcres metrics` would say of the store, from the counts of its tiles."""
+    """What `hpcres metrics` would say of the store, from the counts of its tiles, and how it varies with the seed."""
     size = job.voxel_size
     names = Named(dict(enumerate(job.checkpoint.phases)), (size.length,) * 3, size.unit)
-    return {"measured": described(total_counts(store, 1)[0], names)}
+    found = [described(total, names) for total in total_counts(store, len(job.seeds))]
+    return {"measured": found[0], **({"spread": {"seeds": job.seeds, **spread(found)}} if len(found) > 1 else {})}
 
 
 def _end_if_failed(tiles: int, failures: list[str]) -> None:
@@ -355,28 +405,53 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
 
 def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, claim: Claim) -> list[Shard]:
     """Create or check the store, and list what is to be made. Rank 0 only."""
-    going_on = not overwrite and job.output.exists()
+    going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
     if going_on:
         _existing_provenance(job.output)
         refuse_without_journal(job.output)
     else:
         refuse_existing(job.output, overwrite)
+        if len(job.seeds) > 1:
+            refuse_existing(agreement, overwrite and _is_agreement(agreement))
     claim.take()
+    for path in (job.output, agreement):
+        clear_leftovers(path)
     if going_on:
         refuse_changed(job, painter, phase_map)
-        # A killed rank can leave a half-written file beside the shard it was about to become.
-        for leftover in job.output.rglob("*.partial"):
-            leftover.unlink()
     else:
         identity = _identity(job, painter, phase_map)
         # Before the store: what a journal says of another store's shards must never meet this one's.
         claim.forget_journals()
+        if overwrite and _is_agreement(agreement):
+            shutil.rmtree(agreement)
         LabelStore.create(
             job.output, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
             voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=job.checkpoint.phases,
             codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
         )  # fmt: skip
-    return missing_shards(LabelStore.open(job.output), 1)
+    if len(job.seeds) > 1 and not agreement.exists():  # a kill can come between the two stores
+        _create_agreement(job, agreement)
+    return missing_shards(open_stores(job.output), len(job.seeds))
+
+
+def _create_agreement(job: Job, path: Path) -> None:
+    about = {
+        "stage": "infer", "agreement": f"255 times the share of the seeds whose label is that of {job.output.name}, "
+        "rounded", "seeds": job.seeds, "complete": False,
+    }  # fmt: skip
+    AgreementStore.create(
+        path, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
+        voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=(), codec=job.settings.codec,
+        provenance=about,
+    )  # fmt: skip
+
+
+def _is_agreement(path: Path) -> bool:
+    try:
+        AgreementStore.open(path)
+    except InputError:
+        return False
+    return True
 
 
 def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap, besides: Sequence[str] = ()) -> None:
@@ -407,7 +482,8 @@ def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]
         digest.update(phase_map.index(job.low_res.read(box)).tobytes())
     return {
         "weights_sha256": job.checkpoint.sha256, "input_sha256": digest.hexdigest(), "seed": job.seed,
-        "scale_factor": str(job.plan.scale), "boundary": dict(zip(AXES, job.settings.boundary, strict=True)),
+        "ensemble": len(job.seeds), "scale_factor": str(job.plan.scale),
+        "boundary": dict(zip(AXES, job.settings.boundary, strict=True)),
         "tile_voxels": list(job.plan.tile_voxels),
         "chunk_voxels": job.plan.chunk_voxels, "arithmetic": painter.arithmetic,
     }  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Tile, TilePlan, tiles_of_rank
 from hpcres.inference.generate import Painter
-from hpcres.inference.journal import Claim, Noted, file_crc32, read_journal, refuse_without_journal
+from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journal, refuse_without_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.study import RawHeader, parse_boundary
@@ -34,9 +34,10 @@ class Fault:
     level: int
     box: Box
     why: str
+    volume: str = "labels"
 
     def __str__(self) -> str:
-        return f"level {self.level}, {self.box}: {self.why}"
+        return f"{self.volume}, level {self.level}, {self.box}: {self.why}"
 
 
 def find_faults(
@@ -46,57 +47,59 @@ def find_faults(
 
     `claim` is taken first, for a caller that goes on to mend; InputError where another job has it.
     """
-    store = LabelStore.open(path)
+    stores = open_stores(path)
     if claim is not None:
         refuse_without_journal(path)
         claim.take()
-    phases = len(store.volume.phases or ())
+    phases = len(stores[0].volume.phases or ())
     noted = read_journal(path)
-    shards = [(level, box) for level in range(len(store.levels)) for box in store.shard_boxes(level)]
+    shards = [(level, box) for level in range(len(stores[0].levels)) for box in stores[0].shard_boxes(level)]
     faults = []
     for number, (level, box) in enumerate(shards):
-        why = _fault(store, level, box, phases, noted.get((level, box.start)))
-        if why:
-            faults.append(Fault(level, box, why))
+        known = noted.get((level, box.start))
+        for place, store in enumerate(stores):
+            crc32 = known.files[place][1] if known and place < len(known.files) else None
+            if why := _fault(store, level, box, phases, crc32):
+                faults.append(Fault(level, box, why, store.kind))
         if progress:
             progress(number + 1, len(shards))
     return faults
 
 
-def _fault(store: LabelStore, level: int, box: Box, phases: int, noted: Noted | None) -> str:
+def _fault(store: LabelStore, level: int, box: Box, phases: int, crc32: int | None) -> str:
     file = store.shard_path(level, box)
     if not file.is_file():
         return "missing"
     # Blosc does not check what it decodes, so the checksum of the whole file comes first.
-    if noted is not None and file_crc32(file) != noted.crc32:
+    if crc32 is not None and file_crc32(file) != crc32:
         return "damaged, its checksum differs from the journal's"
     try:
         labels = store.read(level, box)
     except InputError:
         return "damaged, cannot be decoded"
-    highest = int(labels.max())
-    if highest == 255:
+    if (labels == store.unwritten).any():
         return "incomplete, parts were never written"
-    if highest >= phases:
+    highest = int(labels.max())
+    if store.kind == "labels" and highest >= phases:
         return f"damaged, label {highest} where the phases are 0 to {phases - 1}"
     return ""
 
 
 def remove_faulty(path: Path, faults: list[Fault]) -> int:
-    """Delete the files of faulty shards and of every coarser shard made from them, so that infer paints them anew.
+    """Delete the files of faulty shards, and of every coarser shard made from them, in every store of the job.
 
     Returns how many tiles (level 0) that concerns.
     """
-    store = LabelStore.open(path)
-    for fault in faults:
-        box = fault.box
-        store.shard_path(fault.level, box).unlink(missing_ok=True)
-        for level in range(fault.level + 1, len(store.levels)):
-            edges = store.levels[level].shard
-            start = [a // 2 // e * e for a, e in zip(box.start, edges, strict=True)]
-            box = next(b for b in store.shard_boxes(level) if list(b.start) == start)
-            store.shard_path(level, box).unlink(missing_ok=True)
-    store.set_provenance(complete=False)
+    for store in open_stores(path):
+        for fault in faults:
+            box = fault.box
+            store.shard_path(fault.level, box).unlink(missing_ok=True)
+            for level in range(fault.level + 1, len(store.levels)):
+                edges = store.levels[level].shard
+                start = [a // 2 // e * e for a, e in zip(box.start, edges, strict=True)]
+                box = next(b for b in store.shard_boxes(level) if list(b.start) == start)
+                store.shard_path(level, box).unlink(missing_ok=True)
+        store.set_provenance(complete=False)
     return len({fault.box for fault in faults if fault.level == 0})
 
 
@@ -112,6 +115,7 @@ def repair_job(path: Path, command: str = "") -> Job:
         inference={
             "tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"],
             "boundary": parse_boundary(provenance["boundary"]), "precision": provenance["precision"],
+            "codec": provenance["codec"], "ensemble": provenance["ensemble"],
         },
     )  # fmt: skip
     if job.checkpoint.sha256 != provenance["weights_sha256"]:
