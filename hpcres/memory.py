@@ -6,8 +6,11 @@ import ctypes
 import sys
 
 
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks: giving them back to the kernel costs up to half of a step in page faults."""
+def keep_freed_memory(shared_by_threads: bool = False) -> None:
+    """Let glibc reuse freed blocks: giving them back to the kernel costs up to half of a step in page faults.
+
+    With `shared_by_threads`, what one thread frees another may use, so that many threads do not each keep their own.
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -15,3 +18,6 @@ def keep_freed_memory() -> None:
             libc.mallopt(mmap_max, 0)
             libc.mallopt(trim_threshold, 2**31 - 1)
             libc.mallopt(top_pad, 2**26)
+            if shared_by_threads:
+                arena_max = -8
+                libc.mallopt(arena_max, 1)

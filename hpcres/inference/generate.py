@@ -42,6 +42,8 @@ class Network(Protocol):
 
     def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]: ...
 
+    def memory(self, edge: int) -> Memory: ...
+
     def block_bytes(self, edge: int) -> int: ...
 
     def arithmetic(self, block_voxels: int) -> str: ...
@@ -82,6 +84,10 @@ class TorchNetwork:
         ]
         labels, self.together = paint_batches(self._network, windows, crops, self.together)
         return labels
+
+    def memory(self, edge: int) -> Memory:
+        """Torch has its own."""
+        return Memory()
 
     def block_bytes(self, edge: int) -> int:
         """What a block away from the faces takes while it is computed."""
@@ -192,7 +198,8 @@ class Painter:
     def _paint(self, blocks: list[Box], low_res: np.ndarray, place: Box, seed: int) -> list[np.ndarray]:
         if not hasattr(self._own, "memory"):
             torch.set_num_threads(self._torch_threads)
-            self._own.memory = Memory()
+            edge = max(max(block.shape) for block in self.blocks_of(self.plan.tiles[0].write))
+            self._own.memory = self.network.memory(edge + 1)  # with the one voxel more
         parts = [self._window(block, low_res, place, seed, self.network) for block in blocks]
         with self.timed("network"):
             return self.network.paint(parts, self._own.memory)

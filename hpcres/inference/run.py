@@ -167,7 +167,7 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | Non
 
 
 def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
-    keep_freed_memory()
+    keep_freed_memory(shared_by_threads=True)
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     threads = job.settings.threads or ranks.cores

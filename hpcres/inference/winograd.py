@@ -11,7 +11,8 @@ Maps are flat float32 arrays (z, y, x, channel). Memory per thread: `bytes_of`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -417,10 +418,13 @@ class _Layer:
 
 
 class Memory:
-    """The arrays of one thread, kept from block to block: fresh ones would cost a page fault every 4 KiB."""
+    """The arrays of one thread, kept from block to block: fresh ones would cost a page fault every 4 KiB.
 
-    def __init__(self) -> None:
-        self._arrays: dict[str, np.ndarray] = {}
+    `floats` are the sizes to begin with; arrays that grow would leave holes that nothing else fits.
+    """
+
+    def __init__(self, floats: Mapping[str, int] | None = None) -> None:
+        self._arrays = {name: _aligned(size) for name, size in (floats or {}).items()}
 
     def array(self, name: str, size: int) -> np.ndarray:
         """float32, of at least `size`, with whatever it held before."""
@@ -434,10 +438,14 @@ class Memory:
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Zeros from an address at which registers of 64 bytes do not straddle cache lines: that halves the speed."""
-    whole = np.zeros(size + 15, np.float32)
-    first = -whole.ctypes.data % 64 // 4
-    return whole[first : first + size]
+    """Zeros on pages of their own, so that registers of 64 bytes straddle no cache lines, which halves the speed.
+
+    Taken from malloc, arrays of this size leave holes in it that grow with the hours.
+    """
+    pages = mmap.mmap(-1, max(4 * size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE") and 4 * size >= 2**22:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.float32, size)
 
 
 class WinogradNetwork:
@@ -458,19 +466,32 @@ class WinogradNetwork:
         self.together = 1
         self.weight_bytes = sum(layer.weights.nbytes for layer in self._layers)
 
+    def memory(self, edge: int) -> Memory:
+        """What a thread needs for blocks of up to edge³ high-res voxels, of which it takes what it touches."""
+        return Memory(self._floats(edge))
+
     def block_bytes(self, edge: int) -> int:
-        """What a thread's `Memory` comes to for blocks of edge³ high-res voxels, and smaller ones."""
-        start = 64 * edge  # far from any face, and on every grid's cells
-        axes = _cells([layer.stage for layer in self._layers], None, start, start + edge)
-        maps, values, products, strip = 0, 0, 0, 0
+        """What a thread holds for blocks of edge³: its `memory`, a window and labels."""
+        window = len(self._inner(edge)[0].reads) ** 3 * self.channels
+        return 4 * (sum(self._floats(edge).values()) + window) + edge**3
+
+    def _inner(self, edge: int) -> list[Axis]:
+        start = 64 * edge  # on every grid's cells
+        return _cells([layer.stage for layer in self._layers], None, start, start + edge)
+
+    def _floats(self, edge: int) -> dict[str, int]:
+        axes = self._inner(edge)
+        sizes = dict.fromkeys(("values", "products", "strip"), 0)
         for layer, axis in zip(self._layers, axes, strict=True):
             length, rows = axis.stop - axis.start, _rows_together(layer, axis.cells)
-            last = layer is self._layers[-1]
-            maps += layer.outputs * (7 * (length + 2) * (length + 10) if last else length**3)
-            values, products = max(values, 216 * rows * layer.inputs), max(products, 216 * rows * layer.outputs)
-            strip = max(strip, 36 * len(axis.reads) * layer.inputs)
-        window = len(axes[0].reads) ** 3 * self.channels
-        return 4 * (maps + values + products + strip + window) + edge**3
+            sizes["values"] = max(sizes["values"], 216 * rows * layer.inputs)
+            sizes["products"] = max(sizes["products"], 216 * rows * layer.outputs)
+            sizes["strip"] = max(sizes["strip"], 36 * len(axis.reads) * layer.inputs)
+            sizes[layer.stage.name] = length**3 * layer.outputs
+        del sizes[self._layers[-1].stage.name]
+        length = axes[-1].stop - axes[-1].start
+        sizes["features"] = 7 * (length + 2) * (length + 10) * self._end_channels
+        return sizes
 
     def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
         """`labels` of (window, place, write) each; InputError where a logit is not finite."""
