@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import floor, prod
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from hpcres.errors import InputError
 from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
 from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.networks.folded import fold
@@ -141,6 +142,7 @@ class Painter:
         self._own = threading.local()
         self.tiles_in_flight = max(2, -(-workers // len(self.blocks_of(plan.tiles[0].write))))
         """Enough for every thread to have a block, and one tile more being read or compressed."""
+        self._warm_up()
         self.seconds: dict[str, float] = dict.fromkeys(("read", "noise", "network", "count", "write"), 0.0)
         """Spent so far, by all threads together, on each part of a tile."""
 
@@ -180,6 +182,14 @@ class Painter:
                 compared += ours.size
                 differ += int(np.count_nonzero(ours != exact.paint([part], memory)[0]))
         return compared, differ
+
+    def _warm_up(self) -> None:
+        """Compile the kernels, or fetch them from where an earlier process has left them, before the clock starts."""
+        block = Box((0, 0, 0), triple([min(n, self.plan.scale.numerator) for n in self.plan.shape]))
+        reads = self.network.reads(block)
+        normals(self.seed, Box.whole((1, 1, 1)))
+        with suppress(InputError):  # what is not finite here will be said of the tiles
+            self.network.paint([(np.zeros((*reads.shape, self.network.channels), np.float32), reads, block)], Memory())
 
     def blocks_of(self, box: Box) -> list[Box]:
         """A high-res box cut into nearly equal blocks, each starting where low-res and high-res voxels do."""

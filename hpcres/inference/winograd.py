@@ -432,6 +432,11 @@ class Memory:
             self._arrays[name] = _aligned(size)
         return self._arrays[name]
 
+    def touch(self) -> None:
+        """Have the system provide every page."""
+        for array in self._arrays.values():
+            array[:] = 0
+
     @property
     def bytes(self) -> int:
         return sum(array.nbytes for array in self._arrays.values())
@@ -467,8 +472,10 @@ class WinogradNetwork:
         self.weight_bytes = sum(layer.weights.nbytes for layer in self._layers)
 
     def memory(self, edge: int) -> Memory:
-        """What a thread needs for blocks of up to edge³ high-res voxels, of which it takes what it touches."""
-        return Memory(self._floats(edge))
+        """What a thread needs for blocks of up to edge³ high-res voxels, all of it now rather than some of it later."""
+        memory = Memory(self._floats(edge))
+        memory.touch()
+        return memory
 
     def block_bytes(self, edge: int) -> int:
         """What a thread holds for blocks of edge³: its `memory`, a window and labels."""
