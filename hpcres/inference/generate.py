@@ -38,6 +38,8 @@ class Network(Protocol):
     weight_bytes: int
     together: int
     """How many blocks a thread paints at a time."""
+    same_bits: bool
+    """Whether a voxel's label does not depend on the block it is painted with."""
 
     def reads(self, write: Box) -> Box: ...
 
@@ -61,7 +63,7 @@ class TorchNetwork:
         self._halo, self._precision = generator.halo_low_res, precision
         self.channels = generator.config["low_res_channels"] + 1
         self.weight_bytes = sum(p.nbytes for p in generator.parameters())
-        self.together = 1
+        self.together, self.same_bits = 1, False
         if device.type == "cuda":  # as many as fill it; other ranks on the same one may halve that
             memory = torch.cuda.get_device_properties(device).total_memory * 6 // 10
             self.together = max(1, memory // self.block_bytes(_BLOCK_EDGES[0]))

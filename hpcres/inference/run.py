@@ -190,7 +190,8 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
             _end_if_failed(tiles, [line for part in outcome for line in part[1]])
         seconds = time.monotonic() - started
         if ranks.rank == 0 and not stores[0].provenance.get("complete"):
-            found = _measured(job, stores[0])
+            # Where a tile's margin may differ from its neighbour by rounding, the counts would be off by as much.
+            found = _measured(job, stores[0]) if painter.network.same_bits else {}
             for store, more in zip(stores, (found, {}), strict=False):
                 store.set_provenance(complete=True, ranks=ranks.size, seconds=round(seconds, 3), **more)
         spent = ranks.everyone(painter.seconds)

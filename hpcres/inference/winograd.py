@@ -468,7 +468,7 @@ class WinogradNetwork:
         weight[..., : end.weight.shape[1]] = end.weight.transpose(0, 2, 3, 4, 1)
         self.channels = self._layers[0].inputs
         """Channels of a window: those of the generator, filled up with zeros."""
-        self.together = 1
+        self.together, self.same_bits = 1, True
         self.weight_bytes = sum(layer.weights.nbytes for layer in self._layers)
 
     def memory(self, edge: int) -> Memory:
