@@ -10,14 +10,14 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-slurm case3 bench-inference clean
+.PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference clean
 
 help:
 	@echo "make demo    the main job on a phantom, about 8 minutes on two cores; ends with results/demo/report.html"
 	@echo "make test    the tests"
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
-	@echo "make lint types test-slurm clean"
+	@echo "make lint types test-slurm test-kills clean"
 
 install: .venv/installed
 
@@ -62,6 +62,10 @@ case3: install
 
 test: .venv/tested
 	pytest tests -m "not slow and not slurm"
+
+# Sixty jobs killed at random moments and resumed, ten minutes.
+test-kills: .venv/tested
+	pytest tests/test_kills.py -s
 
 # Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
 test-slurm: .venv/tested

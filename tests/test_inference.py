@@ -262,38 +262,6 @@ def test_a_signal_stops_after_the_tile_in_hand(number, tmp_path):
     assert store_bytes(store) == store_bytes(paint_alone(path, tmp_path / "f", tiles="4x4x4"))
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_killed_job_resumes_to_the_same_bytes(ranks, tmp_path):
-    """SIGKILL of every process in mid-run, three times, at three moments."""
-    path = make_study(tmp_path / "s", "4", (16, 16, 16))
-    environment = {**os.environ, **MPI, "OMP_NUM_THREADS": "1"}
-    arguments = ["mpirun", "-n", str(ranks), *command(path, "infer", "--tiles", "4x4x4")]
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    store = path.parent / "out/labels.zarr"
-    for moment in (0, 12, 40):
-        process = subprocess.Popen(
-            arguments, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if store.exists() and sum(p.is_file() for p in (store / "0").rglob("*")) > moment:
-                break
-            time.sleep(0.005)
-        started = descendants(process.pid)  # mpirun gives its ranks process groups of their own
-        for one in (process.pid, *started):
-            with suppress(ProcessLookupError):
-                os.kill(one, signal.SIGKILL)
-        process.wait()
-        while any(Path(f"/proc/{one}").exists() for one in started) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    reference = paint_alone(path, tmp_path / "f", tiles="4x4x4")
-    assert store_bytes(store) == store_bytes(reference)
-    assert find_faults(store) == []
-    refuse_other_numbers(store)
-
-
 def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch):
     """Until the first is killed as nothing but SIGKILL can: its lock is gone with it."""
     path = make_study(tmp_path / "s", "4", (9, 8, 7))
