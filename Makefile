@@ -36,8 +36,9 @@ install: .venv/installed
 	  $(BIN)/pip install --progress-bar off -q uv \
 	  && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend auto -c constraints.txt torch; \
 	fi
-	@extras=; command -v mpirun >/dev/null || extras="[mpi]"; \
-	$(BIN)/pip install --progress-bar off -q -c constraints.txt -e ".$$extras"
+	@$(BIN)/pip install --progress-bar off -q -c constraints.txt -e .
+	@$(BIN)/python -c "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI" 2>/dev/null && command -v mpirun >/dev/null \
+	|| $(BIN)/pip install --progress-bar off -q -c constraints.txt -e ".[mpi]"
 	@touch $@
 
 .venv/tested: .venv/installed

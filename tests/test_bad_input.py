@@ -292,7 +292,9 @@ def test_refused_in_one_line(name, good, capfd):
     assert "Traceback" not in said[0]
     for word in words:
         assert word in said[0]
-    assert listing(good) == before, "something was written, changed or lost"
+    after = listing(good)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name, 0) != after.get(name, 0))
+    assert not changed, "something was written, changed or lost"
 
 
 WRITERS = [["infer"], ["train", "--overwrite"], ["phantom"], ["metrics", "low.tif", "--output", "m.json"]]

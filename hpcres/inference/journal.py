@@ -143,6 +143,9 @@ class Claim:
                 with suppress(OSError):
                     Path(self._file.name).unlink()
                     journal_folder(self._output).rmdir()
+            else:  # nobody paints it now, as far as this file tells
+                with suppress(OSError):
+                    self._file.truncate(0)
             self._file.close()
             self._file = None
 
