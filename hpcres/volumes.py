@@ -64,12 +64,23 @@ class Volume:
     """Names of the labels 0, 1, 2, … where the file knows them."""
     provenance: dict[str, Any] = field(default_factory=dict)
     raw: RawHeader | None = None
+    _read_unwritten: Callable[[Box], np.ndarray] | None = field(default=None, repr=False)
 
     def read(self, box: Box) -> np.ndarray:
         """The voxels of `box`, (z, y, x) in the file's integer type; InputError where the file is damaged."""
+        return self._inside(self._read, box)
+
+    def read_unwritten(self, box: Box) -> np.ndarray:
+        """`read`, which gives 255 where a store of ours was never written: for a caller who refuses that label.
+
+        Looking for it here is one more pass over memory.
+        """
+        return self._inside(self._read_unwritten or self._read, box)
+
+    def _inside(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
         if box.clipped(Box.whole(self.shape)) != box:
             raise InputError(f"{self.path}: {box} leaves the volume of {_times(self.shape)} voxels; ask inside it")
-        return np.ascontiguousarray(self._read(box))
+        return np.ascontiguousarray(read(box))
 
     def stamp(self) -> tuple[int, int, int]:
         """What changes when the file is replaced or written to; InputError where it is gone.
@@ -511,8 +522,9 @@ def _open_multiscale(path: str, group: zarr.Group, attributes: dict[str, Any], o
         return labels
 
     return Volume(
-        path, volume.shape, volume.dtype, volume.chunks, read, volume.voxel_size, unit, volume.phases, provenance
-    )
+        path, volume.shape, volume.dtype, volume.chunks, read, volume.voxel_size, unit, volume.phases, provenance,
+        _read_unwritten=inner,
+    )  # fmt: skip
 
 
 # ---- labels ------------------------------------------------------------------------------------------------

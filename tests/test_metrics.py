@@ -84,8 +84,8 @@ def by_blocks(a: np.ndarray, block: tuple[int, int, int]) -> counts.Counts:
 def by_rims(a: np.ndarray, block: tuple[int, int, int], periodic=(False, False, False)) -> counts.Counts:
     """Each block once, its last planes with the first planes of those beyond."""
     boxes = blocks(a.shape, block)
-    rims = [counts.Rim.of(a[box.slices]) for box in boxes]
-    parts = [counts.count_inner(a[box.slices]) for box in boxes]
+    inner = [counts.count_inner(np.array_split(a[box.slices], -(-box.shape[0] // 2))) for box in boxes]
+    parts, rims = [part for part, _ in inner], [rim for _, rim in inner]
     for rim, near in zip(rims, following(boxes, a.shape, periodic), strict=True):
         parts.append(counts.count_rim(rim, {step: rims[at] for step, at in near.items()}))
     return counts.add_all(parts)
@@ -157,6 +157,17 @@ def test_many_labels_in_wide_rows_match_plain_numpy():
         a[2:5, :, 30:170] = 1  # long uniform runs, as in a real image
         assert counts.count(a) == counts.count(a, labels=range(n)) == plain_counts(a)
         assert by_blocks(a, (3, 4, 65)) == plain_counts(a)
+
+
+def test_taufactor_counts_the_same_faces_and_tpb_edges():
+    from taufactor import metrics
+
+    a = np.random.default_rng(4).integers(0, 3, (12, 13, 14)).astype(np.int8)
+    total = counts.count(a)
+    areas = metrics.interfacial_areas(a, normalize=False, device="cpu")
+    assert areas == {pair: sum(n) for pair, n in total.faces.items()}
+    tpb = float(metrics.triple_phase_boundary(a))
+    assert counts.finalize(total, (1, 1, 1)).tpb_normalised == pytest.approx(tpb, rel=1e-6)
 
 
 def test_checkerboard_has_every_face_between_the_phases():

@@ -10,7 +10,7 @@ D.1), interphase area and normalised TPB after Dahari et al. 2022 (fig. 2, secti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import combinations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -25,6 +26,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import Triple, triple
 
 MAX_PHASES = 16
+_FIRST_LABELS = [tuple(range(n)) for n in (1, 2, 3, 4)]
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,45 @@ def _popcount_instruction(typing_context, word):
 _popcount: Any = intrinsic(_popcount_instruction)
 
 
+def _of_64_bytes(test: Callable[[Any, Any], Any]) -> Any:
+    """A function of `row` and `first`: one bit for each of the 64 bytes from `first` on, the first byte's lowest."""
+
+    def instructions(typing_context, row, first):
+        def generate(context, builder, signature, args):
+            # One or two instructions where vectors are wide; no loop of ours comes near.
+            vector = ir.VectorType(ir.IntType(8), 64)
+            data = context.make_array(signature.args[0])(context, builder, args[0]).data
+            address = builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer())
+            return builder.bitcast(test(builder, builder.load(address, align=1)), ir.IntType(64))
+
+        return types.uint64(row, types.int64), generate
+
+    return intrinsic(instructions)
+
+
+def _constant(voxels: Any, value: int) -> Any:
+    return ir.Constant(voxels.type, [value] * 64)
+
+
+_BITS = ir.VectorType(ir.IntType(1), 64)
+_low_bits = _of_64_bytes(lambda builder, v: builder.trunc(v, _BITS))
+_high_bits = _of_64_bytes(lambda builder, v: builder.trunc(builder.lshr(v, _constant(v, 1)), _BITS))
+_above_three = _of_64_bytes(lambda builder, v: builder.icmp_unsigned(">", v, _constant(v, 3)))
+
+
 @numba.njit(cache=True, nogil=True)
 def _pack(row, planes, first, n):
-    """Bit x of the words planes[p, first:] tells whether row[x] is phase p, of up to four."""
-    whole, one = row.shape[0] // 64, np.uint64(1)
-    eights = row[: 64 * whole].view(np.uint64)
-    lowest, gather = np.uint64(0x0101010101010101), np.uint64(0x0102040810204080)
+    """Bit x of the words planes[p, first:] tells whether row[x] is phase p, of up to four. Not 0 if any is none."""
+    whole, strange = row.shape[0] // 64, np.uint64(0)
     for word in range(whole):
-        # The product brings the lowest bit of each of eight bytes into the topmost byte, in their order.
-        low, high = np.uint64(0), np.uint64(0)
-        for k in range(8):
-            eight = eights[8 * word + k]
-            low |= (((eight & lowest) * gather) >> np.uint64(56)) << np.uint64(8 * k)
-            high |= ((((eight >> one) & lowest) * gather) >> np.uint64(56)) << np.uint64(8 * k)
+        low, high = _low_bits(row, 64 * word), _high_bits(row, 64 * word)
+        strange |= _above_three(row, 64 * word)
+        if n < 4:
+            strange |= low & high
+        if n < 3:
+            strange |= high
+        if n < 2:
+            strange |= low
         planes[0, first + word] = ~(low | high)
         if n > 1:
             planes[1, first + word] = low & ~high
@@ -96,28 +124,40 @@ def _pack(row, planes, first, n):
         if n > 3:
             planes[3, first + word] = low & high
     if row.shape[0] % 64:
+        for x in range(64 * whole, row.shape[0]):
+            strange |= np.uint64(row[x] >= n)
         for p in range(n):
             bits = np.uint64(0)
             for x in range(64 * whole, row.shape[0]):
                 bits |= np.uint64(row[x] == p) << np.uint64(x & 63)
             planes[p, first + whole] = bits
+    return strange
 
 
 @numba.njit(cache=True, nogil=True)
-def _pack_slice(labels, owned, voxels, beside, pairs, n):
-    """Bit planes (n, words) of a slice: its voxels, those one further along x, and either; only the owned along x."""
-    words, one, rest = owned.shape[0], np.uint64(1), np.uint64(63)
-    for y in range(labels.shape[0]):
-        first = y * words
-        _pack(labels[y], voxels, first, n)
-        for p in range(n):
-            for w in range(first, first + words - 1):
-                beside[p, w] = (voxels[p, w] >> one) | (voxels[p, w + 1] << rest)
-            beside[p, first + words - 1] = voxels[p, first + words - 1] >> one
-            for w in range(words):
-                beside[p, first + w] &= owned[w]
-                voxels[p, first + w] &= owned[w]
-    _either(voxels, beside, pairs, n)
+def _pack_slice(labels, owned, followed, voxels, beside, pairs, n):
+    """Bit planes (n, words) of a slice: its voxels, those one further along x, and either; only the owned along x.
+
+    `owned` and `followed` have a bit for every voxel that is owned, and that is and has a next one, along x. False
+    where a voxel is none of n.
+    """
+    rows, length = labels.shape
+    words, one, rest = (length + 63) // 64, np.uint64(1), np.uint64(63)
+    strange = np.uint64(0)
+    if length % 64:
+        for y in range(rows):
+            strange |= _pack(labels[y], voxels, y * words, n)
+    else:
+        strange = _pack(labels.reshape(labels.size), voxels, 0, n)
+    size = rows * words
+    for p in range(n):
+        here, there, either = voxels[p, : size + 1], beside[p, :size], pairs[p, :size]
+        for w in range(size):
+            there[w] = ((here[w] >> one) | (here[w + 1] << rest)) & followed[w]
+        for w in range(size):
+            here[w] &= owned[w]
+            either[w] = here[w] | there[w]
+    return strange == 0
 
 
 @numba.njit(cache=True, nogil=True)
@@ -172,7 +212,8 @@ def _add_edges(a, b, shift, words, n, edges):
 def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
     """Up to four phases, 64 voxels at a time: a slice is one bit plane per phase, counts are population counts.
 
-    Owned shape (nz, ny, nx); `voxels` (n), `faces` (3, n·n) by pair, `edges` (3, 2ⁿ) by set of phases.
+    Owned shape (nz, ny, nx); `voxels` (n), `faces` (3, n·n) by pair, `edges` (3, 2ⁿ) by set of phases. False, and
+    counts of no use, where a voxel is none of 0 … n - 1.
     """
     rows, words = block.shape[1], (block.shape[2] + 63) // 64
     # Beyond its end a row, a slice and the volume have no phase at all (the last row and slice of zeros), so nothing
@@ -182,13 +223,16 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
     here_pairs, there_pairs = np.zeros((n, size), np.uint64), np.zeros((n, size), np.uint64)
     beside, there_beside = np.zeros((n, size), np.uint64), np.zeros((n, size), np.uint64)
     columns = np.zeros((n, size), np.uint64)
-    owned = np.zeros(words, np.uint64)
+    owned, followed = np.zeros(rows * words, np.uint64), np.zeros(rows * words, np.uint64)
     for x in range(nx):
-        owned[x >> 6] |= np.uint64(1) << np.uint64(x & 63)
-    _pack_slice(block[0], owned, here, beside, here_pairs, n)
+        bit = np.uint64(1) << np.uint64(x & 63)
+        owned[x >> 6 :: words] |= bit
+        if x + 1 < block.shape[2]:
+            followed[x >> 6 :: words] |= bit
+    known = _pack_slice(block[0], owned, followed, here, beside, here_pairs, n)
     for z in range(nz):
         if z + 1 < block.shape[0]:
-            _pack_slice(block[z + 1], owned, there, there_beside, there_pairs, n)
+            known &= _pack_slice(block[z + 1], owned, followed, there, there_beside, there_pairs, n)
         else:
             there[:] = np.uint64(0)
             there_pairs[:] = np.uint64(0)
@@ -208,6 +252,7 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
         here, there = there, here
         here_pairs, there_pairs = there_pairs, here_pairs
         beside, there_beside = there_beside, beside
+    return known
 
 
 @numba.njit(cache=True, nogil=True)
@@ -249,6 +294,7 @@ def _count_many(block, nz, ny, nx, n, voxels, faces, edges):
                     r = m & (m - one)
                     if r & (r - one):
                         edges[2, m] += 1
+    return True
 
 
 def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> Counts:
@@ -261,12 +307,16 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
     assert all(0 <= b - o <= 1 for b, o in zip(block.shape, shape, strict=True)), (block.shape, shape)
     if block.size == 0 or min(shape) == 0:
         return Counts()
-    index, present = _indexed(block, labels)
-    n = len(present)
-    kernel = _count_few if n <= 4 else _count_many
-    voxels, faces, edges = (np.zeros(s, np.int64) for s in (n, (3, n * n), (3, 1 << n)))
     z, y, x = shape
-    kernel(index, z, y, x, n, voxels, faces, edges)
+    found = None
+    if labels is not None and tuple(labels) in _FIRST_LABELS and block.dtype == np.uint8:
+        # Labels that are positions already are checked while they are counted, without another pass over memory.
+        found, present = _counted(_count_few, np.ascontiguousarray(block), z, y, x, len(labels)), tuple(labels)
+    if found is None:
+        index, present = _indexed(block, labels)
+        found = _counted(_count_few if len(present) <= 4 else _count_many, index, z, y, x, len(present))
+    assert found is not None
+    (voxels, faces, edges), n = found, len(present)
     pairs = faces.reshape(3, n, n)
     pairs = pairs + pairs.transpose(0, 2, 1)
     iz, iy, ix = (min(o, b - 1) for o, b in zip(shape, block.shape, strict=True))
@@ -301,10 +351,31 @@ class Rim:
 
         return cls(triple(block.shape), planes(0), planes(-1))
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Rim]) -> Rim:
+        """Of a block read in slabs along z, from theirs."""
+        head, tail = parts[0], parts[-1]
+        first, last = (
+            [np.concatenate([getattr(part, side)[axis] for part in parts]) for axis in (1, 2)]
+            for side in ("first", "last")
+        )
+        shape = (sum(part.shape[0] for part in parts), *head.shape[1:])
+        return cls(triple(shape), (head.first[0], first[0], first[1]), (tail.last[0], last[0], last[1]))
 
-def count_inner(block: np.ndarray, labels: Sequence[int] | None = None) -> Counts:
-    """What `count` finds of a block without its last plane along each axis."""
-    return count(block, [n - 1 for n in block.shape], labels)
+
+def count_inner(slabs: Iterable[np.ndarray], labels: Sequence[int] | None = None) -> tuple[Counts, Rim]:
+    """What `count` finds of a block without its last plane along each axis, and its rim.
+
+    The block comes as slabs along z, one after the other, so that no more than one need be held.
+    """
+    total, rims = Counts(), list[Rim]()
+    for slab in slabs:
+        if rims:
+            seam = np.stack([rims[-1].last[0], slab[0]])
+            total = add(total, count(seam, (1, slab.shape[1] - 1, slab.shape[2] - 1), labels))
+        total = add(total, count(slab, [n - 1 for n in slab.shape], labels))
+        rims.append(Rim.of(slab))
+    return total, Rim.stacked(rims)
 
 
 def count_rim(rim: Rim, beyond: Mapping[Triple, Rim], labels: Sequence[int] | None = None) -> Counts:
@@ -352,6 +423,13 @@ def _turned(total: Counts, axis: int) -> Counts:
         total.voxels, {k: turn(n) for k, n in total.faces.items()}, {k: turn(n) for k, n in total.edges.items()},
         turn(total.all_faces), turn(total.all_edges),
     )  # fmt: skip
+
+
+def _counted(
+    kernel: Callable[..., bool], index: np.ndarray, z: int, y: int, x: int, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    voxels, faces, edges = (np.zeros(s, np.int64) for s in (n, (3, n * n), (3, 1 << n)))
+    return (voxels, faces, edges) if kernel(index, z, y, x, n, voxels, faces, edges) else None
 
 
 def _ints(values: Sequence[int] | np.ndarray) -> Triple:

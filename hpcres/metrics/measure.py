@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from distributed import Client
 
 from hpcres import __version__
@@ -38,7 +39,7 @@ from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
 from hpcres.metrics import counts
 from hpcres.metrics.counts import Counts, Rim
 from hpcres.metrics.named import Named, described, summary
-from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, submit_with_neighbours, threads_of
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, slabs, submit_with_neighbours, threads_of
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Study, SubVolumes, VoxelSize
 from hpcres.volumes import PhaseMap, Volume, open_volume, read_images
@@ -61,14 +62,29 @@ Part = tuple[Counts, tuple[Failure, ...]]
 Leaf = tuple[Counts, Rim] | Failure
 
 
+class _Unreadable(Exception):
+    """Carries why a slab could not be read past the kernel that asked for it."""
+
+
+def _slabs(volume: Volume, box: Box, read: Callable[[Box], np.ndarray]) -> Iterator[np.ndarray]:
+    for slab in slabs(box, volume.chunks, volume.dtype.itemsize):
+        try:
+            yield read(slab)
+        except (InputError, OSError, RuntimeError) as error:
+            raise _Unreadable(" ".join(str(error).split())) from error
+
+
 def _count_inner(box: Box, source: Source, labels: tuple[int, ...] | None) -> Leaf:
     volume = source.open()
     try:
-        voxels = volume.read(box)
-    except (InputError, OSError, RuntimeError) as error:
-        return Failure(box, " ".join(str(error).split()))
-    try:
-        return counts.count_inner(voxels, labels), Rim.of(voxels)
+        try:
+            # What was never written is no phase, so it is looked for only where counting meets an unknown label.
+            read = volume.read if labels is None else volume.read_unwritten
+            return counts.count_inner(_slabs(volume, box, read), labels)
+        except InputError:
+            return counts.count_inner(_slabs(volume, box, volume.read), labels)
+    except _Unreadable as error:
+        return Failure(box, str(error))
     except InputError as error:
         raise InputError(f"{volume.path}: {error}") from None
 

@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hpcres.errors import InputError
-from hpcres.geometry import Triple, triple
+from hpcres.geometry import Box, Triple, triple
 from hpcres.study import RawHeader
 from hpcres.volumes import Volume, open_volume
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 64 * 2**20
+_SLAB_BYTES = 16 * 2**20
+"""Of a block that are held at a time: what a core's share of cache has room for."""
 _LINE_SECONDS = 5.0
 
 
@@ -100,7 +102,18 @@ def block_shape(shape: Sequence[int], chunks: Sequence[int], voxels: int) -> Tri
 
 def block_voxels(shape: Sequence[int], itemsize: int, threads: int) -> int:
     """Voxels per block: bounded bytes, and a few blocks for every thread."""
-    return max(1, min(BLOCK_BYTES // itemsize, max(2**21, prod(shape) // (4 * threads))))
+    return max(1, min(BLOCK_BYTES // itemsize, max(2**23, prod(shape) // (4 * threads))))
+
+
+def slabs(box: Box, chunks: Sequence[int], itemsize: int) -> list[Box]:
+    """A block cut along z into slabs of whole chunks that are read one after the other."""
+    _, y, x = box.shape
+    layer = min(chunks[0], box.shape[0])
+    thickness = layer * max(1, _SLAB_BYTES // (layer * y * x * itemsize))
+    return [
+        Box((z, *box.start[1:]), (min(z + thickness, box.stop[0]), *box.stop[1:]))
+        for z in range(box.start[0], box.stop[0], thickness)
+    ]
 
 
 def threads_of(client: Client) -> int:

@@ -1,0 +1,148 @@
+"""How fast `hpcres metrics` counts on one core, beside this core's rate of decoding the same store, and TauFactor.
+
+    python bench/metrics.py                         volumes of 256³ and 1024³, TauFactor on 256³ (2 minutes)
+    python bench/metrics.py --sizes 256 1920        with 1.5 GB of scratch disk
+
+Everything runs on one core, and times are processor seconds of the whole process, so that neighbours on the machine
+do not count. `decoding` reads the same boxes of the same store with zarr and drops them; `counting` is the whole
+pass as the command makes it, Dask included. They take turns; the best of three each. The structure is a three-phase
+phantom of 256³, mirrored to the size asked for. Peak memory is that of a process which opens the store and counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+CHUNK = 128
+COUNT = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from hpcres.metrics.measure import count_volume
+from hpcres.metrics.schedule import connect
+from hpcres.volumes import open_volume
+with connect(threads=1) as client:
+    count_volume(open_volume(sys.argv[1]), client=client, labels=range(3), progress=False)
+# Not ru_maxrss, which a process inherits from the one that started it.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def mirrored(part: np.ndarray, edge: int):
+    """A volume that repeats `part` with its mirror images, read without being held."""
+    from hpcres.volumes import Volume
+
+    both = part
+    for axis in range(3):
+        both = np.concatenate([both, np.flip(both, axis)], axis)
+
+    def read(box) -> np.ndarray:
+        place = [np.arange(a, b) % n for a, b, n in zip(box.start, box.stop, both.shape, strict=True)]
+        return both[np.ix_(*place)]
+
+    return Volume("phantom", (edge,) * 3, both.dtype, (CHUNK,) * 3, read)
+
+
+def rates(path: Path) -> tuple[float, float]:
+    """Voxels per processor second of decoding a store and of counting it."""
+    import zarr
+
+    from hpcres.geometry import blocks
+    from hpcres.metrics.measure import count_volume
+    from hpcres.metrics.schedule import block_shape, block_voxels, connect, slabs
+    from hpcres.volumes import open_volume
+
+    volume, array = open_volume(path), zarr.open_array(path / "0", mode="r")
+    parts = blocks(volume.shape, block_shape(volume.shape, volume.chunks, block_voxels(volume.shape, 1, 1)))
+    boxes = [box for part in parts for box in slabs(part, volume.chunks, 1)]
+    seconds: dict[str, list[float]] = {"decoding": [], "counting": []}
+    with connect(threads=1) as client:
+        # Compiled, and the file in the page cache.
+        count_volume(volume, client=client, labels=range(3), progress=False)
+        for _ in range(3):
+            began = time.process_time()
+            for box in boxes:
+                array[box.slices]
+            seconds["decoding"].append(time.process_time() - began)
+            began = time.process_time()
+            count_volume(volume, client=client, labels=range(3), progress=False)
+            seconds["counting"].append(time.process_time() - began)
+    voxels = float(np.prod(volume.shape))
+    return voxels / min(seconds["decoding"]), voxels / min(seconds["counting"])
+
+
+def taufactor_seconds(labels: np.ndarray) -> dict[str, float]:
+    """Processor seconds of the three functions of TauFactor on an array, as its users call them."""
+    import torch
+    from taufactor import metrics
+
+    torch.set_num_threads(1)
+    # Its triple_phase_boundary pads with -1, which an unsigned type cannot hold.
+    signed = labels.astype(np.int8)
+    calls = {
+        "volume_fraction": lambda: metrics.volume_fraction(labels),
+        "interfacial_areas": lambda: metrics.interfacial_areas(labels, device="cpu"),
+        "triple_phase_boundary": lambda: metrics.triple_phase_boundary(signed),
+    }
+    seconds = {}
+    for name, call in calls.items():
+        began = time.process_time()
+        with contextlib.redirect_stdout(io.StringIO()):
+            call()
+        seconds[name] = time.process_time() - began
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], metavar="VOXELS")
+    parser.add_argument("--taufactor", type=int, default=256, metavar="VOXELS", help="edge of its crop, 0 for none")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    from hpcres.metrics import counts
+    from hpcres.phantoms import three_phase
+    from hpcres.volumes import convert
+
+    part = three_phase((256,) * 3, 1, feature_voxels=12)
+    print("volume    decoding   counting   ratio   peak memory   store")
+    print("          Mvoxel/s   Mvoxel/s                MiB     MiB")
+    with tempfile.TemporaryDirectory(prefix="hpcres-bench-") as name:
+        for edge in arguments.sizes:
+            path = Path(name) / f"{edge}.zarr"
+            convert(mirrored(part, edge), path, phases={0: "a", 1: "b", 2: "c"}, chunk_voxels=CHUNK)
+            decoding, counting = rates(path)
+            shown = subprocess.run([sys.executable, "-c", COUNT, str(path)], capture_output=True, text=True, check=True)
+            stored = sum(file.stat().st_size for file in (path / "0").rglob("*") if file.is_file())
+            print(
+                f"{edge:5}³ {decoding / 1e6:11.0f} {counting / 1e6:10.0f} {counting / decoding:7.2f} "
+                f"{int(shown.stdout) / 1024:13.0f} {stored / 2**20:7.0f}"
+            )
+    if arguments.taufactor:
+        crop = np.ascontiguousarray(part[(slice(arguments.taufactor),) * 3])
+        counts.count(crop, labels=range(3))
+        times = []
+        for _ in range(5):
+            began = time.process_time()
+            counts.finalize(counts.count(crop, labels=range(3)), (1, 1, 1))
+            times.append(time.process_time() - began)
+        theirs = taufactor_seconds(crop)
+        print(f"\nan array of {arguments.taufactor}³ in memory, seconds")
+        for what, seconds in theirs.items():
+            print(f"  taufactor.metrics.{what:22} {seconds:9.3f}")
+        print(f"  the three together               {sum(theirs.values()):16.3f}")
+        print(f"  hpcres, all in one pass          {min(times):16.4f}")
+        print(f"  ratio                            {sum(theirs.values()) / min(times):16.0f}")
+
+
+if __name__ == "__main__":
+    main()
