@@ -74,7 +74,7 @@ def _popcount_instruction(typing_context, word):
     return types.uint64(types.uint64), lambda context, builder, signature, args: builder.ctpop(args[0])
 
 
-_popcount: Any = intrinsic(_popcount_instruction)
+popcount: Any = intrinsic(_popcount_instruction)
 
 
 def _of_64_bytes(test: Callable[[Any, Any], Any]) -> Any:
@@ -176,7 +176,7 @@ def _add_faces(a, b, shift, words, n, faces):
             ai, aj, bi, bj = a[i, :words], a[j, :words], b[i, shift : shift + words], b[j, shift : shift + words]
             found = np.uint64(0)
             for w in range(words):
-                found += _popcount((ai[w] & bj[w]) | (aj[w] & bi[w]))
+                found += popcount((ai[w] & bj[w]) | (aj[w] & bi[w]))
             faces[i * n + j] += np.int64(found)
 
 
@@ -189,18 +189,18 @@ def _add_edges(a, b, shift, words, n, edges):
     if n == 3:
         found = np.uint64(0)
         for w in range(words):
-            found += _popcount((a0[w] | b0[w]) & (a1[w] | b1[w]) & (a2[w] | b2[w]))
+            found += popcount((a0[w] | b0[w]) & (a1[w] | b1[w]) & (a2[w] | b2[w]))
         edges[0b0111] += np.int64(found)
         return
     a3, b3 = a[3, :words], b[3, shift:end]
     no0, no1, no2, no3, four = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
     for w in range(words):
         e0, e1, e2, e3 = a0[w] | b0[w], a1[w] | b1[w], a2[w] | b2[w], a3[w] | b3[w]
-        no0 += _popcount(e1 & e2 & e3 & ~e0)
-        no1 += _popcount(e0 & e2 & e3 & ~e1)
-        no2 += _popcount(e0 & e1 & e3 & ~e2)
-        no3 += _popcount(e0 & e1 & e2 & ~e3)
-        four += _popcount(e0 & e1 & e2 & e3)
+        no0 += popcount(e1 & e2 & e3 & ~e0)
+        no1 += popcount(e0 & e2 & e3 & ~e1)
+        no2 += popcount(e0 & e1 & e3 & ~e2)
+        no3 += popcount(e0 & e1 & e2 & ~e3)
+        four += popcount(e0 & e1 & e2 & e3)
     edges[0b1110] += np.int64(no0)
     edges[0b1101] += np.int64(no1)
     edges[0b1011] += np.int64(no2)
@@ -239,7 +239,7 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
         for p in range(n):
             found, plane = np.uint64(0), here[p, :owned_words]
             for w in range(owned_words):
-                found += _popcount(plane[w])
+                found += popcount(plane[w])
             voxels[p] += np.int64(found)
         _add_faces(here, there, 0, owned_words, n, faces[0])
         _add_faces(here, here, words, owned_words, n, faces[1])
