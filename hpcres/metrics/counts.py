@@ -313,7 +313,7 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
         # Labels that are positions already are checked while they are counted, without another pass over memory.
         found, present = _counted(_count_few, np.ascontiguousarray(block), z, y, x, len(labels)), tuple(labels)
     if found is None:
-        index, present = _indexed(block, labels)
+        index, present = indexed(block, labels)
         found = _counted(_count_few if len(present) <= 4 else _count_many, index, z, y, x, len(present))
     assert found is not None
     (voxels, faces, edges), n = found, len(present)
@@ -437,7 +437,7 @@ def _ints(values: Sequence[int] | np.ndarray) -> Triple:
     return z, y, x
 
 
-def _indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, ...]]:
+def indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, ...]]:
     """Positions in the sorted labels, uint8, and those labels."""
     assert block.dtype.kind in "iu", block.dtype
     if labels is not None and tuple(labels) == tuple(range(len(labels))) and block.dtype == np.uint8:
