@@ -1,0 +1,205 @@
+"""Chords: runs of one phase along an axis, stitched exactly across blocks (Dahari 2022, fig. 10).
+
+`runs_of` finds the runs of a block and counts those that end inside it; `stitch` carries the open run of every line
+from block to block along an axis. A chord that touches an outer face of the volume is cut there, its true length
+unknown: it is counted apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from hpcres.metrics.bitplanes import trailing_zeros
+
+
+class Ends(NamedTuple):
+    """The first and last run of every line of a block along an axis: phase (uint8) and length (int32), each of the
+    shape of the block's face."""
+
+    first_phase: np.ndarray
+    first: np.ndarray
+    last_phase: np.ndarray
+    last: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Runs along x: row r = z · rows + y holds runs index[r] … index[r + 1] − 1, each from its start (int32) on."""
+
+    start: np.ndarray
+    index: np.ndarray
+
+
+@numba.njit(cache=True, nogil=True)
+def _changes(planes, z, y, before_z, before_y, w):
+    """Voxels of a word whose phase is not that of the voxel beside them in another row."""
+    found = np.uint64(0)
+    for p in range(planes.shape[0]):
+        found |= planes[p, z, y, w] ^ planes[p, before_z, before_y, w]
+    return found
+
+
+@numba.njit(cache=True, nogil=True)
+def _down(block, planes, axis, chords, first, last):
+    """Chords (phase, length) inside the block along z (axis 0) or y (1); first and last (line) are their open ends."""
+    slices, rows, words = block.shape[0], block.shape[1], planes.shape[3]
+    columns = block.shape[2]
+    begun = np.zeros((rows if axis == 0 else 1, columns), np.int32)
+    first[:] = np.int32(block.shape[axis])
+    for z in range(slices):
+        if axis == 1:
+            begun[:] = np.int32(0)
+        for y in range(rows):
+            at = z if axis == 0 else y
+            if at == 0:
+                continue
+            line, side = (y, y) if axis == 0 else (0, z)
+            bz, by = (z - 1, y) if axis == 0 else (z, y - 1)
+            for w in range(words):
+                bits = _changes(planes, z, y, bz, by, w)
+                while bits:
+                    x = 64 * w + np.int64(trailing_zeros(bits))
+                    bits &= bits - np.uint64(1)
+                    if x >= columns:
+                        break
+                    length = at - begun[line, x]
+                    if begun[line, x] == 0:
+                        first[side, x] = length
+                    else:
+                        chords[block[bz, by, x], length] += 1
+                    begun[line, x] = at
+        if axis == 1:
+            for x in range(columns):
+                last[z, x] = rows - begun[0, x]
+    if axis == 0:
+        for y in range(rows):
+            for x in range(columns):
+                last[y, x] = slices - begun[y, x]
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_runs(planes, columns):
+    """Changes along the rows, and their number row by row (the first run of a row not counted)."""
+    n, slices, rows, words = planes.shape
+    changed, count = np.zeros((slices, rows, words), np.uint64), np.zeros(slices * rows + 1, np.int64)
+    rest = np.uint64(columns % 64)
+    last = (np.uint64(1) << rest) - np.uint64(1) if columns % 64 else ~np.uint64(0)
+    for z in range(slices):
+        for y in range(rows):
+            for p in range(n):
+                carry = planes[p, z, y, 0] & np.uint64(1)
+                for w in range(words):
+                    word = planes[p, z, y, w]
+                    changed[z, y, w] |= word ^ ((word << np.uint64(1)) | carry)
+                    carry = word >> np.uint64(63)
+            changed[z, y, words - 1] &= last
+            found = 1
+            for w in range(words):
+                bits = changed[z, y, w]
+                while bits:
+                    bits &= bits - np.uint64(1)
+                    found += 1
+            count[z * rows + y + 1] = found
+    return changed, count
+
+
+@numba.njit(cache=True, nogil=True)
+def _row_runs(block, changed, index, start, chords, first, last):
+    slices, rows, columns = block.shape
+    for z in range(slices):
+        for y in range(rows):
+            at, begun = index[z * rows + y], 0
+            start[at] = 0
+            for w in range(changed.shape[2]):
+                bits = changed[z, y, w]
+                while bits:
+                    x = 64 * w + np.int64(trailing_zeros(bits))
+                    bits &= bits - np.uint64(1)
+                    if begun:
+                        chords[block[z, y, x - 1], x - begun] += 1
+                    else:
+                        first[z, y] = x
+                    at += 1
+                    start[at] = begun = x
+            if begun == 0:
+                first[z, y] = columns
+            last[z, y] = columns - begun
+
+
+def runs_of(block: np.ndarray, planes: np.ndarray, phases: int) -> tuple[list[np.ndarray], list[Ends], Rows]:
+    """Per axis int64 (phase, length) chords that begin and end inside a block and touch none of its faces, and the
+    ends of every line; then the runs along x.
+
+    block: uint8 (z, y, x) below `phases`; planes: what `bitplanes.pack` makes of it.
+    """
+    inside = [np.zeros((phases, n + 1), np.int64) for n in block.shape]
+    first, last = ([np.zeros(np.delete(block.shape, axis), np.int32) for axis in range(3)] for _ in range(2))
+    for axis in (0, 1):
+        _down(block, planes, axis, inside[axis], first[axis], last[axis])
+    changed, count = _count_runs(planes, block.shape[2])
+    index = np.cumsum(count)
+    rows = Rows(np.empty(index[-1], np.int32), index)
+    _row_runs(block, changed, index, rows.start, inside[2], first[2], last[2])
+    faces = [(block.take(0, axis), block.take(-1, axis)) for axis in range(3)]
+    ends = [Ends(low, f, high, b) for (low, high), f, b in zip(faces, first, last, strict=True)]
+    return inside, ends, rows
+
+
+@numba.njit(cache=True, nogil=True)
+def _stitch(open_phase, open_length, first_phase, first, last_phase, last, position, thickness, whole, cut):
+    for line in range(first.size):
+        phase, length = first_phase[line], first[line]
+        goes_on = length == thickness
+        if position and open_phase[line] == phase:
+            length += open_length[line]
+        elif position:
+            run = open_length[line]
+            if run == position:  # it began at the volume's face
+                cut[open_phase[line], run] += 1
+            else:
+                whole[open_phase[line], run] += 1
+        if goes_on:
+            open_phase[line], open_length[line] = phase, length
+        else:
+            if length == position + first[line]:
+                cut[phase, length] += 1
+            else:
+                whole[phase, length] += 1
+            open_phase[line], open_length[line] = last_phase[line], last[line]
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Where a column of blocks has got to along an axis: the open run of every line, and the chords closed so far.
+
+    phase (uint8) and length (int32) per line; whole, cut: int64 (phase, length 0 … axis length).
+    """
+
+    position: int
+    phase: np.ndarray
+    length: np.ndarray
+    whole: np.ndarray
+    cut: np.ndarray
+
+
+def stitch(before: Carry | None, ends: Ends, inside: np.ndarray, thickness: int, axis_length: int) -> Carry:
+    """`before` (None at the volume's face) with the next block of the column; at the far face its runs are cut."""
+    phases = inside.shape[0]
+    if before is None:
+        lines = ends.first.size
+        position, phase, length = 0, np.zeros(lines, np.uint8), np.zeros(lines, np.int32)
+        whole, cut = (np.zeros((phases, axis_length + 1), np.int64) for _ in range(2))
+    else:
+        position, phase, length = before.position, before.phase.copy(), before.length.copy()
+        whole, cut = before.whole.copy(), before.cut.copy()
+    whole[:, : thickness + 1] += inside
+    _stitch(phase, length, *(np.ascontiguousarray(one).ravel() for one in ends), position, thickness, whole, cut)
+    position += thickness
+    if position == axis_length:
+        np.add.at(cut, (phase, length), 1)
+        phase, length = phase[:0], length[:0]
+    return Carry(position, phase, length, whole, cut)

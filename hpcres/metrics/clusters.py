@@ -1,0 +1,219 @@
+"""Clusters of each phase: voxels joined by faces (6-neighbours), found run by run and joined across blocks.
+
+`clusters_of` labels a block; `touching` says which of its clusters meet those of the next block; `join` is the
+union–find over the whole volume. Numbers of voxels and clusters have 64 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from hpcres.metrics.chords import Rows
+
+_LOW, _HIGH = (1, 2, 4), (8, 16, 32)
+"""Bits of a face: the first and the last plane along z, y, x."""
+_BLOCK = np.int64(2**32)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of a block that reach one of its faces; of the others only how many, and the largest, per phase.
+
+    name int64, number of the block × 2³² + number in the block; phase uint8; voxels int64; faces uint8, outer
+    faces of the volume that they touch. last: per axis the numbers in the block's last plane (int32), which are
+    looked for in the next block's `first`.
+    """
+
+    name: np.ndarray
+    phase: np.ndarray
+    voxels: np.ndarray
+    faces: np.ndarray
+    inside: np.ndarray
+    largest_inside: np.ndarray
+    first: tuple[np.ndarray, ...]
+    last: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Connected:
+    """Of one phase: clusters, voxels of the largest, and per axis z, y, x of all that reach from face to face."""
+
+    voxels: int
+    clusters: int
+    largest: int
+    percolating: tuple[int, int, int]
+
+
+@numba.njit(cache=True, nogil=True)
+def _root(parent, i):
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge(parent, i, j):
+    i, j = _root(parent, i), _root(parent, j)
+    if i < j:
+        parent[j] = i
+    elif j < i:
+        parent[i] = j
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge_rows(parent, phase, start, a, a_end, b, b_end, columns):
+    """Join the runs a … a_end of a row with those of the same phase beside them in another."""
+    while a < a_end and b < b_end:
+        stop_a = start[a + 1] if a + 1 < a_end else columns
+        stop_b = start[b + 1] if b + 1 < b_end else columns
+        if phase[a] == phase[b]:
+            _merge(parent, a, b)
+        if stop_a <= stop_b:
+            a += 1
+        if stop_b <= stop_a:
+            b += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _label(block, start, index, phase, parent):
+    """`parent` becomes the number of each run's cluster, in the order of their first runs; how many there are."""
+    slices, rows, columns = block.shape
+    for z in range(slices):
+        for y in range(rows):
+            row = z * rows + y
+            for run in range(index[row], index[row + 1]):
+                phase[run] = block[z, y, start[run]]
+                parent[run] = run
+            here, end = index[row], index[row + 1]
+            if y:
+                _merge_rows(parent, phase, start, here, end, index[row - 1], index[row], columns)
+            if z:
+                above = row - rows
+                _merge_rows(parent, phase, start, here, end, index[above], index[above + 1], columns)
+    count = 0
+    for run in range(parent.size):
+        # A root is the first run of its cluster, so the parents of later runs are already numbers, told apart by sign.
+        above = parent[run]
+        if above == run:
+            parent[run] = -1 - count
+            count += 1
+        else:
+            parent[run] = parent[above]
+    for run in range(parent.size):
+        parent[run] = -1 - parent[run]
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _measure(block, start, index, phase, number, voxels, of_phase):
+    columns = block.shape[2]
+    for row in range(index.size - 1):
+        for run in range(index[row], index[row + 1]):
+            stop = start[run + 1] if run + 1 < index[row + 1] else columns
+            voxels[number[run]] += stop - start[run]
+            of_phase[number[run]] = phase[run]
+
+
+@numba.njit(cache=True, nogil=True)
+def _paint(start, index, number, first_row, step, plane):
+    """Numbers of every voxel of the rows first_row, first_row + step, …"""
+    columns = plane.shape[1]
+    for k in range(plane.shape[0]):
+        row = first_row + k * step
+        for run in range(index[row], index[row + 1]):
+            stop = start[run + 1] if run + 1 < index[row + 1] else columns
+            plane[k, start[run] : stop] = number[run]
+
+
+def clusters_of(block: np.ndarray, runs: Rows, phases: int, place: int, outer: int) -> Clusters:
+    """Clusters of a block (uint8 z, y, x) from its runs; `place` is its number in the volume, `outer` the bits of its
+    faces that are the volume's."""
+    slices, rows, columns = block.shape
+    assert runs.start.size < 2**31
+    phase, number = np.empty(runs.start.size, np.uint8), np.empty(runs.start.size, np.int32)
+    count = _label(block, runs.start, runs.index, phase, number)
+    voxels, of_phase = np.zeros(count, np.int64), np.zeros(count, np.uint8)
+    _measure(block, runs.start, runs.index, phase, number, voxels, of_phase)
+
+    def painted(first_row: int, step: int, lines: int) -> np.ndarray:
+        plane = np.empty((lines, columns), np.int32)
+        _paint(runs.start, runs.index, number, first_row, step, plane)
+        return plane
+
+    rows_of = number[runs.index[:-1]], number[runs.index[1:] - 1]
+    first = painted(0, 1, rows), painted(0, rows, slices), rows_of[0].reshape(slices, rows)
+    last = (
+        painted((slices - 1) * rows, 1, rows), painted(rows - 1, rows, slices), rows_of[1].reshape(slices, rows),
+    )  # fmt: skip
+    faces = np.zeros(count, np.uint8)
+    for planes, bits in ((first, _LOW), (last, _HIGH)):
+        for plane, bit in zip(planes, bits, strict=True):
+            met = np.zeros(count, bool)
+            met[plane.ravel()] = True
+            faces[met] |= bit
+    open_ = np.flatnonzero(faces)
+    shut = faces == 0
+    largest = np.zeros(phases, np.int64)
+    np.maximum.at(largest, of_phase[shut], voxels[shut])
+    return Clusters(
+        place * _BLOCK + open_, of_phase[open_], voxels[open_], faces[open_] & np.uint8(outer),
+        np.bincount(of_phase[shut], minlength=phases), largest, first, last,
+    )  # fmt: skip
+
+
+def touching(
+    phases: tuple[np.ndarray, np.ndarray], numbers: tuple[np.ndarray, np.ndarray], places: tuple[int, int]
+) -> np.ndarray:
+    """int64 (pairs, 2): names of clusters that meet where a block ends and the next begins; each given as the phases
+    and numbers of its plane there."""
+    same = phases[0] == phases[1]
+    # A pair of numbers below 2³¹ in one word sorts faster than rows do.
+    both = np.unique(numbers[0][same].astype(np.int64) * _BLOCK + numbers[1][same])
+    return np.stack([both // _BLOCK + places[0] * _BLOCK, both % _BLOCK + places[1] * _BLOCK], axis=1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _join(parent, pairs):
+    for k in range(pairs.shape[0]):
+        _merge(parent, pairs[k, 0], pairs[k, 1])
+    for i in range(parent.size):
+        parent[i] = _root(parent, i)
+
+
+def join(blocks: Sequence[Clusters], pairs: Sequence[np.ndarray], voxels: np.ndarray) -> list[Connected]:
+    """What the clusters of all blocks are once those that meet are one; `voxels` of each phase in the volume.
+
+    Only name, phase, voxels, faces and what lies inside of each block is looked at.
+    """
+    phases = len(voxels)
+    name, phase, size, faces = (
+        np.concatenate([getattr(b, what) for b in blocks]) for what in ("name", "phase", "voxels", "faces")
+    )
+    order = np.argsort(name)
+    name, phase, size, faces = name[order], phase[order], size[order], faces[order]
+    parent = np.arange(name.size, dtype=np.int64)
+    met = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
+    _join(parent, np.searchsorted(name, met))
+    joined, touched = np.zeros(name.size, np.int64), np.zeros(name.size, np.uint8)
+    np.add.at(joined, parent, size)
+    np.bitwise_or.at(touched, parent, faces)
+    root = parent == np.arange(name.size)
+    found = []
+    for p in range(phases):
+        own = root & (phase == p)
+        through = [(touched & (low | high)) == low | high for low, high in zip(_LOW, _HIGH, strict=True)]
+        z, y, x = (int(joined[own & one].sum()) for one in through)
+        found.append(
+            Connected(
+                voxels=int(voxels[p]),
+                clusters=int(own.sum()) + sum(int(b.inside[p]) for b in blocks),
+                largest=max(int(joined[own].max(initial=0)), *(int(b.largest_inside[p]) for b in blocks)),
+                percolating=(z, y, x),
+            )
+        )
+    return found
