@@ -69,7 +69,9 @@ def pack(index: np.ndarray, phases: int, words: int | None = None) -> np.ndarray
 
     index: uint8 (z, y, x), every value below `phases` ≤ 16. words: per row, by default as many as x needs.
     """
-    assert index.dtype == np.uint8 and index.flags.c_contiguous and 1 <= phases <= 16
+    assert index.dtype == np.uint8, index.dtype
+    assert index.flags.c_contiguous
+    assert 1 <= phases <= 16, phases
     least = -(-index.shape[2] // 64)
     planes = np.zeros((max(phases - 1, 1), *index.shape[:2], words or least), np.uint64)
     _pack_block(index, 1 if phases <= 2 else 2 if phases <= 4 else 4, planes)

@@ -28,10 +28,12 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Runs along x: row r = z · rows + y holds runs index[r] … index[r + 1] − 1, each from its start (int32) on."""
+    """Runs along x: row r = z · rows + y holds runs index[r] … index[r + 1] − 1, each of a phase (uint8) and from its
+    start (int32) on."""
 
     start: np.ndarray
     index: np.ndarray
+    phase: np.ndarray
 
 
 @numba.njit(cache=True, nogil=True)
@@ -62,7 +64,7 @@ def _down(block, planes, axis, chords, first, last):
             for w in range(words):
                 bits = _changes(planes, z, y, bz, by, w)
                 while bits:
-                    x = 64 * w + np.int64(trailing_zeros(bits))
+                    x = 64 * w + int(trailing_zeros(bits))
                     bits &= bits - np.uint64(1)
                     if x >= columns:
                         break
@@ -108,23 +110,24 @@ def _count_runs(planes, columns):
 
 
 @numba.njit(cache=True, nogil=True)
-def _row_runs(block, changed, index, start, chords, first, last):
+def _row_runs(block, changed, index, start, phase, chords, first, last):
     slices, rows, columns = block.shape
     for z in range(slices):
         for y in range(rows):
             at, begun = index[z * rows + y], 0
-            start[at] = 0
+            start[at], phase[at] = 0, block[z, y, 0]
             for w in range(changed.shape[2]):
                 bits = changed[z, y, w]
                 while bits:
-                    x = 64 * w + np.int64(trailing_zeros(bits))
+                    x = 64 * w + int(trailing_zeros(bits))
                     bits &= bits - np.uint64(1)
                     if begun:
                         chords[block[z, y, x - 1], x - begun] += 1
                     else:
                         first[z, y] = x
                     at += 1
-                    start[at] = begun = x
+                    start[at], phase[at] = x, block[z, y, x]
+                    begun = x
             if begun == 0:
                 first[z, y] = columns
             last[z, y] = columns - begun
@@ -142,11 +145,32 @@ def runs_of(block: np.ndarray, planes: np.ndarray, phases: int) -> tuple[list[np
         _down(block, planes, axis, inside[axis], first[axis], last[axis])
     changed, count = _count_runs(planes, block.shape[2])
     index = np.cumsum(count)
-    rows = Rows(np.empty(index[-1], np.int32), index)
-    _row_runs(block, changed, index, rows.start, inside[2], first[2], last[2])
+    rows = Rows(np.empty(index[-1], np.int32), index, np.empty(index[-1], np.uint8))
+    _row_runs(block, changed, index, rows.start, rows.phase, inside[2], first[2], last[2])
     faces = [(block.take(0, axis), block.take(-1, axis)) for axis in range(3)]
     ends = [Ends(low, f, high, b) for (low, high), f, b in zip(faces, first, last, strict=True)]
     return inside, ends, rows
+
+
+@numba.njit(cache=True, nogil=True)
+def _add_planes(start, index, phase, in_z, in_y, in_x):
+    """Voxels (phase, plane) along each axis; in_x as differences."""
+    rows, columns = in_y.shape[1], in_x.shape[1] - 1
+    for row in range(index.size - 1):
+        z, y = row // rows, row % rows
+        for run in range(index[row], index[row + 1]):
+            stop = start[run + 1] if run + 1 < index[row + 1] else columns
+            in_z[phase[run], z] += stop - start[run]
+            in_y[phase[run], y] += stop - start[run]
+            in_x[phase[run], start[run]] += 1
+            in_x[phase[run], stop] -= 1
+
+
+def in_planes(runs: Rows, shape: tuple[int, ...], phases: int) -> list[np.ndarray]:
+    """Voxels of each phase in the planes normal to z, y and x of a block: int64 (phase, plane) each."""
+    z, y, x = (np.zeros((phases, n), np.int64) for n in (shape[0], shape[1], shape[2] + 1))
+    _add_planes(runs.start, runs.index, runs.phase, z, y, x)
+    return [z, y, np.cumsum(x[:, :-1], axis=1)]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -197,7 +221,8 @@ def stitch(before: Carry | None, ends: Ends, inside: np.ndarray, thickness: int,
         position, phase, length = before.position, before.phase.copy(), before.length.copy()
         whole, cut = before.whole.copy(), before.cut.copy()
     whole[:, : thickness + 1] += inside
-    _stitch(phase, length, *(np.ascontiguousarray(one).ravel() for one in ends), position, thickness, whole, cut)
+    first_phase, first, last_phase, last = (np.ascontiguousarray(one).ravel() for one in ends)
+    _stitch(phase, length, first_phase, first, last_phase, last, position, thickness, whole, cut)
     position += thickness
     if position == axis_length:
         np.add.at(cut, (phase, length), 1)

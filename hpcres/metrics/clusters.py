@@ -80,14 +80,12 @@ def _merge_rows(parent, phase, start, a, a_end, b, b_end, columns):
 
 
 @numba.njit(cache=True, nogil=True)
-def _label(block, start, index, phase, parent):
+def _label(slices, rows, columns, start, index, phase, parent):
     """`parent` becomes the number of each run's cluster, in the order of their first runs; how many there are."""
-    slices, rows, columns = block.shape
     for z in range(slices):
         for y in range(rows):
             row = z * rows + y
             for run in range(index[row], index[row + 1]):
-                phase[run] = block[z, y, start[run]]
                 parent[run] = run
             here, end = index[row], index[row + 1]
             if y:
@@ -110,8 +108,7 @@ def _label(block, start, index, phase, parent):
 
 
 @numba.njit(cache=True, nogil=True)
-def _measure(block, start, index, phase, number, voxels, of_phase):
-    columns = block.shape[2]
+def _measure(columns, start, index, phase, number, voxels, of_phase):
     for row in range(index.size - 1):
         for run in range(index[row], index[row + 1]):
             stop = start[run + 1] if run + 1 < index[row + 1] else columns
@@ -130,15 +127,17 @@ def _paint(start, index, number, first_row, step, plane):
             plane[k, start[run] : stop] = number[run]
 
 
-def clusters_of(block: np.ndarray, runs: Rows, phases: int, place: int, outer: int) -> Clusters:
-    """Clusters of a block (uint8 z, y, x) from its runs; `place` is its number in the volume, `outer` the bits of its
-    faces that are the volume's."""
-    slices, rows, columns = block.shape
+def clusters_of(
+    runs: Rows, shape: Sequence[int], phases: int, place: int, outer: Sequence[tuple[bool, bool]]
+) -> Clusters:
+    """Clusters of a block of `shape` from its runs; `place` is its number in the volume, `outer` says per axis whether
+    its first and its last plane are the volume's."""
+    slices, rows, columns = shape
     assert runs.start.size < 2**31
-    phase, number = np.empty(runs.start.size, np.uint8), np.empty(runs.start.size, np.int32)
-    count = _label(block, runs.start, runs.index, phase, number)
+    number = np.empty(runs.start.size, np.int32)
+    count = _label(slices, rows, columns, runs.start, runs.index, runs.phase, number)
     voxels, of_phase = np.zeros(count, np.int64), np.zeros(count, np.uint8)
-    _measure(block, runs.start, runs.index, phase, number, voxels, of_phase)
+    _measure(columns, runs.start, runs.index, runs.phase, number, voxels, of_phase)
 
     def painted(first_row: int, step: int, lines: int) -> np.ndarray:
         plane = np.empty((lines, columns), np.int32)
@@ -158,10 +157,11 @@ def clusters_of(block: np.ndarray, runs: Rows, phases: int, place: int, outer: i
             faces[met] |= bit
     open_ = np.flatnonzero(faces)
     shut = faces == 0
+    at_ends = sum(_LOW[axis] * low + _HIGH[axis] * high for axis, (low, high) in enumerate(outer))
     largest = np.zeros(phases, np.int64)
     np.maximum.at(largest, of_phase[shut], voxels[shut])
     return Clusters(
-        place * _BLOCK + open_, of_phase[open_], voxels[open_], faces[open_] & np.uint8(outer),
+        place * _BLOCK + open_, of_phase[open_], voxels[open_], faces[open_] & np.uint8(at_ends),
         np.bincount(of_phase[shut], minlength=phases), largest, first, last,
     )  # fmt: skip
 

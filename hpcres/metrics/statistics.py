@@ -1,0 +1,224 @@
+"""Correlations, chords and clusters of a whole volume in one pass of Dask over its blocks, exact for any blocks.
+
+A block is read once, and again up to the last lag beyond its + sides. What waits between blocks is one plane a
+direction: the open run of every line and the cluster that the last voxel belongs to.
+
+In metrics.json a volume's `statistics` hold what was asked for of:
+
+    correlations  lags [0 … n] voxels, pairs {axis: [pairs that fit]}, counts {axis: {"a|b": [pairs]}}: S2_ab(r), the
+                  share of pairs with x in a and x + r in b, is counts / pairs; r in voxels along the axis
+    chords        {axis: {phase: {whole, cut}}}, each {length [voxels], count [chords]}; `cut` are those that touch an
+                  outer face; voxel_share_cut; mean_length of the whole ones, and mean_length_by_voxels, in length_unit
+    connectivity  {phase: {clusters, largest_share, percolating_share {axis: share}}}, of the phase's voxels, by faces
+    spectrum      see spectrum.py
+    geodesic      see geodesic.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dask import delayed
+from distributed import Client
+
+from hpcres.geometry import AXES, Box, Triple, blocks, triple
+from hpcres.metrics import counts
+from hpcres.metrics.bitplanes import pack
+from hpcres.metrics.chords import Carry, Ends, in_planes, runs_of, stitch
+from hpcres.metrics.clusters import Clusters, Connected, clusters_of, join, touching
+from hpcres.metrics.correlations import complete, count_pairs
+from hpcres.metrics.named import Named
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, threads_of
+from hpcres.volumes import Volume
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the phases in the order they were asked for, p of them; None what was not.
+
+    s2: int64 (axis, lag, i, j) pairs of voxels, fitting: (axis, lag) pairs there are. whole, cut: per axis int64
+    (phase, length) chords, those that touch an outer face apart. connected: by phase.
+    """
+
+    s2: np.ndarray | None = None
+    fitting: np.ndarray | None = None
+    whole: list[np.ndarray] | None = None
+    cut: list[np.ndarray] | None = None
+    connected: list[Connected] | None = None
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What one block gives: sums, and per axis what the next block must know."""
+
+    box: Box
+    place: int
+    planes: list[np.ndarray]
+    pairs: np.ndarray | None = None
+    inside: list[np.ndarray] = field(default_factory=list)
+    ends: list[Ends] = field(default_factory=list)
+    clusters: Clusters | None = None
+
+
+@dataclass(frozen=True)
+class _Seam:
+    """A column of blocks up to some block along an axis; its last plane waits for the next one's first."""
+
+    place: int
+    phase: np.ndarray
+    number: np.ndarray | None
+    met: list[np.ndarray]
+    carry: Carry
+
+
+def _block(item: tuple[int, Box], source: Source, labels: tuple[int, ...], lags: int, clusters: bool) -> _Leaf:
+    place, box = item
+    volume, phases = source.open(), len(labels)
+
+    def index(part: Box) -> np.ndarray:
+        return counts.indexed(volume.read(part), labels)[0] if part.voxels else np.zeros(part.shape, np.uint8)
+
+    def beyond(axis: int) -> np.ndarray:
+        start, stop = list(box.start), list(box.stop)
+        start[axis], stop[axis] = box.stop[axis], min(box.stop[axis] + lags, volume.shape[axis])
+        return index(Box(triple(start), triple(stop)))
+
+    block = index(box)
+    inside, ends, runs = runs_of(block, pack(block, phases), phases)
+    outer = [(a == 0, b == n) for a, b, n in zip(box.start, box.stop, volume.shape, strict=True)]
+    return _Leaf(
+        box, place, in_planes(runs, block.shape, phases), count_pairs(block, beyond, phases, lags) if lags else None,
+        inside, ends, clusters_of(runs, block.shape, phases, place, outer) if clusters else None,
+    )  # fmt: skip
+
+
+def _seam(before: _Seam | None, leaf: _Leaf, axis: int, axis_length: int) -> _Seam:
+    ends, own, met = leaf.ends[axis], leaf.clusters, []
+    thickness = leaf.box.shape[axis]
+    carry = stitch(before.carry if before else None, ends, leaf.inside[axis], thickness, axis_length)
+    if before is not None:
+        met = before.met
+        if own is not None:
+            assert before.number is not None
+            phases, numbers = (before.phase, ends.first_phase), (before.number, own.first[axis])
+            met = [*met, touching(phases, numbers, (before.place, leaf.place))]
+    return _Seam(leaf.place, ends.last_phase, own.last[axis] if own else None, met, carry)
+
+
+def _sums(leaf: _Leaf) -> _Leaf:
+    """Of a block what the whole volume's numbers need, without its planes."""
+    own = leaf.clusters
+    if own is not None:
+        own = Clusters(own.name, own.phase, own.voxels, own.faces, own.inside, own.largest_inside, (), ())
+    return _Leaf(leaf.box, leaf.place, leaf.planes, leaf.pairs, clusters=own)
+
+
+def _closed(seam: _Seam) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    return seam.carry.whole, seam.carry.cut, seam.met
+
+
+def statistics(
+    volume: Volume, *, client: Client, labels: Sequence[int], which: Collection[str], lags: int = 0,
+    block: Triple | None = None, progress: bool = True,
+) -> Statistics:  # fmt: skip
+    """`which` of correlations (up to `lags` voxels), chords and connectivity; the same for any `block`."""
+    lags = lags if "correlations" in which else 0
+    if not {"correlations", "chords", "connectivity"} & set(which):
+        return Statistics()
+    shape, phases, known = volume.shape, len(labels), tuple(labels)
+    limit = block_voxels(shape, volume.dtype.itemsize, threads_of(client))
+    cut_into = block or block_shape(shape, volume.chunks, limit)
+    boxes = blocks(shape, cut_into)
+    grid = [-(-n // b) for n, b in zip(shape, cut_into, strict=True)]
+    fixed = {"source": Source.of(volume), "labels": known, "lags": lags, "clusters": "connectivity" in which}
+    # One graph, so that Dask sees at once what becomes of each block and goes through it depth first.
+    leaves = [delayed(_block, pure=False)(item, **fixed) for item in enumerate(boxes)]
+    ends: list[Any] = []
+    for axis in range(3):
+        before: dict[tuple[int, ...], Any] = {}
+        for place, at in enumerate(product(*map(range, grid))):
+            column = tuple(k for a, k in enumerate(at) if a != axis)
+            seam = delayed(_seam, pure=False)(before.get(column), leaves[place], axis, shape[axis])
+            before[column] = seam
+        ends.append([delayed(_closed, pure=False)(seam) for seam in before.values()])
+    columns = [column for axis in ends for column in axis]
+    sums = client.compute([delayed(_sums, pure=False)(leaf) for leaf in leaves] + columns)
+    follow(sums, f"correlations, chords and clusters of {Path(volume.path).name}", progress)
+    found = client.gather(sums)
+    own: list[_Leaf] = found[: len(leaves)]
+    planes = [np.zeros((phases, n), np.int64) for n in shape]
+    for leaf in own:
+        for axis, total in enumerate(planes):
+            total[:, leaf.box.start[axis] : leaf.box.stop[axis]] += leaf.planes[axis]
+    s2 = fitting = connected = None
+    whole: list[np.ndarray] | None
+    cut: list[np.ndarray] | None
+    if "correlations" in which:
+        added = sum((leaf.pairs for leaf in own if leaf.pairs is not None), np.zeros((3, lags + 1, 1, 1), np.int64))
+        s2, fitting = complete(added, planes)
+    closed, met = iter(found[len(leaves) :]), []
+    whole, cut = ([np.zeros((phases, n + 1), np.int64) for n in shape] for _ in range(2))
+    for axis in range(3):
+        for _ in ends[axis]:
+            part, part_cut, pairs = next(closed)
+            whole[axis] += part
+            cut[axis] += part_cut
+            met += pairs
+    if "connectivity" in which:
+        connected = join([leaf.clusters for leaf in own if leaf.clusters is not None], met, planes[0].sum(1))
+    if "chords" not in which:
+        whole = cut = None
+    return Statistics(s2, fitting, whole, cut, connected)
+
+
+def described(found: Statistics, named: Named) -> dict[str, Any]:
+    """As metrics.json has it, phases by name."""
+    names, result = list(named.phases.values()), {}
+    if found.s2 is not None and found.fitting is not None:
+        pairs = list(product(range(len(names)), repeat=2))
+        result["correlations"] = {
+            "lags": list(range(found.s2.shape[1])),
+            "pairs": {axis: found.fitting[a].tolist() for a, axis in enumerate(AXES)},
+            "counts": {
+                axis: {f"{names[i]}|{names[j]}": found.s2[a, :, i, j].tolist() for i, j in pairs}
+                for a, axis in enumerate(AXES)
+            },
+        }
+    if found.whole is not None and found.cut is not None:
+        result["chords"] = {
+            axis: {
+                name: _chords(found.whole[a][i], found.cut[a][i], named.lengths[a]) for i, name in enumerate(names)
+            }
+            for a, axis in enumerate(AXES)
+        }
+    if found.connected is not None:
+        result["connectivity"] = {
+            name: {
+                "clusters": one.clusters,
+                "largest_share": one.largest / one.voxels if one.voxels else 0.0,
+                "percolating_share": {
+                    axis: n / one.voxels if one.voxels else 0.0 for axis, n in zip(AXES, one.percolating, strict=True)
+                },
+            }
+            for name, one in zip(names, found.connected, strict=True)
+        }
+    return result
+
+
+def _chords(whole: np.ndarray, cut: np.ndarray, length: float) -> dict[str, Any]:
+    sizes = np.arange(len(whole))
+    number, in_whole, in_cut = int(whole.sum()), int(whole @ sizes), int(cut @ sizes)
+    return {
+        **{
+            key: {"length": np.flatnonzero(of).tolist(), "count": of[np.flatnonzero(of)].tolist()}
+            for key, of in (("whole", whole), ("cut", cut))
+        },
+        "voxel_share_cut": in_cut / (in_whole + in_cut) if in_whole + in_cut else 0.0,
+        "mean_length": in_whole / number * length if number else None,
+        "mean_length_by_voxels": int(whole @ sizes**2) / in_whole * length if in_whole else None,
+    }
