@@ -303,8 +303,37 @@ class SubVolumes(Section):
     """Of these, how many also get a tortuosity factor per phase (TauFactor, about a second each)."""
 
 
+class Representative(Section):
+    """Cubes of several edges whose spread says how large a volume must be."""
+
+    count: Annotated[int, Field(ge=8)] = 64
+    """Of each edge, or as many as fit side by side."""
+    edges: tuple[Annotated[int, Field(ge=4)], ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+    """In voxels; those of which fewer than eight fit are left out."""
+
+
+class Spectrum(Section):
+    """Slices whose Fourier transforms are compared."""
+
+    slices: Annotated[int, Field(ge=1)] = 16
+    """Normal to each axis, evenly spaced."""
+    voxels: Annotated[int, Field(ge=8)] = 256
+    """Edge of the square in the middle of a slice that is transformed."""
+
+
+Statistic = Literal["correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"]
+
+
 class Metrics(Section):
     subvolumes: SubVolumes = SubVolumes()
+    statistics: tuple[Statistic, ...] = ("correlations", "chords", "connectivity", "spectrum", "representative")
+    """What is measured beside the counts; geodesic costs as much as all else many times over."""
+    lags: Annotated[int, Field(ge=1)] = 64
+    """Largest distance of correlations, in voxels along the axis."""
+    geodesic_neighbours: Literal[6, 26] = 26
+    """Steps of geodesic paths: through faces, or also through edges and corners, each as long as it is."""
+    spectrum: Spectrum = Spectrum()
+    representative: Representative = Representative()
 
 
 class Published(Section):

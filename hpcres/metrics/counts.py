@@ -566,3 +566,14 @@ def finalize(total: Counts, voxel_size: Sequence[float], labels: Sequence[int] |
         tpb_density_by_phases={k: weigh(e, edge_length) / volume for k, e in total.edges.items()},
         tpb_normalised_by_phases={k: share(sum(e), all_edges) for k, e in total.edges.items()},
     )
+
+
+def by_metric(found: Densities) -> dict[str, dict[tuple[int, ...], float]]:
+    """The numbers that are followed over sub-volumes: by metric, then by phase, pair, or () for the whole."""
+    return {
+        "volume_fraction": {(i,): v for i, v in found.volume_fraction.items()},
+        "specific_surface_faces": {(i,): v for i, v in found.specific_surface_faces.items()},
+        "interphase_area": {pair: v for pair, v in found.interphase_area.items()},
+        "tpb_density": {(): found.tpb_density},
+        "tpb_normalised": {(): found.tpb_normalised},
+    }

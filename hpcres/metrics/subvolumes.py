@@ -82,12 +82,7 @@ def subvolumes(
     values: dict[str, dict[tuple[int, ...], list[float]]] = {}
     for cube in client.gather(counting):
         found = counts.finalize(cube, lengths, labels)
-        per_phase = {"volume_fraction": found.volume_fraction, "specific_surface_faces": found.specific_surface_faces}
-        for metric, by_phase in per_phase.items():
-            for label, value in by_phase.items():
-                values.setdefault(metric, {}).setdefault((label,), []).append(value)
-        for pair, value in found.interphase_area.items():
-            values.setdefault("interphase_area", {}).setdefault(pair, []).append(value)
-        for metric, value in (("tpb_density", found.tpb_density), ("tpb_normalised", found.tpb_normalised)):
-            values.setdefault(metric, {}).setdefault((), []).append(value)
+        for metric, by_key in counts.by_metric(found).items():
+            for key, value in by_key.items():
+                values.setdefault(metric, {}).setdefault(key, []).append(value)
     return Distributions(edge, seed, starts, values, transport)
