@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import click
 
 from hpcres import __version__
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.study import Study, VoxelSize, load_study, parse_voxel_size, save_study
+from hpcres.study import Metrics, Study, VoxelSize, load_study, parse_voxel_size, save_study
 
 EXIT_INPUT, EXIT_UNFINISHED, EXIT_STOPPED = 2, 3, 75
 _DISK_ERRORS = {
@@ -387,6 +387,14 @@ def verify(
             outcome.refuse_seams(path)
 
 
+def _statistics(own: Metrics, added: Sequence[str], left_out: Sequence[str], lags: int | None) -> Metrics:
+    which = [name for name in dict.fromkeys([*own.statistics, *added]) if name not in left_out]
+    return own.model_copy(update={"statistics": tuple(which), "lags": lags or own.lags})
+
+
+_STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"))
+
+
 @commands.command()
 @_volume_argument
 @_study_options
@@ -396,18 +404,23 @@ def verify(
     "--periodic", type=click.Choice(("z", "y", "x")), multiple=True,
     help="The volume's two sides meet along this axis; repeatable.",
 )
+@click.option("--with", "added", type=_STATISTIC, multiple=True, help="Measure this too; repeatable.")
+@click.option("--without", "left_out", type=_STATISTIC, multiple=True, help="Do not measure this; repeatable.")
+@click.option("--lags", type=click.IntRange(1), help="Largest distance of correlations, in voxels.  [default: 64]")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
 def metrics(
     source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, voxel_size: str | None,
-    periodic: tuple[str, ...], as_json: bool,
+    periodic: tuple[str, ...], added: tuple[str, ...], left_out: tuple[str, ...], lags: int | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure volume fractions, surface and interphase areas, TPB, and their spread over sub-volumes.
+    """Measure volume fractions, surface and interphase areas, TPB, their spread over sub-volumes, correlations, chords,
+    connected shares, spectra, and the standard error of each number.
 
     \b
     hpcres metrics                                  the study's labels.zarr, its reference and its images
     hpcres metrics electrode.tiff                   any volume: .tif, .npy, .h5:/dataset, .zarr
     hpcres metrics scan.zarr --voxel-size 65nm --output metrics.json
     hpcres metrics --periodic z --periodic y        what was painted so: the sides' faces and edges count too
+    hpcres metrics --with geodesic                  the shortest paths too: 8 bytes a voxel of scratch space
     hpcres metrics --scheduler tcp://node1:8786     on a running Dask cluster
 
     Writes <output>/metrics.json; for a bare volume only where --output names a file.
@@ -425,6 +438,8 @@ def metrics(
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
         study = load_study(source, settings, output)
+        chosen = _statistics(study.metrics, added, left_out, lags)
+        study = study.model_copy(update={"metrics": chosen})
         volume = _study_volume(study)
         target: Path | None = study.metrics_path
         _writable(study.metrics_path)
@@ -438,8 +453,9 @@ def metrics(
             _writable(target)
         with connect(scheduler) as client:
             measured = measure(
-                volume, client=client, voxel_size=size, settings=SubVolumes(count=0), periodic=(z, y, x)
-            )
+                volume, client=client, voxel_size=size, settings=SubVolumes(count=0), periodic=(z, y, x),
+                statistics=_statistics(Metrics(), added, left_out, lags), scratch=target and target.absolute().parent,
+            )  # fmt: skip
         result = {**header(command), "volume": measured}
     if target is not None:
         write_json(target, result)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import ndimage
+from scipy import ndimage, sparse
+from scipy.sparse.csgraph import dijkstra
 
+from hpcres.metrics import geodesic as paths
+from hpcres.metrics.geodesic import Paths, geodesic, lengths_of_steps
 from hpcres.metrics.named import Named
+from hpcres.metrics.representative import cells, fitted, representative
 from hpcres.metrics.schedule import connect
-from hpcres.metrics.statistics import Statistics, described, statistics
+from hpcres.metrics.spectrum import radial_magnitude, spectrum
+from hpcres.metrics.statistics import Statistics, described, measure_statistics, statistics
+from hpcres.study import Metrics, Representative
 from hpcres.volumes import open_volume
 
 ALL = ("correlations", "chords", "connectivity")
@@ -149,3 +156,196 @@ def test_a_phase_that_does_not_occur_is_there_with_nothing(client, tmp_path):
     assert result["chords"]["z"]["b"]["mean_length"] is None
     assert result["correlations"]["counts"]["z"]["b|b"] == [0, 0, 0]
     assert result["correlations"]["counts"]["z"]["a|a"] == result["correlations"]["pairs"]["z"] == [210, 168, 126]
+
+
+def plain_paths(a: np.ndarray, phase: int, axis: int, neighbours: int, lengths) -> dict[str, Paths]:
+    """scipy's Dijkstra on the graph of the whole volume, with the same integer lengths."""
+    number = np.arange(a.size).reshape(a.shape)
+    rows, columns, weights = [], [], []
+    for step, weight in zip(*lengths_of_steps(neighbours, lengths), strict=True):
+        here = tuple(slice(max(-s, 0), n - max(s, 0)) for s, n in zip(step, a.shape, strict=True))
+        there = tuple(slice(max(s, 0), n - max(-s, 0)) for s, n in zip(step, a.shape, strict=True))
+        both = (a[here] == phase) & (a[there] == phase)
+        rows.append(number[here][both])
+        columns.append(number[there][both])
+        weights.append(np.full(int(both.sum()), weight))
+    graph = sparse.csr_array(
+        (np.concatenate(weights).astype(float), (np.concatenate(rows), np.concatenate(columns))), (a.size, a.size)
+    )
+    own = a.ravel() == phase
+
+    def to(place: int) -> np.ndarray:
+        start = number.take(place, axis)[a.take(place, axis) == phase]
+        if not start.size:
+            return np.full(a.size, np.inf)
+        return dijkstra(graph, indices=start, min_only=True)
+
+    def mean(lengths: np.ndarray) -> Paths:
+        reached = lengths[np.isfinite(lengths)]
+        return Paths(reached.size, int(reached.sum()), lengths.size - reached.size)
+
+    low, high = to(0), to(-1)
+    first, last = (number.take(place, axis)[a.take(place, axis) == phase] for place in (0, -1))
+    return {"inlet": mean(high[first]), "outlet": mean(low[last]), "whole": mean((low + high)[own])}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 11)] * 3),
+    block=st.tuples(*[st.integers(2, 6)] * 3),
+    phases=st.integers(2, 4),
+    neighbours=st.sampled_from([6, 26]),
+    lengths=st.sampled_from([(1.0, 1.0, 1.0), (2.0, 1.0, 1.3)]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_chunking_gives_the_paths_of_dijkstra_over_the_whole(
+    client, tmp_path_factory, shape, block, phases, neighbours, lengths, seed
+):
+    block = tuple(max(b, -(-n // 3)) for b, n in zip(block, shape, strict=True))
+    labels = list(range(phases))
+    a = structure(seed, shape, labels)
+    path = tmp_path_factory.getbasetemp() / "paths.npy"
+    np.save(path, a)
+    found = geodesic(
+        open_volume(path), client=client, labels=labels, neighbours=neighbours, lengths=lengths, block=block,
+        progress=False,
+    )  # fmt: skip
+    for axis, name in enumerate("zyx"):
+        for phase in labels:
+            assert found[name][phase] == plain_paths(a, phase, axis, neighbours, lengths)
+
+
+def test_straight_and_winding_paths_in_closed_form(client, tmp_path):
+    """A uniform phase has 1 however its voxels are shaped. Along y a path that turns back and forth has to go
+    through every row; through faces that is 10 rows of 19 steps and 20 steps along y."""
+    a = np.zeros((3, 21, 20), np.uint8)
+    np.save(tmp_path / "uniform.npy", a)
+    uniform = open_volume(tmp_path / "uniform.npy")
+    for neighbours in (6, 26):
+        found = geodesic(
+            uniform, client=client, labels=[0], neighbours=neighbours, lengths=(3.0, 1.0, 2.0), block=(2, 8, 7),
+            progress=False,
+        )  # fmt: skip
+        result = paths.described(found, ["all"], a.shape, (3.0, 1.0, 2.0), neighbours)
+        assert all(result[axis]["all"][form]["tau"] == 1 for axis in "zyx" for form in ("inlet", "outlet", "whole"))
+    a[1, ::2] = 1
+    a[1, 1::4, -1] = a[1, 3::4, 0] = 1
+    a[1, 4, 4] = 2
+    np.save(tmp_path / "a.npy", a)
+    winding = open_volume(tmp_path / "a.npy")
+    found = geodesic(winding, client=client, labels=[0, 1, 2], neighbours=6, block=(3, 5, 6), progress=False)
+    result = paths.described(found, ["a", "b", "c"], a.shape, (1.0, 1.0, 1.0), 6)
+    assert result["y"]["b"]["inlet"] == {"tau": None, "voxels": 0, "unreachable": 20}
+    a[1, 4, 4] = 1
+    np.save(tmp_path / "b.npy", a)
+    mended = open_volume(tmp_path / "b.npy")
+    found = geodesic(mended, client=client, labels=[0, 1], neighbours=6, block=(3, 5, 6), progress=False)
+    result = paths.described(found, ["a", "b"], a.shape, (1.0, 1.0, 1.0), 6)
+    # From the first row's voxel x to its end, 19 − x; then nine whole rows and, in the last one, none along x.
+    assert result["y"]["b"]["inlet"]["tau"] == pytest.approx((9.5 + 9 * 19 + 20) / 20)
+    assert result["y"]["b"]["whole"]["unreachable"] == 0
+
+
+def test_spectrum_of_waves_stands_at_their_frequency(client, tmp_path):
+    """Stripes of period 8 pixels of 0.5: all at rings 1/4 and its odd multiples; of a pixel's own shape, not its
+    number."""
+    stripes = np.broadcast_to((np.arange(64) // 4 % 2).astype(np.uint8), (32, 64))
+    for spacing, labels in (((1.0, 0.5), stripes), ((0.5, 1.0), stripes.T)):
+        frequency, magnitude = radial_magnitude(labels, 2, spacing)
+        assert frequency[-1] == 0.5
+        assert frequency[magnitude.argmax()] == 0.25
+        assert np.all(magnitude[frequency != 0.25] < 1e-9)
+    rng = np.random.default_rng(1)
+    a = (rng.random((40, 30, 50)) < 0.3).astype(np.uint8)
+    np.save(tmp_path / "a.npy", a)
+    found = spectrum(
+        open_volume(tmp_path / "a.npy"), client=client, labels=[0, 1], lengths=(1.0,) * 3, slices=7, edge=32,
+        progress=False,
+    )  # fmt: skip
+    assert found["z"]["pixels"] == [30, 32]
+    assert found["y"]["slices"] == 7
+    # White noise: |F|² is exponential with mean φ (1 − φ) pixels at every frequency.
+    expected = np.log1p(np.sqrt(rng.exponential(0.21 * 32 * 30, 200_000))).mean()
+    assert np.mean(found["z"]["magnitude"]) == pytest.approx(expected, abs=0.03)
+    assert np.abs(np.array(found["z"]["magnitude"]) - expected).max() < 6 * max(found["z"]["standard_error"])
+
+
+def test_cells_of_one_size_never_overlap():
+    for edge in (4, 7, 16):
+        starts = np.array(cells(3, (33, 40, 57), edge, 1000))
+        assert len(starts) == prod(n // edge for n in (33, 40, 57))
+        covered = np.zeros((33, 40, 57), int)
+        for z, y, x in starts:
+            covered[z : z + edge, y : y + edge, x : x + edge] += 1
+        assert covered.max() == 1
+        assert covered.sum() == len(starts) * edge**3
+        assert cells(3, (33, 40, 57), edge, 2) == tuple(map(tuple, starts[:2].tolist()))
+
+
+def test_representative_curve_of_independent_voxels_has_exponent_one(client, tmp_path):
+    """Of independent voxels the fraction of V has standard error √(φ (1 − φ) / V); and what the fit says of whole
+    volumes is how their fractions scatter."""
+    rng = np.random.default_rng(2)
+    a = (rng.random((96, 80, 90)) < 0.3).astype(np.uint8)
+    np.save(tmp_path / "a.npy", a)
+    curve = representative(
+        open_volume(tmp_path / "a.npy"), client=client, labels=[0, 1], seed=1, progress=False,
+        settings=Representative(count=200, edges=(4, 6, 8, 12, 16, 24, 48)),
+    )  # fmt: skip
+    assert list(curve.cubes) == [4, 6, 8, 12, 16, 24]
+    fit = curve.fit(curve.values["volume_fraction"][1,])
+    assert fit is not None
+    truth = np.sqrt(0.21 / a.size)
+    assert abs(fit.exponent - 1) < 3 * fit.exponent_error < 0.2
+    assert fit.range[0] / 1.3 < truth < fit.range[1] * 1.3
+    assert fit.standard_error == pytest.approx(truth, rel=0.25)
+    assert fit.standard_error_1 == pytest.approx(truth, rel=0.4)
+    # Faces are counted with those of the + sides, so that small cubes are not poorer in them.
+    means = [v.mean() for v in curve.values["specific_surface_faces"][1,]]
+    assert means[0] == pytest.approx(means[-1], rel=0.03)
+
+
+def test_fit_recovers_a_power_law_within_its_error():
+    rng = np.random.default_rng(5)
+    sizes, hits = [e**3 for e in (16, 24, 32, 48, 64)], 0
+    for _ in range(200):
+        values = [rng.normal(0.4, 0.5 * size**-0.4, 64) for size in sizes]
+        fit = fitted(sizes, values, 1000**3)
+        assert fit is not None
+        hits += abs(fit.exponent - 0.8) < fit.exponent_error
+    assert 110 < hits < 170  # two thirds
+    assert fitted(sizes, [np.ones(9)] * 5, 10**9) is None
+
+
+def test_real_electrode_in_blocks(client, real_data):
+    """A corner of a real image; scipy's labels and plain slicing as the truth."""
+    volume = open_volume(real_data / "electrode.tiff")
+    from hpcres.geometry import Box
+
+    a = volume.read(Box((0, 0, 0), (60, 70, 130)))
+    labels = sorted(int(v) for v in np.unique(a))
+    found = statistics(volume, client=client, labels=labels, which=ALL, lags=20, block=(100, 256, 90), progress=False)
+    again = statistics(volume, client=client, labels=labels, which=ALL, lags=20, progress=False)
+    assert np.array_equal(found.s2, again.s2)
+    assert found.connected == again.connected
+    assert all(np.array_equal(p, q) for p, q in zip(found.whole, again.whole, strict=True))
+    whole = volume.read(Box.whole(volume.shape))
+    assert int(found.s2[1, 13, 0, 1]) == np.count_nonzero((whole[:, :-13] == labels[0]) & (whole[:, 13:] == labels[1]))
+    one = found.connected[0]
+    assert (one.voxels, one.clusters, one.largest, one.percolating) == plain_connected(whole, labels[0])
+
+
+def test_everything_asked_for_is_in_the_file(client, tmp_path):
+    a = structure(1, (40, 36, 44), [0, 1, 2])
+    np.save(tmp_path / "a.npy", a)
+    volume, named = open_volume(tmp_path / "a.npy"), Named({0: "a", 1: "b", 2: "c"}, (65.0,) * 3, "nanometer")
+    every = ("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic")
+    chosen = Metrics(statistics=every, lags=8)
+    result = measure_statistics(volume, named, chosen, client=client, scratch=tmp_path, progress=False)
+    assert tuple(result) == every
+    assert result["representative"]["tpb_density"]["standard_error"] > 0
+    assert result["spectrum"]["x"]["frequency"][-1] <= 0.5 / 0.065 * (1 + 1e-9)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]  # the scratch space is gone
+    some = measure_statistics(volume, named, Metrics(statistics=("chords",)), client=client, progress=False)
+    assert some["chords"] == result["chords"]
+    assert list(some) == ["chords"]

@@ -16,7 +16,7 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
         specific_surface_area {unit, faces {phase: value}, crofton {phase: value}},
         interphase_area {"a|b": share of all interior faces},
         tpb {unit, density, normalised, by_phases {"a|b|c": {density, normalised}}},
-        subvolumes (see subvolumes.py)
+        subvolumes (see subvolumes.py), statistics (see statistics.py)
 
 An edge where four phases meet is counted once in `tpb` and stands in `by_phases` under its four names only.
 """
@@ -40,8 +40,9 @@ from hpcres.metrics import counts
 from hpcres.metrics.counts import Counts, Rim
 from hpcres.metrics.named import Named, described, summary
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, slabs, submit_with_neighbours, threads_of
+from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
-from hpcres.study import HighRes, Study, SubVolumes, VoxelSize
+from hpcres.study import HighRes, Metrics, Study, SubVolumes, VoxelSize
 from hpcres.volumes import PhaseMap, Volume, open_volume, read_images
 
 SCHEMA = "hpcres metrics 1"
@@ -139,14 +140,15 @@ def count_volume(
 def measure(
     volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelSize | None = None,
     settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, periodic: Periodic = OPEN,
-    block: Triple | None = None, progress: bool = True,
+    block: Triple | None = None, statistics: Metrics | None = None, scratch: Path | None = None, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything metrics.json says of one volume (its `volume` entry).
 
     phases: names of labels 0, 1, 2, … (default: what the file knows, else the labels as they are found).
     voxel_size: default what the file says, else one voxel. settings: the random sub-volumes, or none.
     within: draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
-    periodic: axes z, y, x whose two sides meet; sub-volumes are cut inside the volume whatever it says.
+    periodic: axes z, y, x whose two sides meet; sub-volumes and statistics stay inside the volume whatever it says.
+    statistics: which of them, and how, or none; scratch: a folder for them that all workers see.
     """
     names = tuple(phases) if phases is not None else volume.phases
     known = None if names is None else tuple(range(len(names)))
@@ -171,24 +173,21 @@ def measure(
             lengths=named.lengths, progress=progress,
         )  # fmt: skip
         result["subvolumes"] = _named_distributions(spread, named)
+    if statistics is not None:
+        result["statistics"] = measure_statistics(
+            volume, named, statistics, client=client, seed=seed, block=block, scratch=scratch, progress=progress
+        )
     return result
 
 
 def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
     if spread.skipped:
         return {"skipped": spread.skipped}
-    per_phase = {"volume_fraction", "specific_surface_faces"}
     result: dict[str, Any] = {
         "voxels": spread.edge, "count": len(spread.starts), "seed": spread.seed,
         "starts": [list(s) for s in spread.starts],
     }  # fmt: skip
-    for metric, values in spread.values.items():
-        if metric in per_phase:
-            result[metric] = {named.phases[key[0]]: summary(v) for key, v in values.items()}
-        elif metric == "interphase_area":
-            result[metric] = {named.join(key): summary(v) for key, v in values.items()}
-        else:
-            result[metric] = summary(values[()])
+    result |= named.values({m: {k: summary(v) for k, v in keys.items()} for m, keys in spread.values.items()})
     if spread.transport:
         result["transport"] = {
             named.phases[label]: {
@@ -226,7 +225,7 @@ def measure_study(
     def measured(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         return measure(
             one, client=client, phases=study.phases, voxel_size=size, settings=settings, seed=study.seed,
-            within=within, periodic=periodic, progress=progress,
+            within=within, periodic=periodic, statistics=study.metrics, scratch=study.folder, progress=progress,
         )  # fmt: skip
 
     from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without

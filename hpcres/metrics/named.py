@@ -38,6 +38,13 @@ class Named:
     def join(self, labels: Sequence[int]) -> str:
         return "|".join(self.phases[i] for i in labels)
 
+    def values(self, by_metric: Mapping[str, Mapping[tuple[int, ...], Any]]) -> dict[str, Any]:
+        """Whatever is known per metric and labels (`counts.by_metric`) by name, what has no labels by itself."""
+        return {
+            metric: by_labels[()] if () in by_labels else {self.join(key): value for key, value in by_labels.items()}
+            for metric, by_labels in by_metric.items()
+        }
+
 
 def described(total: Counts, named: Named) -> dict[str, Any]:
     """Counts and the numbers derived from them, keyed by phase name, with units."""

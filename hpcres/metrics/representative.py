@@ -18,6 +18,7 @@ standard_error_1}, null where fewer than two sizes vary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -51,14 +52,14 @@ class Fit:
 
 @dataclass(frozen=True)
 class Curve:
-    """values: metric → phases → (size) array of its values over the cubes."""
+    """cubes: edge → how many; values: metric → phases → per edge the array of its values; voxels of the volume."""
 
-    edges: tuple[int, ...]
+    cubes: Mapping[int, int]
     values: Mapping[str, Mapping[tuple[int, ...], list[np.ndarray]]]
     voxels: int
 
     def fit(self, values: Sequence[np.ndarray]) -> Fit | None:
-        return fitted([edge**3 for edge in self.edges], values, self.voxels)
+        return fitted([edge**3 for edge in self.cubes], values, self.voxels)
 
 
 def cells(seed: int, shape: Sequence[int], edge: int, count: int) -> tuple[Triple, ...]:
@@ -66,8 +67,7 @@ def cells(seed: int, shape: Sequence[int], edge: int, count: int) -> tuple[Tripl
     random = np.random.default_rng([seed, edge])
     grid = [n // edge for n in shape]
     offset = [int(random.integers(n - g * edge + 1)) for n, g in zip(shape, grid, strict=True)]
-    chosen = random.permutation(prod(grid))[:count] if prod(grid) else []
-    places = (np.unravel_index(int(k), grid) for k in chosen)
+    places = (np.unravel_index(int(k), grid) for k in random.permutation(prod(grid))[:count])
     return tuple(triple([o + int(p) * edge for o, p in zip(offset, place, strict=True)]) for place in places)
 
 
@@ -124,4 +124,4 @@ def representative(
                 per_size = values.setdefault(metric, {}).setdefault(key, [[] for _ in edges])
                 per_size[edges.index(edge)].append(value)
     arrays = {m: {k: [np.array(v) for v in sizes] for k, sizes in keys.items()} for m, keys in values.items()}
-    return Curve(edges, arrays, prod(volume.shape))
+    return Curve(Counter(edge for edge, _ in items), arrays, prod(volume.shape))

@@ -10,13 +10,12 @@ In metrics.json a volume's `statistics` hold what was asked for of:
     chords        {axis: {phase: {whole, cut}}}, each {length [voxels], count [chords]}; `cut` are those that touch an
                   outer face; voxel_share_cut; mean_length of the whole ones, and mean_length_by_voxels, in length_unit
     connectivity  {phase: {clusters, largest_share, percolating_share {axis: share}}}, of the phase's voxels, by faces
-    spectrum      see spectrum.py
-    geodesic      see geodesic.py
+    spectrum, representative, geodesic: see spectrum.py, representative.py, geodesic.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -28,12 +27,16 @@ from distributed import Client
 
 from hpcres.geometry import AXES, Box, Triple, blocks, triple
 from hpcres.metrics import counts
+from hpcres.metrics import geodesic as paths
 from hpcres.metrics.bitplanes import pack
 from hpcres.metrics.chords import Carry, Ends, in_planes, runs_of, stitch
 from hpcres.metrics.clusters import Clusters, Connected, clusters_of, join, touching
 from hpcres.metrics.correlations import complete, count_pairs
 from hpcres.metrics.named import Named
+from hpcres.metrics.representative import Curve, representative
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, threads_of
+from hpcres.metrics.spectrum import spectrum
+from hpcres.study import Metrics
 from hpcres.volumes import Volume
 
 
@@ -174,6 +177,51 @@ def statistics(
     if "chords" not in which:
         whole = cut = None
     return Statistics(s2, fitting, whole, cut, connected)
+
+
+def measure_statistics(
+    volume: Volume, named: Named, settings: Metrics, *, client: Client, seed: int = 0, block: Triple | None = None,
+    scratch: Path | None = None, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """The `statistics` of metrics.json that the settings ask for; scratch: a folder that all workers see."""
+    which, labels = settings.statistics, tuple(named.phases)
+    found = statistics(
+        volume, client=client, labels=labels, which=which, lags=settings.lags, block=block, progress=progress
+    )
+    result = described(found, named)
+    lengths: dict[str, Any] = {"client": client, "labels": labels, "lengths": named.lengths, "progress": progress}
+    if "spectrum" in which:
+        slices, edge = settings.spectrum.slices, settings.spectrum.voxels
+        result["spectrum"] = spectrum(volume, slices=slices, edge=edge, **lengths)
+    if "representative" in which:
+        curve = representative(volume, settings=settings.representative, seed=seed, **lengths)
+        result["representative"] = {"seed": seed, **_curve(curve, named)}
+    if "geodesic" in which:
+        near = settings.geodesic_neighbours
+        axes = paths.geodesic(volume, neighbours=near, block=block, scratch=scratch, **lengths)
+        names = list(named.phases.values())
+        result["geodesic"] = paths.described(axes, names, volume.shape, named.lengths, near)
+    return result
+
+
+def _curve(curve: Curve, named: Named) -> dict[str, Any]:
+    def one(values: list[np.ndarray]) -> dict[str, Any]:
+        fit = curve.fit(values)
+        return {
+            "std": [float(v.std(ddof=1)) for v in values],
+            "mean": [float(v.mean()) for v in values],
+            "exponent": fit and fit.exponent,
+            "exponent_error": fit and fit.exponent_error,
+            "standard_error": fit and fit.standard_error,
+            "range": fit and list(fit.range),
+            "standard_error_1": fit and fit.standard_error_1,
+        }
+
+    sizes: Mapping[int, int] = curve.cubes
+    return {
+        "sizes": [{"voxels": edge, "cubes": cubes} for edge, cubes in sizes.items()],
+        **named.values({m: {k: one(v) for k, v in keys.items()} for m, keys in curve.values.items()}),
+    }
 
 
 def described(found: Statistics, named: Named) -> dict[str, Any]:

@@ -1,0 +1,362 @@
+"""Mean geodesic tortuosity: the shortest paths inside a phase from one face of the volume to the other.
+
+d(v) is the length of the shortest path through voxels of one phase from a voxel to a face of the volume, from centre to
+centre: by steps through faces (6 neighbours), or also through edges and corners (26), each as long as it is, rounded to
+1/4096 of the shortest voxel edge (at most 1.2e-4 of a step). The thickness is that of the straight path, (n − 1) h, so
+that a straight channel has exactly 1.
+
+    inlet   mean over the phase's voxels in the first plane of d to the last plane / thickness (Furat 2025, 2.3.3)
+    outlet  the same from the last plane to the first
+    whole   mean over all its voxels of (d to the first plane + d to the last) / thickness (Barman 2021, full volume)
+
+Voxels without a path to the face, or to both, are in no mean and are counted.
+
+Distances are integers: every block is swept by Dijkstra's method from what its neighbours know, and again whenever
+they learn of shorter paths, until nothing changes; then they are those of the whole volume, whatever the blocks. They
+lie block by block in a scratch folder that all workers see, 8 bytes a voxel; a worker holds one block and the outer
+planes of its neighbours.
+
+metrics.json holds it under `statistics.geodesic`: neighbours, and by axis and phase {inlet, outlet, whole}, each
+{tau (null where no path is), voxels, unreachable}.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from distributed import Client
+
+from hpcres.errors import InputError
+from hpcres.geometry import AXES, Box, Triple, triple
+from hpcres.metrics import counts
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, submit, threads_of
+from hpcres.volumes import Volume
+
+UNIT = 4096
+"""Integer length of the shortest voxel edge."""
+BLOCK_VOXELS = 2**23
+_UNREACHED = np.uint32(2**32 - 1)
+_OUTSIDE = np.uint8(255)
+_AROUND = [step for step in product((-1, 0, 1), repeat=3) if any(step)]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Voxels that a mean is over, the sum of their path lengths in units of the shortest voxel edge / UNIT, and the
+    voxels without a path."""
+
+    voxels: int
+    total: int
+    unreachable: int
+
+    def __add__(self, other: Paths) -> Paths:
+        return Paths(
+            self.voxels + other.voxels, self.total + other.total, self.unreachable + other.unreachable
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all tasks of an axis share. Blocks are named by their place in the grid."""
+
+    source: Source
+    labels: tuple[int, ...]
+    shape: Triple
+    block: Triple
+    axis: int
+    steps: tuple[Triple, ...]
+    weights: tuple[int, ...]
+    folder: str
+
+    def box(self, at: Triple) -> Box:
+        start = triple([k * b for k, b in zip(at, self.block, strict=True)])
+        stop = triple([a + b for a, b in zip(start, self.block, strict=True)])
+        return Box(start, stop).clipped(Box.whole(self.shape))
+
+    @property
+    def places(self) -> list[Triple]:
+        return [triple(at) for at in product(*(range(-(-n // b)) for n, b in zip(self.shape, self.block, strict=True)))]
+
+    def beside(self, at: Triple) -> list[tuple[Triple, Triple]]:
+        """Directions in which a step can leave a block, and the block that it meets."""
+        grid = [-(-n // b) for n, b in zip(self.shape, self.block, strict=True)]
+        near = [(step, triple([k + s for k, s in zip(at, step, strict=True)])) for step in _AROUND]
+        return [
+            (step, to)
+            for step, to in near
+            if step in self.steps and all(0 <= k < g for k, g in zip(to, grid, strict=True))
+        ]
+
+    def file(self, side: int, at: Triple, what: str) -> Path:
+        return Path(self.folder) / f"{'low' if side == 0 else 'high'}-{'-'.join(map(str, at))}.{what}"
+
+
+def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[Triple, ...], tuple[int, ...]]:
+    """Steps to the 6 or 26 neighbours and their lengths in units of the shortest voxel edge / UNIT."""
+    steps = [s for s in _AROUND if neighbours == 26 or sum(map(abs, s)) == 1]
+    shortest = min(spacing)
+    weights = [round(UNIT * sqrt(sum((k * h / shortest) ** 2 for k, h in zip(s, spacing, strict=True)))) for s in steps]
+    return tuple(triple(s) for s in steps), tuple(weights)
+
+
+@numba.njit(cache=True, nogil=True)
+def _enter(halo_label, halo_distance, label, distance, places, offsets, weights):
+    """Steps from halo voxels (`places`) into the block where they shorten a path; the voxels that they reach."""
+    reached = np.empty(max(places.size, 16), np.int64)
+    count = 0
+    for place in places:
+        for k in range(offsets.size):
+            to = place + offsets[k]
+            if 0 <= to < label.size and label[to] == halo_label[place]:
+                length = np.int64(halo_distance[place]) + weights[k]
+                if length < distance[to]:
+                    distance[to] = length
+                    if count == reached.size:
+                        more = np.empty(2 * count, np.int64)
+                        more[:count] = reached
+                        reached = more
+                    reached[count] = to
+                    count += 1
+    return reached[:count]
+
+
+@numba.njit(cache=True, nogil=True)
+def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
+    """Dijkstra from `seeds` (places in order of their distance) inside each phase; the longest path found.
+
+    One first-in-first-out queue for each length of step: what enters a queue is never shorter than what entered it
+    before, so the nearest voxel is at the head of some queue.
+    """
+    size = 1024
+    place, length = np.empty((queues, size), np.int64), np.empty((queues, size), np.int64)
+    head, tail = np.zeros(queues, np.int64), np.zeros(queues, np.int64)
+    seed, longest = 0, np.int64(0)
+    while True:
+        at, best, own = np.int64(-1), np.int64(2**62), -1
+        if seed < seeds.size:
+            at, best = seeds[seed], np.int64(distance[seeds[seed]])
+        for q in range(queues):
+            if head[q] < tail[q] and length[q, head[q] & (size - 1)] < best:
+                best, own = length[q, head[q] & (size - 1)], q
+        if own >= 0:
+            at = place[own, head[own] & (size - 1)]
+            head[own] += 1
+        elif at >= 0:
+            seed += 1
+        else:
+            return longest
+        if distance[at] != best:  # a shorter path has come since
+            continue
+        longest = best
+        for k in range(offsets.size):
+            to = at + offsets[k]
+            further = best + weights[k]
+            if label[to] == label[at] and further < distance[to]:
+                distance[to] = further
+                q = queue_of[k]
+                if tail[q] - head[q] == size:
+                    more_place = np.empty((queues, 2 * size), np.int64)
+                    more_length = np.empty((queues, 2 * size), np.int64)
+                    for p in range(queues):
+                        for i in range(head[p], tail[p]):
+                            more_place[p, i & (2 * size - 1)] = place[p, i & (size - 1)]
+                            more_length[p, i & (2 * size - 1)] = length[p, i & (size - 1)]
+                    place, length, size = more_place, more_length, 2 * size
+                place[q, tail[q] & (size - 1)] = to
+                length[q, tail[q] & (size - 1)] = further
+                tail[q] += 1
+
+
+def sweep(
+    label: np.ndarray, distance: np.ndarray, halo_label: np.ndarray, halo_distance: np.ndarray, seeds: np.ndarray,
+    steps: Sequence[Triple], weights: Sequence[int],
+) -> None:  # fmt: skip
+    """Shorten `distance` (uint32) inside a block until no step from within it or its halo does.
+
+    All arrays have a margin of one voxel: label is 255 there, the halo's hold what is known of it (and nothing
+    within). seeds: places (flat) whose distance was set by the caller.
+    """
+    strides = np.array([label.shape[1] * label.shape[2], label.shape[2], 1])
+    offsets, lengths = np.array(steps, np.int64) @ strides, np.array(weights, np.int64)
+    outer = np.flatnonzero(halo_distance != _UNREACHED)
+    flat = label.ravel(), distance.ravel()
+    reached = _enter(halo_label.ravel(), halo_distance.ravel(), *flat, outer, offsets, lengths)
+    seeds = np.unique(np.concatenate([seeds, reached]))
+    seeds = seeds[np.argsort(flat[1][seeds], kind="stable")]
+    known, queue_of = np.unique(lengths, return_inverse=True)
+    longest = _spread(*flat, seeds, offsets, lengths, queue_of, len(known))
+    assert longest + int(lengths.max()) < int(_UNREACHED), "a path of more than a million voxel edges"
+
+
+def _place(step: Triple) -> tuple[int | slice, ...]:
+    """Where the neighbour in a direction lies in an array with a margin of one voxel."""
+    return tuple(0 if s < 0 else -1 if s > 0 else slice(1, -1) for s in step)
+
+
+def _facing(step: Triple) -> tuple[int | slice, ...]:
+    """What a block shows to its neighbour in a direction."""
+    return tuple(0 if s < 0 else -1 if s > 0 else slice(None) for s in step)
+
+
+def _relax(at: Triple, job: _Job, side: int) -> dict[Triple, bytes]:
+    """Sweep one block; for each neighbour what says whether it has to look again (empty while it sees no path)."""
+    box = job.box(at)
+    index, _ = counts.indexed(job.source.open().read(box), job.labels)
+    inner, padded = (slice(1, -1),) * 3, [n + 2 for n in box.shape]
+    label, halo_label = np.full(padded, _OUTSIDE), np.full(padded, _OUTSIDE)
+    distance, halo = np.full(padded, _UNREACHED), np.full(padded, _UNREACHED)
+    label[inner] = index
+    known, seeds = job.file(side, at, "npy"), np.zeros(0, np.int64)
+    if known.exists():
+        distance[inner] = np.load(known)
+    elif (box.start, box.stop)[side][job.axis] == (0, job.shape[job.axis])[side]:
+        plane: list[int | slice] = list(inner)
+        plane[job.axis] = -2 if side else 1
+        distance[tuple(plane)] = 0
+        seeds = np.flatnonzero(distance.ravel() == 0)
+    for step, near in job.beside(at):
+        rim = job.file(side, near, "rim.npz")
+        if rim.exists():
+            with np.load(rim) as planes:
+                key = _key(triple([-s for s in step]))
+                halo[_place(step)], halo_label[_place(step)] = planes[f"distance{key}"], planes[f"label{key}"]
+    sweep(label, distance, halo_label, halo, seeds, job.steps, job.weights)
+    found = distance[inner]
+    shown: dict[str, np.ndarray] = {}
+    digests: dict[Triple, bytes] = {}
+    for step, _ in job.beside(at):
+        part = np.ascontiguousarray(found[_facing(step)])
+        shown |= {f"distance{_key(step)}": part, f"label{_key(step)}": index[_facing(step)]}
+        reached = bool((part != _UNREACHED).any())
+        digests[step] = hashlib.blake2b(part.tobytes(), digest_size=16).digest() if reached else b""
+    # Whole or not at all, each: a task that dies in between is run again and then shows what the file already knows.
+    _save(known, lambda file: np.save(file, found))
+    _save(job.file(side, at, "rim.npz"), lambda file: np.savez(file, **shown))
+    return digests
+
+
+def _key(step: Triple) -> str:
+    return "".join("-0+"[s + 1] for s in step)
+
+
+def _save(target: Path, write: Any) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        write(file)
+    os.replace(temporary, target)
+
+
+def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:
+    """Of one block, by phase: paths of its voxels in the first and the last plane, and of all."""
+    box, axis = job.box(at), job.axis
+    index, _ = counts.indexed(job.source.open().read(box), job.labels)
+    to = []
+    for side in (0, 1):
+        file = job.file(side, at, "npy")
+        to.append(np.load(file) if file.exists() else np.full(box.shape, _UNREACHED))
+    low, high = to
+    found: list[dict[str, Paths]] = []
+    for phase in range(len(job.labels)):
+        own = index == phase
+        parts = {}
+        for name, distance, place, present in (
+            ("inlet", high, 0, box.start[axis] == 0), ("outlet", low, -1, box.stop[axis] == job.shape[axis]),
+        ):  # fmt: skip
+            if present:
+                plane: np.ndarray = np.take(distance, place, axis)
+                plane = plane[np.take(own, place, axis)]
+                parts[name] = _paths(plane[plane != _UNREACHED], len(plane))
+        both = own & (low != _UNREACHED) & (high != _UNREACHED)
+        lengths = low[both].astype(np.uint64) + high[both]
+        found.append({**parts, "whole": _paths(lengths, int(np.count_nonzero(own)))})
+    return found
+
+
+def _paths(lengths: np.ndarray, voxels: int) -> Paths:
+    return Paths(lengths.size, int(lengths.sum(dtype=np.uint64)), voxels - lengths.size)
+
+
+def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> None:
+    """Sweep blocks from one face of the volume until no block shows its neighbours anything new."""
+    first = (max if side else min)(at[job.axis] for at in job.places)
+    active = {at for at in job.places if at[job.axis] == first}
+    shown: dict[tuple[Triple, Triple], bytes] = {}
+    while active:
+        places = sorted(active)
+        futures = submit(client, _relax, places, job=job, side=side)
+        follow(futures, what, progress)
+        active = set()
+        for at, digests in zip(places, client.gather(futures), strict=True):
+            for step, near in job.beside(at):
+                if shown.get((at, step), b"") != digests[step]:
+                    shown[at, step] = digests[step]
+                    active.add(near)
+
+
+def geodesic(
+    volume: Volume, *, client: Client, labels: Sequence[int], neighbours: int = 26,
+    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0), block: Triple | None = None, scratch: Path | None = None,
+    progress: bool = True,
+) -> dict[str, list[dict[str, Paths]]]:  # fmt: skip
+    """{axis: per phase {inlet, outlet, whole}}, the same for any `block`; `lengths` are the voxel edges.
+
+    scratch: an existing folder for the distances, seen by all workers (the system's temporary one by default).
+    """
+    limit = min(BLOCK_VOXELS, block_voxels(volume.shape, volume.dtype.itemsize, threads_of(client)))
+    shape, cut_into = volume.shape, block or block_shape(volume.shape, volume.chunks, limit)
+    steps, weights = lengths_of_steps(neighbours, lengths)
+    where = Path(scratch or tempfile.gettempdir())
+    free, needed = shutil.disk_usage(where).free, 8 * prod(shape)
+    if free < needed:
+        raise InputError(
+            f"{where}: geodesic distances need {needed / 2**30:.1f} GiB of scratch space, {free / 2**30:.1f} GiB are "
+            f"free; set TMPDIR, or leave geodesic out"
+        )
+    result: dict[str, list[dict[str, Paths]]] = {}
+    for axis, name in enumerate(AXES):
+        with tempfile.TemporaryDirectory(prefix="hpcres-geodesic-", dir=where) as folder:
+            source = Source.of(volume)
+            job = _Job(source, tuple(labels), shape, triple(cut_into), axis, steps, weights, folder)
+            for side in (0, 1):
+                _solve(client, job, side, f"geodesic paths along {name}, {'back' if side else 'forth'}", progress)
+            futures = submit(client, _sum, job.places, job=job)
+            follow(futures, f"geodesic tortuosity along {name}", progress)
+            total = [{form: Paths(0, 0, 0) for form in ("inlet", "outlet", "whole")} for _ in labels]
+            for part in client.gather(futures):
+                for phase, forms in enumerate(part):
+                    for form, paths in forms.items():
+                        total[phase][form] += paths
+            result[name] = total
+    return result
+
+
+def described(
+    found: Mapping[str, Sequence[Mapping[str, Paths]]], names: Sequence[str], shape: Sequence[int],
+    lengths: Sequence[float], neighbours: int,
+) -> dict[str, Any]:  # fmt: skip
+    """As metrics.json has it."""
+    result: dict[str, Any] = {"neighbours": neighbours}
+    for axis, (key, phases) in enumerate(found.items()):
+        thickness = (shape[axis] - 1) * lengths[axis] / min(lengths) * UNIT
+        result[key] = {
+            name: {
+                form: {
+                    "tau": paths.total / paths.voxels / thickness if paths.voxels and thickness else None,
+                    "voxels": paths.voxels, "unreachable": paths.unreachable,
+                }
+                for form, paths in forms.items()
+            }
+            for name, forms in zip(names, phases, strict=True)
+        }  # fmt: skip
+    return result
