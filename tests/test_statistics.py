@@ -86,7 +86,7 @@ def structure(seed: int, shape: tuple[int, int, int], labels: list[int]) -> np.n
 def test_any_chunking_gives_the_statistics_of_plain_numpy(client, tmp_path_factory, shape, block, labels, lags, seed):
     block = tuple(max(b, -(-n // 3)) for b, n in zip(block, shape, strict=True))  # few enough tasks for a test
     a = structure(seed, shape, labels)
-    path = tmp_path_factory.getbasetemp() / "any.npy"
+    path = tmp_path_factory.mktemp("any") / "a.npy"  # an open file is mapped, so that it must not change
     np.save(path, a)
     found = statistics(
         open_volume(path), client=client, labels=labels, which=ALL, lags=lags, block=block, progress=False
@@ -204,7 +204,7 @@ def test_any_chunking_gives_the_paths_of_dijkstra_over_the_whole(
     block = tuple(max(b, -(-n // 3)) for b, n in zip(block, shape, strict=True))
     labels = list(range(phases))
     a = structure(seed, shape, labels)
-    path = tmp_path_factory.getbasetemp() / "paths.npy"
+    path = tmp_path_factory.mktemp("paths") / "a.npy"
     np.save(path, a)
     found = geodesic(
         open_volume(path), client=client, labels=labels, neighbours=neighbours, lengths=lengths, block=block,
@@ -272,7 +272,7 @@ def test_spectrum_of_waves_stands_at_their_frequency(client, tmp_path):
 
 def test_cells_of_one_size_never_overlap():
     for edge in (4, 7, 16):
-        starts = np.array(cells(3, (33, 40, 57), edge, 1000))
+        starts = np.array(cells(3, (33, 40, 57), edge, 2000))
         assert len(starts) == prod(n // edge for n in (33, 40, 57))
         covered = np.zeros((33, 40, 57), int)
         for z, y, x in starts:
@@ -297,8 +297,7 @@ def test_representative_curve_of_independent_voxels_has_exponent_one(client, tmp
     assert fit is not None
     truth = np.sqrt(0.21 / a.size)
     assert abs(fit.exponent - 1) < 3 * fit.exponent_error < 0.2
-    assert fit.range[0] / 1.3 < truth < fit.range[1] * 1.3
-    assert fit.standard_error == pytest.approx(truth, rel=0.25)
+    assert abs(np.log(fit.standard_error / truth)) < 2 * np.log(fit.range[1] / fit.standard_error) < 0.6
     assert fit.standard_error_1 == pytest.approx(truth, rel=0.4)
     # Faces are counted with those of the + sides, so that small cubes are not poorer in them.
     means = [v.mean() for v in curve.values["specific_surface_faces"][1,]]
@@ -336,7 +335,7 @@ def test_real_electrode_in_blocks(client, real_data):
 
 
 def test_everything_asked_for_is_in_the_file(client, tmp_path):
-    a = structure(1, (40, 36, 44), [0, 1, 2])
+    a = structure(1, (48, 50, 52), [0, 1, 2])
     np.save(tmp_path / "a.npy", a)
     volume, named = open_volume(tmp_path / "a.npy"), Named({0: "a", 1: "b", 2: "c"}, (65.0,) * 3, "nanometer")
     every = ("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic")

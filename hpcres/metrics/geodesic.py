@@ -236,13 +236,13 @@ def _relax(at: Triple, job: _Job, side: int) -> dict[Triple, bytes]:
     shown: dict[str, np.ndarray] = {}
     digests: dict[Triple, bytes] = {}
     for step, _ in job.beside(at):
-        part = np.ascontiguousarray(found[_facing(step)])
+        part = found[_facing(step)].copy()
         shown |= {f"distance{_key(step)}": part, f"label{_key(step)}": index[_facing(step)]}
         reached = bool((part != _UNREACHED).any())
         digests[step] = hashlib.blake2b(part.tobytes(), digest_size=16).digest() if reached else b""
     # Whole or not at all, each: a task that dies in between is run again and then shows what the file already knows.
     _save(known, lambda file: np.save(file, found))
-    _save(job.file(side, at, "rim.npz"), lambda file: np.savez(file, **shown))
+    _save(job.file(side, at, "rim.npz"), lambda file: np.savez(file, allow_pickle=False, **shown))
     return digests
 
 
