@@ -62,6 +62,7 @@ _B4 = np.array(
 )  # of inputs i - 1 … i + 2 for outputs 2 i … 2 i + 3
 _TAP_COUNTS = (4, 6, 7)
 _combine_4, _combine_6, _combine_7 = (combination(taps, 6) for taps in _TAP_COUNTS)
+_one_of_4, _one_of_6, _one_of_7 = (combination(taps, 1) for taps in _TAP_COUNTS)
 _panel_5_4, _panel_10_2, _panel_12_1, _panel_2_1 = panel(5, 4), panel(10, 2), panel(12, 1), panel(2, 1)
 _four_of_3 = fixed_combination(_A3, ((1, 2), (3, 4)))
 _four_of_4 = fixed_combination(_A4)
@@ -153,31 +154,44 @@ def _combine(taps, target, t, step, source, s, offsets, o, table, k, lanes):
 
 
 @numba.njit(cache=True, nogil=True)
-def _take_in(x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, values, t0, rows, strip, pile, lanes):
-    """The 6³ transformed inputs of cells first … last of a row, into `values` (6³, rows, channels) from row t0 on."""
+def _combine_to_one(taps, target, t, source, s, offsets, o, table, k, lanes):
+    if taps == 4:
+        _one_of_4(target, t, 0, source, s, offsets, o, table, k, lanes)
+    elif taps == 6:
+        _one_of_6(target, t, 0, source, s, offsets, o, table, k, lanes)
+    else:
+        _one_of_7(target, t, 0, source, s, offsets, o, table, k, lanes)
+
+
+@numba.njit(cache=True, nogil=True)
+def _take_in(
+    g, x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, values, t0, rows, strip, pile, lanes
+):  # fmt: skip
+    """Transformed inputs of cells first … last of a row for product g along z, into `values` (6, 6, rows, channels).
+
+    They go there from row t0 on.
+    """
     width = floats(lanes)
     piled = np.empty(taps, np.int64)
     for j in range(taps):
-        piled[j] = 6 * j * width
-    begin, end = xo[first * taps] // (36 * channels), xo[last * taps - 1] // (36 * channels) + 1
+        piled[j] = j * width
+    begin, end = xo[first * taps] // (6 * channels), xo[last * taps - 1] // (6 * channels) + 1
     for column in range(begin, end):
         for c in range(0, channels, width):
             at = column * channels + c
             for j in range(taps):
-                _combine(
-                    taps, pile, 6 * j * width, width, x, yo[ty * taps + j] + at, zo, tz * taps, zt, tz * 6 * taps, lanes
+                _combine_to_one(
+                    taps, pile, j * width, x, yo[ty * taps + j] + at, zo, tz * taps, zt, (tz * 6 + g) * taps, lanes
                 )
-            for i in range(6):
-                _combine(
-                    taps, strip, (36 * column + 6 * i) * channels + c, channels, pile, i * width, piled, 0, yt,
-                    ty * 6 * taps, lanes,
-                )  # fmt: skip
+            _combine(
+                taps, strip, 6 * column * channels + c, channels, pile, 0, piled, 0, yt, ty * 6 * taps, lanes
+            )
     for cell in range(first, last):
         at = (t0 + cell - first) * channels
         if taps == 4:
             _along_x(values, at, rows * channels, strip, xo, xt, cell, channels, lanes)
             continue
-        for i in range(36):
+        for i in range(6):
             for c in range(0, channels, width):
                 _combine(
                     taps, values, 6 * i * rows * channels + at + c, rows * channels, strip, i * channels + c,
@@ -196,7 +210,7 @@ def _along_x(values, at, step, strip, xo, xt, cell, channels, lanes):
     d0, d1, d2, d3 = _four(xt, k + 12, lanes)
     e0, e1, e2, e3 = _four(xt, k + 16, lanes)
     f0, f1, f2, f3 = _four(xt, k + 20, lanes)
-    for i in range(0, 36 * channels, channels):
+    for i in range(0, 6 * channels, channels):
         for c in range(i, i + channels, width):
             p, q = load(strip, s0 + c, lanes), load(strip, s1 + c, lanes)
             r, s = load(strip, s2 + c, lanes), load(strip, s3 + c, lanes)
@@ -216,11 +230,14 @@ def _four(table, k, lanes):
 
 
 @numba.njit(cache=True, nogil=True)
-def _multiply(values, weights, products, rows, used, inputs, outputs, lanes):
-    """products (6³, rows, outputs) = values (6³, rows, inputs) · weights (6³, inputs, outputs) in the rows used."""
+def _multiply(g, values, weights, products, rows, used, inputs, outputs, lanes):
+    """products (6, 6, rows, outputs) = values (6, 6, rows, inputs) · weights (6, 6, 6, inputs, outputs)[g].
+
+    In the rows used.
+    """
     width = floats(lanes)
-    for f in range(216):
-        v, w, m = f * rows * inputs, f * inputs * outputs, f * rows * outputs
+    for f in range(36):
+        v, w, m = f * rows * inputs, (36 * g + f) * inputs * outputs, f * rows * outputs
         together = 5 if outputs % (4 * width) == 0 else 10 if outputs % (2 * width) == 0 else 12
         whole = used // together * together
         if together == 5:
@@ -249,8 +266,27 @@ def _multiply(values, weights, products, rows, used, inputs, outputs, lanes):
 
 
 @numba.njit(cache=True, nogil=True)
+def _gather(transposed, g, products, rows, used, channels, planes, scratch, lanes):
+    """Outputs along y and x of product g along z, into `planes` (rows, channels, 6, 4, 4), all of them registers."""
+    width, plane = floats(lanes), rows * channels
+    for t in range(used):
+        for c in range(0, channels, width):
+            at, m = 96 * (t * channels + c) + 16 * g * width, t * channels + c
+            for y in range(6):
+                if transposed:
+                    _four_of_4(scratch, 4 * y * width, width, products, m + 6 * y * plane, plane, lanes)
+                else:
+                    _four_of_3(scratch, 4 * y * width, width, products, m + 6 * y * plane, plane, lanes)
+            for x in range(4):
+                if transposed:
+                    _four_of_4(planes, at + x * width, 4 * width, scratch, x * width, 4 * width, lanes)
+                else:
+                    _four_of_3(planes, at + x * width, 4 * width, scratch, x * width, 4 * width, lanes)
+
+
+@numba.njit(cache=True, nogil=True)
 def _give_out(
-    transposed, products, t0, rows, channels, begin, end, bias, relu, out, at, z_step, y_step, depth, height, length,
+    transposed, planes, t0, channels, begin, end, bias, relu, out, at, z_step, y_step, depth, height, length,
     before, b_at, bz_step, by_step, after, a_at, az_step, ay_step, scratch, lanes,
 ):  # fmt: skip
     """Outputs of cells begin … end of a row, 4³ each as far as depth × height × length reaches.
@@ -258,35 +294,19 @@ def _give_out(
     They go into `out` from `at` on. `before` is added ahead of the ReLU and `after` behind it, where there are any.
     """
     width = floats(lanes)
-    first, second, third = 0, 144 * width, 240 * width
-    plane = rows * channels
     for cell in range(begin, end):
         for c in range(0, channels, width):
-            b = load(bias, c, lanes)
-            for i in range(36):
-                m = (6 * i * rows + t0 + cell - begin) * channels + c
-                if transposed:
-                    _four_of_4(scratch, first + 4 * i * width, width, products, m, plane, lanes)
-                else:
-                    _four_of_3(scratch, first + 4 * i * width, width, products, m, plane, lanes)
-            for z in range(6):
-                for x in range(4):
-                    s, t = first + (24 * z + x) * width, second + (16 * z + x) * width
-                    if transposed:
-                        _four_of_4(scratch, t, 4 * width, scratch, s, 4 * width, lanes)
-                    else:
-                        _four_of_3(scratch, t, 4 * width, scratch, s, 4 * width, lanes)
+            b, first = load(bias, c, lanes), 96 * ((t0 + cell - begin) * channels + c)
             for yx in range(16):
-                s, t = second + yx * width, third + yx * width
                 if transposed:
-                    _four_of_4(scratch, t, 16 * width, scratch, s, 16 * width, lanes)
+                    _four_of_4(scratch, yx * width, 16 * width, planes, first + yx * width, 16 * width, lanes)
                 else:
-                    _four_of_3(scratch, t, 16 * width, scratch, s, 16 * width, lanes)
+                    _four_of_3(scratch, yx * width, 16 * width, planes, first + yx * width, 16 * width, lanes)
             inside = min(4, length - 4 * cell)
             for z in range(min(4, depth)):
                 for y in range(min(4, height)):
                     for x in range(inside):
-                        value = add(load(scratch, third + (16 * z + 4 * y + x) * width, lanes), b)
+                        value = add(load(scratch, (16 * z + 4 * y + x) * width, lanes), b)
                         along = (4 * cell + x) * channels + c
                         if before.size:
                             value = add(value, load(before, b_at + z * bz_step + y * by_step + along, lanes))
@@ -300,9 +320,10 @@ def _give_out(
 @numba.njit(cache=True, nogil=True)
 def _convolve(
     x, inputs, taps, tables, cells, transposed, weights, bias, relu, outputs, out, place, extent, steps,
-    before, b_place, b_steps, after, a_place, a_steps, rows, values, products, strip, pile, scratch, narrow, wide,
+    before, b_place, b_steps, after, a_place, a_steps, rows, values, products, planes, strip, pile, scratch,
+    narrow, wide,
 ):  # fmt: skip
-    """One stage: `cells` (z, y, x) of outputs, some rows of them at a time.
+    """One stage: `cells` (z, y, x) of outputs, some rows of them at a time, and of their 6³ products 6² at a time.
 
     x (…, inputs) → out; `place` is where the first output goes, `extent` how many outputs there are, `steps`
     the distance of z and y neighbours in `out`; likewise for `before` and `after`. `narrow` are the lanes of the
@@ -317,15 +338,18 @@ def _convolve(
             for part in range(parts):
                 tx0, tx1 = part * cells[2] // parts, (part + 1) * cells[2] // parts
                 length = tx1 - tx0
-                for ty in range(ty0, ty1):
-                    _take_in(
-                        x, inputs, taps, zo, zt, tz, yo, yt, ty, xo, xt, tx0, tx1, values, (ty - ty0) * length, rows,
-                        strip, pile, narrow,
-                    )  # fmt: skip
-                _multiply(values, weights, products, rows, (ty1 - ty0) * length, inputs, outputs, wide)
+                used = (ty1 - ty0) * length
+                for g in range(6):
+                    for ty in range(ty0, ty1):
+                        _take_in(
+                            g, x, inputs, taps, zo, zt, tz, yo, yt, ty, xo, xt, tx0, tx1, values,
+                            (ty - ty0) * length, rows, strip, pile, narrow,
+                        )  # fmt: skip
+                    _multiply(g, values, weights, products, rows, used, inputs, outputs, wide)
+                    _gather(transposed, g, products, rows, used, outputs, planes, scratch, wide)
                 for ty in range(ty0, ty1):
                     _give_out(
-                        transposed, products, (ty - ty0) * length, rows, outputs, tx0, tx1, bias, relu,
+                        transposed, planes, (ty - ty0) * length, outputs, tx0, tx1, bias, relu,
                         out, place + 4 * (tz * steps[0] + ty * steps[1]), steps[0], steps[1],
                         extent[0] - 4 * tz, extent[1] - 4 * ty, extent[2],
                         before, b_place + 4 * (tz * b_steps[0] + ty * b_steps[1]), b_steps[0], b_steps[1],
@@ -488,12 +512,13 @@ class WinogradNetwork:
 
     def _floats(self, edge: int) -> dict[str, int]:
         axes = self._inner(edge)
-        sizes = dict.fromkeys(("values", "products", "strip"), 0)
+        sizes = dict.fromkeys(("values", "products", "planes", "strip"), 0)
         for layer, axis in zip(self._layers, axes, strict=True):
             length, rows = axis.stop - axis.start, _rows_together(layer, axis.cells)
-            sizes["values"] = max(sizes["values"], 216 * rows * layer.inputs)
-            sizes["products"] = max(sizes["products"], 216 * rows * layer.outputs)
-            sizes["strip"] = max(sizes["strip"], 36 * len(axis.reads) * layer.inputs)
+            sizes["values"] = max(sizes["values"], 36 * rows * layer.inputs)
+            sizes["products"] = max(sizes["products"], 36 * rows * layer.outputs)
+            sizes["planes"] = max(sizes["planes"], 96 * rows * layer.outputs)
+            sizes["strip"] = max(sizes["strip"], 6 * len(axis.reads) * layer.inputs)
             sizes[layer.stage.name] = length**3 * layer.outputs
         del sizes[self._layers[-1].stage.name]
         length = axes[-1].stop - axes[-1].start
@@ -549,7 +574,8 @@ class WinogradNetwork:
         """One layer over all its cells, or over the row `slab` of them along z, which is put at out's origin."""
         taps = max(one.taps.shape[1] for one in axes)
         shifts = [one.reads.start - origin for one, origin in zip(axes, x.origin, strict=True)]
-        strip_step = 36 * layer.inputs
+        rows = _rows_together(layer, axes[2].cells)
+        strip_step = 6 * layer.inputs
         tables = []
         for one, shift, step in zip(axes, (*shifts[:2], 0), (*x.steps, strip_step), strict=True):
             offsets, table = _widened(one, taps)
@@ -561,7 +587,6 @@ class WinogradNetwork:
             tables[0], tables[1] = tables[0][slab : slab + 1], tables[1][slab : slab + 1]
             cells[0], extent[0], start[0] = 1, extent[0] - 4 * slab, start[0] + 4 * slab
         columns = len(axes[2].reads)
-        rows = _rows_together(layer, cells[2])
         wide = _lanes(layer.outputs)
         before, after = (
             _NOTHING if number is None else maps[number]
@@ -573,9 +598,11 @@ class WinogradNetwork:
             layer.outputs, out.values, out.place(*start) if slab is None else out.place(*out.origin),
             triple(extent), out.steps, before.values, before.place(*start), before.steps,
             after.values, after.place(*start), after.steps, rows,
-            memory.array("values", 216 * rows * layer.inputs), memory.array("products", 216 * rows * layer.outputs),
-            memory.array("strip", columns * strip_step), memory.array("pile", 6 * 16 * taps),
-            memory.array("scratch", 304 * 16), _lanes(layer.inputs), wide,
+            memory.array("values", 36 * rows * layer.inputs),
+            memory.array("products", 36 * rows * layer.outputs),
+            memory.array("planes", 96 * rows * layer.outputs),
+            memory.array("strip", columns * strip_step), memory.array("pile", 16 * taps),
+            memory.array("scratch", 64 * 16), _lanes(layer.inputs), wide,
         )  # fmt: skip
 
     def _finish(
@@ -685,7 +712,7 @@ def _rows_together(layer: _Layer, row: int) -> int:
     As many as half of a core's second-level cache holds. Where the weights are larger than that they are read again
     each time: from the cache that cores share, which the cells should leave room in, or from memory, so for many.
     """
-    rows = max(12, _CACHE_BYTES // 2 // (216 * 4 * (layer.inputs + layer.outputs)))
+    rows = max(12, _CACHE_BYTES // 2 // (36 * 4 * (layer.inputs + layer.outputs)))
     if layer.weights.nbytes > _CACHE_BYTES // 2:
         rows = max(rows, 24 if layer.weights.nbytes <= 16 * _CACHE_BYTES else 192)
     return (rows // row * row if rows > row else -(-row // -(-row // rows))) + 1  # the remainder is taken in twos
