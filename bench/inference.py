@@ -1,6 +1,6 @@
 """How fast `hpcres infer` paints, beside what a direct convolution could reach on the same core in the same run.
 
-    python bench/inference.py                       widths 5 and 8 at scale factor 8, one rank and two (5 minutes)
+    python bench/inference.py                       widths 5 and 8 at scale factor 8, one rank and two (7 minutes)
     python bench/inference.py --sizes 512 1024 1920 the small network on growing volumes (half an hour)
 
 The network is the paper's with random weights, the input a chi² phantom, the store real. The direct bound is the rate
@@ -188,7 +188,7 @@ def main() -> None:
     for width in options.widths:
         alone = 0.0
         for ranks in options.ranks:
-            edge = 768 if width <= 6 else 384  # 64 tiles, or 8
+            edge = 768 if width <= 6 else 480  # 64 tiles, or 27 of which 19 are smaller
             found = measure(options.scale, width, edge, 192, ranks)
             more = f"{found['voxels/s'] / alone:.2f} × one rank" if alone else ""
             alone = alone or found["voxels/s"]

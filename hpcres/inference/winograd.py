@@ -485,6 +485,7 @@ class WinogradNetwork:
         *stages, end = folded.stages
         self._layers = [_layer_of(stage) for stage in stages]
         self._end = end
+        self._places = _places(stages)
         self.phases = folded.phases
         self._end_channels = self._layers[-1].outputs
         self._end_weight, self._end_bias = _aligned(self.phases * 27 * self._end_channels), end.bias.astype(np.float32)
@@ -519,8 +520,9 @@ class WinogradNetwork:
             sizes["products"] = max(sizes["products"], 36 * rows * layer.outputs)
             sizes["planes"] = max(sizes["planes"], 96 * rows * layer.outputs)
             sizes["strip"] = max(sizes["strip"], 6 * len(axis.reads) * layer.inputs)
-            sizes[layer.stage.name] = length**3 * layer.outputs
-        del sizes[self._layers[-1].stage.name]
+            if layer is not self._layers[-1]:
+                place = self._places[layer.stage.name]
+                sizes[place] = max(sizes.get(place, 0), length**3 * layer.outputs)
         length = axes[-1].stop - axes[-1].start
         sizes["features"] = 7 * (length + 2) * (length + 10) * self._end_channels
         return sizes
@@ -560,7 +562,7 @@ class WinogradNetwork:
         for number, layer in enumerate(self._layers[:-1]):
             z, y, x = (one[number] for one in axes)
             shape = (z.stop - z.start, y.stop - y.start, x.stop - x.start)
-            values = memory.array(layer.stage.name, prod(shape) * layer.outputs)
+            values = memory.array(self._places[layer.stage.name], prod(shape) * layer.outputs)
             out = _Map(values, (z.start, y.start, x.start), shape, layer.outputs)
             self._run(layer, (z, y, x), here, out, maps, memory)
             maps.append(out)
@@ -651,6 +653,18 @@ class WinogradNetwork:
                 done += 1
         assert done == write.stop[0]
         return labels
+
+
+def _places(stages: Sequence[Stage]) -> dict[str, str]:
+    """Which array holds each stage's map: one whose map no later stage reads, or else one more."""
+    found: dict[str, str] = {}
+    for number, stage in enumerate(stages):
+        read = {stages[number - 1].name} if number else set[str]()
+        for later in stages[number:]:
+            read |= {stages[i].name for i in (later.add_before_relu, later.add_after_relu) if i is not None}
+        taken = {found[name] for name in read if name in found}
+        found[stage.name] = next(place for place in map("map {}".format, range(len(stages))) if place not in taken)
+    return found
 
 
 def _cells(stages: Sequence[Stage], length: int | None, start: int, stop: int) -> list[Axis]:
