@@ -177,6 +177,9 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         if job.settings.precision != "fp32" and missing:
             ranks.from_first(lambda: _say_flips(job, painter))
         stores, tiles = open_stores(job.output), sum(level == 0 for level, _ in missing)
+        for store in stores:  # like the painter's, kernels are fetched before the clock starts
+            store.coarsen(np.zeros((2, 2, 2), np.uint8))
+        counts.count(np.zeros((2, 2, 2), np.uint8), labels=range(len(job.checkpoint.phases)))
         if ranks.rank == 0:
             _say(_opening(job, tiles, ranks, device, threads))
             if not claim.certain:
