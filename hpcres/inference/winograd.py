@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from math import floor, prod
+from typing import Any
 
 import numba
 import numpy as np
@@ -410,12 +411,16 @@ def _label(features, planes, y_step, height, length, channels, weights, bias, ph
 
 @dataclass(frozen=True)
 class _Map:
-    """Features of a part of one grid: flat (z, y, x, channels) from global index `origin` on."""
+    """Features of a part of one grid: flat (z, y, x, channels) from global index `origin` on.
+
+    Where it is a ring, only the last `ring` planes are there: plane i takes the place of plane i - ring.
+    """
 
     values: np.ndarray
     origin: Triple
     shape: Triple
     channels: int
+    ring: int | None = None
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -424,8 +429,15 @@ class _Map:
 
     def place(self, z: int, y: int, x: int) -> int:
         z0, y0, x0 = self.origin
-        return (z - z0) * self.steps[0] + (y - y0) * self.steps[1] + (x - x0) * self.channels
+        return self.planes(z - z0) * self.steps[0] + (y - y0) * self.steps[1] + (x - x0) * self.channels
 
+    def planes(self, z: Any) -> Any:
+        """Where the planes `z`, counted from the origin, are."""
+        return z if self.ring is None else z % self.ring
+
+
+_RING = 12
+"""Planes of the last map but one that are kept: a cell reads up to seven, in three rows of cells that wrote them."""
 
 _NOTHING = _Map(np.empty(0, np.float32), (0, 0, 0), (0, 0, 0), 0)
 
@@ -521,8 +533,8 @@ class WinogradNetwork:
             sizes["planes"] = max(sizes["planes"], 96 * rows * layer.outputs)
             sizes["strip"] = max(sizes["strip"], 6 * len(axis.reads) * layer.inputs)
             if layer is not self._layers[-1]:
-                place = self._places[layer.stage.name]
-                sizes[place] = max(sizes.get(place, 0), length**3 * layer.outputs)
+                place, planes = self._places[layer.stage.name], _RING if layer is self._layers[-2] else length
+                sizes[place] = max(sizes.get(place, 0), planes * length**2 * layer.outputs)
         length = axes[-1].stop - axes[-1].start
         sizes["features"] = 7 * (length + 2) * (length + 10) * self._end_channels
         return sizes
@@ -561,27 +573,30 @@ class WinogradNetwork:
         maps: list[_Map] = []
         for number, layer in enumerate(self._layers[:-1]):
             z, y, x = (one[number] for one in axes)
-            shape = (z.stop - z.start, y.stop - y.start, x.stop - x.start)
-            values = memory.array(self._places[layer.stage.name], prod(shape) * layer.outputs)
-            out = _Map(values, (z.start, y.start, x.start), shape, layer.outputs)
-            self._run(layer, (z, y, x), here, out, maps, memory)
-            maps.append(out)
-            here = out
-        return self._finish((axes[0][-1], axes[1][-1], axes[2][-1]), here, maps, write, memory)
+            shape, ring = (z.stop - z.start, y.stop - y.start, x.stop - x.start), None
+            if layer is self._layers[-2]:
+                ring = _RING
+            values = memory.array(self._places[layer.stage.name], (ring or shape[0]) * prod(shape[1:]) * layer.outputs)
+            maps.append(_Map(values, (z.start, y.start, x.start), shape, layer.outputs, ring))
+            if ring is None:
+                self._run(layer, (z, y, x), here, maps[-1], maps, memory)
+                here = maps[-1]
+        return self._finish(axes, here, maps, write, memory)
 
     def _run(
         self, layer: _Layer, axes: tuple[Axis, Axis, Axis], x: _Map, out: _Map, maps: list[_Map], memory: Memory,
         slab: int | None = None,
     ) -> None:  # fmt: skip
-        """One layer over all its cells, or over the row `slab` of them along z, which is put at out's origin."""
+        """One layer over all its cells, or over the row `slab` of them along z."""
         taps = max(one.taps.shape[1] for one in axes)
         shifts = [one.reads.start - origin for one, origin in zip(axes, x.origin, strict=True)]
         rows = _rows_together(layer, axes[2].cells)
         strip_step = 6 * layer.inputs
-        tables = []
+        tables: list[np.ndarray] = []
         for one, shift, step in zip(axes, (*shifts[:2], 0), (*x.steps, strip_step), strict=True):
             offsets, table = _widened(one, taps)
-            tables += [((offsets + shift) * step), table]
+            offsets = offsets + shift
+            tables += [(offsets if tables else x.planes(offsets)) * step, table]
         tables[2] = tables[2] + shifts[2] * layer.inputs
         cells, extent = [one.cells for one in axes], [one.stop - one.start for one in axes]
         start = [one.start for one in axes]
@@ -597,8 +612,8 @@ class WinogradNetwork:
         _convolve(
             x.values, layer.inputs, taps, tuple(np.ascontiguousarray(t).ravel() for t in tables),
             triple(cells), layer.stage.kind == "transposed", layer.weights, layer.bias, layer.stage.relu,
-            layer.outputs, out.values, out.place(*start) if slab is None else out.place(*out.origin),
-            triple(extent), out.steps, before.values, before.place(*start), before.steps,
+            layer.outputs, out.values, out.place(*start), triple(extent), out.steps,
+            before.values, before.place(*start), before.steps,
             after.values, after.place(*start), after.steps, rows,
             memory.array("values", 36 * rows * layer.inputs),
             memory.array("products", 36 * rows * layer.outputs),
@@ -608,10 +623,12 @@ class WinogradNetwork:
         )  # fmt: skip
 
     def _finish(
-        self, axes: tuple[Axis, Axis, Axis], x: _Map, maps: list[_Map], write: Box, memory: Memory
+        self, axes: list[list[Axis]], x: _Map, maps: list[_Map], write: Box, memory: Memory
     ) -> np.ndarray | None:
-        """The last layer in slabs of four planes, each labelled as soon as the plane behind it is there."""
-        layer, (z, y, x_axis) = self._layers[-1], axes
+        """The last two layers in slabs of four planes, each labelled as soon as the plane behind it is there."""
+        *_, feeding, layer = self._layers
+        feeds, (z, y, x_axis) = (axes[0][-2], axes[1][-2], axes[2][-2]), (axes[0][-1], axes[1][-1], axes[2][-1])
+        fed = 0  # rows of the last layer but one
         channels = layer.outputs
         # One plane or column more on every side, for the padding at true faces, and room to read in eights.
         shape = (7, y.stop - y.start + 2, x_axis.stop - x_axis.start + 10)
@@ -624,10 +641,14 @@ class WinogradNetwork:
         logits = np.empty(8 * self.phases, np.float32)
         y0, x0 = write.start[1] - y.start, write.start[2] - x_axis.start
         done = write.start[0]
-        out = _Map(features[2 * plane + row + channels :], (0, 0, 0), (4, *shape[1:]), channels)
+        start = (z.start, y.start, x_axis.start)
+        out = _Map(features[2 * plane + row + channels :], start, (4, *shape[1:]), channels, ring=4)
         for slab in range(z.cells):
+            while feeds[0].start + 4 * fed <= z.reads.start + z.taps[slab].max():
+                self._run(feeding, feeds, x, maps[-1], maps, memory, fed)
+                fed += 1
             grid[:2] = grid[4:6]
-            self._run(layer, axes, x, out, maps, memory, slab)
+            self._run(layer, (z, y, x_axis), maps[-1], out, maps, memory, slab)
             first = z.start + 4 * slab
             ready = min(4, z.stop - first)
             for side, length in ((1, y.stop - y.start), (2, x_axis.stop - x_axis.start)):
