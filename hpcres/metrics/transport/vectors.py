@@ -1,0 +1,273 @@
+"""Registers of 16 floats for numba kernels, filled from and emptied into arrays that leave out insulating voxels.
+
+A lane mask is an integer whose bit i stands for lane i. Machines with shorter registers split them; values are the
+same. Arrays are flat float32; indices are in floats.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic as _intrinsic
+from numba.extending import models, register_model
+
+LANES = 16
+_COMPRESSES = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+intrinsic: Any = _intrinsic  # what it makes is called without the typing context
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
+_BITS = ir.VectorType(ir.IntType(1), LANES)
+
+
+class Floats(types.Type):
+    """A register of 16 floats."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Floats16")
+
+
+class Doubles(types.Type):
+    """16 running sums in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Doubles16")
+
+
+FLOATS, DOUBLES = Floats(), Doubles()
+
+
+@register_model(Floats)
+class _FloatsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, type_: Floats) -> None:
+        super().__init__(manager, type_, _FLOATS)
+
+
+@register_model(Doubles)
+class _DoublesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, type_: Doubles) -> None:
+        super().__init__(manager, type_, _DOUBLES)
+
+
+def _mask(builder: Any, number: Any) -> Any:
+    return builder.bitcast(builder.trunc(number, ir.IntType(LANES)), _BITS)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _all(number: float) -> Any:
+    return ir.Constant(_FLOATS, [number] * LANES)
+
+
+@intrinsic
+def popcount(typing: Any, number: Any) -> Any:
+    """Set bits of an int64."""
+    return types.int64(types.int64), lambda context, builder, signature, arguments: _call(
+        builder, "llvm.ctpop.i64", ir.IntType(64), [arguments[0]]
+    )
+
+
+@intrinsic
+def lowest(typing: Any, number: Any) -> Any:
+    """The place of the lowest set bit of an int64 that is not 0."""
+    return types.int64(types.int64), lambda context, builder, signature, arguments: _call(
+        builder, "llvm.cttz.i64", ir.IntType(64), [arguments[0], ir.Constant(ir.IntType(1), 1)]
+    )
+
+
+@intrinsic
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """The floats at array[index …]."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments)
+        return builder.load(builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+
+    return FLOATS(array, types.intp), generate
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index …] = value."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        builder.store(arguments[2], builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def spread(typing: Any, array: Any, index: Any, mask: Any) -> Any:
+    """array[index], array[index + 1], … in the lanes of the mask, 0 in the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        return _call(
+            builder, "llvm.masked.expandload.v16f32", _FLOATS, [address, _mask(builder, arguments[2]), _all(0.0)]
+        )
+
+    return FLOATS(array, types.intp, types.int64), generate
+
+
+@intrinsic
+def gathered(typing: Any, value: Any, mask: Any) -> Any:
+    """The lanes of the mask side by side in the lowest lanes, 0 in the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = _mask(builder, arguments[1])
+        if _COMPRESSES:
+            return _call(builder, "llvm.x86.avx512.mask.compress.v16f32", _FLOATS, [arguments[0], _all(0.0), bits])
+        place = cgutils.alloca_once_value(builder, _all(0.0))
+        first = builder.bitcast(place, ir.FloatType().as_pointer())
+        _call(builder, "llvm.masked.compressstore.v16f32", ir.VoidType(), [arguments[0], first, bits])
+        return builder.load(place)
+
+    return FLOATS(value, types.int64), generate
+
+
+@intrinsic
+def load_few(typing: Any, array: Any, index: Any, number: Any) -> Any:
+    """The `number` floats at array[index …] in the lowest lanes, 0 in the others; nothing beyond is touched."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        place = builder.bitcast(address, _FLOATS.as_pointer())
+        few = _few(builder, arguments[2])
+        align = ir.Constant(ir.IntType(32), 4)
+        return _call(builder, _memory("load", place), _FLOATS, [place, align, few, _all(0.0)])
+
+    return FLOATS(array, types.intp, types.int64), generate
+
+
+@intrinsic
+def store_few(typing: Any, array: Any, index: Any, value: Any, number: Any) -> Any:
+    """array[index …] = the `number` lowest lanes; nothing beyond is touched."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], *arguments[:2])
+        place = builder.bitcast(address, _FLOATS.as_pointer())
+        few = _few(builder, arguments[3])
+        align = ir.Constant(ir.IntType(32), 4)
+        _call(builder, _memory("store", place), ir.VoidType(), [arguments[2], place, align, few])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value, types.int64), generate
+
+
+def _few(builder: Any, number: Any) -> Any:
+    one = ir.Constant(ir.IntType(64), 1)
+    return _mask(builder, builder.sub(builder.shl(one, number), one))
+
+
+def _memory(what: str, place: Any) -> str:
+    pointer = "p0" if getattr(place.type, "is_opaque", False) else "p0v16f32"
+    return f"llvm.masked.{what}.v16f32.{pointer}"
+
+
+@intrinsic
+def splat(typing: Any, number: Any) -> Any:
+    """A float in every lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        nothing = ir.Constant(_FLOATS, ir.Undefined)
+        first = builder.insert_element(nothing, arguments[0], ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+    return FLOATS(types.float32), generate
+
+
+@intrinsic
+def add(typing: Any, a: Any, b: Any) -> Any:
+    return a(a, a), lambda context, builder, signature, arguments: builder.fadd(*arguments)
+
+
+@intrinsic
+def subtract(typing: Any, a: Any, b: Any) -> Any:
+    return a(a, a), lambda context, builder, signature, arguments: builder.fsub(*arguments)
+
+
+@intrinsic
+def multiply(typing: Any, a: Any, b: Any) -> Any:
+    return a(a, a), lambda context, builder, signature, arguments: builder.fmul(*arguments)
+
+
+@intrinsic
+def divide(typing: Any, a: Any, b: Any) -> Any:
+    return a(a, a), lambda context, builder, signature, arguments: builder.fdiv(*arguments)
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, rounded once."""
+    return a(a, a, a), lambda context, builder, signature, arguments: _call(
+        builder, "llvm.fma.v16f32", _FLOATS, list(arguments)
+    )
+
+
+@intrinsic
+def keep(typing: Any, value: Any, mask: Any) -> Any:
+    """The lanes of the mask; 0 in the others."""
+    return value(value, types.int64), lambda context, builder, signature, arguments: builder.select(
+        _mask(builder, arguments[1]), arguments[0], _all(0.0)
+    )
+
+
+@intrinsic
+def inverse(typing: Any, value: Any, mask: Any) -> Any:
+    """1 / value in the lanes of the mask; 0 in the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits, one = _mask(builder, arguments[1]), _all(1.0)
+        safe = builder.select(bits, arguments[0], one)
+        return builder.select(bits, builder.fdiv(one, safe), _all(0.0))
+
+    return value(value, types.int64), generate
+
+
+@intrinsic
+def no_sum(typing: Any) -> Any:
+    """Sums of nothing."""
+    return DOUBLES(), lambda context, builder, signature, arguments: ir.Constant(_DOUBLES, [0.0] * LANES)
+
+
+@intrinsic
+def add_product(typing: Any, sums: Any, a: Any, b: Any) -> Any:
+    """Each lane's float64 sum plus the product of two floats, which is exact in float64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = [builder.fpext(value, _DOUBLES) for value in arguments[1:]]
+        return _call(builder, "llvm.fma.v16f64", _DOUBLES, [*wide, arguments[0]])
+
+    return sums(sums, a, a), generate
+
+
+@intrinsic
+def total(typing: Any, sums: Any) -> Any:
+    """All lanes together, halves onto each other."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, width = arguments[0], LANES
+        while width > 1:
+            width //= 2
+            places = ir.VectorType(ir.IntType(32), width)
+            nothing = ir.Constant(value.type, ir.Undefined)
+            halves = [
+                builder.shuffle_vector(value, nothing, ir.Constant(places, list(range(at, at + width))))
+                for at in (0, width)
+            ]
+            value = builder.fadd(*halves)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return types.float64(sums), generate
