@@ -7,34 +7,48 @@ cells. Red parts come first; parts of one colour are in the order of rows of cel
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
 
 compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
+inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+SLOTS = 6  # neighbours of a part that are stored with it; few have more
 CHUNK = 1 << 15  # parts that one thread takes at a time
 DENSE = 160  # parts of a level that is solved by its inverse
 
 
 @dataclass
-class Level:
-    """A weighted graph: part i has neighbours places[starts[i] … starts[i + 1]]; all conductances in float32."""
+class Graph:
+    """Part i has neighbours places[starts[i] … starts[i + 1]] over conductances values (float32)."""
 
-    cells: tuple[int, int, int]
-    rows: np.ndarray  # (2, rows of cells + 1), int64: where the parts of a row begin, red and black
     starts: np.ndarray
     places: np.ndarray
     values: np.ndarray
-    diagonal: np.ndarray
+    to_faces: np.ndarray  # conductance of each part to the two outer faces
+    numbers: np.ndarray  # parts of each cell (z, y, x)
+
+
+@dataclass
+class Level:
+    """The same graph as cycles read it: six neighbours of every part (with value 0 where there are fewer), then the
+    rest, in the order of parts."""
+
+    rows: np.ndarray  # (2, rows of cells + 1), int64: where the parts of a row begin, red and black
+    cells: tuple[int, int, int]
     odd: bool  # edges between parts of one colour: across a periodic axis with an odd number of cells
+    diagonal: np.ndarray
+    places: np.ndarray
+    values: np.ndarray
+    more: tuple[np.ndarray, np.ndarray, np.ndarray]
     parent: np.ndarray | None = None  # the part of the next level that each is in
     inverse: np.ndarray | None = None
-    b: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    x: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
-    spare: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def __post_init__(self) -> None:
+        self.b, self.x, self.spare = (np.zeros(n, np.float32) for n in (self.parts, self.parts, self.parts * self.odd))
 
     @property
     def parts(self) -> int:
@@ -46,13 +60,8 @@ class Level:
 
     @property
     def bytes(self) -> int:
-        arrays = (self.rows, self.starts, self.places, self.values, self.diagonal, self.b, self.x, self.spare)
-        return sum(a.nbytes for a in arrays) + sum(a.nbytes for a in (self.parent, self.inverse) if a is not None)
-
-    def take_vectors(self) -> None:
-        self.b, self.x = np.zeros(self.parts, np.float32), np.zeros(self.parts, np.float32)
-        if self.odd:
-            self.spare = np.zeros(self.parts, np.float32)
+        arrays = [self.rows, self.diagonal, self.places, self.values, *self.more, self.b, self.x, self.spare]
+        return sum(a.nbytes for a in (*arrays, self.parent, self.inverse) if a is not None)
 
 
 # ---- a cycle -----------------------------------------------------------------------------------------------
@@ -64,27 +73,43 @@ def relax_from_zero(b, diagonal, x, begin, end):
         x[i] = b[i] / diagonal[i]
 
 
-@compiled
-def relax(starts, places, values, diagonal, b, x, out, begin, end):
-    """One colour from the other."""
-    for i in range(begin, end):
-        s = b[i]
-        for k in range(starts[i], starts[i + 1]):
-            s += values[k] * x[places[k]]
-        out[i] = s / diagonal[i]
+@inlined
+def _first_after(numbers, i):
+    """The first place in sorted numbers whose number is not below i."""
+    low, high = 0, len(numbers)
+    while low < high:
+        middle = (low + high) >> 1
+        if numbers[middle] < i:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
-@compiled
-def residual(starts, places, values, diagonal, b, x, i):
-    s = b[i] - diagonal[i] * x[i]
-    for k in range(starts[i], starts[i + 1]):
-        s += values[k] * x[places[k]]
+@inlined
+def _neighbours(places, values, x, i):
+    s = np.float32(0)
+    for k in range(SLOTS):
+        s += values[i, k] * x[places[i, k]]
     return s
 
 
 @compiled
+def relax(places, values, more_of, more_places, more_values, diagonal, b, x, out, begin, end):
+    """One colour from the other."""
+    for i in range(begin, end):
+        out[i] = (b[i] + _neighbours(places, values, x, i)) / diagonal[i]
+    k = _first_after(more_of, begin)
+    while k < len(more_of) and more_of[k] < end:
+        i = more_of[k]
+        out[i] += more_values[k] * x[more_places[k]] / diagonal[i]
+        k += 1
+
+
+@compiled
 def restrict(
-    starts, places, values, diagonal, b, x, parent, rows, rows_next, cells, cells_next, colours, row0, row1, coarse
+    places, values, more_of, more_places, more_values, diagonal, b, x, parent, rows, rows_next, cells, cells_next,
+    colours, row0, row1, coarse,
 ):  # fmt: skip
     """coarse = the residual of `colours` colours (1: red, which is all there is after a sweep), summed over each part.
 
@@ -100,8 +125,13 @@ def restrict(
                 continue
             at = zz * cells[1] + yy
             for colour in range(colours):
-                for i in range(rows[colour, at], rows[colour, at + 1]):
-                    coarse[parent[i]] += residual(starts, places, values, diagonal, b, x, i)
+                begin, end = rows[colour, at], rows[colour, at + 1]
+                for i in range(begin, end):
+                    coarse[parent[i]] += b[i] - diagonal[i] * x[i] + _neighbours(places, values, x, i)
+                k = _first_after(more_of, begin)
+                while k < len(more_of) and more_of[k] < end:
+                    coarse[parent[more_of[k]]] += more_values[k] * x[more_places[k]]
+                    k += 1
 
 
 @compiled
@@ -230,12 +260,27 @@ def number_parts(numbers, rows, rows_next, numbers_next, most, row0, row1, paren
 
 @compiled
 def connect(
-    starts, places, values, to_faces, numbers, rows, numbers_next, rows_next, parent, most, row0, row1,
-    starts_next, places_next, values_next, to_faces_next, fill,
+    starts, places, values, to_faces, numbers, rows, numbers_next, rows_next, parent, most, row0, row1, degrees,
+    to_faces_next,
 ):  # fmt: skip
-    """As `connect_parts`, from a level to the next: sums of the conductances between members of two parts."""
+    """Neighbours of the next level's parts in some rows of cells, by colour: places and sums of conductances.
+
+    degrees[i + 1] = the number of neighbours of part i.
+    """
     members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
-    near, sums = np.empty(64, np.int64), np.empty(64, np.float64)
+    room = np.zeros(2, np.int64)
+    for row in range(row0, row1):
+        z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
+        for d in range(4):
+            zz, yy = 2 * z + (d >> 1), 2 * y + (d & 1)
+            if zz < numbers.shape[0] and yy < numbers.shape[1]:
+                at = zz * numbers.shape[1] + yy
+                for colour in range(2):
+                    # A red cell below may lie in a black one of the next level.
+                    room += starts[rows[colour, at + 1]] - starts[rows[colour, at]]
+    red, black = (np.empty(room[0], places.dtype), np.empty(room[1], places.dtype))
+    red_values, black_values = (np.empty(room[0], np.float32), np.empty(room[1], np.float32))
+    used = np.zeros(2, np.int64)
     for row in range(row0, row1):
         z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
         _start_rows(rows, numbers.shape, z, y, place)
@@ -243,43 +288,56 @@ def connect(
         for x in range(numbers_next.shape[2]):
             n = _gather_members(numbers, rows, place, z, y, x, members)
             colour = z + y + x & 1
+            near, sums = (black, black_values) if colour else (red, red_values)
             for own in range(begin[colour], begin[colour] + numbers_next[z, y, x]):
-                found = 0
+                first = used[colour]
+                last = first
                 for m in range(n):
                     i = members[m]
                     if parent[i] != own:
                         continue
-                    if fill:
-                        to_faces_next[own] += to_faces[i]
+                    to_faces_next[own] += to_faces[i]
                     for k in range(starts[i], starts[i + 1]):
                         other = parent[places[k]]
                         if other == own:
                             continue
-                        at = 0
-                        while at < found and near[at] != other:
+                        at = first
+                        while at < last and near[at] != other:
                             at += 1
-                        if at == found:
-                            if found == len(near):
-                                near, sums = np.append(near, near), np.append(sums, sums)
-                            near[found], sums[found] = other, 0
-                            found += 1
+                        if at == last:
+                            near[at], sums[at] = other, 0
+                            last += 1
                         sums[at] += values[k]
-                if fill:
-                    for at in range(found):
-                        places_next[starts_next[own] + at] = near[at]
-                        values_next[starts_next[own] + at] = sums[at]
-                else:
-                    starts_next[own + 1] = found
+                degrees[own + 1] = last - first
+                used[colour] = last
             begin[colour] += numbers_next[z, y, x]
+    return red[: used[0]].copy(), red_values[: used[0]].copy(), black[: used[1]].copy(), black_values[: used[1]].copy()
 
 
 @compiled
-def sum_diagonal(starts, values, to_faces, diagonal, begin, end):
+def fill_slots(starts, places, values, to_faces, diagonal, slots, slot_values, begin, end):
+    """The first six neighbours of each part, and the sum of all its conductances; returns how many more there are."""
+    more = 0
     for i in range(begin, end):
         s = np.float64(to_faces[i])
         for k in range(starts[i], starts[i + 1]):
             s += values[k]
         diagonal[i] = s
+        number = min(SLOTS, starts[i + 1] - starts[i])
+        for k in range(number):
+            slots[i, k], slot_values[i, k] = places[starts[i] + k], values[starts[i] + k]
+        for k in range(number, SLOTS):
+            slots[i, k], slot_values[i, k] = slots[i, 0] if number else i, 0
+        more += starts[i + 1] - starts[i] - number
+    return more
+
+
+@compiled
+def fill_more(starts, places, values, more_of, more_places, more_values, at, begin, end):
+    for i in range(begin, end):
+        for k in range(starts[i] + SLOTS, starts[i + 1]):
+            more_of[at], more_places[at], more_values[at] = i, places[k], values[k]
+            at += 1
 
 
 Each = Callable[[Callable[..., Any], int, int], list[Any]]
@@ -304,37 +362,51 @@ def running(starts: np.ndarray) -> np.ndarray:
     return starts.astype(np.int32) if starts[-1] < 2**31 else starts
 
 
-def coarser(level: Level, numbers: np.ndarray, to_faces: np.ndarray, periodic: tuple[bool, ...], each: Each) -> (
-    tuple[Level, np.ndarray, np.ndarray]
-):  # fmt: skip
-    """The next level, how many parts each of its cells has, and their conductances to the faces."""
-    cells: Any = tuple(-(-n // 2) for n in level.cells)
-    rows = cells[0] * cells[1]
+def as_level(graph: Graph, rows: np.ndarray, periodic: Sequence[bool], each: Each) -> Level:
+    """The form that cycles use."""
+    parts, kind = len(graph.to_faces), graph.places.dtype
+    diagonal = np.empty(parts, np.float32)
+    places, values = np.empty((parts, SLOTS), kind), np.empty((parts, SLOTS), np.float32)
+    csr = (graph.starts, graph.places, graph.values)
+    found = each(
+        lambda a, b: fill_slots(*csr, graph.to_faces, diagonal, places, values, a, b), parts, CHUNK
+    )
+    before = np.concatenate([[0], np.cumsum(found)]).astype(np.int64)
+    more = np.empty(before[-1], kind), np.empty(before[-1], kind), np.empty(before[-1], np.float32)
+    each(lambda a, b: fill_more(*csr, *more, before[a // CHUNK], a, b), parts, CHUNK)
+    cells: Any = graph.numbers.shape
+    odd = any(p and n % 2 for p, n in zip(periodic, cells, strict=True))
+    return Level(rows, cells, odd, diagonal, places, values, more)
+
+
+def coarser(level: Level, graph: Graph, each: Each) -> tuple[Graph, np.ndarray]:
+    """The graph of the next level, and its rows; sets `parent`."""
+    numbers, below = graph.numbers, tuple(-(-n // 2) for n in level.cells)
+    rows = below[0] * below[1]
     step = max(1, rows // 64)
-    most = max(each(lambda a, b: count_members(numbers, cells, a, b), rows, step))
-    numbers_next, counts = np.zeros(cells, np.int32), np.zeros((2, rows), np.int64)
-    parent = np.full(level.parts, -1, index_type(level.parts))
-    graph = (level.starts, level.places)
+    most = max(each(lambda a, b: count_members(numbers, below, a, b), rows, step))
+    numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
+    parent = np.full(level.parts, -1, graph.places.dtype)
+    csr = (graph.starts, graph.places)
     each(
-        lambda a, b: join_parts(*graph, numbers, level.rows, cells, most, a, b, parent, numbers_next, counts), rows,
-        step,
-    )  # fmt: skip
+        lambda a, b: join_parts(*csr, numbers, level.rows, below, most, a, b, parent, numbers_next, counts), rows, step
+    )
     rows_next, parts = accumulated(counts)
     each(lambda a, b: number_parts(numbers, level.rows, rows_next, numbers_next, most, a, b, parent), rows, step)
-    starts, nothing = np.zeros(parts + 1, np.int64), (np.empty(0, level.places.dtype), np.empty(0, np.float32))
-    to_faces_next = np.zeros(parts, np.float32)
-    shared = (
-        *graph, level.values, to_faces, numbers, level.rows, numbers_next, rows_next, parent, most,
+    degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, np.float32)
+    found = each(
+        lambda a, b: connect(
+            *csr, graph.values, graph.to_faces, numbers, level.rows, numbers_next, rows_next, parent, most, a, b,
+            degrees, to_faces,
+        ),
+        rows, step,
     )  # fmt: skip
-    each(lambda a, b: connect(*shared, a, b, starts, *nothing, to_faces_next, False), rows, step)
-    starts = running(starts)
-    places, values = np.empty(starts[-1], index_type(parts)), np.empty(starts[-1], np.float32)
-    each(lambda a, b: connect(*shared, a, b, starts, places, values, to_faces_next, True), rows, step)
-    diagonal = np.empty(parts, np.float32)
-    each(lambda a, b: sum_diagonal(starts, values, to_faces_next, diagonal, a, b), parts, CHUNK)
+    # Units come in the order of rows, so red ones one after the other, then black ones, are in the order of parts.
+    kind = index_type(parts)
+    places = np.concatenate([part[0] for part in found] + [part[2] for part in found]).astype(kind, copy=False)
+    values = np.concatenate([part[1] for part in found] + [part[3] for part in found])
     level.parent = parent
-    odd = any(p and n % 2 for p, n in zip(periodic, cells, strict=True))
-    return Level(cells, rows_next, starts, places, values, diagonal, odd), numbers_next, to_faces_next
+    return Graph(running(degrees), places, values, to_faces, numbers_next), rows_next
 
 
 def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
@@ -348,7 +420,7 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
         return
     below = levels[at + 1]
     red, parts, x, b = level.red, level.parts, level.x, level.b
-    graph = (level.starts, level.places, level.values, level.diagonal, b)
+    graph = (level.places, level.values, *level.more, level.diagonal, b)
     rows = below.cells[0] * below.cells[1]
     scale = np.float32(2.0)
 

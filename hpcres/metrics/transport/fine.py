@@ -21,11 +21,12 @@ import numba
 import numpy as np
 
 from hpcres.metrics.transport.vectors import (
-    add, add_product, fma, gathered, inverse, keep, load, load_few, multiply, no_sum, popcount, splat, spread, store,
+    add, add_product, fma, gathered, inverse, keep, load, load_few, lowest, multiply, no_sum, popcount, splat, spread, store,
     store_few, subtract, total,
 )  # fmt: skip
 
 compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
+inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 PAD = 16  # floats before and after a row in scratch memory, of which one is used
 RING = 4  # planes of scratch memory
 MARGIN = 3  # rows of scratch memory beyond a unit
@@ -121,7 +122,7 @@ def count_parts(cells, counts, z0, z1):
 # ---- rows in scratch memory --------------------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def _wrapped(i, n, periodic):
     """The index that stands for i, or -1."""
     if 0 <= i < n:
@@ -129,7 +130,7 @@ def _wrapped(i, n, periodic):
     return (i + n) % n if periodic else -1
 
 
-@compiled
+@inlined
 def _zero_row(buffer, at, words):
     nothing = splat(np.float32(0))
     store(buffer, at - 16, nothing)
@@ -137,14 +138,14 @@ def _zero_row(buffer, at, words):
         store(buffer, at + 16 * k, nothing)
 
 
-@compiled
+@inlined
 def _close_row(buffer, at, columns, periodic):
     """The voxels before the first and after the last."""
     buffer[at - 1] = buffer[at + columns - 1] if periodic else np.float32(0)
     buffer[at + columns] = buffer[at] if periodic else np.float32(0)
 
 
-@compiled
+@inlined
 def _spread_row(vector, rows, bits, z, y, geometry, buffer, at):
     here, words = rows[z * geometry[1] + y], geometry[3]
     for k in range(words):
@@ -154,7 +155,7 @@ def _spread_row(vector, rows, bits, z, y, geometry, buffer, at):
     _close_row(buffer, at, geometry[2], geometry[6])
 
 
-@compiled
+@inlined
 def _masks(bits, z, y, k, geometry):
     """Which of 16 voxels conduct, and which conduct and have a conducting neighbour at x - 1 and x + 1."""
     own = np.int64(bits[z + 1, y + 1, k + 1])
@@ -169,7 +170,7 @@ def _masks(bits, z, y, k, geometry):
     return own, left, right
 
 
-@compiled
+@inlined
 def _faces(z, y, k, geometry):
     """Which of 16 voxels lie at the face of potential 0, and of potential 1."""
     axis, first, last = geometry[7], geometry[8], geometry[9]
@@ -215,7 +216,7 @@ def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, wi
         buffer[at + columns] = buffer[at] if geometry[6] else np.float32(0)
 
 
-@compiled
+@inlined
 def _around(v, back, here, front, width, g, c, size):
     """Sum over the six neighbours of conductance × v, at 16 voxels; offsets of the three planes in the ring."""
     if c is None:
@@ -230,7 +231,7 @@ def _around(v, back, here, front, width, g, c, size):
     return fma(load(c, 2 * size + front), load(v, front), s)
 
 
-@compiled
+@inlined
 def _diagonal(bits, z, y, k, here, front, geometry, g, labels, resistance, width, c, size, few):
     """Sum of the conductances at 16 voxels, those to the faces included, and which of them conduct."""
     own, left, right = _masks(bits, z, y, k, geometry)
@@ -255,7 +256,7 @@ def _diagonal(bits, z, y, k, here, front, geometry, g, labels, resistance, width
 # ---- the preconditioner's two halves -----------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, size, few, here, front, R, D):
     """Spread a row of r, and the inverse of its diagonal."""
     at = rows[z * geometry[1] + y]
@@ -569,6 +570,22 @@ def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha
 
 
 @compiled
+def fill_ramp(geometry, bits, rows, v, z0, z1):
+    """The potential of a uniform volume, voxels of planes z0 … z1 - 1."""
+    axis, first, last = geometry[7], geometry[8], geometry[9]
+    for z in range(z0, z1):
+        for y in range(geometry[1]):
+            at = rows[z * geometry[1] + y]
+            for k in range(geometry[3]):
+                left = np.int64(bits[z + 1, y + 1, k + 1])
+                while left:
+                    place = z if axis == 0 else y if axis == 1 else 16 * k + lowest(left)
+                    v[at] = (place - first + 0.5) / (last - first + 1)
+                    left &= left - 1
+                    at += 1
+
+
+@compiled
 def add_scaled(y, x, scale_y, scale_x, begin, end):
     """y = scale_y · y + scale_x · x, elements begin … end - 1."""
     for i in range(begin, end):
@@ -577,6 +594,7 @@ def add_scaled(y, x, scale_y, scale_x, begin, end):
 
 # ---- the first coarse level --------------------------------------------------------------------------------
 
+_NEAR = (0x0F, 0x33, 0x55)  # the half of a cell that is first along each axis
 _TOWARDS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
 
 
@@ -639,7 +657,21 @@ def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places,
                     if not neighbour:
                         continue
                     bit = 4 >> (side >> 1)  # of the axis within a cell
-                    amount = PARTS[neighbour]
+                    amount = np.int64(PARTS[neighbour])
+                    if labels is None:
+                        if side & 1:
+                            touching = cell >> bit & neighbour & _NEAR[side >> 1]
+                        else:
+                            touching = cell & neighbour >> bit & _NEAR[side >> 1]
+                        if not touching:
+                            continue
+                        if number == 1 and amount == 1:
+                            if own != other:
+                                if fill:
+                                    places[starts[own] + written[0]] = other
+                                    values[starts[own] + written[0]] = np.float32(popcount(touching)) * g[side >> 1]
+                                written[0] += 1
+                            continue
                     for a in range(number):
                         for b in range(amount):
                             between[a, b] = 0
@@ -660,7 +692,8 @@ def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places,
                                     places[starts[own + a] + written[a]] = other + b
                                     values[starts[own + a] + written[a]] = between[a, b]
                                 written[a] += 1
-                if fill:
+                edge = 2 * (z if axis == 0 else y if axis == 1 else x)
+                if fill and (edge == first or edge + 1 >= last):
                     for i in range(8):
                         if cell >> i & 1:
                             if axis == 0:
@@ -673,7 +706,7 @@ def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places,
                             if ends:
                                 h = _half(labels, resistance, 2 * z + (i >> 2), 2 * y + (i >> 1 & 1), 2 * x + (i & 1))
                                 to_faces[own + PART[cell, i]] += ends * g[axis] / h
-                else:
+                if not fill:
                     for a in range(number):
                         starts[own + a + 1] = written[a]
             for side in range(5):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.metrics.transport import coarse, fine
-from hpcres.metrics.transport.coarse import Level
+from hpcres.metrics.transport.coarse import Graph, Level
 
 
 class Threads:
@@ -110,22 +110,17 @@ class System:
         starts = coarse.running(starts)
         places, values = np.empty(starts[-1], coarse.index_type(number)), np.empty(starts[-1], np.float32)
         each(lambda a, b: fine.connect_parts(*shared, starts, places, values, to_faces, a, b, True), rows, step)
-        diagonal = np.empty(number, np.float32)
-        each(lambda a, b: coarse.sum_diagonal(starts, values, to_faces, diagonal, a, b), number, coarse.CHUNK)
-        odd = any(p and n % 2 for p, n in zip(self.periodic, cells, strict=True))
-        levels = [Level(cells, self.parts, starts, places, values, diagonal, odd)]
-        numbers = fine.PARTS[self.cells]
+        graph = Graph(starts, places, values, to_faces, fine.PARTS[self.cells])
+        levels = [coarse.as_level(graph, self.parts, self.periodic, each)]
         while levels[-1].parts > coarse.DENSE and max(levels[-1].cells) > 1:
-            below, numbers, to_faces = coarse.coarser(levels[-1], numbers, to_faces, self.periodic, each)
-            levels.append(below)
+            graph, rows_next = coarse.coarser(levels[-1], graph, each)
+            levels.append(coarse.as_level(graph, rows_next, self.periodic, each))
         last = levels[-1]
         if last.parts <= coarse.DENSE:
             matrix = np.diag(last.diagonal.astype(np.float64))
-            of = np.repeat(np.arange(last.parts), np.diff(last.starts))
-            np.add.at(matrix, (of, last.places), -last.values.astype(np.float64))
+            of = np.repeat(np.arange(last.parts), np.diff(graph.starts))
+            np.add.at(matrix, (of, graph.places), -graph.values.astype(np.float64))
             last.inverse = np.linalg.inv(matrix).astype(np.float32)
-        for level in levels:
-            level.take_vectors()
         return levels
 
     @property
@@ -162,6 +157,9 @@ class System:
     ) -> tuple[Solved, np.ndarray]:
         """Stops when the estimated error of D_rel is under rtol; with the potential at conducting voxels."""
         x, r, p, z = (np.zeros(self.voxels, np.float32) for _ in range(4))
+        self.threads.each(
+            lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, x, a, b), self.geometry[0], 16
+        )
         self.subtract_applied(x, 1.0, 1.0, r)
         energy = self.energy(x, 1.0)
         terms: list[float] = []
