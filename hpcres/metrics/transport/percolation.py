@@ -1,22 +1,248 @@
-"""Which voxels of a phase conduct at all: the clusters that touch both faces. Settled before any solve."""
+"""Which voxels conduct at all: the clusters that touch both faces. Settled before any solve."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
-from scipy import ndimage
+
+from hpcres.metrics.transport.fine import PART, PARTS, compiled, find_cells
+from hpcres.metrics.transport.threads import Threads
+from hpcres.metrics.transport.vectors import popcount
+
+_SLABS = 16
+
+
+@compiled
+def _count(cells, counts, z0, z1):
+    for z in range(z0, z1):
+        for y in range(cells.shape[1]):
+            n = 0
+            for x in range(cells.shape[2]):
+                n += PARTS[cells[z, y, x]]
+            counts[z, y] = n
+
+
+@compiled
+def _root(up, i):
+    while up[i] != i:
+        up[i] = up[up[i]]
+        i = up[i]
+    return i
+
+
+@compiled
+def _join(up, a, b):
+    a, b = _root(up, a), _root(up, b)
+    if a < b:
+        up[b] = a
+    elif b < a:
+        up[a] = b
+
+
+@compiled
+def _join_cells(up, cell, own, other, beyond, bit, near):
+    """Two neighbouring cells whose parts begin at `own` and `beyond`; `other` lies in + direction."""
+    touching = cell >> bit & other & near
+    if PARTS[cell] == 1 and PARTS[other] == 1:
+        if touching:
+            _join(up, own, beyond)
+        return
+    for i in range(8):
+        if touching >> i & 1:
+            _join(up, own + PART[cell, i + bit], beyond + PART[other, i])
+
+
+@compiled
+def _join_rows(cells, starts, up, z0, z1, only_across):
+    """Join parts within planes z0 … z1 - 1 of cells; or, `only_across`, those of plane z0 with the plane before."""
+    deep, rows, columns = cells.shape
+    for z in range(z0, z1):
+        for y in range(rows):
+            here = starts[z * rows + y]
+            above = starts[(z - 1) * rows + y] if z else np.int64(0)
+            before = starts[z * rows + y - 1] if y else np.int64(0)
+            back = z > z0 or only_across
+            for x in range(columns):
+                cell = np.int64(cells[z, y, x])
+                number = np.int64(PARTS[cell])
+                if cell:
+                    if not only_across:
+                        for part in range(number):
+                            up[here + part] = here + part
+                        if x and cells[z, y, x - 1]:
+                            other = np.int64(cells[z, y, x - 1])
+                            _join_cells(up, other, here - PARTS[other], cell, here, 1, 0x55)
+                        if y and cells[z, y - 1, x]:
+                            _join_cells(up, np.int64(cells[z, y - 1, x]), before, cell, here, 2, 0x33)
+                    if back and cells[z - 1, y, x]:
+                        _join_cells(up, np.int64(cells[z - 1, y, x]), above, cell, here, 4, 0x0F)
+                here += number
+                if y:
+                    before += PARTS[cells[z, y - 1, x]]
+                if back:
+                    above += PARTS[cells[z - 1, y, x]]
+
+
+@compiled
+def _part_of(cells, starts, z, y, x):
+    """The part that a voxel lies in, or -1."""
+    cell = cells[z >> 1, y >> 1, x >> 1]
+    place = 4 * (z & 1) + 2 * (y & 1) + (x & 1)
+    if not cell >> place & 1:
+        return -1
+    at = starts[(z >> 1) * cells.shape[1] + (y >> 1)]
+    for before in range(x >> 1):
+        at += PARTS[cells[z >> 1, y >> 1, before]]
+    return at + PART[cell, place]
+
+
+@compiled
+def _line(cells, starts, z, y, columns, parts):
+    """The parts of a row of voxels, -1 where they insulate."""
+    at = starts[(z >> 1) * cells.shape[1] + (y >> 1)]
+    for x in range(columns):
+        cell = cells[z >> 1, y >> 1, x >> 1]
+        place = 4 * (z & 1) + 2 * (y & 1) + (x & 1)
+        parts[x] = at + PART[cell, place] if cell >> place & 1 else -1
+        if x & 1:
+            at += PARTS[cell]
+
+
+@compiled
+def _join_sides(cells, starts, up, shape, axis):
+    """Join what meets across the two sides normal to `axis`."""
+    a, b = np.empty(shape[2], np.int64), np.empty(shape[2], np.int64)
+    for i in range(shape[1 if axis == 0 else 0]):
+        if axis == 2:
+            for j in range(shape[1]):
+                _line(cells, starts, i, j, shape[2], a)
+                if a[0] >= 0 and a[-1] >= 0:
+                    _join(up, a[0], a[-1])
+            continue
+        if axis == 0:
+            _line(cells, starts, 0, i, shape[2], a)
+            _line(cells, starts, shape[0] - 1, i, shape[2], b)
+        else:
+            _line(cells, starts, i, 0, shape[2], a)
+            _line(cells, starts, i, shape[1] - 1, shape[2], b)
+        for x in range(shape[2]):
+            if a[x] >= 0 and b[x] >= 0:
+                _join(up, a[x], b[x])
+
+
+@compiled
+def _flatten(up, begin, end):
+    """Point every part at its root; parts before their roots never occur."""
+    for i in range(begin, end):
+        up[i] = _root(up, i)
+
+
+@compiled
+def _mark_faces(cells, starts, up, shape, touches):
+    """touches[root]: bit 2 a for the first face normal to axis a, bit 2 a + 1 for the last."""
+    line = np.empty(shape[2], np.int64)
+    for z in range(shape[0]):
+        for y in range(shape[1]):
+            edge = 0
+            if z == 0:
+                edge |= 1
+            if z == shape[0] - 1:
+                edge |= 2
+            if y == 0:
+                edge |= 4
+            if y == shape[1] - 1:
+                edge |= 8
+            _line(cells, starts, z, y, shape[2], line)
+            if edge:
+                for x in range(shape[2]):
+                    if line[x] >= 0:
+                        touches[up[line[x]]] |= edge
+            if line[0] >= 0:
+                touches[up[line[0]]] |= 16
+            if line[-1] >= 0:
+                touches[up[line[-1]]] |= 32
+
+
+@compiled
+def _select(cells, starts, up, touches, both, bits, z0, z1):
+    """bits of the clusters that touch both faces; returns voxels of the others."""
+    left_out = 0
+    for z in range(z0, z1):
+        for y in range(cells.shape[1]):
+            at = starts[z * cells.shape[1] + y]
+            for x in range(cells.shape[2]):
+                cell = np.int64(cells[z, y, x])
+                if not cell:
+                    continue
+                kept = 0
+                for i in range(8):
+                    if cell >> i & 1 and touches[up[at + PART[cell, i]]] & both == both:
+                        kept |= 1 << i
+                at += PARTS[cell]
+                left_out += popcount(cell & ~kept)
+                k, shift = (x >> 3) + 1, 2 * (x & 7)
+                for d in range(4):
+                    bits[2 * z + 1 + (d >> 1), 2 * y + 1 + (d & 1), k] |= (kept >> 2 * d & 3) << shift
+    return left_out
+
+
+@compiled
+def _count_roots(up, touches, both, begin, end):
+    """Clusters that do not touch both faces."""
+    n = 0
+    for i in range(begin, end):
+        n += up[i] == i and touches[i] & both != both
+    return n
+
+
+@dataclass(frozen=True)
+class Through:
+    """The voxels whose clusters touch both faces, and what was left out."""
+
+    bits: np.ndarray
+    voxels: int
+    clusters_left_out: int
+    voxels_left_out: int
 
 
 class Clusters:
-    """The 6-connected clusters of a phase, mask (z, y, x), found once for all directions."""
+    """The 6-connected clusters of conducting voxels (bits as in `fine`), found once for several directions.
 
-    def __init__(self, mask: np.ndarray) -> None:
-        self.labels = np.empty(mask.shape, np.int32 if mask.size < 2**31 else np.int64)
-        self.number = int(ndimage.label(mask, output=self.labels))
+    Clusters go on across the sides that meet (`periodic` z, y, x).
+    """
 
-    def percolating(self, axis: int) -> np.ndarray:
-        """Mask of the clusters that touch both faces normal to `axis`."""
-        first, last = (np.unique(np.take(self.labels, at, axis=axis)) for at in (0, -1))
-        through = np.zeros(self.number + 1, bool)
-        through[np.intersect1d(first, last)] = True
-        through[0] = False
-        return through[self.labels]
+    def __init__(self, bits: np.ndarray, shape: Sequence[int], periodic: Sequence[bool], threads: Threads) -> None:
+        self._threads, self._shape = threads, bits.shape
+        each = threads.each
+        self._cells = np.empty(tuple(-(-n // 2) for n in shape), np.uint8)
+        deep = self._cells.shape[0]
+        step = max(1, -(-deep // _SLABS))
+        self.voxels = sum(each(lambda a, b: find_cells(bits, self._cells, a, b), deep, step))
+        counts = np.empty(self._cells.shape[:2], np.int64)
+        each(lambda a, b: _count(self._cells, counts, a, b), deep, step)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        parts = int(self._starts[-1])
+        self._up = np.empty(parts, np.int32 if parts < 2**31 else np.int64)
+        each(lambda a, b: _join_rows(self._cells, self._starts, self._up, a, b, False), deep, step)
+        for z in range(step, deep, step):
+            _join_rows(self._cells, self._starts, self._up, z, z + 1, True)
+        size: Any = tuple(shape)
+        for axis in range(3):
+            if periodic[axis]:
+                _join_sides(self._cells, self._starts, self._up, size, axis)
+        _flatten(self._up, 0, parts)
+        self._touches = np.zeros(parts, np.uint8)
+        _mark_faces(self._cells, self._starts, self._up, size, self._touches)
+
+    def through(self, axis: int) -> Through:
+        """What conducts from one face normal to `axis` to the other."""
+        both = 3 << 2 * axis
+        bits = np.zeros(self._shape, np.uint16)
+        deep, each = self._cells.shape[0], self._threads.each
+        shared = (self._cells, self._starts, self._up, self._touches, both)
+        out = sum(each(lambda a, b: _select(*shared, bits, a, b), deep, max(1, -(-deep // _SLABS))))
+        clusters = sum(each(lambda a, b: _count_roots(self._up, self._touches, both, a, b), len(self._up), 1 << 20))
+        return Through(bits, self.voxels - out, clusters, out)
