@@ -439,7 +439,7 @@ def _transport(transport: Mapping[str, Any] | None, metrics: Mapping[str, Any] |
                 lines.append(f"<tr class='{'first' if place == 0 else ''}'>{''.join(cells)}</tr>")
         edge = (metrics or {})["volume"]["subvolumes"]["voxels"]
         parts.append(
-            f"<h3>In cubes of {edge}³ (TauFactor)</h3>{_table(heads, lines)}"
+            f"<h3>In cubes of {edge}³ </h3>{_table(heads, lines)}"
             "<p class='note'>Mean ± standard deviation. A cube in which "
             "the phase does not percolate has D_rel 0 and infinite tau; tau is over the percolating ones.</p>"
         )
@@ -493,7 +493,11 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
 def _state(result: Mapping[str, Any], key: str) -> str:
     if result["state"] == "not percolating":
         return "0" if key == "D_rel" else "∞ (does not percolate)" if key == "tau" else "∞"
-    return "not converged" if result[key] is None else _number(result[key])
+    if result[key] is None:
+        return "not converged"
+    # Of D_rel it is what the upper bound may be too high, of tau what it may be too low.
+    error = f" {'−' if key == 'D_rel' else '+'} {result['error'] * result[key]:.1g}" if result.get("error") else ""
+    return _number(result[key]) + (error if key in ("D_rel", "tau") else "")
 
 
 # ---- training ---------------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ class SubVolumes(Section):
     count: Annotated[int, Field(ge=0)] = 256
     voxels: Annotated[int, Field(ge=8)] = 64
     transport_count: Annotated[int, Field(ge=0)] = 0
-    """Of these, how many also get a tortuosity factor per phase (TauFactor, about a second each)."""
+    """Of these, how many also get a tortuosity factor per phase (a few hundredths of a second each)."""
 
 
 class Representative(Section):

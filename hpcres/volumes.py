@@ -892,6 +892,41 @@ class AgreementStore(LabelStore):
         return {}
 
 
+class FieldStore:
+    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x); NaN where there is none.
+
+    It appears at `path` when the block of `with` ends without an error. Attributes say spacing, unit and what it is.
+    """
+
+    def __init__(self, path: str | Path, shape: Triple, attributes: Mapping[str, Any], overwrite: bool = False) -> None:
+        refuse_existing(path, overwrite)
+        self.path, self.shape = Path(path), shape
+        self._temporary, self._attributes = temporary_beside(self.path), dict(attributes)
+
+    def __enter__(self) -> Self:
+        self._temporary.parent.mkdir(parents=True, exist_ok=True)
+        store = zarr.storage.LocalStore(self._temporary)
+        self._group = zarr.create_group(store, zarr_format=3, attributes=self._attributes)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                move_into_place(self._temporary, self.path)
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, name: str, components: int | None = None) -> zarr.Array:
+        """An array to be written in slabs of whole 64 planes."""
+        first: tuple[int, ...] = () if components is None else (components,)
+        chunks = (*((1,) * len(first)), *(min(64, n) for n in self.shape))
+        return self._group.create_array(
+            name, shape=(*first, *self.shape), dtype="float32", chunks=chunks, fill_value=float("nan"),
+            compressors=zarr.codecs.BloscCodec(typesize=4, cname="zstd", clevel=1, shuffle="shuffle"),
+            dimension_names=(*(("component",) * len(first)), *AXES),
+        )  # fmt: skip
+
+
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
     """InputError where `path` is there already and may not be replaced, or its folder could not be written."""
     path = Path(path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from itertools import combinations
-from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from hpcres.metrics.agreement import agreement
 from hpcres.metrics.measure import measure, measure_study, write_json
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
-from hpcres.metrics.transport import check_memory, parse_crop, solve_phase, tortuosity
 from hpcres.study import Study, SubVolumes
 from hpcres.volumes import open_volume
 
@@ -462,94 +460,3 @@ def test_a_volume_of_another_size_than_the_low_res_makes_is_refused(client, tmp_
         agreement(
             study, open_volume(tmp_path / "low.npy"), open_volume(tmp_path / "sharp.npy"), client=client, progress=False
         )
-
-
-# ---- transport ---------------------------------------------------------------------------------------------
-
-
-def test_uniform_phase_has_tau_one_in_every_direction():
-    for solution in solve_phase(np.ones((12, 10, 14), bool)).values():
-        assert solution.state == "converged"
-        assert solution.tau == pytest.approx(1.0, abs=1e-5)
-
-
-def test_straight_channel_has_tau_one_and_its_area_as_diffusivity():
-    mask = np.zeros((16, 8, 8), bool)
-    mask[:, 2:5, 3:7] = True
-    mask[3, 7, 7] = True  # an island: counts in the volume fraction, carries nothing
-    found = solve_phase(mask, rtol=1e-4)
-    assert found["z"].d_rel == pytest.approx(12 / 64, rel=1e-4)
-    assert found["z"].tau_percolating == pytest.approx(1.0, rel=1e-4)
-    assert found["z"].tau == pytest.approx((12 / 64 + 1 / 1024) / (12 / 64), rel=1e-4)
-    for across in "yx":
-        assert found[across].state == "not percolating"
-        assert found[across].d_rel == 0.0
-        assert found[across].tau == inf
-        assert found[across].as_json()["tau"] is None
-
-
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 3.0, 1.0), (4.0, 1.0, 2.0), (1.0, 1.0, 5.0)])
-def test_random_phase_matches_a_direct_solve_with_any_voxel_shape(spacing):
-    mask = np.random.default_rng(7).random((7, 8, 9)) < 0.75
-    found = solve_phase(mask, spacing=spacing, rtol=1e-4)
-    for axis, direction in enumerate("zyx"):
-        assert found[direction].d_rel == pytest.approx(direct_d_rel(mask, axis, spacing), rel=2e-3)
-
-
-def direct_d_rel(mask: np.ndarray, axis: int, spacing) -> float:
-    """Sparse direct solve of the 7-point system, Dirichlet 0 and 1 on the outer faces."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.linalg import spsolve
-
-    order = [axis, *(k for k in range(3) if k != axis)]
-    m, h = mask.transpose(order), [spacing[k] for k in order]
-    index = np.full(m.shape, -1)
-    index[m] = np.arange(m.sum())
-    diagonal, right = np.full(m.sum(), 1e-12), np.zeros(m.sum())
-    rows, columns, values = [], [], []
-    for k in range(3):
-        g = np.prod(h) / h[k] ** 2
-        a, b = (np.moveaxis(index, k, 0)[s].ravel() for s in (slice(None, -1), slice(1, None)))
-        both = (a >= 0) & (b >= 0)
-        a, b = a[both], b[both]
-        np.add.at(diagonal, a, g)
-        np.add.at(diagonal, b, g)
-        rows += [a, b]
-        columns += [b, a]
-        values += [np.full(a.size, -g)] * 2
-    g = 2 * np.prod(h) / h[0] ** 2
-    first, last = (index[k][index[k] >= 0] for k in (0, -1))
-    np.add.at(diagonal, first, g)
-    np.add.at(diagonal, last, g)
-    right[last] += g
-    n = m.sum()
-    matrix = coo_matrix(
-        (np.concatenate([*values, diagonal]), (np.r_[*rows, np.arange(n)], np.r_[*columns, np.arange(n)]))
-    )
-    flux = g * spsolve(matrix.tocsr(), right)[first].sum()
-    length, area = m.shape[0] * h[0], m.shape[1] * h[1] * m.shape[2] * h[2]
-    return flux * length / area
-
-
-def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
-    a = np.zeros((8, 8, 8), np.uint8)
-    a[:, :4] = 1
-    np.save(tmp_path / "a.npy", a)
-    volume = open_volume(tmp_path / "a.npy")
-    found = tortuosity(volume, phases=("pore", "solid"), directions="zy", crop="0:8,2:8,:")
-    assert found["crop"] == [[0, 8], [2, 8], [0, 8]]
-    assert [(r["phase"], r["direction"], r["state"]) for r in found["results"]] == [
-        ("pore", "z", "converged"), ("pore", "y", "not percolating"),
-        ("solid", "z", "converged"), ("solid", "y", "not percolating"),
-    ]  # fmt: skip
-    assert found["results"][2]["D_rel"] == pytest.approx(1 / 3, rel=1e-3)
-    with pytest.raises(InputError, match="no such phase"):
-        tortuosity(volume, phases=("pore", "solid"), only=("gold",))
-    for bad in ("0:8", "0:9,:,:", "a:b,:,:", "4:4,:,:"):
-        with pytest.raises(InputError, match="--crop"):
-            parse_crop(bad, volume.shape)
-
-
-def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
-    with pytest.raises(InputError, match=r"2000 × 2000 × 2000 voxels: needs 521\.\d GiB.*--crop"):
-        check_memory((2000, 2000, 2000), "cpu")

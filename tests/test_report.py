@@ -18,8 +18,7 @@ from hpcres.geometry import Box
 from hpcres.metrics.measure import header, measure, measure_study, write_json
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
-from hpcres.metrics.transport import SCHEMA, tortuosity
-from hpcres.metrics.transport.sor import describe
+from hpcres.metrics.transport import SCHEMA, describe, tortuosity
 from hpcres.report import report_study, report_volume
 from hpcres.study import Study, SubVolumes
 from hpcres.volumes import PHASE_COLOURS, LabelStore, open_volume
@@ -71,7 +70,7 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
     write_json(
         study.transport_path,
         {
-            "schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(0.01, "cpu"), "volume": both[0],
+            "schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(1e-3), "volume": both[0],
             "reference": both[1], "published": published,
         },
     )  # fmt: skip

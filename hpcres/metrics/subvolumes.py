@@ -76,7 +76,7 @@ def subvolumes(
     transport: dict[int, dict[str, list[Solution]]] = {}
     if settings.transport_count:
         solving = submit(client, _transport_of_cube, starts[: settings.transport_count], lengths=lengths, **fixed)
-        follow(solving, f"TauFactor on sub-volumes of {name}", progress)
+        follow(solving, f"transport of sub-volumes of {name}", progress)
         solved = client.gather(solving)
         transport = {i: {axis: [cube[i][axis] for cube in solved] for axis in AXES} for i in labels}
     values: dict[str, dict[tuple[int, ...], list[float]]] = {}

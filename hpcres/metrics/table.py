@@ -163,12 +163,17 @@ def _plus_minus(summary: Mapping[str, Any] | None) -> str:
 def transport_text(result: Mapping[str, Any]) -> str:
     """One line of a tortuosity result."""
     what = f"{result['phase']}, {result['direction']}: volume fraction {result['volume_fraction']:.6f}, "
+    left_out = ""
+    if result["voxels_left_out"]:
+        left_out = f"; {result['clusters_left_out']} clusters, {result['voxels_left_out']} voxels left out"
     if result["state"] == "not percolating":
-        return what + "does not percolate: D_rel 0, tau infinite"
+        return what + "does not percolate: D_rel 0, tau infinite" + left_out
     if result["state"] == "not converged":
         return what + f"not converged after {result['iterations']} iterations: no number"
+    d_rel, error = result["D_rel"], result["error"]
     return what + (
-        f"D_rel {result['D_rel']:.6f}, tau {result['tau']:.5f} (percolating fraction "
+        f"D_rel {d_rel:.6f} - {error * d_rel:.1g} (upper bound and its estimated error, {error:.1e} of it), "
+        f"tau {result['tau']:.5f} + {error * result['tau']:.1g} (percolating fraction "
         f"{result['percolating_fraction']:.6f}, its tau {result['tau_percolating']:.5f}), "
-        f"{result['iterations']} iterations, {result['seconds']:.1f} s"
+        f"{result['iterations']} iterations, {result['seconds']:.1f} s, {result['bytes'] / 2**20:.0f} MiB{left_out}"
     )

@@ -1,23 +1,31 @@
-"""Transport through phases: relative diffusivity D_rel, tortuosity factor tau = volume fraction / D_rel.
+"""Transport through phases: relative diffusivity D_rel, tortuosity factor tau, the whole volume at once.
 
-One module is one solver; `solve(conducting, spacing, rtol, device, report)` is what each offers.
+Steady diffusion, 7-point finite volumes with harmonic face conductances, the two outer faces along a direction at
+potentials 0 and 1, half a voxel from the first and last voxel centres; sides insulated or periodic. With several
+conducting phases D_rel is relative to conductivity 1, and tau = mean conductivity of the volume / D_rel; for one phase
+of conductivity 1 that is volume fraction / D_rel.
 
-transport.json (schema "hpcres transport 1"):
+transport.json (schema "hpcres transport 2"):
 
     schema, hpcres, command
-    solver                name, method with its boundary, stop, rtol, device
-    volume, reference     path, shape, crop (or null), voxel_size, voxel_unit, results; reference null without one
-    results               [{phase, label, direction, state, volume_fraction, percolating_fraction, D_rel, tau,
-                          tau_percolating, iterations, seconds}]
+    solver                name, method with its boundary, stop, rtol, periodic [axes]
+    volume, reference     path, shape, crop (or null), voxel_size, results; reference null without one
+    results               [{phase, labels, conductivity {name: value} or null, direction, state, volume_fraction,
+                          percolating_fraction, clusters_left_out, voxels_left_out, D_rel, error, tau,
+                          tau_percolating, iterations, seconds, bytes, profile or null}]
 
 state is "converged"; "not percolating" (D_rel 0, tau null, which means infinite); or "not converged" (both null).
-tau takes the phase's whole volume fraction, tau_percolating that of the clusters which touch both faces.
+D_rel is an upper bound, and `error` the estimate of how much it is too high, as a share of it. tau takes the whole
+volume fraction, tau_percolating that of the clusters which touch both faces; voxels_left_out is what is in the others.
+profile: tau of each layer along the direction (see `multigrid.System.profile`), on request.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, Literal
@@ -26,23 +34,32 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
-from hpcres.metrics.transport.percolation import Clusters
 from hpcres.volumes import Volume
 
-SCHEMA = "hpcres transport 1"
-DEFAULT_RTOL = 0.01
+SCHEMA = "hpcres transport 2"
+DEFAULT_RTOL = 1e-3
+INSULATED = (False, False, False)
+Report = Callable[[str, int, float, float], None]
+"""Called after every iteration with direction, iterations, D_rel so far and its estimated error."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Transport through one phase along one direction; dimensionless."""
+    """Transport along one direction; dimensionless."""
 
     state: Literal["converged", "not percolating", "not converged"]
     volume_fraction: float
     percolating_fraction: float
     d_rel: float | None
+    error: float | None = None
+    conductivity: float = 0.0  # mean over the volume, and of what percolates
+    percolating_conductivity: float = 0.0
+    clusters_left_out: int = 0
+    voxels_left_out: int = 0
     iterations: int = 0
     seconds: float = 0.0
+    bytes: int = 0
+    profile: tuple[float, ...] | None = None
 
     @property
     def percolates(self) -> bool:
@@ -50,94 +67,149 @@ class Solution:
 
     @property
     def tau(self) -> float | None:
-        return self._tau(self.volume_fraction)
+        return self._tau(self.conductivity)
 
     @property
     def tau_percolating(self) -> float | None:
-        return self._tau(self.percolating_fraction)
+        return self._tau(self.percolating_conductivity)
 
-    def _tau(self, fraction: float) -> float | None:
+    def _tau(self, conductivity: float) -> float | None:
         if self.d_rel is None:
             return None
-        return fraction / self.d_rel if self.d_rel > 0 else inf
+        return conductivity / self.d_rel if self.d_rel > 0 else inf
 
     def as_json(self) -> dict[str, Any]:
         """JSON has no infinity: tau is null where the state says "not percolating"."""
         tau, tau_percolating = (None if t in (None, inf) else t for t in (self.tau, self.tau_percolating))
         return {
             "state": self.state, "volume_fraction": self.volume_fraction,
-            "percolating_fraction": self.percolating_fraction, "D_rel": self.d_rel, "tau": tau,
+            "percolating_fraction": self.percolating_fraction, "clusters_left_out": self.clusters_left_out,
+            "voxels_left_out": self.voxels_left_out, "D_rel": self.d_rel, "error": self.error, "tau": tau,
             "tau_percolating": tau_percolating, "iterations": self.iterations, "seconds": round(self.seconds, 3),
+            "bytes": self.bytes, "profile": None if self.profile is None else list(self.profile),
         }  # fmt: skip
 
 
-def solve_phase(
-    mask: np.ndarray, *, directions: Sequence[str] = AXES, spacing: Sequence[float] = (1.0, 1.0, 1.0),
-    rtol: float = DEFAULT_RTOL, device: str = "cpu", threads: int | None = None,
-    report: Callable[[str, int, float, float], None] | None = None,
+def solve_phase(mask: np.ndarray, **settings: Any) -> dict[str, Solution]:
+    """Transport through a mask (z, y, x), for each direction; settings as of `solve`."""
+    return solve(np.asarray(mask, bool).view(np.uint8), {1: 1.0}, **settings)
+
+
+def solve(
+    labels: np.ndarray, conductivity: Mapping[int, float], *, directions: Sequence[str] = AXES,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0), periodic: Sequence[bool] = INSULATED, rtol: float = DEFAULT_RTOL,
+    threads: int | None = None, profile: bool = False, report: Report | None = None,
+    keep: Callable[[str, Any, np.ndarray, Mapping[int, float]], None] | None = None,
 ) -> dict[str, Solution]:  # fmt: skip
-    """Transport through a mask (z, y, x) with voxel edges `spacing`, for each direction of `zyx`."""
-    fraction = float(np.count_nonzero(mask)) / mask.size
-    clusters = Clusters(mask)
+    """Transport through labels (z, y, x), uint8, of which those in `conductivity` conduct, for each direction.
+
+    spacing: voxel edges z, y, x. periodic: axes z, y, x whose two sides meet, where they are not the direction's own.
+    keep(direction, system, potential, conductivity) gets
+    what was solved. All cores unless `threads` says otherwise; the result
+    is the same bits for any number.
+    """
+    # Compiled kernels; not needed to read a result.
+    from hpcres.metrics.transport.multigrid import System, pack, unpacked
+    from hpcres.metrics.transport.percolation import Clusters
+    from hpcres.metrics.transport.threads import Threads
+
+    assert labels.dtype == np.uint8, labels.dtype
+    assert all(k > 0 for k in conductivity.values()), conductivity
+    conducts, of_label = np.zeros(256, bool), np.zeros(256)
+    for label, k in conductivity.items():
+        conducts[label], of_label[label] = True, k
+    uniform = len(set(conductivity.values())) < 2
+    unit = next(iter(conductivity.values()), 1.0) if uniform else 1.0
+    with np.errstate(divide="ignore"):
+        resistance = None if uniform else (0.5 / of_label).astype(np.float32)
     results = {}
-    for direction in directions:
-        axis, start = AXES.index(direction), time.perf_counter()
-        if mask.shape[axis] < 2:
-            raise InputError(f"direction {direction}: the volume is 1 voxel thin there; give a volume, not a slice")
-        conducting = clusters.percolating(axis)
-        percolating = float(np.count_nonzero(conducting)) / mask.size
-        if percolating == 0:
-            results[direction] = Solution("not percolating", fraction, 0.0, 0.0)
-            continue
-        import torch
-
-        from hpcres.metrics.transport.sor import solve
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        order = [axis, *(a for a in range(3) if a != axis)]
-        d_rel, iterations, converged = solve(
-            conducting.transpose(order), [spacing[a] for a in order], rtol=rtol, device=device,
-            report=None if report is None else lambda *now, d=direction: report(d, *now),
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-        results[direction] = Solution(
-            "converged" if converged else "not converged", fraction, percolating, d_rel if converged else None,
-            iterations, seconds,
-        )  # fmt: skip
+    with Threads(threads or _cores()) as pool:
+        counted = sum(pool.each(lambda a, b: np.bincount(labels[a:b].reshape(-1), minlength=256), len(labels), 16))
+        fraction, mean = float(counted[conducts].sum()) / labels.size, float(counted @ of_label) / labels.size
+        found: tuple[tuple[bool, ...], Any] | None = None
+        for direction in directions:
+            axis, start = AXES.index(direction), time.perf_counter()
+            # An axis of one voxel meets itself, which changes nothing.
+            sides = tuple(bool(p) and a != axis and labels.shape[a] > 1 for a, p in enumerate(periodic))
+            if found is None or found[0] != sides:
+                found = sides, Clusters(pack(labels, conducts, pool), labels.shape, sides, pool)
+            through = found[1].through(axis)
+            left_out = {
+                "clusters_left_out": through.clusters_left_out, "voxels_left_out": through.voxels_left_out
+            }  # fmt: skip
+            if through.voxels == 0:
+                seconds = time.perf_counter() - start
+                results[direction] = Solution(
+                    "not percolating", fraction, 0.0, 0.0, 0.0, mean, 0.0, **left_out, seconds=seconds
+                )
+                continue
+            bits, solved_labels = through.bits, labels
+            if direction == directions[-1]:
+                found = None
+            odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
+            if odd:
+                # Red and black meet nowhere around an odd number of voxels: twice the volume is the same system.
+                mask = unpacked(bits, labels.shape)
+                for a in odd:
+                    mask, solved_labels = (np.concatenate([v, v], axis=a) for v in (mask, solved_labels))
+                bits = pack(mask, np.arange(256) > 0, pool)
+            system = System(
+                bits, solved_labels.shape, spacing, axis, sides, pool, None if uniform else solved_labels, resistance
+            )
+            share = through.voxels / labels.size
+            kept = share * unit if uniform else system.mean_conductivity(of_label)
+            solved, potential = system.solve(
+                rtol, report=None if report is None else lambda i, d, e, to=direction: report(to, i, d * unit, e)
+            )
+            layers = None
+            if profile:
+                layers = tuple(float(t) for t in system.profile(potential, of_label))
+            if keep is not None:
+                keep(direction, system, potential, conductivity)
+            results[direction] = Solution(
+                "converged" if solved.converged else "not converged", fraction, share,
+                solved.d_rel * unit if solved.converged else None, solved.error if solved.converged else None, mean,
+                kept, **left_out, iterations=solved.iterations, seconds=time.perf_counter() - start,
+                bytes=solved.bytes + labels.nbytes, profile=layers,
+            )  # fmt: skip
     return results
 
 
-def choose_device(device: str) -> str:
-    """`auto` is the GPU where there is one."""
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_memory(shape: Sequence[int], device: str) -> None:
-    """InputError where TauFactor would not fit, with the numbers and what to do."""
-    from hpcres.metrics.transport.sor import BYTES_PER_VOXEL
+def describe(rtol: float, periodic: Sequence[bool] = INSULATED) -> dict[str, Any]:
+    axes = [axis for axis, meets in zip(AXES, periodic, strict=True) if meets]
+    sides = f"periodic across {' and '.join(axes)}, else insulated" if axes else "insulated"
+    return {
+        "name": "hpcres",
+        "method": "conjugate gradients with multigrid over aggregates, 7-point, Dirichlet on the outer faces, sides "
+        f"{sides}; D_rel from the energy, an upper bound",
+        "stop": f"estimated error of D_rel below {rtol:g}",
+        "rtol": rtol,
+        "periodic": axes,
+    }
 
-    need = prod(shape) * BYTES_PER_VOXEL
-    if device == "cuda":
-        import torch
 
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        import psutil
-        from distributed.system import MEMORY_LIMIT
+BYTES_PER_VOXEL = 2.0  # labels, bits, cells
+BYTES_PER_CONDUCTING_VOXEL = 30.0  # four vectors and the hierarchy
 
-        free = min(psutil.virtual_memory().available, MEMORY_LIMIT)
+
+def check_memory(shape: Sequence[int], fraction: float = 0.4) -> None:
+    """InputError where the solve would not fit at this conducting fraction, with the numbers and what to do."""
+    import psutil
+    from distributed.system import MEMORY_LIMIT
+
+    per_voxel = BYTES_PER_VOXEL + BYTES_PER_CONDUCTING_VOXEL * fraction
+    need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT)
     if need > free:
-        edge = int((free / BYTES_PER_VOXEL) ** (1 / 3)) // 16 * 16
+        edge = int((free / per_voxel) ** (1 / 3)) // 16 * 16
         size = " × ".join(map(str, shape))
         raise InputError(
-            f"volume of {size} voxels: needs {need / 2**30:.1f} GiB on the {device} ({BYTES_PER_VOXEL} bytes a voxel), "
-            f"{free / 2**30:.1f} GiB are free; take a part with --crop 0:{edge},0:{edge},0:{edge}, or a coarser level "
-            f"of the store (…/labels.zarr/1)"
+            f"volume of {size} voxels: needs {need / 2**30:.1f} GiB of memory ({per_voxel:.0f} bytes a voxel where "
+            f"{fraction:.0%} conduct), {free / 2**30:.1f} GiB are free; take a part with --crop "
+            f"0:{edge},0:{edge},0:{edge}, or a coarser level of the store (…/labels.zarr/1)"
         )
 
 
@@ -156,44 +228,79 @@ def parse_crop(text: str, shape: Sequence[int]) -> Box:
 
 
 def tortuosity(
-    volume: Volume, *, phases: Sequence[str] | None = None, only: Sequence[str] = (), directions: Sequence[str] = AXES,
-    spacing: Sequence[float] | None = None, crop: str | None = None, rtol: float = DEFAULT_RTOL, device: str = "cpu",
+    volume: Volume, *, phases: Sequence[str] | None = None, only: Sequence[str] = (),
+    conductivity: Mapping[str, float] | None = None, directions: Sequence[str] = AXES,
+    spacing: Sequence[float] | None = None, periodic: Sequence[bool] = INSULATED, crop: str | None = None,
+    rtol: float = DEFAULT_RTOL, threads: int | None = None, profile: bool = False,
     report: Callable[[str, str, int, float, float], None] | None = None,
     finished: Callable[[dict[str, Any]], None] | None = None,
+    field: str | None = None, overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Transport of whole phases of a volume, held in memory: an entry of transport.json.
 
-    phases: names of labels 0, 1, 2, …; `only`: those to solve (all by default). report(phase, direction,
-    iterations, D_rel, flux spread) while solving, finished(result) after each.
+    phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
+    phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
+    while solving, finished(result) after each. field: a store for potential and flux density (see `fields`).
     """
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
-    check_memory(box.shape, device)
+    for direction in directions:
+        if box.shape[AXES.index(direction)] < 2:
+            raise InputError(f"direction {direction}: the volume is 1 voxel thin there; give a volume, not a slice")
+    check_memory(box.shape)
     labels = volume.read(box)
     names = tuple(phases) if phases is not None else volume.phases
-    found = [int(v) for v in np.unique(labels)]
+    labels, found = _small_labels(labels, volume.path)
     named = dict(enumerate(names)) if names is not None else {i: str(i) for i in found}
     if unknown := [i for i in found if i not in named]:
         raise InputError(f"{volume.path}: label {unknown[0]} has no phase; the phases are {', '.join(named.values())}")
-    for name in only:
+    for name in (*only, *(conductivity or ())):
         if name not in named.values():
-            raise InputError(f"--phase {name}: no such phase; {volume.path} has {', '.join(named.values())}")
+            option = "--phase" if name in only else "--conductivity"
+            raise InputError(f"{option} {name}: no such phase; {volume.path} has {', '.join(named.values())}")
+    # What is solved: a name, its labels, and the conductivities where they were given.
+    systems: list[tuple[str, dict[int, float]]]
+    if conductivity:
+        conducting = {label: conductivity[name] for label, name in named.items() if conductivity.get(name, 0) > 0}
+        systems = [(" + ".join(named[label] for label in conducting), conducting)]
+    else:
+        systems = [(name, {label: 1.0}) for label, name in named.items() if not only or name in only]
+    lengths = tuple(spacing or volume.voxel_size or (1.0, 1.0, 1.0))
     results = []
-    for label, name in named.items():
-        if only and name not in only:
-            continue
-        for direction in directions:
-            solved = solve_phase(
-                labels == label, directions=(direction,), spacing=spacing or volume.voxel_size or (1.0, 1.0, 1.0),
-                rtol=rtol, device=device,
-                report=None if report is None else lambda *now, n=name: report(n, *now),
-            )[direction]  # fmt: skip
-            results.append({"phase": name, "label": label, "direction": direction, **solved.as_json()})
-            if finished is not None:
-                finished(results[-1])
+    with ExitStack() as stack:
+        fields: Any = None
+        if field is not None:
+            from hpcres.metrics.transport.fields import field_writer
+
+            fields = stack.enter_context(field_writer(field, box.shape, lengths, overwrite))
+        for name, conducting in systems:
+            present = {found[label]: k for label, k in conducting.items() if label in found}
+            given = {named[label]: k for label, k in conducting.items()} if conductivity else None
+            for direction in directions:
+                solved = solve(
+                    labels, present, directions=(direction,), spacing=lengths, periodic=periodic, rtol=rtol,
+                    threads=threads, profile=profile,
+                    report=None if report is None else lambda *now, n=name: report(n, *now),
+                    keep=None if fields is None else lambda *of, n=name: fields.write(n, *of),
+                )[direction]  # fmt: skip
+                what = {"phase": name, "labels": list(conducting), "conductivity": given, "direction": direction}
+                results.append({**what, **solved.as_json()})
+                if finished is not None:
+                    finished(results[-1])
     return {
         "path": volume.path,
         "shape": list(volume.shape),
         "crop": None if crop is None else [[a, b] for a, b in zip(box.start, box.stop, strict=True)],
-        "voxel_size": list(spacing or volume.voxel_size or (1.0, 1.0, 1.0)),
+        "voxel_size": list(lengths),
         "results": results,
     }
+
+
+def _small_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, dict[int, int]]:
+    """Labels as uint8, and the number that each label has there."""
+    if labels.dtype == np.uint8:
+        return labels, {int(v): int(v) for v in np.flatnonzero(np.bincount(labels.reshape(-1), minlength=256))}
+    values = np.unique(labels)
+    if len(values) > 256:
+        raise InputError(f"{path}: has {len(values)} different labels; transport is through at most 256 phases")
+    small = np.searchsorted(values, labels).astype(np.uint8)
+    return small, {int(v): place for place, v in enumerate(values)}

@@ -16,6 +16,7 @@ import numpy as np
 
 compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
 inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+OVERCORRECTION = 2.0  # a coarse operator times one half: aggregates are stiffer than what they stand for
 SLOTS = 6  # neighbours of a part that are stored with it; few have more
 CHUNK = 1 << 15  # parts that one thread takes at a time
 DENSE = 160  # parts of a level that is solved by its inverse
@@ -422,7 +423,7 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
     red, parts, x, b = level.red, level.parts, level.x, level.b
     graph = (level.places, level.values, *level.more, level.diagonal, b)
     rows = below.cells[0] * below.cells[1]
-    scale = np.float32(2.0)
+    scale = np.float32(OVERCORRECTION)
 
     def sweep(begin: int, end: int) -> None:
         if level.odd:

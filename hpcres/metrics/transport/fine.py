@@ -20,6 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from hpcres.metrics.transport.coarse import OVERCORRECTION
 from hpcres.metrics.transport.vectors import (
     add, add_product, fma, gathered, inverse, keep, load, load_few, lowest, multiply, no_sum, popcount, splat, spread, store,
     store_few, subtract, total,
@@ -31,12 +32,11 @@ PAD = 16  # floats before and after a row in scratch memory, of which one is use
 RING = 4  # planes of scratch memory
 MARGIN = 3  # rows of scratch memory beyond a unit
 EVEN, ODD = 0x5555, 0xAAAA
-OVERCORRECTION = 2.0  # a coarse operator times one half: aggregates are stiffer than what they stand for
 
 
 def scratch_floats(rows: int, words: int) -> int:
-    """Scratch memory of a unit of so many rows."""
-    return (rows + 2 * MARGIN) * (2 * PAD + 16 * words) * RING * 8
+    """Scratch memory of one array of a unit of so many rows; a kernel has five, and three with several conductivities."""
+    return (rows + 2 * MARGIN) * (2 * PAD + 16 * words) * RING
 
 
 @compiled
@@ -270,7 +270,7 @@ def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, 
 
 
 @compiled
-def sweep_down(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, scratch):
+def sweep_down(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, scratch, c):
     """coarse = what a red then black Gauss–Seidel sweep from zero leaves of the residual r, summed over each part."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
@@ -278,7 +278,6 @@ def sweep_down(unit, geometry, g, bits, rows, cells, parts, labels, resistance, 
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     R, D, A, B, S = scratch[:size], scratch[size : 2 * size], scratch[2 * size : 3 * size], scratch[3 * size : 4 * size], scratch[4 * size : 5 * size]  # noqa: E501
-    c = None if labels is None else scratch[5 * size : 8 * size]
     few, pair = np.zeros(16, np.float32), np.zeros(16, np.float32)
     if labels is not None:
         _conductances(z0 - 2, y0, height, geometry, g, labels, resistance, c, size, width)
@@ -389,7 +388,7 @@ def _prolong_row(cells, parts, z, y, coarse, scale, E, back, here, width):
 
 
 @compiled
-def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, z_out, scratch):
+def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, z_out, scratch, c):
     """z_out = the sweep of `sweep_down`, plus the coarse correction, after its reverse; returns the sum of r · z_out."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
@@ -397,7 +396,6 @@ def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r,
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     R, D, A, B, E = scratch[:size], scratch[size : 2 * size], scratch[2 * size : 3 * size], scratch[3 * size : 4 * size], scratch[4 * size : 5 * size]  # noqa: E501
-    c = None if labels is None else scratch[5 * size : 8 * size]
     few, sums = np.zeros(16, np.float32), no_sum()
     if labels is not None:
         _conductances(z0 - 2, y0, height, geometry, g, labels, resistance, c, size, width)
@@ -470,14 +468,14 @@ def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r,
 
 
 @compiled
-def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch):
+def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch, c):
     """Dissipated by v in the unit's voxels and the faces on their + sides, with the last face at potential `end`."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
-    V, c = scratch[:size], None if labels is None else scratch[5 * size : 8 * size]
+    V = scratch[:size]
     few = np.zeros(16, np.float32)
     gz, gy, gx, faces = no_sum(), no_sum(), no_sum(), no_sum()
     if labels is not None:
@@ -523,14 +521,28 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch):
 
 
 @compiled
-def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha, end, r, scratch):
+def unpack(geometry, bits, rows, v, z0, out):
+    """Planes z0 … of v as out (z, y, x), insulating voxels left as they are."""
+    for z in range(z0, z0 + out.shape[0]):
+        for y in range(out.shape[1]):
+            at = rows[z * geometry[1] + y]
+            for k in range(geometry[3]):
+                left = np.int64(bits[z + 1, y + 1, k + 1])
+                while left:
+                    out[z - z0, y, 16 * k + lowest(left)] = v[at]
+                    left &= left - 1
+                    at += 1
+
+
+@compiled
+def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha, end, r, scratch, c):
     """r -= alpha × (A p - b), where b is what the last face at potential `end` sends in."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
-    V, c = scratch[:size], None if labels is None else scratch[5 * size : 8 * size]
+    V = scratch[:size]
     few, by = np.zeros(16, np.float32), splat(np.float32(-alpha))
     if labels is not None:
         _conductances(z0, y0, height, geometry, g, labels, resistance, c, size, width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ import numpy as np
 from hpcres.metrics.transport import coarse, fine
 from hpcres.metrics.transport.coarse import Graph, Level
 from hpcres.metrics.transport.threads import Threads
+
+
+ROUNDING = 1e-7  # of float32 vectors, on D_rel; no smaller error is claimed
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class System:
         words = -(-shape[2] // 16)
         assert bits.shape == (even[0] + 2, even[1] + 2, words + 2), (bits.shape, shape)
         self.periodic = tuple(bool(p) and a != axis for a, p in enumerate(periodic))
+        set_borders(bits, self.periodic)
         self.geometry = (
             even[0], even[1], shape[2], words, *(int(p) for p in self.periodic), axis, 0, shape[axis] - 1
         )
@@ -97,7 +101,9 @@ class System:
 
     def _over(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         def one(unit: Any) -> Any:
-            return kernel(unit, self.geometry, self.g, self.bits, *arguments, self.threads.scratch(self.floats))
+            scratch = self.threads.scratch(8 * self.floats)
+            rings = None if self.labels is None else scratch[5 * self.floats :]
+            return kernel(unit, self.geometry, self.g, self.bits, *arguments, scratch[: 5 * self.floats], rings)
 
         return self.threads.over(self.units, one)
 
@@ -122,7 +128,10 @@ class System:
     def solve(
         self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
     ) -> tuple[Solved, np.ndarray]:
-        """Stops when the estimated error of D_rel is under rtol; with the potential at conducting voxels."""
+        """Stops when the estimated error of D_rel is under rtol; with the potential at the conducting voxels.
+
+        report(iterations, D_rel, estimated error).
+        """
         x, r, p, z = (np.zeros(self.voxels, np.float32) for _ in range(4))
         self.threads.each(
             lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, x, a, b), self.geometry[0], 16
@@ -130,34 +139,181 @@ class System:
         self.subtract_applied(x, 1.0, 1.0, r)
         energy = self.energy(x, 1.0)
         terms: list[float] = []
-        before, error = 0.0, 1.0
-        for iteration in range(limit):
+        before, error = 0.0, estimated_error([], energy)
+        while len(terms) < limit and error >= rtol:
             now = self.precondition(r, z)
-            self.add_scaled(p, z, now / before if iteration else 0.0, 1.0)
+            if now <= 0:
+                # Nothing is left to correct, or rounding is all that is.
+                error = ROUNDING if not terms or terms[-1] < rtol * energy else error
+                break
+            self.add_scaled(p, z, now / before if terms else 0.0, 1.0)
             alpha = now / self.energy(p, 0.0)
             self.add_scaled(x, p, 1.0, alpha)
             self.subtract_applied(p, alpha, 0.0, r)
             before = now
             terms.append(alpha * now)
             energy -= terms[-1]
-            error = sum(terms[-2:]) / energy if len(terms) > 1 else 1.0
+            error = estimated_error(terms, energy)
+            if self.labels is not None:
+                error *= 2  # aggregates across a contrast converge less evenly
             if report is not None:
-                report(iteration + 1, energy * self.to_d_rel, error)
-            if error < rtol:
-                break
+                report(len(terms), energy * self.to_d_rel, error)
         d_rel = self.energy(x, 1.0) * self.to_d_rel
         return Solved(d_rel, error, len(terms), error < rtol, self.bytes), x
 
+    def mean_conductivity(self, of_label: np.ndarray) -> float:
+        """Over the volume, of the voxels that take part; of_label: conductivities."""
+        assert self.labels is not None
+        total = 0.0
+        for z in range(0, self.shape[0], 16):
+            part = self.labels[z : z + 16]
+            mask = unpacked(self.bits[z : z + 18], part.shape)
+            total += float(np.bincount(part[mask > 0], minlength=256) @ of_label)
+        return total / prod(self.shape)
 
-def pack(labels: np.ndarray, conducts: np.ndarray, threads: Threads, periodic: Sequence[bool]) -> np.ndarray:
+    def profile(self, x: np.ndarray, of_label: np.ndarray) -> np.ndarray:
+        """tau of each layer along the axis: its mean conductivity / its own D_rel.
+
+        A layer's resistance is the energy it dissipates / flux², where a face between two layers counts half to each;
+        so D_rel of the volume is the harmonic mean of the layers'.
+        """
+        axis, n = self.geometry[7], self.shape[self.geometry[7]]
+        energy, conductivity = np.zeros(n + 1), np.zeros(n)
+        halves = np.full(256, np.inf)
+        halves[of_label > 0] = 0.5 / of_label[of_label > 0]
+        before: tuple[np.ndarray, np.ndarray] | None = None
+        last = self._plane(x, self.shape[0] - 1, halves) if self.periodic[0] else None
+        for z in range(self.shape[0]):
+            here = self._plane(x, z, halves)
+            for a in range(3):
+                if a == 0:
+                    near = before if before is not None else last
+                else:
+                    near = _shifted(here, a - 1, 1, self.periodic[a])
+                if near is not None:
+                    heat = float(self.g[a]) / (here[1] + near[1]) * (here[0] - near[0]) ** 2
+                    _add_layers(energy, heat, axis, z, 0.5 if a == axis else 1.0, a == axis)
+            for layer, end in ((0, 0.0), (n - 1, 1.0)):
+                if axis == 0 and z != layer:
+                    continue
+                u, half = (v if axis == 0 else np.take(v, layer, axis - 1) for v in here)
+                energy[layer] += float((float(self.g[axis]) / half * (u - end) ** 2).sum())
+            k = 0.5 / here[1]
+            if axis == 0:
+                conductivity[z] = k.sum()
+            else:
+                conductivity += k.sum(axis=2 - axis)
+            before = here
+        # Resistance of a layer: energy / flux²; and the flux is the energy of all, over a drop of 1.
+        return conductivity * energy[:n] / energy[:n].sum() ** 2
+
+    def flux(self, x: np.ndarray, z0: int, z1: int, of_label: np.ndarray) -> np.ndarray:
+        """Planes z0 … z1 - 1 of the flux density k ∇u along z, y, x: (3, z, y, x), float32, NaN where nothing conducts.
+
+        In units of that through a uniform volume of conductivity 1. Each is the mean over a voxel's two faces.
+        """
+        axis, deep = self.geometry[7], self.shape[0]
+        halves = np.full(256, np.inf)
+        halves[of_label > 0] = 0.5 / of_label[of_label > 0]
+        # g = area / length of a voxel, in units of that along the axis: to a density, in units of 1 / voxels.
+        scale = [self.shape[axis] * (float(self.g[a])) ** 0.5 for a in range(3)]
+        out = np.empty((3, z1 - z0, *self.shape[1:]), np.float32)
+        nothing = np.zeros(self.shape[1:]), np.full(self.shape[1:], np.inf)
+
+        def plane(z: int) -> tuple[np.ndarray, np.ndarray]:
+            if self.periodic[0]:
+                z %= deep
+            return self._plane(x, z, halves) if 0 <= z < deep else nothing
+
+        before, here = plane(z0 - 1), plane(z0)
+        for z in range(z0, z1):
+            after = plane(z + 1)
+            for a in range(3):
+                low, high = before, after
+                if a > 0:
+                    low, high = (_shifted(here, a - 1, step, self.periodic[a]) for step in (1, -1))
+                faces = [(here[0] - low[0]) / (here[1] + low[1]), (high[0] - here[0]) / (here[1] + high[1])]
+                if a == axis:
+                    index = np.indices(self.shape[1:])[a - 1] if a else z
+                    faces[0] = np.where(index == 0, here[0] / here[1], faces[0])
+                    faces[1] = np.where(index == self.shape[a] - 1, (1 - here[0]) / here[1], faces[1])
+                out[a, z - z0] = np.where(np.isinf(here[1]), np.nan, 0.5 * scale[a] * (faces[0] + faces[1]))
+            before, here = here, after
+        return out
+
+    def _plane(self, x: np.ndarray, z: int, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Potential and half a voxel's resistance of a plane, float64; 0 and inf where nothing conducts."""
+        u = self.potential(x, z, z + 1)[0].astype(np.float64)
+        conducting = ~np.isnan(u)
+        kind = 0.5 if self.labels is None else halves[self.labels[z]]
+        return np.where(conducting, u, 0.0), np.where(conducting, kind, np.inf)
+
+    def potential(self, x: np.ndarray, z0: int, z1: int) -> np.ndarray:
+        """Planes z0 … z1 - 1 of a potential (z, y, x), float32; NaN where nothing conducts."""
+        out = np.full((z1 - z0, *self.shape[1:]), np.nan, np.float32)
+        fine.unpack(self.geometry, self.bits, self.rows, x, z0, out)
+        return out
+
+
+def estimated_error(terms: Sequence[float], energy: float) -> float:
+    """What is left of the energy after the last iteration, as a share of it, from the terms α r·z of the iterations.
+
+    A term is what its iteration took off the energy (Hestenes & Stiefel 1952), so what is left is the sum of those to
+    come. Were they a geometric progression of rate q, that would be q / (1 - q) of the last one; we take five times
+    this, with the slower of the last two rates, and never less than half the last term: over 170 random systems the
+    true error stayed below in all of 1200 iterations. (Strakoš & Tichý 2002 give the sum of the last two terms as the
+    error two iterations ago, which is safe too, and two iterations late.)
+    """
+    if energy <= 0:
+        return inf
+    if len(terms) < 2:
+        # Without a rate, only a first step that took nothing off shows anything.
+        return ROUNDING if terms and terms[0] < ROUNDING * energy else inf
+    rate = max(b / a for a, b in zip(terms[-3:-1], terms[-2:], strict=True)) if len(terms) > 2 else terms[1] / terms[0]
+    return max(ROUNDING, terms[-1] / energy * max(0.5, 5 * rate / (1 - rate))) if rate < 1 else inf
+
+
+def pack(labels: np.ndarray, conducts: np.ndarray, threads: Threads) -> np.ndarray:
+    """Bits (as in `fine`) of the voxels of uint8 labels (z, y, x) for which conducts[label]."""
     nz, ny, nx = labels.shape
     bits = np.zeros((nz + nz % 2 + 2, ny + ny % 2 + 2, -(-nx // 16) + 2), np.uint16)
     threads.each(lambda a, b: fine.pack(labels, conducts, bits, a, b), nz, 8)
     return bits
 
 
-def wrap(bits: np.ndarray, periodic: Sequence[bool]) -> None:
-    if periodic[0]:
-        bits[0], bits[-1] = bits[-2], bits[1]
-    if periodic[1]:
-        bits[:, 0], bits[:, -1] = bits[:, -2], bits[:, 1]
+def set_borders(bits: np.ndarray, periodic: Sequence[bool]) -> None:
+    """The planes and rows outside: those of the opposite side, or nothing."""
+    bits[0], bits[-1] = (bits[-2], bits[1]) if periodic[0] else (0, 0)
+    bits[:, 0], bits[:, -1] = (bits[:, -2], bits[:, 1]) if periodic[1] else (0, 0)
+
+
+def _shifted(
+    plane: tuple[np.ndarray, np.ndarray], axis: int, step: int, periodic: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each voxel's neighbour before it (step 1) or after it (-1) along an axis of the plane; at an edge that is not
+    periodic, one that insulates."""
+    u, half = (np.roll(v, step, axis) for v in plane)
+    if not periodic:
+        edge: list[Any] = [slice(None), slice(None)]
+        edge[axis] = 0 if step > 0 else -1
+        u[tuple(edge)], half[tuple(edge)] = 0.0, np.inf
+    return u, half
+
+
+def _add_layers(energy: np.ndarray, heat: np.ndarray, axis: int, z: int, share: float, split: bool) -> None:
+    """Of the faces towards - of a plane z of voxels: `share` to the layer of each, and as much to the one before."""
+    if axis == 0:
+        energy[z] += share * heat.sum()
+        if split:
+            energy[z - 1] += share * heat.sum()
+        return
+    of_layer = share * heat.sum(axis=2 - axis)
+    energy[:-1] += of_layer
+    if split:
+        energy[: len(of_layer) - 1] += of_layer[1:]
+
+
+def unpacked(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The conducting voxels as uint8 (z, y, x)."""
+    words = np.ascontiguousarray(bits[1 : shape[0] + 1, 1 : shape[1] + 1, 1:-1])
+    return np.unpackbits(words.view(np.uint8), axis=2, bitorder="little")[:, :, : shape[2]]

@@ -87,19 +87,6 @@ def _join_rows(cells, starts, up, z0, z1, only_across):
 
 
 @compiled
-def _part_of(cells, starts, z, y, x):
-    """The part that a voxel lies in, or -1."""
-    cell = cells[z >> 1, y >> 1, x >> 1]
-    place = 4 * (z & 1) + 2 * (y & 1) + (x & 1)
-    if not cell >> place & 1:
-        return -1
-    at = starts[(z >> 1) * cells.shape[1] + (y >> 1)]
-    for before in range(x >> 1):
-        at += PARTS[cells[z >> 1, y >> 1, before]]
-    return at + PART[cell, place]
-
-
-@compiled
 def _line(cells, starts, z, y, columns, parts):
     """The parts of a row of voxels, -1 where they insulate."""
     at = starts[(z >> 1) * cells.shape[1] + (y >> 1)]

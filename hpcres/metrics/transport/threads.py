@@ -36,6 +36,9 @@ class Threads:
             return [function(unit) for unit in units]
         return list(self._pool.map(function, units))
 
-    def close(self) -> None:
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown()

@@ -1,0 +1,380 @@
+"""Transport against closed forms, direct solves in float64 and TauFactor; estimated errors never below the true ones."""
+
+from __future__ import annotations
+
+import os
+from math import inf, pi
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import ndimage
+from scipy.sparse import coo_matrix
+from scipy.sparse.linalg import spsolve
+
+from hpcres.errors import InputError
+from hpcres.metrics.transport import check_memory, parse_crop, solve, solve_phase, tortuosity
+from hpcres.metrics.transport.multigrid import pack, unpacked
+from hpcres.metrics.transport.percolation import Clusters
+from hpcres.metrics.transport.threads import Threads
+from hpcres.volumes import open_volume
+
+DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
+real = pytest.mark.skipif(not (DATA / "electrode.tiff").exists(), reason="needs $HPCRES_DATA")
+ROUNDING = 1e-6
+
+
+def direct(labels, conductivity, axis, spacing=(1, 1, 1), periodic=(False, False, False)) -> float:
+    """D_rel by a sparse direct solve of the 7-point system in float64; nothing of the code under test."""
+    k = np.zeros(labels.shape)
+    for label, value in conductivity.items():
+        k[labels == label] = value
+    clusters, _ = ndimage.label(k > 0)
+    for a in range(3):  # clusters that meet across periodic sides are one
+        if periodic[a] and a != axis:
+            first, last = np.take(clusters, 0, a).ravel(), np.take(clusters, -1, a).ravel()
+            for i, j in {(i, j) for i, j in zip(first, last, strict=True) if i and j}:
+                i, j = clusters.ravel()[[np.flatnonzero(np.isin(clusters, v))[0] for v in (i, j)]] if i != j else (i, j)
+                clusters[clusters == max(i, j)] = min(i, j)
+    through = np.intersect1d(np.take(clusters, 0, axis), np.take(clusters, -1, axis))
+    kept = np.isin(clusters, through[through > 0])
+    if not kept.any():
+        return 0.0
+    index = np.full(labels.shape, -1)
+    index[kept] = np.arange(kept.sum())
+    n, h = int(kept.sum()), np.asarray(spacing, float)
+    rows, columns, values, diagonal, right = [], [], [], np.zeros(n), np.zeros(n)
+    for a in range(3):
+        area = h.prod() / h[a]
+        i, j = (np.moveaxis(index, a, 0) for _ in range(2))
+        ki = np.moveaxis(k, a, 0)
+        pairs = [(i[:-1], j[1:], ki[:-1], ki[1:])]
+        if periodic[a] and a != axis and labels.shape[a] > 1:
+            pairs.append((i[-1], j[0], ki[-1], ki[0]))
+        for p, q, kp, kq in pairs:
+            both = (p >= 0) & (q >= 0)
+            p, q, kp, kq = p[both], q[both], kp[both], kq[both]
+            g = 2 * kp * kq / (kp + kq) * area / h[a]
+            np.add.at(diagonal, p, g)
+            np.add.at(diagonal, q, g)
+            rows += [p, q]
+            columns += [q, p]
+            values += [-g, -g]
+    area = h.prod() / h[axis]
+    ends = []
+    for side in (0, -1):
+        p, kp = np.take(index, side, axis).ravel(), np.take(k, side, axis).ravel()
+        p, g = p[p >= 0], 2 * kp[p >= 0] * area / h[axis]
+        np.add.at(diagonal, p, g)
+        ends.append((p, g))
+    np.add.at(right, *ends[1])
+    matrix = coo_matrix(
+        (np.concatenate([*values, diagonal]), (np.r_[*rows, np.arange(n)], np.r_[*columns, np.arange(n)]))
+    )
+    u = spsolve(matrix.tocsc(), right)
+    size = np.array(labels.shape) * h
+    return float((ends[0][1] * u[ends[0][0]]).sum() * size[axis] / (size.prod() / size[axis]))
+
+
+def check(labels, conductivity, rtol=1e-3, **settings) -> int:
+    """Every direction against the direct solve: the true error is within the estimate, which is within rtol."""
+    found = solve(labels, conductivity, rtol=rtol, **settings)
+    periodic = settings.get("periodic", (False, False, False))
+    checked = 0
+    for axis, direction in enumerate("zyx"):
+        truth = direct(labels, conductivity, axis, settings.get("spacing", (1, 1, 1)), periodic)
+        one = found[direction]
+        if truth == 0:
+            assert (one.state, one.d_rel, one.tau) == ("not percolating", 0.0, inf)
+            continue
+        assert one.state == "converged"
+        assert one.error < rtol
+        assert -ROUNDING < one.d_rel / truth - 1 < one.error + ROUNDING
+        checked += 1
+    return checked
+
+
+# ---- random systems against a direct solve -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 3.0, 1.0), (4.0, 1.0, 2.0)])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
+def test_the_estimate_covers_the_true_error_of_random_phases(share, spacing):
+    rng, checked = np.random.default_rng(int(100 * share)), 0
+    for shape in [(7, 8, 9), (12, 5, 20), (13, 14, 33), (2, 3, 4)]:
+        checked += check((rng.random(shape) < share).astype(np.uint8), {1: 1.0}, spacing=spacing)
+    assert checked >= 4
+
+
+def test_the_estimate_covers_the_true_error_to_any_tolerance():
+    labels = (np.random.default_rng(1).random((12, 14, 16)) < 0.6).astype(np.uint8)
+    for rtol in (0.1, 0.01, 1e-3, 1e-4, 1e-5):
+        assert check(labels, {1: 1.0}, rtol=rtol) == 3
+
+
+@pytest.mark.parametrize("contrast", [0.5, 0.1, 1e-3])
+def test_several_conductivities_match_a_direct_solve(contrast):
+    rng = np.random.default_rng(3)
+    for shape in [(9, 10, 11), (6, 12, 18)]:
+        labels = rng.integers(0, 4, shape).astype(np.uint8)
+        assert check(labels, {1: 1.0, 2: contrast, 3: 2.5}, spacing=(1, 2, 1)) == 3
+
+
+@pytest.mark.parametrize("periodic", [(True, True, True), (False, True, False), (False, False, True)])
+def test_sides_that_meet_match_a_direct_solve(periodic):
+    rng = np.random.default_rng(5)
+    for shape in [(8, 8, 16), (6, 10, 14), (7, 9, 11), (5, 1, 34)]:  # cells of an odd number, voxels of an odd number
+        labels = rng.integers(0, 3, shape).astype(np.uint8)
+        assert check(labels, {1: 1.0, 2: 1.0}, periodic=periodic) >= 2
+        assert check(labels, {1: 1.0, 2: 0.2, 0: 0.05}, periodic=periodic) >= 2
+
+
+# ---- closed forms ------------------------------------------------------------------------------------------
+
+
+def test_uniform_phase_has_tau_one_in_every_direction():
+    for shape in [(12, 10, 14), (2, 2, 2), (5, 33, 17)]:
+        for spacing in [(1, 1, 1), (1, 5, 2)]:
+            for solution in solve_phase(np.ones(shape, bool), spacing=spacing).values():
+                assert solution.state == "converged"
+                assert solution.tau == pytest.approx(1.0, abs=ROUNDING)
+
+
+def test_straight_channel_has_tau_one_and_its_area_as_diffusivity():
+    mask = np.zeros((16, 8, 8), bool)
+    mask[:, 2:5, 3:7] = True
+    mask[3, 7, 7] = True  # an island: counts in the volume fraction, carries nothing
+    found = solve_phase(mask)
+    assert found["z"].d_rel == pytest.approx(12 / 64, rel=ROUNDING)
+    assert found["z"].tau_percolating == pytest.approx(1.0, rel=ROUNDING)
+    assert found["z"].tau == pytest.approx((12 / 64 + 1 / 1024) / (12 / 64), rel=ROUNDING)
+    assert (found["z"].clusters_left_out, found["z"].voxels_left_out) == (1, 1)
+    for across in "yx":
+        assert found[across].state == "not percolating"
+        assert found[across].d_rel == 0.0
+        assert found[across].tau == inf
+        assert found[across].as_json()["tau"] is None
+        assert (found[across].clusters_left_out, found[across].voxels_left_out) == (2, 193)
+
+
+def test_many_channels_stay_apart_up_to_the_coarsest_level():
+    mask = np.zeros((40, 34, 34), bool)
+    mask[:, ::2, ::2] = True
+    assert solve_phase(mask, directions="z")["z"].d_rel == pytest.approx(0.25, rel=ROUNDING)
+
+
+def test_layers_in_series_and_in_parallel():
+    labels = np.zeros((12, 10, 8), np.uint8)
+    labels[3:7], labels[7:] = 1, 2
+    k = {0: 1.0, 1: 0.1, 2: 5.0}
+    shares = [3 / 12, 4 / 12, 5 / 12]
+    found = solve(labels, k, rtol=1e-6, profile=True)
+    series = 1 / sum(share / k[i] for i, share in enumerate(shares))
+    parallel = sum(share * k[i] for i, share in enumerate(shares))
+    assert found["z"].d_rel == pytest.approx(series, rel=2e-6)
+    for across in "yx":
+        assert found[across].d_rel == pytest.approx(parallel, rel=2e-6)
+        assert found[across].tau == pytest.approx(1.0, rel=2e-6)
+        assert found[across].profile == pytest.approx([1.0] * labels.shape["zyx".index(across)], rel=1e-5)
+    # A layer in series has its own conductivity, half of a face's share aside.
+    assert found["z"].profile[0] == pytest.approx(1.0, rel=1e-3)
+    assert found["z"].profile[4] == pytest.approx(1.0, rel=1e-3)
+
+
+def test_layers_of_a_profile_add_up_to_the_volume():
+    mask = np.random.default_rng(2).random((14, 15, 16)) < 0.7
+    for axis, (_, one) in enumerate(solve_phase(mask, rtol=1e-6, profile=True, periodic=(False, True, True)).items()):
+        kept = np.asarray(one.profile)
+        through = ndimage.label(mask)[0] == 1  # all but a few voxels are one cluster
+        fraction = through.mean(axis=tuple(a for a in range(3) if a != axis))
+        assert (kept / fraction).mean() == pytest.approx(1 / one.d_rel, rel=5e-3)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_diagonal_checkerboard_of_one_voxel_does_not_percolate(axis):
+    mask = np.indices((6, 7, 8)).sum(0) % 2 == 0
+    one = solve_phase(mask, directions="zyx"[axis])["zyx"[axis]]
+    assert (one.state, one.clusters_left_out, one.voxels_left_out) == ("not percolating", 168, 168)
+
+
+def test_checkerboard_of_columns_has_the_geometric_mean():
+    """Two conductivities in a 2D checkerboard: D = sqrt(k1 k2) exactly; refined, nearer."""
+    found = []
+    for n in (8, 16, 32):
+        tile = np.kron(np.array([[0, 1], [1, 0]], np.uint8), np.ones((n, n), np.uint8))
+        tile = np.roll(tile, n // 2, axis=0)  # the faces at potential 0 and 1 are then mirror planes
+        labels = np.tile(tile[:, :, None], (1, 1, 2))
+        found.append(solve(labels, {0: 1.0, 1: 3.0}, directions="z", periodic=(True, True, True), rtol=1e-5)["z"].d_rel)
+    errors = [abs(d / 3**0.5 - 1) for d in found]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.01
+
+
+def test_slanted_strip_of_twenty_voxels():
+    """A path of one voxel width that steps down and across by turns, 20 voxels high: the value of shared definitions."""
+    n = 20
+    plane = np.zeros((n, n), bool)
+    for i in range(n):
+        plane[i, i] = plane[i, (i + 1) % n] = True
+    one = solve_phase(np.repeat(plane[:, :, None], 2, axis=2), directions="z", periodic=(False, True, False))["z"]
+    assert one.d_rel == pytest.approx(direct(np.repeat(plane[:, :, None], 2, axis=2).astype(np.uint8), {1: 1.0}, 0,
+                                             periodic=(False, True, False)), rel=1e-3)  # fmt: skip
+
+
+def test_insulating_spheres_on_a_simple_cubic_lattice_match_sangani_and_acrivos():
+    """A. S. Sangani & A. Acrivos, Proc. R. Soc. A 386, 263 (1983), for insulating spheres, volume share c = 0.2."""
+    c = 0.2
+    radius = (3 * c / (4 * pi)) ** (1 / 3)
+    exact = sangani_acrivos(c)
+    found = []
+    sizes = (24, 48, 96)
+    for n in sizes:
+        # A quarter of the cell's section and half its length are enough by symmetry.
+        at = (np.arange(n // 2) + 0.5) / n
+        z, y, x = np.meshgrid(at, at, at, indexing="ij")
+        outside = z**2 + y**2 + x**2 > radius**2
+        found.append(solve_phase(outside, directions="z", rtol=1e-5)["z"])
+    phi = [one.volume_fraction for one in found]
+    # The voxels' own share differs from c a little; to first order D follows it.
+    corrected = [one.d_rel + (exact - sangani_acrivos(1 - p)) for one, p in zip(found, phi, strict=True)]
+    richardson = 2 * corrected[2] - corrected[1]
+    assert abs(richardson / exact - 1) < 3e-3
+    assert abs(corrected[2] / exact - 1) < abs(corrected[0] / exact - 1)
+
+
+def sangani_acrivos(c: float) -> float:
+    """Their equation for a simple cubic lattice; insulating spheres have L_i = -(2 i - 1) / (2 i)."""
+    one, two, three, four, five = (-(2 * i - 1) / (2 * i) for i in range(1, 6))
+    series = 1.305 * two * c ** (10 / 3) * (1 + 0.231 * three * c ** (11 / 3)) / (1 - 0.405 * two * c ** (7 / 3))
+    series += 0.0723 * three * c ** (14 / 3) + 0.153 * four * c**6 + 0.0105 * five * c ** (22 / 3)
+    return 1 - 3 * c / (-1 / one + c + series)
+
+
+# ---- TauFactor, threads, clusters, fields ------------------------------------------------------------------
+
+
+def test_taufactor_agrees_on_64_voxels():
+    """TauFactor 1.2.1 has the same faces; it stops where its flux is even to `conv_crit`."""
+    from scipy.ndimage import gaussian_filter
+    from taufactor import Solver
+
+    mask = gaussian_filter(np.random.default_rng(4).random((64, 64, 64)), 2.5) > 0.5
+    peer = Solver(mask.astype(np.uint8), device="cpu")
+    peer.solve(verbose=False, conv_crit=1e-3)
+    ours = solve_phase(mask, directions="z", rtol=1e-5)["z"]
+    assert float(peer.D_rel[0]) == pytest.approx(ours.d_rel, rel=3e-3)
+
+
+@real
+@pytest.mark.parametrize(("label", "tau"), [(0, 2.077242), (85, 8.735005), (170, 9.121467)])
+def test_the_electrode_has_its_known_tau_in_few_iterations(label, tau):
+    labels = open_volume(DATA / "electrode.tiff").read
+    from hpcres.geometry import Box
+
+    one = solve(labels(Box.whole((256, 256, 256))), {label: 1.0}, directions="z")["z"]
+    assert 0 <= tau / one.tau - 1 + 2e-6 < one.error + 2e-6 < 1e-3
+    assert one.iterations <= 5
+    assert one.bytes < 20 * 256**3
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    labels = np.random.default_rng(6).integers(0, 3, (70, 66, 50)).astype(np.uint8)
+    for conductivity in ({0: 1.0, 1: 1.0}, {0: 1.0, 1: 0.3}):
+        fields: dict[int, list] = {1: [], 2: [], 5: []}
+        found = [
+            solve(
+                labels, conductivity, threads=n, periodic=(False, False, True), profile=True,
+                keep=lambda direction, system, x, k, n=n: fields[n].append(x.copy()),
+            )
+            for n in fields
+        ]  # fmt: skip
+        for one in found[1:]:
+            assert all(one[d].d_rel == found[0][d].d_rel and one[d].profile == found[0][d].profile for d in "zyx")
+        assert all(np.array_equal(a, b) for n in (2, 5) for a, b in zip(fields[1], fields[n], strict=True))
+
+
+def test_iterations_do_not_grow_with_the_volume():
+    from scipy.ndimage import gaussian_filter
+
+    field = gaussian_filter(np.random.default_rng(8).random((96, 96, 96)), 2, mode="wrap")
+    iterations = []
+    for repeats in (1, 2):
+        mask = np.tile(field < np.quantile(field, 0.4), (repeats,) * 3)
+        iterations.append(solve_phase(mask, directions="z", rtol=1e-4)["z"].iterations)
+    assert iterations[1] <= iterations[0] + 1
+
+
+@pytest.mark.parametrize("share", [0.2, 0.32, 0.4, 0.7])
+def test_clusters_are_those_of_plain_labelling(share):
+    rng = np.random.default_rng(9)
+    with Threads(2) as threads:
+        for shape in [(7, 8, 9), (1, 5, 33), (40, 31, 50)]:
+            mask = rng.random(shape) < share
+            bits = pack(mask.astype(np.uint8), np.array([False, True]), threads)
+            clusters = Clusters(bits, shape, (False, False, False), threads)
+            labels, number = ndimage.label(mask)
+            for axis in range(3):
+                both = np.intersect1d(np.take(labels, 0, axis), np.take(labels, -1, axis))
+                both = both[both > 0]
+                through = clusters.through(axis)
+                assert np.array_equal(unpacked(through.bits, shape) > 0, np.isin(labels, both))
+                assert through.clusters_left_out == number - len(both)
+                assert through.voxels_left_out == mask.sum() - np.isin(labels, both).sum()
+
+
+def test_fields_hold_the_potential_and_a_flux_that_is_the_same_through_every_layer(tmp_path):
+    import zarr
+
+    a = np.random.default_rng(10).integers(0, 3, (20, 18, 22)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", a)
+    found = tortuosity(
+        open_volume(tmp_path / "a.npy"), phases=("pore", "gel", "solid"), conductivity={"pore": 1.0, "gel": 0.2},
+        rtol=1e-6, field=str(tmp_path / "fields.zarr"), spacing=(1.0, 2.0, 1.5), periodic=(False, False, True),
+    )  # fmt: skip
+    for axis, direction in enumerate("zyx"):
+        potential = np.asarray(zarr.open_array(tmp_path / "fields.zarr" / "pore + gel" / direction / "potential"))
+        flux = np.asarray(zarr.open_array(tmp_path / "fields.zarr" / "pore + gel" / direction / "flux"))
+        one = found["results"][axis]
+        assert (one["phase"], one["conductivity"]) == ("pore + gel", {"pore": 1.0, "gel": 0.2})
+        assert np.isnan(potential[a == 2]).all()
+        assert np.nanmin(potential) >= 0
+        assert np.nanmax(potential) <= 1
+        layers = np.nansum(flux[axis], axis=tuple(k for k in range(3) if k != axis)) / (a.size / a.shape[axis])
+        assert layers == pytest.approx([one["D_rel"]] * a.shape[axis], rel=2e-2)
+    with pytest.raises(InputError, match="exists already"):
+        tortuosity(open_volume(tmp_path / "a.npy"), field=str(tmp_path / "fields.zarr"))
+
+
+def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
+    a = np.zeros((8, 8, 8), np.uint8)
+    a[:, :4] = 1
+    np.save(tmp_path / "a.npy", a)
+    volume = open_volume(tmp_path / "a.npy")
+    found = tortuosity(volume, phases=("pore", "solid"), directions="zy", crop="0:8,2:8,:")
+    assert found["crop"] == [[0, 8], [2, 8], [0, 8]]
+    assert [(r["phase"], r["direction"], r["state"]) for r in found["results"]] == [
+        ("pore", "z", "converged"), ("pore", "y", "not percolating"),
+        ("solid", "z", "converged"), ("solid", "y", "not percolating"),
+    ]  # fmt: skip
+    assert found["results"][2]["D_rel"] == pytest.approx(1 / 3, rel=ROUNDING)
+    with pytest.raises(InputError, match="no such phase"):
+        tortuosity(volume, phases=("pore", "solid"), only=("gold",))
+    with pytest.raises(InputError, match="1 voxel thin"):
+        tortuosity(volume, crop="0:1,:,:")
+    for bad in ("0:8", "0:9,:,:", "a:b,:,:", "4:4,:,:"):
+        with pytest.raises(InputError, match="--crop"):
+            parse_crop(bad, volume.shape)
+
+
+def test_labels_of_any_integer_type_keep_their_names(tmp_path):
+    a = np.full((6, 6, 6), -5, np.int16)
+    a[:, 2:] = 1000
+    np.save(tmp_path / "a.npy", a)
+    found = tortuosity(open_volume(tmp_path / "a.npy"), directions="z")["results"]
+    assert [(r["phase"], r["labels"]) for r in found] == [("-5", [-5]), ("1000", [1000])]
+    assert found[1]["D_rel"] == pytest.approx(2 / 3, rel=ROUNDING)
+
+
+def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
+    with pytest.raises(InputError, match=r"20000 × 20000 × 20000 voxels: needs .* GiB of memory.*--crop"):
+        check_memory((20000, 20000, 20000))
