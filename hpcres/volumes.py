@@ -893,7 +893,7 @@ class AgreementStore(LabelStore):
 
 
 class FieldStore:
-    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x); NaN where there is none.
+    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x); NaN where none is.
 
     It appears at `path` when the block of `with` ends without an error. Attributes say spacing, unit and what it is.
     """

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import inf, prod
 from typing import Any, Literal
 
@@ -128,13 +129,14 @@ def solve(
         fraction, mean = float(counted[conducts].sum()) / labels.size, float(counted @ of_label) / labels.size
         found: tuple[tuple[bool, ...], Any] | None = None
         for direction in directions:
+            progress = None if report is None else partial(_scaled, report, direction, unit)
             axis, start = AXES.index(direction), time.perf_counter()
             # An axis of one voxel meets itself, which changes nothing.
             sides = tuple(bool(p) and a != axis and labels.shape[a] > 1 for a, p in enumerate(periodic))
             if found is None or found[0] != sides:
                 found = sides, Clusters(pack(labels, conducts, pool), labels.shape, sides, pool)
             through = found[1].through(axis)
-            left_out = {
+            left_out: dict[str, Any] = {
                 "clusters_left_out": through.clusters_left_out, "voxels_left_out": through.voxels_left_out
             }  # fmt: skip
             if through.voxels == 0:
@@ -158,9 +160,7 @@ def solve(
             )
             share = through.voxels / labels.size
             kept = share * unit if uniform else system.mean_conductivity(of_label)
-            solved, potential = system.solve(
-                rtol, report=None if report is None else lambda i, d, e, to=direction: report(to, i, d * unit, e)
-            )
+            solved, potential = system.solve(rtol, report=progress)
             layers = None
             if profile:
                 layers = tuple(float(t) for t in system.profile(potential, of_label))
@@ -173,6 +173,10 @@ def solve(
                 bytes=solved.bytes + labels.nbytes, profile=layers,
             )  # fmt: skip
     return results
+
+
+def _scaled(report: Report, direction: str, unit: float, iterations: int, d_rel: float, error: float) -> None:
+    report(direction, iterations, d_rel * unit, error)
 
 
 def _cores() -> int:

@@ -22,8 +22,24 @@ import numpy as np
 
 from hpcres.metrics.transport.coarse import OVERCORRECTION
 from hpcres.metrics.transport.vectors import (
-    add, add_product, fma, gathered, inverse, keep, load, load_few, lowest, multiply, no_sum, popcount, splat, spread, store,
-    store_few, subtract, total,
+    add,
+    add_product,
+    fma,
+    gathered,
+    inverse,
+    keep,
+    load,
+    load_few,
+    lowest,
+    multiply,
+    no_sum,
+    popcount,
+    splat,
+    spread,
+    store,
+    store_few,
+    subtract,
+    total,
 )  # fmt: skip
 
 compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -35,7 +51,7 @@ EVEN, ODD = 0x5555, 0xAAAA
 
 
 def scratch_floats(rows: int, words: int) -> int:
-    """Scratch memory of one array of a unit of so many rows; a kernel has five, and three with several conductivities."""
+    """Scratch memory of one array of a unit of so many rows; a kernel has five, and three for conductances."""
     return (rows + 2 * MARGIN) * (2 * PAD + 16 * words) * RING
 
 
@@ -75,7 +91,7 @@ def pack(labels, conducts, bits, z0, z1):
     for z in range(z0, z1):
         for y in range(rows):
             for k in range((columns + 15) // 16):
-                word = 0
+                word = np.int64(0)
                 for i in range(min(16, columns - 16 * k)):
                     word |= np.int64(conducts[labels[z, y, 16 * k + i]]) << i
                 bits[z + 1, y + 1, k + 1] = word
@@ -89,7 +105,7 @@ def find_cells(bits, cells, z0, z1):
         for y in range(cells.shape[1]):
             for x in range(cells.shape[2]):
                 k, i = (x >> 3) + 1, 2 * (x & 7)
-                cell = 0
+                cell = np.int64(0)
                 for d in range(4):
                     cell |= (np.int64(bits[2 * z + 1 + (d >> 1), 2 * y + 1 + (d & 1), k]) >> i & 3) << 2 * d
                 cells[z, y, x] = cell
@@ -389,7 +405,7 @@ def _prolong_row(cells, parts, z, y, coarse, scale, E, back, here, width):
 
 @compiled
 def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, z_out, scratch, c):
-    """z_out = the sweep of `sweep_down`, plus the coarse correction, after its reverse; returns the sum of r · z_out."""
+    """z_out = the sweep of `sweep_down` plus the coarse correction, after its reverse; returns the sum of r · z_out."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
@@ -471,7 +487,7 @@ def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r,
 def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch, c):
     """Dissipated by v in the unit's voxels and the faces on their + sides, with the last face at potential `end`."""
     z0, z1, y0, y1 = unit
-    planes, rows_all, columns, words = geometry[:4]
+    planes, rows_all, _, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
@@ -538,7 +554,7 @@ def unpack(geometry, bits, rows, v, z0, out):
 def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha, end, r, scratch, c):
     """r -= alpha × (A p - b), where b is what the last face at potential `end` sends in."""
     z0, z1, y0, y1 = unit
-    planes, rows_all, columns, words = geometry[:4]
+    planes, rows_all, _, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane

@@ -13,7 +13,6 @@ from hpcres.metrics.transport import coarse, fine
 from hpcres.metrics.transport.coarse import Graph, Level
 from hpcres.metrics.transport.threads import Threads
 
-
 ROUNDING = 1e-7  # of float32 vectors, on D_rel; no smaller error is claimed
 
 

@@ -58,7 +58,7 @@ def _join_cells(up, cell, own, other, beyond, bit, near):
 @compiled
 def _join_rows(cells, starts, up, z0, z1, only_across):
     """Join parts within planes z0 … z1 - 1 of cells; or, `only_across`, those of plane z0 with the plane before."""
-    deep, rows, columns = cells.shape
+    _, rows, columns = cells.shape
     for z in range(z0, z1):
         for y in range(rows):
             here = starts[z * rows + y]
