@@ -82,6 +82,11 @@ bench-inference: .venv/tested
 bench-metrics: .venv/tested
 	python bench/metrics.py
 
+# Ten minutes on two idle cores and 16 GiB; needs HPCRES_DATA.
+bench-transport: .venv/tested
+	python bench/transport.py
+	python bench/transport.py --grow 128 256 512
+
 lint: .venv/tested
 	ruff check .
 

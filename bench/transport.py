@@ -1,0 +1,116 @@
+"""How fast `hpcres tortuosity` solves, beside TauFactor called as its users call it, in one run.
+
+    python bench/transport.py                     electrode.tiff in $HPCRES_DATA, labels 0, 85, 170 (3 minutes)
+    python bench/transport.py --grow 128 256 512  iterations, time and memory of growing volumes (10 minutes)
+
+A time is that of the whole solve, percolation and set-up included, kernels compiled, labels in memory. TauFactor's is
+its seconds per iteration, measured over a few, times the iterations that it needs at its default stop (measured once:
+700, 3600 and 1400). Bytes are the process's peak above what it held before, over the voxels, plus the labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ITERATIONS = {0: 700, 85: 3600, 170: 1400}
+
+
+def status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def solve_alone(settings: dict) -> None:
+    """One solve in a process of its own; prints a JSON line."""
+    from hpcres.geometry import Box
+    from hpcres.metrics.transport import solve
+    from hpcres.volumes import open_volume
+
+    edge, label = settings["edge"], settings["label"]
+    if settings["blobs"]:
+        from scipy.ndimage import gaussian_filter
+
+        part = min(edge, 256)
+        field = gaussian_filter(np.random.default_rng(1).random((part,) * 3, np.float32), 3, mode="wrap")
+        labels = np.tile((field < np.quantile(field, 0.4)).astype(np.uint8), (edge // part,) * 3)
+        del field
+    else:
+        volume = open_volume(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
+        labels = np.ascontiguousarray(volume.read(Box((0, 0, 0), (edge,) * 3)))
+    solve(labels[:32, :32, :32].copy(), {label: 1.0}, directions="z", threads=settings["threads"])  # compiles
+    before, seconds = status("VmRSS"), []
+    for _ in range(settings["repeats"]):
+        started = time.perf_counter()
+        one = solve(labels, {label: 1.0}, directions="z", threads=settings["threads"], rtol=settings["rtol"])["z"]
+        seconds.append(time.perf_counter() - started)
+    line = {
+        "seconds": min(seconds), "tau": one.tau, "error": one.error, "iterations": one.iterations,
+        "fraction": one.volume_fraction, "bytes": (status("VmHWM") - before + labels.nbytes) / labels.size,
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+
+
+def measure(**settings: object) -> dict:
+    settings = {"label": 1, "edge": 256, "threads": 1, "rtol": 1e-3, "blobs": False, "repeats": 2, **settings}
+    done = subprocess.run(
+        [sys.executable, __file__, "--alone", json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def taufactor_seconds(label: int, iterations: int = 20) -> float:
+    """Seconds per iteration on one core."""
+    code = f"""
+import os, time, numpy as np, tifffile, torch, taufactor
+torch.set_num_threads(1)
+image = (tifffile.imread(os.environ["HPCRES_DATA"] + "/electrode.tiff") == {label}).astype(np.uint8)
+solver = taufactor.Solver(image, device="cpu")
+started = time.perf_counter()
+solver.solve(iter_limit={iterations}, verbose=False)
+print((time.perf_counter() - started) / {iterations})
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--grow", type=int, nargs="*", help="edges of volumes of blobs, 40 %% conducting")
+    parser.add_argument("--labels", type=int, nargs="*", default=[0, 85, 170])
+    options = parser.parse_args()
+    if options.alone:
+        solve_alone(json.loads(options.alone))
+        return
+    if options.grow:
+        heads = "volume | conducting | seconds, one core | iterations | estimated error | bytes a voxel"
+        print(f"| {heads} |\n|" + "---|" * 6)
+        for edge in options.grow:
+            one = measure(edge=edge, blobs=True, repeats=1)
+            print(
+                f"| {edge}³ | {one['fraction']:.2f} | {one['seconds']:.1f} | {one['iterations']} | "
+                f"{one['error']:.1e} | {one['bytes']:.1f} |", flush=True,
+            )  # fmt: skip
+        return
+    heads = "label | τ | estimated error | iterations | one core | two | ratio | bytes a voxel | TauFactor | × faster"
+    print(f"| {heads} |\n|" + "---|" * 10)
+    for label in options.labels:
+        one, two = measure(label=label), measure(label=label, threads=2)
+        peer = taufactor_seconds(label) * ITERATIONS[label]
+        print(
+            f"| {label} | {one['tau']:.5f} | {one['error']:.1e} | {one['iterations']} | {one['seconds']:.2f} s | "
+            f"{two['seconds']:.2f} s | {one['seconds'] / two['seconds']:.2f} | {one['bytes']:.1f} | {peer:.0f} s | "
+            f"{peer / one['seconds']:.0f} |", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
