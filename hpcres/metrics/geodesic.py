@@ -48,6 +48,7 @@ UNIT = 4096
 BLOCK_VOXELS = 2**23
 _UNREACHED = np.uint32(2**32 - 1)
 _OUTSIDE = np.uint8(255)
+_NEVER = np.int64(2**62)
 _AROUND = [step for step in product((-1, 0, 1), repeat=3) if any(step)]
 
 
@@ -140,18 +141,19 @@ def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
     """
     size = 1024
     place, length = np.empty((queues, size), np.int64), np.empty((queues, size), np.int64)
-    head, tail = np.zeros(queues, np.int64), np.zeros(queues, np.int64)
+    head, tail, nearest = np.zeros(queues, np.int64), np.zeros(queues, np.int64), np.full(queues, _NEVER)
     seed, longest = 0, np.int64(0)
     while True:
-        at, best, own = np.int64(-1), np.int64(2**62), -1
+        at, best, own = np.int64(-1), _NEVER, -1
         if seed < seeds.size:
             at, best = seeds[seed], np.int64(distance[seeds[seed]])
         for q in range(queues):
-            if head[q] < tail[q] and length[q, head[q] & (size - 1)] < best:
-                best, own = length[q, head[q] & (size - 1)], q
+            if nearest[q] < best:
+                best, own = nearest[q], q
         if own >= 0:
             at = place[own, head[own] & (size - 1)]
             head[own] += 1
+            nearest[own] = length[own, head[own] & (size - 1)] if head[own] < tail[own] else _NEVER
         elif at >= 0:
             seed += 1
         else:
@@ -159,10 +161,12 @@ def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
         if distance[at] != best:  # a shorter path has come since
             continue
         longest = best
+        phase = label[at]
         for k in range(offsets.size):
-            to = at + offsets[k]
+            # Places are never negative; numba need not look for such as count from the end.
+            to = np.uint64(at + offsets[k])
             further = best + weights[k]
-            if label[to] == label[at] and further < distance[to]:
+            if further < np.int64(distance[to]) and label[to] == phase:
                 distance[to] = further
                 q = queue_of[k]
                 if tail[q] - head[q] == size:
@@ -173,9 +177,11 @@ def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
                             more_place[p, i & (2 * size - 1)] = place[p, i & (size - 1)]
                             more_length[p, i & (2 * size - 1)] = length[p, i & (size - 1)]
                     place, length, size = more_place, more_length, 2 * size
-                place[q, tail[q] & (size - 1)] = to
+                place[q, tail[q] & (size - 1)] = np.int64(to)
                 length[q, tail[q] & (size - 1)] = further
                 tail[q] += 1
+                if nearest[q] == _NEVER:
+                    nearest[q] = further
 
 
 def sweep(
