@@ -27,7 +27,8 @@ from PIL import Image
 from hpcres import __version__
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
-from hpcres.metrics.table import Row, metric_rows, short_unit, size_text
+from hpcres.metrics.named import Named
+from hpcres.metrics.table import Row, metric_rows, pair_name, short_unit, size_text
 from hpcres.study import Study
 from hpcres.volumes import PHASE_COLOURS, PhaseMap, Volume, open_volume, read_images
 
@@ -280,7 +281,9 @@ def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
 def _numbers(metrics: Mapping[str, Any] | None, command: str) -> list[str]:
     if metrics is None:
         return [_missing("Metrics", "metrics.json", command)]
-    return [_metric_table(metrics), _low_res_table(metrics.get("low_res")), _distributions(metrics)]
+    return [
+        _metric_table(metrics), _low_res_table(metrics.get("low_res")), _distributions(metrics), _statistics(metrics),
+    ]  # fmt: skip
 
 
 def _metric_table(metrics: Mapping[str, Any]) -> str:
@@ -292,7 +295,8 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         "cubes": any(r.cubes for r in rows),
     }
     cubes = metrics["volume"].get("subvolumes") or {}
-    heads = ["", "", "this volume"]
+    has["error"] = any(r.error is not None for r in rows)
+    heads = ["", "", "this volume", *(["± standard error"] if has["error"] else [])]
     heads += ["ground truth", "difference", "relative"] if has["reference"] else []
     heads += ["training images (2D)"] if has["images"] else []
     heads += [f"{cubes['count']} cubes of {cubes['voxels']}³"] if has["cubes"] else []
@@ -303,6 +307,8 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         unit = f" <small>{row.unit}</small>" if row.unit else ""
         cells = [f"<th>{escape(row.metric) + unit if row.metric != last else ''}</th>", f"<th>{escape(row.of)}</th>"]
         cells.append(_cell(_number(row.value), "strong"))
+        if has["error"]:
+            cells.append(_cell("" if row.error is None else f"± {row.error:.2g}"))
         if has["reference"]:
             cells += [_cell(_number(row.reference)), _cell(_signed(row.difference))]
             cells.append(_cell("" if row.relative is None else f"{row.relative:+.1%}"))
@@ -321,6 +327,11 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         "Interphase area: faces between two phases / all interior faces. TPB: edges that touch three or more phases, "
         "by length / volume, and normalised by all interior edges."
     ]
+    if has["error"]:
+        notes.append(
+            "The counts are exact; the standard error is that of the volume as a sample of the material, fitted to how "
+            "the spread over sub-volumes falls with their size (below)."
+        )
     if has["images"]:
         notes.append("Training images: shares of their in-plane faces and edges; surface × 3/2, isotropy assumed.")
     if has["cubes"]:
@@ -416,6 +427,209 @@ def _plot_fractions(metrics: Mapping[str, Any]) -> str:
     if len(groups) > 1:
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return _svg(figure, "phase fractions")
+
+
+# ---- spatial statistics -----------------------------------------------------------------------------------
+
+
+def _statistics(metrics: Mapping[str, Any]) -> str:
+    """Correlations, chords, spectra, connected shares, paths, and how the spread falls with size; truth dashed."""
+    ours = metrics["volume"].get("statistics") or {}
+    theirs = (metrics.get("reference") or {}).get("statistics") or {}
+    if not ours:
+        return ""
+    volume, both = metrics["volume"], [(ours, metrics["volume"], "-")]
+    if theirs:
+        both.append((theirs, metrics["reference"], "--"))
+    parts = [
+        _correlations(both) if "correlations" in ours else "",
+        _chords(both) if "chords" in ours else "",
+        _spectra(both) if "spectrum" in ours else "",
+        _connectivity(ours, theirs),
+        _geodesic(ours, theirs),
+        _representative(ours["representative"], volume) if "representative" in ours else "",
+    ]
+    dashed = " Dashed: the ground truth." if theirs else ""
+    note = (
+        "Correlations, chords, connected shares and paths are exact counts over the whole volume: they have no error "
+        f"of their own, only that of the volume as a sample of the material.{dashed}"
+    )
+    return f"<section><h2>Spatial statistics</h2><p class='note'>{note}</p>{''.join(parts)}</section>"
+
+
+_Shown = Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]]
+_SERIES = (_OURS, _TRUTH, _IMAGES, "#b0487c", "#8064a2", "#4aa0a0")
+
+
+def _edges(volume: Mapping[str, Any]) -> tuple[float, ...]:
+    """Voxel edges z, y, x in the length unit of the numbers."""
+    named = Named({}, tuple(volume["voxel_size"]), volume["voxel_unit"])
+    return named.lengths
+
+
+def _correlations(both: _Shown) -> str:
+    """S2 of every phase with itself, then between phases, a panel each with the three axes."""
+    keys = [key for key in both[0][0]["correlations"]["counts"]["z"] if key.split("|") == sorted(key.split("|"))]
+    keys = sorted(keys, key=lambda key: len(set(key.split("|"))))[:9]
+    figure, columns = _panels(len(keys))
+    for place, key in enumerate(keys, 1):
+        axes = figure.add_subplot(-(-len(keys) // columns), columns, place)
+        for found, volume, style in both:
+            found = found["correlations"]
+            for axis, colour, edge in zip(AXES, _SERIES, _edges(volume), strict=False):
+                known = [k for k, n in enumerate(found["pairs"][axis]) if n]
+                shares = [found["counts"][axis][key][k] / found["pairs"][axis][k] for k in known]
+                label = axis if style == "-" and place == 1 else None
+                axes.plot([k * edge for k in known], shares, style, color=colour, linewidth=1.2, label=label)
+        _title(axes, f"S2, {pair_name(key) if len(set(key.split('|'))) > 1 else key.split('|')[0]}")
+        axes.set_xlabel(f"distance, {short_unit(both[0][1]['length_unit'])}", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return f"<h3>Two-point correlations</h3>{_svg(figure, 'two-point correlations')}"
+
+
+def _chords(both: _Shown) -> str:
+    """Share of a phase's whole-chord voxels by chord length, and the mean lengths."""
+    phases = list(both[0][0]["chords"]["z"])
+    figure, columns = _panels(len(phases))
+    for place, phase in enumerate(phases, 1):
+        axes = figure.add_subplot(-(-len(phases) // columns), columns, place)
+        for found, volume, style in both:
+            for axis, colour, edge in zip(AXES, _SERIES, _edges(volume), strict=False):
+                whole = found["chords"][axis][phase]["whole"]
+                length, count = (np.array(whole[key], float) for key in ("length", "count"))
+                share = length * count / max(float(length @ count), 1)
+                label = axis if style == "-" and place == 1 else None
+                axes.plot(length * edge, share, style, color=colour, linewidth=1.2, label=label)
+        _title(axes, phase)
+        axes.set_xlabel(f"chord length, {short_unit(both[0][1]['length_unit'])}", fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    means, lines = [f"mean along {axis}" for axis in AXES], []
+    for found, _, style in both:
+        for phase in phases:
+            own = [found["chords"][axis][phase] for axis in AXES]
+            cut = max(one["voxel_share_cut"] for one in own)
+            name = phase if style == "-" else f"{phase}, truth"
+            cells = "".join(_cell(_number(one["mean_length"])) for one in own)
+            lines.append(f"<tr><th>{escape(name)}</th><th></th>{cells}{_cell(f'{cut:.1%}')}</tr>")
+    unit = short_unit(both[0][1]["length_unit"])
+    return (
+        f"<h3>Chord lengths</h3>{_svg(figure, 'chord lengths')}"
+        f"{_table(['', unit, *means, 'cut by a face, at most'], lines)}"
+        "<p class='note'>Share of voxels that lie in a chord of a length, and mean length of chords, without those cut "
+        "by the volume's faces.</p>"
+    )
+
+
+def _spectra(both: _Shown) -> str:
+    figure = _figure(6, 2.6)
+    axes = figure.add_subplot()
+    for found, _, style in both:
+        for axis, colour in zip(AXES, _SERIES, strict=False):
+            one = found["spectrum"][axis]
+            x, y = np.array(one["frequency"]), np.array(one["magnitude"])
+            axes.plot(x, y, style, color=colour, linewidth=1.2, label=f"normal to {axis}" if style == "-" else None)
+            if one["standard_error"]:
+                error = np.array(one["standard_error"])
+                axes.fill_between(x, y - error, y + error, color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlabel(f"spatial frequency, 1/{short_unit(both[0][1]['length_unit'])}", fontsize=8)
+    axes.set_ylabel("mean of ln(1 + |F|)", fontsize=8)
+    axes.tick_params(labelsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    one = both[0][0]["spectrum"]["z"]
+    return (
+        f"<h3>Radial spectrum of slices</h3>{_svg(figure, 'radial spectra')}<p class='note'>Middle "
+        f"{' × '.join(map(str, one['pixels']))} pixels of {one['slices']} slices; bands: one standard error.</p>"
+    )
+
+
+def _connectivity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    if "connectivity" not in ours:
+        return ""
+    lines = []
+    for found, after in ((ours, ""), (theirs, ", truth")):
+        for phase, one in (found.get("connectivity") or {}).items():
+            shares = "".join(_cell(f"{one['percolating_share'][axis]:.2%}") for axis in AXES)
+            largest = _cell(f"{one['largest_share']:.2%}")
+            lines.append(
+                f"<tr><th>{escape(phase + after)}</th><th></th>{_cell(str(one['clusters']))}{largest}{shares}</tr>"
+            )
+    heads = ["", "", "clusters", "largest", *(f"percolating along {axis}" for axis in AXES)]
+    return (
+        f"<h3>Connected share</h3>{_table(heads, lines)}<p class='note'>Of each phase's voxels, joined by faces; "
+        "percolating: in clusters that reach both faces.</p>"
+    )
+
+
+def _geodesic(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    if "geodesic" not in ours:
+        return ""
+    lines = []
+    for found, after in ((ours["geodesic"], ""), (theirs.get("geodesic") or {}, ", truth")):
+        for phase in found.get("z", {}):
+            for place, axis in enumerate(AXES):
+                forms = found[axis][phase]
+                cells = "".join(_cell(_number(forms[form]["tau"]) or "no path") for form in _FORMS)
+                whole = forms["whole"]
+                total = whole["voxels"] + whole["unreachable"]
+                cells += _cell(f"{whole['unreachable'] / total:.2%}" if total else "")
+                name = escape(phase + after) if place == 0 else ""
+                lines.append(f"<tr class='{'first' if name else ''}'><th>{name}</th><th>{axis}</th>{cells}</tr>")
+    heads = ["", "", "from the first plane", "from the last", "whole volume", "voxels without a path"]
+    return (
+        f"<h3>Mean geodesic tortuosity</h3>{_table(heads, lines)}<p class='note'>Shortest paths inside the phase by "
+        f"steps to {ours['geodesic']['neighbours']} neighbours / thickness.</p>"
+    )
+
+
+_FORMS = ("inlet", "outlet", "whole")
+
+
+def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
+    """Spread against size, relative to the mean, with the fitted line up to the whole volume."""
+    sizes = np.array([one["voxels"] for one in found["sizes"]], float)
+    if len(sizes) < 2:
+        return ""
+    whole = float(np.prod(volume["shape"])) ** (1 / 3)
+    shown = [("volume fraction", "volume_fraction"), ("specific surface", "specific_surface_faces")]
+    shown += [("interphase area", "interphase_area"), ("TPB density", "tpb_density")]
+    figure = _figure(11, 2.6)
+    for place, (title, metric) in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        of = found[metric] if "std" not in found[metric] else {"": found[metric]}
+        for (key, one), colour in zip(of.items(), _SERIES, strict=False):
+            mean = one["mean"][-1]
+            if one["standard_error"] is None or not mean:
+                continue
+            axes.plot(sizes, np.array(one["std"]) / mean, "o", markersize=3, color=colour, label=pair_name(key))
+            error = one["standard_error"] / mean
+            line = [error * (s / whole) ** (-1.5 * one["exponent"]) for s in (sizes[0], whole)]
+            axes.plot([sizes[0], whole], line, color=colour, linewidth=1)
+            low, high = (v / mean for v in one["range"])
+            axes.errorbar([whole], [error], [[error - low], [high - error]], color=colour, linewidth=1, capsize=2)
+        if axes.lines:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            if len(of) > 1:
+                axes.legend(fontsize=6, frameon=False, labelcolor=_INK)
+        _title(axes, title)
+        axes.set_xlabel("edge of a cube, voxels", fontsize=7)
+    cubes = ", ".join(f"{one['cubes']} of {one['voxels']}³" for one in found["sizes"])
+    return (
+        f"<h3>Representative volume</h3>{_svg(figure, 'representative volume')}<p class='note'>Standard deviation / "
+        f"mean over cubes that do not overlap ({cubes}); lines: std² ∝ V<sup>−α</sup>, fitted; their ends are the "
+        "standard error of the whole volume, with the range that the fit leaves. Structure longer than the volume is "
+        "not in it.</p>"
+    )
+
+
+def _panels(count: int) -> tuple[Figure, int]:
+    columns = min(3, count)
+    return _figure(min(11, 3.6 * columns + 0.4), 2.3 * -(-count // columns)), columns
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=8)
+    axes.tick_params(labelsize=7)
 
 
 def _transport(transport: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, command: str) -> str:

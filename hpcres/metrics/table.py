@@ -26,6 +26,8 @@ class Row:
     """{mean, std, values} over the random sub-volumes of ours, and of the reference."""
     reference_cubes: Mapping[str, Any] | None = None
     published: tuple[Mapping[str, Any], ...] = field(default=())
+    error: float | None = None
+    """Standard error of ours as a value of the material, by the fit over sub-volumes (representative.py)."""
 
     @property
     def difference(self) -> float | None:
@@ -64,6 +66,7 @@ def metric_rows(result: Mapping[str, Any]) -> list[Row]:
                 _at(volume.get("subvolumes"), cubes) if cubes else None,
                 _at((result.get("reference") or {}).get("subvolumes"), cubes) if cubes else None,
                 tuple(p for p in published if p["metric"] == _PUBLISHED.get(metric) and _same(p["of"], key)),
+                _at(volume, ("statistics", "representative", *cubes, "standard_error")) if cubes else None,
             )
         )  # fmt: skip
     return rows
@@ -112,6 +115,8 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     rows = metric_rows(result)
     volume = result.get("volume", result)
     columns = [["metric", *(row.name for row in rows)], ["value", *(f"{row.value:.6f}" for row in rows)]]
+    if any(row.error is not None for row in rows):
+        columns.append(["± standard error", *("" if row.error is None else f"{row.error:.2g}" for row in rows)])
     columns.append(["unit", *(row.unit for row in rows)])
     for title, values in (
         ("reference", [row.reference for row in rows]), ("difference", [row.difference for row in rows]),
@@ -121,7 +126,8 @@ def metrics_text(result: Mapping[str, Any]) -> str:
             sign = "+" if title == "difference" else ""
             columns.append([title, *("" if v is None else f"{v:{sign}.6f}" for v in values)])
     if any(row.relative is not None for row in rows):
-        columns.insert(5, ["relative", *("" if row.relative is None else f"{row.relative:+.2%}" for row in rows)])
+        place = 1 + [column[0] for column in columns].index("difference")
+        columns.insert(place, ["relative", *("" if row.relative is None else f"{row.relative:+.2%}" for row in rows)])
     if any(row.cubes for row in rows):
         count, edge = volume["subvolumes"]["count"], volume["subvolumes"]["voxels"]
         spread = [_plus_minus(row.cubes) for row in rows]
@@ -130,10 +136,11 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     lines = [f"{volume['path']}: {size_text(volume)}", ""]
     for cells in zip(*columns, strict=True):
         aligned = [
-            cell.ljust(width) if place in (0, 2) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(width) if column[0] in ("metric", "unit") else cell.rjust(width)
+            for cell, width, column in zip(cells, widths, columns, strict=True)
         ]
         lines.append("  ".join(aligned).rstrip())
+    lines += list(_statistics_lines(volume.get("statistics") or {}))
     low_res = result.get("low_res")
     if low_res:
         compared = f"{low_res['voxels_compared']} low-res voxels"
@@ -145,6 +152,26 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if skipped := (volume.get("subvolumes") or {}).get("skipped"):
         lines.append(f"no sub-volumes: {skipped}")
     return "\n".join(lines)
+
+
+def _statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    if connected := found.get("connectivity"):
+        yield ""
+        for phase, one in connected.items():
+            shares = ", ".join(f"{axis} {share:.2%}" for axis, share in one["percolating_share"].items())
+            yield (
+                f"{phase}: {one['clusters']} clusters by faces, the largest {one['largest_share']:.2%} of it; "
+                f"percolating along {shares}"
+            )
+    if geodesic := found.get("geodesic"):
+        yield ""
+        for phase in geodesic["z"]:
+            means = ", ".join(
+                f"{axis} " + ("no path" if geodesic[axis][phase]["inlet"]["tau"] is None
+                              else f"{geodesic[axis][phase]['inlet']['tau']:.4f}")
+                for axis in "zyx"
+            )  # fmt: skip
+            yield f"{phase}: mean geodesic tortuosity from the inlet ({geodesic['neighbours']} neighbours) {means}"
 
 
 def size_text(volume: Mapping[str, Any]) -> str:
