@@ -348,3 +348,25 @@ def test_everything_asked_for_is_in_the_file(client, tmp_path):
     some = measure_statistics(volume, named, Metrics(statistics=("chords",)), client=client, progress=False)
     assert some["chords"] == result["chords"]
     assert list(some) == ["chords"]
+
+
+def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
+    from hpcres.metrics.measure import measure
+    from hpcres.metrics.table import metric_rows, metrics_text
+    from hpcres.report import report_volume
+
+    every = Metrics(statistics=("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"))
+    np.save(tmp_path / "a.npy", structure(3, (48, 52, 50), [0, 1, 2]))
+    volume = open_volume(tmp_path / "a.npy")
+    entry = measure(volume, client=client, statistics=every, scratch=tmp_path, progress=False)
+    text = metrics_text({"volume": entry})
+    assert "± standard error" in text
+    assert "mean geodesic tortuosity" in text
+    fitted_rows = [row for row in metric_rows({"volume": entry}) if row.metric == "volume fraction"]
+    assert all(row.error is not None and 0 < row.error < 0.2 for row in fitted_rows)
+    page = report_volume(volume, {"volume": entry, "reference": entry}, tmp_path / "r.html").read_text()
+    for panel in (
+        "Two-point correlations", "Chord lengths", "Radial spectrum", "Connected share", "Mean geodesic tortuosity",
+        "Representative volume", "± standard error", "2, truth",
+    ):  # fmt: skip
+        assert panel in page
