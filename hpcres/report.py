@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from html import escape
+from itertools import combinations
 from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from PIL import Image
 
 from hpcres import __version__
@@ -469,8 +471,9 @@ def _edges(volume: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _correlations(both: _Shown) -> str:
     """S2 of every phase with itself, then between phases, a panel each with the three axes."""
-    keys = [key for key in both[0][0]["correlations"]["counts"]["z"] if key.split("|") == sorted(key.split("|"))]
-    keys = sorted(keys, key=lambda key: len(set(key.split("|"))))[:9]
+    names = [phase["name"] for phase in both[0][1]["phases"]]
+    keys = [f"{name}|{name}" for name in names] + [f"{a}|{b}" for a, b in combinations(names, 2)]
+    keys = keys[:9]
     figure, columns = _panels(len(keys))
     for place, key in enumerate(keys, 1):
         axes = figure.add_subplot(-(-len(keys) // columns), columns, place)
@@ -609,6 +612,8 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
         if axes.lines:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xticks([sizes[0], sizes[-1], whole], [f"{s:.0f}" for s in (sizes[0], sizes[-1], whole)])
             if len(of) > 1:
                 axes.legend(fontsize=6, frameon=False, labelcolor=_INK)
         _title(axes, title)
