@@ -1,12 +1,14 @@
 """How fast `hpcres metrics` counts on one core, beside this core's rate of decoding the same store, and TauFactor.
 
     python bench/metrics.py                         volumes of 256³ and 1024³, TauFactor on 256³ (2 minutes)
-    python bench/metrics.py --sizes 256 1920        with 1.5 GB of scratch disk
+    python bench/metrics.py --sizes 256 1920        10 minutes, 1.5 GB of scratch disk
+    python bench/metrics.py --volume FILE           the structure of a file of labels instead of a phantom's
+    python bench/metrics.py --phases 8              a phantom of as many phases
 
 Everything runs on one core, and times are processor seconds of the whole process, so that neighbours on the machine
 do not count. `decoding` reads the same boxes of the same store with zarr and drops them; `counting` is the whole
-pass as the command makes it, Dask included. They take turns; the best of three each. The structure is a three-phase
-phantom of 256³, mirrored to the size asked for. Peak memory is that of a process which opens the store and counts.
+pass as the command makes it, Dask included. They take turns; the best of three each. The structure is mirrored to the
+size asked for; the phantom's is of 256³. Peak memory is that of a process which opens the store and counts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from hpcres.metrics.measure import count_volume
 from hpcres.metrics.schedule import connect
 from hpcres.volumes import open_volume
 with connect(threads=1) as client:
-    count_volume(open_volume(sys.argv[1]), client=client, labels=range(3), progress=False)
+    volume = open_volume(sys.argv[1])
+    count_volume(volume, client=client, labels=range(len(volume.phases)), progress=False)
 # Not ru_maxrss, which a process inherits from the one that started it.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
@@ -52,6 +55,23 @@ def mirrored(part: np.ndarray, edge: int):
     return Volume("phantom", (edge,) * 3, both.dtype, (CHUNK,) * 3, read)
 
 
+def phantom(phases: int) -> np.ndarray:
+    """Labels of 256³: three connected phases, or grains of as many as asked for."""
+    from scipy.ndimage import gaussian_filter
+
+    from hpcres.phantoms import three_phase
+
+    if phases == 3:
+        return three_phase((256,) * 3, 1, feature_voxels=12)
+    noise = np.random.default_rng(1).standard_normal
+    best, labels = np.full((256,) * 3, -np.inf, np.float32), np.zeros((256,) * 3, np.uint8)
+    for phase in range(phases):
+        field = gaussian_filter(noise(labels.shape, np.float32), 6, mode="wrap")
+        labels[field > best] = phase
+        np.maximum(best, field, out=best)
+    return labels
+
+
 def rates(path: Path) -> tuple[float, float]:
     """Voxels per processor second of decoding a store and of counting it."""
     import zarr
@@ -64,17 +84,18 @@ def rates(path: Path) -> tuple[float, float]:
     volume, array = open_volume(path), zarr.open_array(path / "0", mode="r")
     parts = blocks(volume.shape, block_shape(volume.shape, volume.chunks, block_voxels(volume.shape, 1, 1)))
     boxes = [box for part in parts for box in slabs(part, volume.chunks, 1)]
+    labels = range(len(volume.phases or ()))
     seconds: dict[str, list[float]] = {"decoding": [], "counting": []}
     with connect(threads=1) as client:
         # Compiled, and the file in the page cache.
-        count_volume(volume, client=client, labels=range(3), progress=False)
+        count_volume(volume, client=client, labels=labels, progress=False)
         for _ in range(3):
             began = time.process_time()
             for box in boxes:
                 array[box.slices]
             seconds["decoding"].append(time.process_time() - began)
             began = time.process_time()
-            count_volume(volume, client=client, labels=range(3), progress=False)
+            count_volume(volume, client=client, labels=labels, progress=False)
             seconds["counting"].append(time.process_time() - began)
     voxels = float(np.prod(volume.shape))
     return voxels / min(seconds["decoding"]), voxels / min(seconds["counting"])
@@ -105,21 +126,28 @@ def taufactor_seconds(labels: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], metavar="VOXELS")
-    parser.add_argument("--taufactor", type=int, default=256, metavar="VOXELS", help="edge of its crop, 0 for none")
+    parser.add_argument("--taufactor", type=int, default=256, metavar="VOXELS", help="edge of its crop, 0 for none; three phases only")
+    parser.add_argument("--volume", help="a volume of labels, any of the formats hpcres reads")
+    parser.add_argument("--phases", type=int, default=3, help="of the phantom")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
+    from hpcres.geometry import Box
     from hpcres.metrics import counts
-    from hpcres.phantoms import three_phase
-    from hpcres.volumes import convert
+    from hpcres.volumes import convert, open_volume
 
-    part = three_phase((256,) * 3, 1, feature_voxels=12)
+    if arguments.volume:
+        given = open_volume(arguments.volume)
+        part = np.unique(given.read(Box.whole(given.shape)), return_inverse=True)[1].astype(np.uint8)
+    else:
+        part = phantom(arguments.phases)
+    labels = range(int(part.max()) + 1)
     print("volume    decoding   counting   ratio   peak memory   store")
     print("          Mvoxel/s   Mvoxel/s                MiB     MiB")
     with tempfile.TemporaryDirectory(prefix="hpcres-bench-") as name:
         for edge in arguments.sizes:
             path = Path(name) / f"{edge}.zarr"
-            convert(mirrored(part, edge), path, phases={0: "a", 1: "b", 2: "c"}, chunk_voxels=CHUNK)
+            convert(mirrored(part, edge), path, phases={i: f"phase{i}" for i in labels}, chunk_voxels=CHUNK)
             decoding, counting = rates(path)
             shown = subprocess.run([sys.executable, "-c", COUNT, str(path)], capture_output=True, text=True, check=True)
             stored = sum(file.stat().st_size for file in (path / "0").rglob("*") if file.is_file())
@@ -127,13 +155,13 @@ def main() -> None:
                 f"{edge:5}³ {decoding / 1e6:11.0f} {counting / 1e6:10.0f} {counting / decoding:7.2f} "
                 f"{int(shown.stdout) / 1024:13.0f} {stored / 2**20:7.0f}"
             )
-    if arguments.taufactor:
+    if arguments.taufactor and len(labels) == 3:
         crop = np.ascontiguousarray(part[(slice(arguments.taufactor),) * 3])
-        counts.count(crop, labels=range(3))
+        counts.count(crop, labels=labels)
         times = []
         for _ in range(5):
             began = time.process_time()
-            counts.finalize(counts.count(crop, labels=range(3)), (1, 1, 1))
+            counts.finalize(counts.count(crop, labels=labels), (1, 1, 1))
             times.append(time.process_time() - began)
         theirs = taufactor_seconds(crop)
         print(f"\nan array of {arguments.taufactor}³ in memory, seconds")

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +24,7 @@ from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, blocks, following
 from hpcres.metrics import counts
 from hpcres.metrics.agreement import agreement
-from hpcres.metrics.measure import measure, measure_study, write_json
+from hpcres.metrics.measure import count_volume, measure, measure_study, write_json
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
 from hpcres.study import Study, SubVolumes
@@ -310,6 +317,56 @@ def test_a_running_scheduler_gives_the_same_numbers_by_address_and_by_file(clien
         for address in (cluster.scheduler_address, str(tmp_path / "scheduler.json")):
             with connect(address) as remote:
                 assert measure(volume, client=remote, settings=cubes, block=(7, 24, 9), progress=False) == here
+
+
+@contextmanager
+def dask_cluster(folder: Path, workers: int):
+    """(scheduler file, worker processes by name) as a user starts them from a shell; killed on the way out."""
+    file = folder / "cluster.json"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = [sys.executable, "-m", "dask", "scheduler", "--no-dashboard", "--scheduler-file", str(file)]
+    worker = [sys.executable, "-m", "dask", "worker", "--no-dashboard", "--scheduler-file", str(file)]
+    started = {}
+    try:
+        started["scheduler"] = subprocess.Popen(
+            [*scheduler, "--host", "127.0.0.1", "--port", "0"], **quiet
+        )
+        for name in (f"w{k}" for k in range(workers)):
+            started[name] = subprocess.Popen(
+                [*worker, "--name", name, "--no-nanny", "--nthreads", "1", "--local-directory", str(folder)], **quiet
+            )
+        while not file.exists():
+            assert started["scheduler"].poll() is None
+            time.sleep(0.05)
+        yield file, started
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait()
+
+
+def test_a_worker_killed_in_mid_run_costs_a_retry_and_not_a_digit(client, tmp_path):
+    a = np.random.default_rng(11).integers(0, 3, (96, 64, 80)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", a)
+    volume, killed = open_volume(tmp_path / "a.npy"), []
+    with dask_cluster(tmp_path, 2) as (file, started), connect(str(file)) as remote:
+        remote.wait_for_workers(2, timeout=60)
+        addresses = {worker["name"]: place for place, worker in remote.scheduler_info()["workers"].items()}
+
+        def kill_a_worker_that_holds_results():
+            while not remote.has_what([addresses["w0"]])[addresses["w0"]]:
+                time.sleep(0.01)
+            started["w0"].send_signal(signal.SIGKILL)
+            killed.append(remote.processing([addresses["w0"]])[addresses["w0"]])
+
+        killer = threading.Thread(target=kill_a_worker_that_holds_results, daemon=True)
+        killer.start()
+        found = count_volume(volume, client=remote, block=(12, 8, 16), progress=False)
+        killer.join(timeout=10)
+        assert started["w0"].wait(timeout=10) == -signal.SIGKILL
+        assert killed[0], "the worker had nothing left to do: kill it sooner"
+        assert len(remote.scheduler_info()["workers"]) == 1
+    assert found == count_volume(volume, client=client, progress=False) == plain_counts(a)
 
 
 def test_blocks_are_whole_chunks_of_bounded_size():

@@ -375,6 +375,7 @@ def count_inner(slabs: Iterable[np.ndarray], labels: Sequence[int] | None = None
             total = add(total, count(seam, (1, slab.shape[1] - 1, slab.shape[2] - 1), labels))
         total = add(total, count(slab, [n - 1 for n in slab.shape], labels))
         rims.append(Rim.of(slab))
+        del slab  # before the next one is read
     return total, Rim.stacked(rims)
 
 

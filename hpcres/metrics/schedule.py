@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
+from hpcres.memory import keep_freed_memory
 from hpcres.study import RawHeader
 from hpcres.volumes import Volume, open_volume
 
@@ -43,7 +44,7 @@ def connect(scheduler: str | None = None, threads: int | None = None) -> Iterato
         logging.getLogger("distributed").setLevel(logging.ERROR)
         with (
             LocalCluster(
-                n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=None, memory_limit=None
+                n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=":0", memory_limit=None
             ) as cluster,
             Client(cluster) as client,
         ):
@@ -83,6 +84,7 @@ class Source:
 
 @lru_cache(maxsize=8)
 def _opened(source: Source) -> Volume:
+    keep_freed_memory(shared_by_threads=True)  # slab after slab lands in the same pages
     return open_volume(source.path, source.raw)
 
 
