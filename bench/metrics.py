@@ -126,7 +126,7 @@ def taufactor_seconds(labels: np.ndarray) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], metavar="VOXELS")
-    parser.add_argument("--taufactor", type=int, default=256, metavar="VOXELS", help="edge of its crop, 0 for none; three phases only")
+    parser.add_argument("--taufactor", type=int, default=256, metavar="VOXELS", help="edge of its crop, 0 for none")
     parser.add_argument("--volume", help="a volume of labels, any of the formats hpcres reads")
     parser.add_argument("--phases", type=int, default=3, help="of the phantom")
     arguments = parser.parse_args()
@@ -155,7 +155,7 @@ def main() -> None:
                 f"{edge:5}³ {decoding / 1e6:11.0f} {counting / 1e6:10.0f} {counting / decoding:7.2f} "
                 f"{int(shown.stdout) / 1024:13.0f} {stored / 2**20:7.0f}"
             )
-    if arguments.taufactor and len(labels) == 3:
+    if arguments.taufactor and len(labels) == 3:  # its TPB takes no other number
         crop = np.ascontiguousarray(part[(slice(arguments.taufactor),) * 3])
         counts.count(crop, labels=labels)
         times = []
