@@ -17,7 +17,7 @@ help:
 	@echo "make test    the tests"
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
-	@echo "make bench-metrics     how fast counting is on one core, 2 minutes"
+	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make lint types test-slurm test-kills clean"
 
 install: .venv/installed
@@ -81,6 +81,8 @@ bench-inference: .venv/tested
 # The table goes into docs/metrics.md.
 bench-metrics: .venv/tested
 	python bench/metrics.py
+	python bench/metrics.py --sizes 512 --phases 8
+	python bench/metrics.py --sizes 1920 --taufactor 0
 
 # Ten minutes on two idle cores and 16 GiB; needs HPCRES_DATA.
 bench-transport: .venv/tested

@@ -328,7 +328,7 @@ def _places(found, owned, length, places):
         for word in range(words):
             w = y * words + word
             bits = found[w] & owned[w]
-            start, end = np.uint64(y * length + 64 * word), n + np.int64(popcount(bits))
+            start, end = np.uint64(y * length + 64 * word), n + int(popcount(bits))
             # Eight at a time whether there are as many or not: a branch a bit would be guessed wrong once a word.
             while True:
                 for k in range(8):
