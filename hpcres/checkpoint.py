@@ -84,6 +84,8 @@ def save_checkpoint(
         "versions": {"hpcres": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "training": training_state,
     }
+    for left in path.parent.glob(f".{path.name}.*.partial"):  # by a kill in the middle of this very line
+        left.unlink(missing_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with beside.open("wb") as file:

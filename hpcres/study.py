@@ -160,8 +160,9 @@ class HighResImage(Section):
     path: str
     planes: tuple[Plane, ...] = ()
     """Planes this image shows; required of every image when the material is anisotropic."""
-    augment: bool | None = None
-    """All 8 mirrors and rotations; by default where the material is isotropic."""
+    augment: bool | Literal["mirrors"] | None = None
+    """All 8 mirrors and rotations, or `mirrors` for the 4 that keep rows along rows; by default all where the material
+    is isotropic, else none. An image listed once per plane can have another answer for each."""
 
 
 class HighRes(Section):
@@ -267,6 +268,8 @@ class Training(Section):
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged generator that is saved; 0 saves the generator itself."""
+    settling_cubes: Annotated[int, Field(ge=1)] = 32
+    """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved."""
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_seconds: Annotated[float, Field(gt=0)] = 10.0

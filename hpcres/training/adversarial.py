@@ -29,7 +29,6 @@ from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
 from hpcres.training.samples import LowResCubes, RealSlices
 
-_SETTLING_CUBES = 32
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
 _MAY_CHANGE = {"steps", "minutes", "threads", "report_seconds", "checkpoint_minutes"}
@@ -98,6 +97,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         journal.report(min(done, 1.0), row)
                     if done >= 1 or stop or seconds - saved >= settings.checkpoint_minutes * 60:
                         saved = seconds
+                        models.refuse_broken_weights(step + 1)
                         if group.rank == 0:
                             models.save(step + 1, seconds, low_res)
                         group.largest(0.0)  # a process that leaves early would take the saving one down with it
@@ -241,7 +241,8 @@ class Models:
             fake = self.slices(seen, draw.chosen)
             self.critic_optimizer.zero_grad()
             wasserstein, penalty = self._critics(draw.real, fake, draw.mix)
-            (settings.gradient_penalty * penalty - wasserstein).backward()
+            # Each critic has its own loss; their sum, since Adam's ε sees the size of a gradient.
+            (len(self.critics.critics) * (settings.gradient_penalty * penalty - wasserstein)).backward()
             self.critic_optimizer.step()
         if probabilities is None:
             probabilities = self.generate(given)
@@ -318,21 +319,25 @@ class Models:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over all batches
         generator.train()
-        batch = self.study.training.cubes // self.group.size
-        for start in range(0, _SETTLING_CUBES, batch):
-            given = low_res.draw(0, range(start, start + batch), self.group.device, _SETTLING)[1]
+        batch, count = self.study.training.cubes // self.group.size, self.study.training.settling_cubes
+        for start in range(0, count, batch):
+            given = low_res.draw(0, range(start, min(start + batch, count)), self.group.device, _SETTLING)[1]
             generator(given)
         return generator.eval()
 
-    def save(self, step: int, seconds: float, low_res: LowResCubes) -> None:
-        """Write the checkpoint with all that `restore` needs; Unfinished, the old one kept, where a weight is NaN."""
-        generator = self.settled(low_res)
-        for name, tensor in [*generator.state_dict().items(), *self.critics.state_dict().items()]:
+    def refuse_broken_weights(self, step: int) -> None:
+        """Unfinished where a weight is not finite: on every process alike, since all hold the same weights."""
+        modules = (self.generator, self.critics)
+        for name, tensor in (named for module in modules for named in module.state_dict().items()):
             if not torch.isfinite(tensor).all():
                 raise Unfinished(
                     f"training: weight {name} is no longer finite at step {step}, so it was not saved; lower "
                     "training.learning_rate and run with --overwrite"
                 )
+
+    def save(self, step: int, seconds: float, low_res: LowResCubes) -> None:
+        """Write the checkpoint with all that `restore` needs."""
+        generator = self.settled(low_res)
         state = {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
@@ -419,6 +424,9 @@ def _opening(
         yield f"going on from step {before.step} of {before.path}"
         assert before.training_state is not None
         if before.training_state["processes"] != group.size:
-            yield f"it ran on {before.training_state['processes']} processes before; the samples stay the same"
+            yield (
+                f"it ran on {before.training_state['processes']} processes before, now on {group.size}: the same "
+                "samples, sums rounded otherwise"
+            )
     for phase in real.missing_phases():
         yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"

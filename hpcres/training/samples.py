@@ -92,8 +92,8 @@ class CriticDraw:
 class RealSlices:
     """Patches of the high-res images, by the axis z, y or x that is normal to them.
 
-    Images are drawn in proportion to their area; where augmentation is allowed, patches take all 8 mirrors and
-    rotations. Rows and columns of a patch are the two other axes in the order z, y, x.
+    Images are drawn in proportion to their area; patches take the 8 mirrors and rotations, or the 4 that keep rows
+    along rows, where their image allows them. Rows and columns of a patch are the two other axes in the order z, y, x.
     """
 
     def __init__(self, study: Study, device: torch.device) -> None:
@@ -108,7 +108,7 @@ class RealSlices:
         isotropic = study.high_res.isotropic
         phases = PhaseMap(list(study.high_res.phases), "")
         pixels: list[np.ndarray] = []
-        tables: list[list[tuple[int, int, int, bool]]] = [[], [], []]
+        tables: list[list[tuple[int, int, int, bool, bool]]] = [[], [], []]
         offset = 0
         for image in study.high_res.images:
             phases.where = image.path
@@ -119,7 +119,7 @@ class RealSlices:
                 rows, columns = (AXES.index(axis) for axis in plane)
                 turned = stack if rows < columns else stack.transpose(0, 2, 1)
                 for one in turned:
-                    tables[3 - rows - columns].append((offset, *one.shape, augment))
+                    tables[3 - rows - columns].append((offset, *one.shape, bool(augment), augment is True))
                     pixels.append(one.ravel())
                     offset += one.size
         if isotropic:  # one set of slices stands for all three planes
@@ -181,12 +181,13 @@ class RealSlices:
 
         A mirrored or rotated patch is the same square walked from another corner or with its strides exchanged.
         """
-        offset, rows, columns, augment = self._tables[axis].T
+        offset, rows, columns, mirrors, rotations = self._tables[axis].T
         area = np.cumsum(rows * columns)
         image = np.searchsorted(area, random.integers(0, area[-1], count), side="right")
         row = random.integers(0, rows[image] - self.edge, endpoint=True)
         column = random.integers(0, columns[image] - self.edge, endpoint=True)
-        flip_rows, flip_columns, exchange = (random.integers(0, 2, (3, count)) * augment[image]).astype(bool)
+        allowed = np.stack([mirrors, mirrors, rotations])[:, image].astype(bool)
+        flip_rows, flip_columns, exchange = random.integers(0, 2, (3, count)).astype(bool) & allowed
         last, width = self.edge - 1, columns[image]
         corner = offset[image] + (row + flip_rows * last) * width + column + flip_columns * last
         down, across = np.where(flip_rows, -width, width), np.where(flip_columns, -1, 1)

@@ -1,0 +1,92 @@
+"""Studies that train in a second or two, for the tests of training."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.study import Study
+from hpcres.training.distributed import Processes
+
+ALONE = Processes(0, 1, 1, torch.device("cpu"))
+
+
+def blobs(shape, seed, phases=3):
+    field = gaussian_filter(np.random.default_rng(seed).standard_normal(shape), 2, mode="wrap")
+    return np.digitize(field, np.quantile(field, np.arange(1, phases) / phases)).astype(np.uint8)
+
+
+def study_of(folder, images=None, high_res=None, volume=None, **more):
+    """A study of small random data; `training` and other sections override the tiny defaults."""
+    np.save(folder / "low.npy", blobs((20, 18, 17), 1) if volume is None else volume)
+    if images is None:
+        np.save(folder / "high.npy", blobs((1, 90, 80), 2))
+        images = [{"path": str(folder / "high.npy")}]
+    training = {"steps": 4, "cubes": 2, "slices_per_axis": 3, "critic_steps": 2, "ema": 0.9, "threads": 1, "settling_cubes": 2}
+    training |= more.pop("training", {})
+    return Study.model_validate(
+        {
+            "name": "t", "seed": 2**63 + 5, "output": str(folder / "out"), "scale_factor": 4,
+            "high_res": {
+                "phases": {0: "a", 1: "b", 2: "c"}, "voxel_size": "65 nm", "images": images, **(high_res or {})
+            },
+            "low_res": {"path": str(folder / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}},
+            "network": {"width": 3, "critic_width": 5, "padding": "zeros", "last_stage": "transposed"},
+            "training": training, "device": "cpu",
+            "imaging": {"operator": "under-sampled"},
+        } | more
+    )  # fmt: skip
+
+
+def anisotropic(folder, **training):
+    np.save(folder / "side.npy", blobs((2, 60, 70), 3))
+    np.save(folder / "top.npy", blobs((1, 64, 64), 4))
+    images = [
+        {"path": str(folder / "side.npy"), "planes": ["zy", "xz"]},
+        {"path": str(folder / "top.npy"), "planes": ["yx"], "augment": True},
+    ]
+    return study_of(
+        folder, images, {"isotropic": False}, np.minimum(blobs((20, 18, 17), 1), 1),
+        low_res={"path": str(folder / "low.npy"), "phases": {0: "a", 1: ["b", "c"]}},
+        imaging={"operator": "under-resolved"},
+        training={"slices_per_axis": None, "critic_steps": 1, "cubes": 3} | training,
+    )  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def as_rank(rank, size, port):
+    """The variables by which torchrun tells a process who it is."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+
+
+def weights(study):
+    checkpoint = load_checkpoint(study.checkpoint_path)
+    state = checkpoint.training_state
+    return checkpoint.sha256, state["generator"], state["critics"], state["average"], state["critic_optimizer"]["state"]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def history(study):
+    """Rows of training.csv without their seconds, which no two runs share."""
+    rows = [row.rstrip().split(",") for row in (study.folder / "training.csv").open()]
+    return [row[:1] + row[2:] for row in rows]

@@ -1,0 +1,79 @@
+"""N processes with a share of the batch each are one process with all of it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from small_training import ALONE, anisotropic, as_rank, free_port, study_of
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.study import save_study
+from hpcres.training.adversarial import Models
+from hpcres.training.distributed import processes
+from hpcres.training.samples import LowResCubes, RealSlices
+
+
+def ranked_step(rank, size, port, study, folder):
+    as_rank(rank, size, port)
+    with processes("cpu", 1) as group:
+        save_step(study, group, folder / f"{size}-{rank}.pt")
+
+
+def save_step(study, group, path):
+    models = Models(study, group)
+    cubes = group.share(study.training.cubes)
+    outcome = models.step(0, cubes, LowResCubes(study), RealSlices(study, group.device), study.training.learning_rate)
+    state = {
+        "critic": [p.grad for p in models.critics.parameters()],
+        "generator": [p.grad for p in models.generator.parameters()],
+        "statistics": [b for b in models.generator.buffers() if b.is_floating_point()],
+        "report": list(models.report(outcome, len(study.low_res.phases)).values()),
+        "names": list(models.generator.state_dict()),
+    }
+    torch.save(state, path)
+    return float(outcome.losses[3])
+
+
+@pytest.mark.parametrize(("material", "size"), [("isotropic", 2), ("anisotropic", 3)])
+def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(tmp_path, material, size):
+    if material == "isotropic":
+        training = {"cubes": 2, "reuse_generated": True, "critic_steps": 1}
+        # A threshold between the processes' own voxel losses, just below the batch's, which decides.
+        of_batch = save_step(study_of(tmp_path, training=training), ALONE, tmp_path / "1-0.pt")
+        study = study_of(tmp_path, training=training | {"voxel_threshold": of_batch * 0.9999})
+    else:
+        study = anisotropic(tmp_path)
+    save_step(study, ALONE, tmp_path / "1-0.pt")
+    torch.multiprocessing.spawn(ranked_step, (size, free_port(), study, tmp_path), size)
+    alone = torch.load(tmp_path / "1-0.pt")
+    for rank in range(size):
+        shared = torch.load(tmp_path / f"{size}-{rank}.pt")
+        assert shared["names"] == alone["names"]
+        assert shared["report"] == pytest.approx(alone["report"], rel=1e-4, abs=1e-6)
+        for kind in ("critic", "generator", "statistics"):
+            ours, theirs = (torch.cat([t.flatten() for t in state[kind]]) for state in (shared, alone))
+            assert (ours - theirs).norm() < 1e-5 * theirs.norm(), kind
+
+
+def test_torchrun_trains_with_two_processes_and_stops_when_told_to(tmp_path):
+    """torchrun hands SIGTERM on, waits for the save, and ends with 1 itself, whatever its processes ended with."""
+    study = study_of(tmp_path, training={"steps": 10_000, "report_seconds": 0.2})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    run = subprocess.Popen(
+        [*launcher, "-m", "hpcres", "train", str(save_study(study, "mine"))], stderr=subprocess.PIPE, text=True
+    )
+    rows, deadline = study.folder / "training.csv", time.monotonic() + 120
+    while not rows.is_file() or rows.read_text().count("\n") < 3:
+        assert run.poll() is None
+        assert time.monotonic() < deadline, run.kill()
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[1]
+    checkpoint = load_checkpoint(study.checkpoint_path)
+    assert run.returncode == 1
+    assert "2 processes on cpu" in said
+    assert f"stopped by SIGTERM after saving step {checkpoint.step} to" in said
+    assert rows.read_text().splitlines()[-1].startswith(f"{checkpoint.step},")

@@ -1,0 +1,157 @@
+"""Runs that are told to stop, killed, or broken: what they leave, and that going on is the uninterrupted run."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from small_training import as_rank, free_port, history, same, study_of, weights
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.study import save_study
+from hpcres.training import adversarial
+from hpcres.training.adversarial import Models, train
+
+EVERY_STEP = {"report_seconds": 1e-6, "checkpoint_minutes": 1e-9}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6}
+    whole, cut = (
+        study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut")
+    )
+    assert train(whole).step == 5
+    plain = Models.step
+
+    def signalled(self, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Models, "step", signalled)
+        with pytest.raises(Stopped, match=r"SIGUSR1.*step 3"):
+            train(cut)
+    assert load_checkpoint(cut.checkpoint_path).step == 3
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    with (cut.folder / "training.csv").open("a") as file:
+        file.write("4,9,9,9")  # a row that a kill cut short
+    result = train(cut)
+    assert (result.step, result.resumed_step) == (5, 3)
+    assert same(weights(whole), weights(cut))
+    assert history(whole) == history(cut)
+    assert len(history(whole)) == 6
+    again = train(cut)
+    assert again.already_finished
+    assert again.step == 5
+
+
+def test_another_training_in_the_same_place_is_refused(tmp_path):
+    study = study_of(tmp_path, training={"steps": 1})
+    train(study)
+    before = study.checkpoint_path.read_bytes()
+    changed = study_of(tmp_path, training={"steps": 1, "gradient_penalty": 5.0})
+    with pytest.raises(InputError, match=r"training.gradient_penalty 10.0.*5.0.*--overwrite"):
+        train(changed)
+    assert study.checkpoint_path.read_bytes() == before
+    assert train(changed, overwrite=True).resumed_step == 0
+    longer = study_of(tmp_path, training={"steps": 2, "gradient_penalty": 5.0, "report_seconds": 3.0, "threads": 1})
+    assert train(longer).resumed_step == 1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    study = study_of(tmp_path, training={"steps": 1})
+    train(study)
+    before = study.checkpoint_path.read_bytes()
+    monkeypatch.setattr(adversarial, "learning_rate", lambda *_: float("inf"))
+    # The step after the one that spoiled the weights has the first loss that shows it; neither may be saved.
+    with pytest.raises(Unfinished, match=r"step [23]\b"):
+        train(study_of(tmp_path, training={"steps": 4, "checkpoint_minutes": 1e-9}))
+    assert study.checkpoint_path.read_bytes() == before
+
+
+# ---- real kills ----
+
+
+def started(study, after_step):
+    """`hpcres train` as a process of its own, seen to have written the row of a step."""
+    command = [sys.executable, "-m", "hpcres", "train", str(save_study(study, "mine"))]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (rows := study.folder / "training.csv").is_file() or rows.read_text().count("\n") <= after_step:
+        assert run.poll() is None
+        assert time.monotonic() < deadline, run.kill()
+        time.sleep(0.01)
+    return run
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path, how):
+    training = {"steps": 9, "final_learning_rate": 0.1, "cubes": 1, "slices_per_axis": 2, "settling_cubes": 1, **EVERY_STEP}
+    cut = study_of(tmp_path, training=training, output=str(tmp_path / "cut"))
+    run = started(cut, 2)
+    run.send_signal(how)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL)
+    reached = load_checkpoint(cut.checkpoint_path).step
+    assert 1 <= reached < 9
+    if how == signal.SIGTERM:
+        assert f"stopped by SIGTERM after saving step {reached} to {cut.checkpoint_path}" in said.splitlines()[-1]
+    else:  # as a kill in the middle of writing would leave it
+        (cut.folder / ".checkpoint.pt.1.partial").write_bytes(cut.checkpoint_path.read_bytes()[:1000])
+    assert train(cut).resumed_step == reached
+    whole = study_of(tmp_path, training=training, output=str(tmp_path / "whole"))
+    train(whole)
+    assert same(weights(whole), weights(cut))
+    assert history(whole) == history(cut)
+    assert not list(cut.folder.glob(".*"))
+
+
+def cut_and_whole(rank, ports, whole, cut, other):
+    """On two processes: the whole run; one whose second process alone is told to stop; that one gone on with."""
+    torch.set_num_threads(1)
+    as_rank(rank, 2, ports[0])
+    train(whole)
+    plain = Models.step
+
+    def signalled(self, step, *rest):
+        if step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, step, *rest)
+
+    as_rank(rank, 2, ports[1])
+    Models.step = signalled
+    with pytest.raises(Stopped, match="after saving step 3"):
+        train(cut)
+    Models.step = plain
+    if rank == 0:
+        shutil.copytree(cut.folder, other.folder)
+    as_rank(rank, 2, ports[2])
+    train(cut)
+
+
+def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capfd):
+    training = {"steps": 5, "cubes": 2, **EVERY_STEP}
+    whole, cut, other = (
+        study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut", "other")
+    )
+    ports = [free_port() for _ in range(3)]
+    torch.multiprocessing.spawn(cut_and_whole, (ports, whole, cut, other), 2)
+    assert load_checkpoint(cut.checkpoint_path).step == 5
+    assert same(weights(whole), weights(cut))
+    assert history(whole) == history(cut)
+    capfd.readouterr()
+    assert train(other).resumed_step == 3
+    assert "it ran on 2 processes before, now on 1: the same samples, sums rounded otherwise" in capfd.readouterr().err
+    last, expected = ([float(v) for v in history(study)[-1]] for study in (other, whole))
+    assert last == pytest.approx(expected, rel=0.01, abs=1e-4)
