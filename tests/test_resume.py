@@ -97,7 +97,7 @@ def started(study, after_step):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, how):
-    training = {"steps": 9, "final_learning_rate": 0.1, "cubes": 1, "slices_per_axis": 2, "settling_cubes": 1, **EVERY_STEP}
+    training = {"steps": 9, "final_learning_rate": 0.1, "cubes": 1, "slices_per_axis": 2, **EVERY_STEP}
     cut = study_of(tmp_path, training=training, output=str(tmp_path / "cut"))
     run = started(cut, 2)
     run.send_signal(how)
