@@ -270,11 +270,23 @@ class Training(Section):
     """Decay of the averaged generator that is saved; 0 saves the generator itself."""
     settling_cubes: Annotated[int, Field(ge=1)] = 32
     """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved."""
+    quality_steps: Annotated[int, Field(ge=1)] | None = None
+    """Generator steps between two judgements by what a user has (docs/training.md); none by default, as published."""
+    quality_cubes: Annotated[int, Field(ge=1)] = 8
+    """Cubes of 64³ that are judged, always the same."""
+    keep: Literal["last", "best"] = "last"
+    """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_seconds: Annotated[float, Field(gt=0)] = 10.0
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads per process; the cores divided by the processes on this node by default."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.keep == "best" and self.quality_steps is None:
+            raise ValueError("keep: best, but nothing is judged; set quality_steps")
+        return self
 
 
 class Inference(Section):
@@ -437,6 +449,11 @@ class Study(Section):
     @property
     def checkpoint_path(self) -> Path:
         return self.folder / "checkpoint.pt"
+
+    @property
+    def best_path(self) -> Path:
+        """The generator with the best score so far, where training judges them."""
+        return self.folder / "best.pt"
 
     @property
     def labels_path(self) -> Path:

@@ -87,7 +87,7 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def history(study):
-    """Rows of training.csv without their seconds, which no two runs share."""
-    rows = [row.rstrip().split(",") for row in (study.folder / "training.csv").open()]
+def history(study, name="training.csv"):
+    """Rows of a CSV file without their seconds, which no two runs share."""
+    rows = [row.rstrip().split(",") for row in (study.folder / name).open()]
     return [row[:1] + row[2:] for row in rows]

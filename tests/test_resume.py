@@ -26,7 +26,7 @@ def _one_thread():
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
-    training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6}
+    training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
     whole, cut = (
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut")
     )
@@ -51,6 +51,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert same(weights(whole), weights(cut))
     assert history(whole) == history(cut)
     assert len(history(whole)) == 6
+    assert history(whole, "quality.csv") == history(cut, "quality.csv")
+    assert len(history(whole, "quality.csv")) == 6
+    best = [load_checkpoint(study.best_path) for study in (whole, cut)]
+    assert best[0].sha256 == best[1].sha256
     again = train(cut)
     assert again.already_finished
     assert again.step == 5

@@ -27,11 +27,12 @@ from hpcres.signals import noted_signals
 from hpcres.study import PATCH_VOXELS, Study, save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
+from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
-_MAY_CHANGE = {"steps", "minutes", "threads", "report_seconds", "checkpoint_minutes"}
+_MAY_CHANGE = {"steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep"}
 """Training settings that a resumed run may have different from the run it continues."""
 
 
@@ -67,8 +68,12 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             models.restore(before.training_state)
         if group.rank == 0:
             save_study(study, "train")
+        judge = Judge(study, low_res, real, models.operator) if settings.quality_steps and group.rank == 0 else None
         columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
-        journal = Journal(study.folder / "training.csv" if group.rank == 0 else None, columns, first)
+        journal = Journal(
+            study.folder if group.rank == 0 else None, columns,
+            ["step", "seconds", *judge.columns] if judge else [], first,
+        )  # fmt: skip
         try:
             for message in _opening(study, group, models, real, before):
                 journal.note(message)
@@ -95,11 +100,16 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         row = models.report(outcome, low_res.channels)
                         row |= {"step": step + 1, "seconds": seconds, "learning_rate": rate}
                         journal.report(min(done, 1.0), row)
+                    if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
+                        if judge is not None:
+                            models.judge(judge, step + 1, seconds, low_res, journal)
+                        group.largest(0.0)  # the others wait, or their clocks would part
                     if done >= 1 or stop or seconds - saved >= settings.checkpoint_minutes * 60:
                         saved = seconds
                         models.refuse_broken_weights(step + 1)
                         if group.rank == 0:
-                            models.save(step + 1, seconds, low_res)
+                            models.save(step + 1, seconds, low_res, finished=done >= 1)
+                            journal.write_page(f"Training of {study.name}")
                         group.largest(0.0)  # a process that leaves early would take the saving one down with it
                     if done >= 1:
                         break
@@ -212,6 +222,7 @@ class Models:
         self.generator.to(group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
+        self.best: dict[str, Any] | None = None
         phases = study.phases
         groups = [[phases.index(name) for name in names] for names in study.low_res.groups]
         self.operator = ImagingOperator(study.scale_factor, groups, study.imaging).to(group.device)
@@ -335,14 +346,26 @@ class Models:
                     "training.learning_rate and run with --overwrite"
                 )
 
-    def save(self, step: int, seconds: float, low_res: LowResCubes) -> None:
-        """Write the checkpoint with all that `restore` needs."""
+    def judge(self, judge: Judge, step: int, seconds: float, low_res: LowResCubes, journal: Journal) -> None:
+        """Judge the generator that would be saved now, note it, and keep it in best.pt where none was better."""
         generator = self.settled(low_res)
+        found, labels = judge.judge(generator, self.group.device)
+        is_best = self.best is None or found["score"] < self.best["score"]
+        if is_best:
+            save_checkpoint(self.study.best_path, generator=generator, study=self.study, step=step)
+            self.best = {"step": step, "score": found["score"]}
+        journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
+
+    def save(self, step: int, seconds: float, low_res: LowResCubes, finished: bool) -> None:
+        """Write the checkpoint with all that `restore` needs; a finished run's generator may be the best one's."""
+        generator = self.settled(low_res)
+        if finished and self.study.training.keep == "best":
+            generator = load_checkpoint(self.study.best_path).generator
         state = {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "seconds": seconds, "processes": self.group.size,
+            "seconds": seconds, "processes": self.group.size, "best": self.best,
         }  # fmt: skip
         save_checkpoint(
             self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state
@@ -354,6 +377,7 @@ class Models:
         self.critics.load_state_dict(state["critics"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.best = state.get("best")
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)

@@ -1,69 +1,139 @@
-"""What a run tells while it goes: rows of training.csv, and a live line on a terminal or plain lines in a log."""
+"""What a run tells while it goes: training.csv, quality.csv, TensorBoard events, slices over time, and a live table
+on a terminal or plain lines in a log; and training.html, which shows all of it."""
 
 from __future__ import annotations
 
 import csv
 import sys
+from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
+import numpy as np
+from PIL import Image
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hpcres.training.events import Events
+from hpcres.volumes import PHASE_COLOURS
 
 _FLOAT = "{:.6g}"
+_SHOWN_ROWS = 10
 
 
-class Journal:
-    """training.csv at `path` and progress on stderr. Rows after `resume_step`, left by a killed run, are dropped.
+class _Rows:
+    """A CSV file. Rows after `resume_step`, left by a killed run, are dropped."""
 
-    With `path` None (every process but the first) it says and writes nothing.
-    """
-
-    def __init__(self, path: Path | None, columns: list[str], resume_step: int) -> None:
+    def __init__(self, path: Path, columns: list[str], resume_step: int) -> None:
         self._columns = columns
-        self._file = None
-        self._progress: Progress | None = None
-        if path is None:
-            return
         kept = _rows_up_to(path, columns, resume_step)
         self._file = path.open("w", newline="", encoding="utf-8")
         self._csv = csv.writer(self._file)
         self._csv.writerows([columns, *kept])
         self._file.flush()
-        console = Console(stderr=True)
-        self._console = console
-        if console.is_terminal:
-            self._progress = Progress(
-                TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-                TextColumn("{task.description}"), console=console,
-            )  # fmt: skip
-            self._task = self._progress.add_task("", total=1.0)
-            self._progress.start()
 
-    def note(self, message: str) -> None:
-        if self._file is not None:
-            self._console.print(f"train: {message}", highlight=False, markup=False, soft_wrap=True)
-
-    def report(self, done: float, row: dict[str, float]) -> None:
-        """Add a row of exactly the columns; `done` is the share of the run, 0 to 1."""
-        if self._file is None:
-            return
+    def add(self, row: Mapping[str, float]) -> None:
         self._csv.writerow([v if isinstance(v := row[c], int) else _FLOAT.format(v) for c in self._columns])
         self._file.flush()
-        fractions = " ".join(f"{name[9:]} {row[name]:.3f}" for name in self._columns if name.startswith("fraction_"))
-        line = (
-            f"step {row['step']}  wasserstein {row['wasserstein']:.3g}  voxel loss {row['voxel_loss']:.2g}  "
-            f"agreement {row['low_res_agreement']:.2%}  {fractions}"
-        )
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, description=line)
-        else:
-            self.note(f"{done:4.0%}  {row['seconds']:.0f} s  {line}")
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+
+
+class Journal:
+    """The files in `folder` and progress on stderr. With `folder` None (every process but the first) it says nothing.
+
+    `quality` are the columns of quality.csv, none where nothing is judged.
+    """
+
+    def __init__(self, folder: Path | None, columns: list[str], quality: list[str], resume_step: int) -> None:
+        self._folder = folder
+        self._live: Live | None = None
+        if folder is None:
+            return
+        self._rows = _Rows(folder / "training.csv", columns, resume_step)
+        self._fractions = [name for name in columns if name.startswith("fraction_")]
+        self._judged = _Rows(folder / "quality.csv", quality, resume_step) if quality else None
+        for picture in folder.glob("training-slices/step-*.png"):
+            if int(picture.stem[5:]) > resume_step:
+                picture.unlink()
+        self._events = Events(folder / "tensorboard", resume_step)
+        self._score = ""
+        self._console = Console(stderr=True)
+        if self._console.is_terminal:
+            self._shown: deque[list[str]] = deque(maxlen=_SHOWN_ROWS)
+            self._progress = Progress(
+                TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=self._console
+            )
+            self._task = self._progress.add_task("", total=1.0)
+            self._live = Live(self._progress, console=self._console, refresh_per_second=2)
+            self._live.start()
+
+    def note(self, message: str) -> None:
+        if self._folder is not None:
+            self._console.print(f"train: {message}", highlight=False, markup=False, soft_wrap=True)
+
+    def report(self, done: float, row: Mapping[str, float]) -> None:
+        """Add a row of exactly the columns; `done` is the share of the run, 0 to 1."""
+        if self._folder is None:
+            return
+        self._rows.add(row)
+        step = int(row["step"])
+        self._events.add(step, {f"training/{name}": v for name, v in row.items() if name not in ("step", "seconds")})
+        if self._live is not None:
+            shown = [f"{step}", f"{row['seconds']:.0f}", f"{row['wasserstein']:.3g}", f"{row['voxel_loss']:.2g}"]
+            shown += [f"{row['low_res_agreement']:.2%}", *(f"{row[name]:.3f}" for name in self._fractions), self._score]
+            self._shown.append(shown)
+            self._progress.update(self._task, completed=done)
+            table = Table(*("step", "s", "wasserstein", "voxel loss", "agreement"), box=None)
+            for name in [*(name.removeprefix("fraction_") for name in self._fractions), "score"]:
+                table.add_column(name)
+            for one in self._shown:
+                table.add_row(*one)
+            self._live.update(Group(table, self._progress))
+            return
+        fractions = " ".join(f"{name.removeprefix('fraction_')} {row[name]:.3f}" for name in self._fractions)
+        self.note(
+            f"{done:4.0%}  {row['seconds']:.0f} s  step {step}  wasserstein {row['wasserstein']:.3g}  "
+            f"voxel loss {row['voxel_loss']:.2g}  agreement {row['low_res_agreement']:.2%}  {fractions}"
+        )
+
+    def judged(self, row: Mapping[str, float], labels: np.ndarray, is_best: bool) -> None:
+        """A row of quality.csv, and a slice (row, column) of labels."""
+        assert self._folder is not None
+        assert self._judged is not None
+        self._judged.add(row)
+        step = int(row["step"])
+        self._events.add(step, {f"quality/{name}": v for name, v in row.items() if name not in ("step", "seconds")})
+        image = Image.fromarray(np.ascontiguousarray(labels, np.uint8), mode="P")
+        image.putpalette(np.array(PHASE_COLOURS, np.uint8).tobytes())
+        (self._folder / "training-slices").mkdir(exist_ok=True)
+        image.save(self._folder / "training-slices" / f"step-{step:08d}.png")
+        self._score = f"{row['score']:.2f}{' best' if is_best else ''}"
+        if self._live is None:
+            tpb = f"  TPB {row['tpb']:.5f} (images {row['tpb_images']:.5f})" if "tpb" in row else ""
+            self.note(
+                f"      judged at step {step}: score {self._score}  fractions off {row['fraction_error']:.3f}  "
+                f"areas {row['area_error']:.1%}{tpb}  disagreement {row['disagreement']:.2%}"
+            )
+
+    def write_page(self, title: str) -> None:
+        """training.html from the files as they are now."""
+        if self._folder is not None:
+            from hpcres.training.page import write_page  # brings matplotlib
+
+            write_page(self._folder, title)
+
+    def close(self) -> None:
+        if self._folder is None:
+            return
+        if self._live is not None:
+            self._live.stop()
+        for file in (self._rows, self._judged, self._events):
+            if file is not None:
+                file.close()
         sys.stderr.flush()
 
 

@@ -1,0 +1,95 @@
+"""training.html: curves of training.csv and quality.csv, and how one generated slice came to be."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import os
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }
+img { max-width: 100% } figure { display: inline-block; margin: 0 12px 12px 0 } figcaption { font-size: 12px }
+figure img { width: 196px; image-rendering: pixelated } table { border-collapse: collapse }
+td, th { padding: 2px 10px; text-align: right; font-variant-numeric: tabular-nums } .best { font-weight: 600 }"""
+_MOST_SLICES = 15
+
+
+def write_page(folder: Path, title: str) -> Path:
+    """Whole or not at all; whatever files are not there are left out."""
+    training, judged = (_columns(folder / name) for name in ("training.csv", "quality.csv"))
+    parts = [f"<h1>{escape(title)}</h1>"]
+    if len(training.get("step", ())):
+        minutes = training["seconds"][-1] / 60
+        parts.append(f"<p>{int(training['step'][-1]):,} generator steps in {minutes:.1f} minutes.</p>")
+        parts.append(_curves(training, "losses"))
+    if len(judged.get("step", ())):
+        best = int(np.argmin(judged["score"]))
+        parts.append(
+            f"<h2>Quality</h2><p>Best score {judged['score'][best]:.2f} at step {int(judged['step'][best]):,}; lower "
+            "is better, 1 is good. Against the high-res images and the low-res volume, no truth.</p>"
+        )
+        parts.append(_curves(judged, "quality"))
+        names = list(judged)
+        lines = [
+            f"<tr class='{'best' if row == best else ''}'>"
+            + "".join(f"<td>{judged[name][row]:.5g}</td>" for name in names) + "</tr>"
+            for row in sorted({best, *range(max(0, len(judged["step"]) - 10), len(judged["step"]))})
+        ]  # fmt: skip
+        heads = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
+        parts.append(f"<table><tr>{heads}</tr>{''.join(lines)}</table>")
+    pictures = sorted(folder.glob("training-slices/step-*.png"))
+    if pictures:
+        shown = sorted({round(i) for i in np.linspace(0, len(pictures) - 1, _MOST_SLICES)})
+        parts.append("<h2>One slice over time</h2>")
+        parts += [
+            f"<figure><img alt='' src='data:image/png;base64,{base64.b64encode(pictures[i].read_bytes()).decode()}'>"
+            f"<figcaption>step {int(pictures[i].stem[5:]):,}</figcaption></figure>"
+            for i in shown
+        ]
+    page = (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
+        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
+    target = folder / "training.html"
+    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(page, encoding="utf-8")
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+    return target
+
+
+def _columns(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    return {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(header)}
+
+
+def _curves(columns: dict[str, np.ndarray], alt: str) -> str:
+    names = [name for name in columns if name not in ("step", "seconds") and not name.startswith("fraction_")]
+    shares = [name for name in columns if name.startswith("fraction_") and name != "fraction_error"]
+    panels = [[name] for name in names] + ([["fraction_error"]] if "fraction_error" in columns else [])
+    panels += [shares] if shares else []
+    lines = -(-len(panels) // 4)
+    figure = Figure(figsize=(11, 2.1 * lines), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(lines, 4, place)
+        for name in panel:
+            axes.plot(columns["seconds"] / 60, columns[name], linewidth=1, label=name.removeprefix("fraction_"))
+        axes.set_title("fractions" if len(panel) > 1 else panel[0].replace("_", " "), fontsize=8)
+        axes.tick_params(labelsize=7)
+        if len(panel) > 1:
+            axes.legend(fontsize=6, frameon=False)
+        if place > len(panels) - 4:
+            axes.set_xlabel("minutes", fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"

@@ -1,0 +1,139 @@
+"""Judging a generator: what is counted against brute force, what is kept, and the files that tell of it."""
+
+import csv
+import struct
+
+import numpy as np
+import pytest
+import torch
+from small_training import ALONE, anisotropic, blobs, study_of
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.errors import InputError
+from hpcres.study import load_study, save_study
+from hpcres.training.adversarial import Models, train
+from hpcres.training.events import Events, crc32c
+from hpcres.training.quality import GOOD, Judge, errors_between, look
+from hpcres.training.samples import LowResCubes, RealSlices
+
+
+def test_what_is_seen_of_stacks_is_what_brute_force_counts():
+    stacks = [np.random.default_rng(i).integers(0, 3, s, np.uint8) for i, s in enumerate([(2, 9, 11), (1, 8, 7)])]
+    seen = look(stacks, 3)
+    everything = np.concatenate([s.ravel() for s in stacks])
+    assert seen.fractions == pytest.approx([(everything == i).mean() for i in range(3)])
+    for direction in range(2):
+        turned = [np.moveaxis(s, 1 + direction, 0) for s in stacks]
+        steps = [(int(a), int(b)) for s in turned for a, b in zip(s[1:].ravel(), s[:-1].ravel(), strict=True)]
+        for k, pair in enumerate([(0, 1), (0, 2), (1, 2)]):
+            share = sum(tuple(sorted(step)) == pair for step in steps) / len(steps)
+            assert seen.areas[direction, k] == pytest.approx(share)
+        for phase, lag in ((0, 1), (1, 4), (2, 7)):
+            both = np.concatenate([((s[lag:] == phase) & (s[:-lag] == phase)).ravel() for s in turned])
+            assert seen.correlations[direction, phase, lag - 1] == pytest.approx(both.mean())
+    windows = [np.lib.stride_tricks.sliding_window_view(s, (1, 2, 2)).reshape(-1, 4) for s in stacks]
+    assert seen.tpb == pytest.approx(np.mean([len(set(w)) == 3 for w in np.concatenate(windows).tolist()]))
+    squares = [np.lib.stride_tricks.sliding_window_view(s, (1, 3, 3)).reshape(-1, 9) for s in stacks]
+    codes = np.concatenate(squares) @ (3 ** np.arange(8, -1, -1))
+    assert seen.patterns[1] == pytest.approx(np.bincount(codes, minlength=3**9) / len(codes))
+    assert seen.patterns[4].sum() == pytest.approx(1)  # the one window of 9 rows that fits
+
+
+def test_errors_are_zero_of_the_same_and_grow_with_what_differs():
+    image = blobs((1, 200, 200), 0)
+    same = errors_between(look([image], 3), look([image], 3), True)
+    assert set(same.values()) == {0.0}
+    assert set(same) | {"disagreement"} == set(GOOD)
+    turned = errors_between(look([image.transpose(0, 2, 1)], 3), look([image], 3), True)
+    assert turned["area_error"] == pytest.approx(0)
+    coarse = errors_between(look([image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)], 3), look([image], 3), True)
+    other = errors_between(look([blobs((1, 200, 200), 1)], 3), look([image], 3), True)
+    assert coarse["tv1"] > 3 * other["tv1"]
+    assert coarse["area_error"] > 3 * other["area_error"]
+    along = np.broadcast_to(image[:, :1], image.shape)  # rods: seen from another side, areas differ by direction
+    rods = look([along], 3)
+    assert errors_between(rods, look([along.transpose(0, 2, 1)], 3), True)["area_error"] == pytest.approx(0)
+    assert errors_between(rods, look([along.transpose(0, 2, 1)], 3), False)["area_error"] == 1
+
+
+def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path):
+    """Cubes of side.npy's patches pass in the planes it shows; agreement is that of the imaging operator."""
+    study = anisotropic(tmp_path, quality_steps=1, quality_cubes=1)
+    low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
+    judge = Judge(study, low_res, real, Models(study, ALONE).operator)
+    assert [stack.shape for stack in real.images(0)] == [(1, 64, 64)]
+    assert [stack.shape for stack in real.images(1)] == [(1, 70, 60)] * 2
+
+    def painted(volume):
+        return lambda given: torch.stack([torch.from_numpy(volume == i) for i in range(3)])[None].float()
+
+    smooth, slice_ = judge.judge(painted(blobs((64, 64, 64), 8)), ALONE.device)
+    rough, _ = judge.judge(painted(np.random.default_rng(0).integers(0, 3, (64, 64, 64))), ALONE.device)
+    assert list(smooth) == judge.columns
+    assert slice_.shape == (64, 64)
+    assert smooth["score"] < 0.5 * rough["score"]
+
+
+def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0])
+    plain = Judge.judge
+
+    def judged(self, generator, device):
+        found, labels = plain(self, generator, device)
+        return found | {"score": next(scores)}, labels
+
+    monkeypatch.setattr(Judge, "judge", judged)
+    training = {"steps": 3, "quality_steps": 1, "quality_cubes": 1, "keep": "best", "learning_rate": 0.01}
+    study = study_of(tmp_path, training=training)
+    train(study)
+    best, last = load_checkpoint(study.best_path), load_checkpoint(study.checkpoint_path)
+    assert best.step == 2
+    assert (last.step, last.sha256) == (3, best.sha256)
+    assert last.training_state["best"] == {"step": 2, "score": 1.0}
+    with (study.folder / "quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], float(row["score"])) for row in rows] == [("1", 3), ("2", 1), ("3", 2)]
+    page = (study.folder / "training.html").read_text()
+    assert page.count("<figure>") == 3
+    assert "Best score 1.00 at step 2" in page
+    (events,) = (study.folder / "tensorboard").iterdir()
+    assert ("quality/score", 2, 1.0) in scalars(events.read_bytes())
+
+
+def scalars(data):
+    """(tag, step, value) of an event file, checked record by record."""
+    found = []
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        event, data = data[12 : 12 + length], data[16 + length :]
+        at = 9
+        step = 0
+        if event[at] == 0x10:
+            at += 1
+            shift = 0
+            while event[at] & 128:
+                step |= (event[at] & 127) << shift
+                at, shift = at + 1, shift + 7
+            step |= event[at] << shift
+        body = event[at:]
+        while (place := body.find(b"\x15")) >= 0 and step:
+            start = max(body.rfind(b"quality/", 0, place), body.rfind(b"training/", 0, place))
+            found.append((body[start:place].decode(), step, struct.unpack_from("<f", body, place + 1)[0]))
+            body = body[place + 5 :]
+    return found
+
+
+def test_event_files_have_the_checksum_of_the_standard(tmp_path):
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
+    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
+    events = Events(tmp_path, 0)
+    events.add(300, {"quality/score": 0.5})
+    events.close()
+    (file,) = tmp_path.iterdir()
+    assert scalars(file.read_bytes()) == [("quality/score", 300, 0.5)]
+
+
+def test_keeping_the_best_needs_judging(tmp_path):
+    file = save_study(study_of(tmp_path), "mine")
+    with pytest.raises(InputError, match="quality_steps"):
+        load_study(file, ["training.keep=best"])
