@@ -242,7 +242,8 @@ def train(study: str, settings: tuple[str, ...], output: str | None, overwrite: 
     hpcres train configs/case3-sofc-small.yaml --set training.minutes=10
     torchrun --nproc-per-node 4 -m hpcres train study.yaml
 
-    Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume) and training.csv.
+    Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume), training.csv and training.html; with
+    training.quality_steps also quality.csv and best.pt, the generator with the best score; tensorboard/ has all curves.
     """
     # Threads that wait must not spin: on cores shared with anything else that makes a step several times longer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

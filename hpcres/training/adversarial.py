@@ -32,6 +32,8 @@ from hpcres.training.samples import LowResCubes, RealSlices
 
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
+_PAGE_SECONDS = 60
+"""training.html takes a second to draw, so a run that saves often does not draw it each time."""
 _MAY_CHANGE = {"steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep"}
 """Training settings that a resumed run may have different from the run it continues."""
 
@@ -79,7 +81,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                 journal.note(message)
             with noted_signals() as received:
                 started = time.monotonic()
-                reported = saved = seconds = seconds_before
+                reported = saved = paged = seconds = seconds_before
                 done = 0.0
                 for step in range(first, settings.steps):
                     rate = learning_rate(study, max(step / settings.steps, seconds / budget))
@@ -109,7 +111,9 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         models.refuse_broken_weights(step + 1)
                         if group.rank == 0:
                             models.save(step + 1, seconds, low_res, finished=done >= 1)
-                            journal.write_page(f"Training of {study.name}")
+                            if done >= 1 or stop or seconds - paged >= _PAGE_SECONDS:
+                                paged = seconds
+                                journal.write_page(f"Training of {study.name}")
                         group.largest(0.0)  # a process that leaves early would take the saving one down with it
                     if done >= 1:
                         break

@@ -51,17 +51,16 @@ def _bytes_field(number: int, data: bytes) -> bytes:
 
 
 class Events:
-    """A new event file in `folder`; TensorBoard shows all files of a folder as one run."""
+    """A new event file in `folder`; TensorBoard shows all files of a folder as one run, and drops what an earlier
+    file has after `resume_step`."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
         self._file = (folder / f"events.out.tfevents.{now:.6f}.{os.getpid()}").open("wb")
-        # What a killed run wrote beyond the step that is gone on from no longer counts.
-        restart = b"\x10" + _varint(first_step) + _bytes_field(7, b"\x08\x01") if first_step else b""
         self._write(now, _bytes_field(3, b"brain.Event:2"))
-        if restart:
-            self._write(now, restart)
+        if resume_step:  # a session log that says start
+            self._write(now, b"\x10" + _varint(resume_step + 1) + _bytes_field(7, b"\x08\x01"))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         summary = b"".join(
