@@ -6,16 +6,21 @@ import ctypes
 import sys
 
 
-def keep_freed_memory(shared_by_threads: bool = False) -> None:
+def keep_freed_memory(shared_by_threads: bool = False, large: bool = True) -> None:
     """Let glibc reuse freed blocks: giving them back to the kernel costs up to half of a step in page faults.
 
     With `shared_by_threads`, what one thread frees another may use, so that many threads do not each keep their own.
+    Without `large`, blocks of 4 MiB and more are given back: where they are few, faults cost less than the holes that
+    they would leave.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            trim_threshold, top_pad, mmap_max = -1, -2, -4
-            libc.mallopt(mmap_max, 0)
+            trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4
+            if large:
+                libc.mallopt(mmap_max, 0)
+            else:
+                libc.mallopt(mmap_threshold, 2**22)
             libc.mallopt(trim_threshold, 2**31 - 1)
             libc.mallopt(top_pad, 2**26)
             if shared_by_threads:

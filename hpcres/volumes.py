@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -222,6 +223,7 @@ def _array_volume(path: str, array: Any, flat: bool, chunks: Sequence[int] | Non
     """A volume of anything that has shape and dtype and is sliced like an array."""
     dtype, shape = _label_dtype(path, np.dtype(array.dtype)), _zyx(path, array.shape, flat)
     lead = (0,) * max(0, len(array.shape) - 3)
+    pages = array.base if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else None
 
     def read(box: Box) -> np.ndarray:
         place = box.slices[1:] if len(array.shape) == 2 else (*lead, *box.slices)
@@ -229,6 +231,11 @@ def _array_volume(path: str, array: Any, flat: bool, chunks: Sequence[int] | Non
             voxels = np.asarray(array[place])
         except (OSError, RuntimeError, ValueError, KeyError, zarr.errors.BaseZarrError) as error:
             _corrupt(path, error)
+        if pages is not None:
+            # A copy, and what the system has mapped of the file given back: a rank must not come to hold all of it.
+            voxels = np.array(voxels)
+            if hasattr(pages, "madvise"):
+                pages.madvise(mmap.MADV_DONTNEED)
         return voxels.reshape(box.shape).astype(dtype, copy=False)
 
     return Volume(path, shape, dtype, triple((1, 1, 1, *(chunks or shape[1:]))[-3:]), read, **more)

@@ -700,8 +700,8 @@ def test_a_slow_rank_does_not_hold_the_rest_and_the_pyramid_grows_meanwhile(tmp_
     assert sum(tiles) == 136
     assert tiles[1] < 20  # of an even split it would have had 45, for 11 s with two in hand
     assert min(tiles[0], tiles[2]) > 30
-    ideal = 136 / (2 / 0.05 + 2 / 0.5 + 2 / 0.05)
-    assert max(took for _, took in spent.values()) < ideal + 0.5 + 1.5
+    # 1.6 s of pacing on idle cores; an even split would take 11 s, however idle they are.
+    assert max(took for _, took in spent.values()) < 136 / 3 / (2 / 0.5) / 2
     levels = [level for _, level in times]
     assert Counter(levels) == {0: 136, 1: 17, 2: 9}
     assert levels.index(1) < 60

@@ -167,7 +167,8 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | Non
 
 
 def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
-    keep_freed_memory(shared_by_threads=True)
+    # Half precision is computed by torch, layer after layer into fresh memory; fp32 on a CPU in arrays that are kept.
+    keep_freed_memory(shared_by_threads=True, large=job.settings.precision != "fp32")
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     threads = job.settings.threads or ranks.cores
@@ -481,7 +482,7 @@ def _existing_provenance(output: Path) -> dict[str, Any]:
 def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]:
     """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
     digest = hashlib.sha256(f"{job.low_res.shape} {sorted(job.checkpoint.study.low_res.phases.items())}".encode())
-    slab = max(1, 2**26 // (job.low_res.shape[1] * job.low_res.shape[2]))
+    slab = max(1, 2**22 // (job.low_res.shape[1] * job.low_res.shape[2]))
     for box in blocks(job.low_res.shape, triple([slab, *job.low_res.shape[1:]])):
         digest.update(phase_map.index(job.low_res.read(box)).tobytes())
     return {
