@@ -320,12 +320,12 @@ def test_a_running_scheduler_gives_the_same_numbers_by_address_and_by_file(clien
 
 
 @contextmanager
-def dask_cluster(folder: Path, workers: int):
+def dask_cluster(folder: Path, workers: int, *options: str):
     """(scheduler file, worker processes by name) as a user starts them from a shell; killed on the way out."""
     file = folder / "cluster.json"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     scheduler = [sys.executable, "-m", "dask", "scheduler", "--no-dashboard", "--scheduler-file", str(file)]
-    worker = [sys.executable, "-m", "dask", "worker", "--no-dashboard", "--scheduler-file", str(file)]
+    worker = [sys.executable, "-m", "dask", "worker", "--no-dashboard", "--scheduler-file", str(file), *options]
     started = {}
     try:
         started["scheduler"] = subprocess.Popen(
@@ -367,6 +367,31 @@ def test_a_worker_killed_in_mid_run_costs_a_retry_and_not_a_digit(client, tmp_pa
         assert killed[0], "the worker had nothing left to do: kill it sooner"
         assert len(remote.scheduler_info()["workers"]) == 1
     assert found == count_volume(volume, client=client, progress=False) == plain_counts(a)
+
+
+@pytest.mark.parametrize("dies", ["worker", "scheduler"])
+def test_workers_that_keep_dying_and_a_lost_scheduler_end_the_command_with_one_line(tmp_path, monkeypatch, dies):
+    """Every worker that counts a block is killed in the act; or it waits there until the scheduler is killed."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    act = "os.kill(os.getpid(), 9)" if dies == "worker" else "open('counting', 'w'), time.sleep(60)"
+    (tmp_path / "preload.py").write_text(
+        "import os, time\nfrom hpcres.metrics import counts\n"
+        f"os.chdir({str(tmp_path)!r})\ncounts.count_inner = lambda *_: ({act})\n"
+    )
+    np.save(tmp_path / "a.npy", np.zeros((8, 8, 8), np.uint8))
+    with dask_cluster(tmp_path, 2, "--preload", str(tmp_path / "preload.py")) as (file, started):
+        command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", "--scheduler", str(file), "--output", "m.json"]
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if dies == "scheduler":
+            while not (tmp_path / "counting").exists():
+                assert run.poll() is None
+                time.sleep(0.05)
+            started["scheduler"].kill()
+        said = run.communicate(timeout=100)
+    assert (run.returncode, said[0], said[1].count("\n")) == (3, "", 1), said
+    assert ("killed 2 workers" if dies == "worker" else "scheduler is lost") in said[1]
+    assert not list(tmp_path.glob("*m.json*"))
 
 
 def test_blocks_are_whole_chunks_of_bounded_size():

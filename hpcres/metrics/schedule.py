@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from dask import delayed
-from distributed import Client, Future, LocalCluster, as_completed
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, as_completed
+from distributed.comm import CommClosedError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hpcres.errors import InputError
+from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
 from hpcres.study import RawHeader
@@ -37,11 +38,30 @@ def connect(scheduler: str | None = None, threads: int | None = None) -> Iterato
     """A Dask client: threads of this process by default (the kernels release the GIL), else a running scheduler.
 
     `scheduler` is an address (tcp://host:port) or a scheduler file; InputError where nobody answers or works.
+    Unfinished where it is lost on the way, or workers die of one and the same task again and again.
     """
+    for name in ("distributed", "distributed.client"):  # what ends a run is said here, in one line
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    where = scheduler or "this machine"
+    try:
+        with _client(scheduler, threads) as client:
+            yield client
+    except KilledWorker as error:
+        raise Unfinished(
+            f"{where}: one block killed {error.allowed_failures + 1} workers in turn, the last "
+            f"{error.last_worker.address}; nothing is written: give them more memory or see their logs, then run again"
+        ) from None
+    except (CancelledError, CommClosedError):
+        raise Unfinished(
+            f"{where}: the Dask scheduler is lost; nothing is written: start it and its workers, then run again"
+        ) from None
+
+
+@contextmanager
+def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
     if scheduler is None:
         # Threads share the address space, so results and open files are never copied between processes.
         threads = threads or len(os.sched_getaffinity(0))
-        logging.getLogger("distributed").setLevel(logging.ERROR)
         with (
             LocalCluster(
                 n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=":0", memory_limit=None
@@ -155,6 +175,8 @@ def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
     with bar:
         job = bar.add_task(what, total=len(futures))
         for done, future in enumerate(as_completed(futures), 1):
+            if future.status == "cancelled":  # by a scheduler that is gone
+                raise CancelledError(what)
             if future.status != "finished":
                 error = future.exception()
                 for other in futures:
