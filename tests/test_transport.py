@@ -382,3 +382,13 @@ def test_labels_of_any_integer_type_keep_their_names(tmp_path):
 def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
     with pytest.raises(InputError, match=r"20000 × 20000 × 20000 voxels: needs .* GiB of memory.*--crop"):
         check_memory((20000, 20000, 20000))
+
+
+def test_memory_is_checked_again_with_the_voxels_that_conduct(monkeypatch):
+    labels = np.ones((15, 16, 17), np.uint8)
+    free = 16 * 16 * 16 * 60
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", free)
+    check_memory(labels.shape)  # 16 bytes a voxel where 40 % are taken to conduct
+    solve(labels, {1: 1.0}, directions="z")  # 37
+    with pytest.raises(InputError, match="100% conduct, twice over along x because 17 is odd"):
+        solve(labels, {1: 1.0}, directions="z", periodic=(False, False, True))

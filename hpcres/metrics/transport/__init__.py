@@ -105,9 +105,8 @@ def solve(
     """Transport through labels (z, y, x), uint8, of which those in `conductivity` conduct, for each direction.
 
     spacing: voxel edges z, y, x. periodic: axes z, y, x whose two sides meet, where they are not the direction's own.
-    keep(direction, system, potential, conductivity) gets
-    what was solved. All cores unless `threads` says otherwise; the result
-    is the same bits for any number.
+    keep(direction, system, potential, conductivity) gets what was solved. InputError where it would not fit in memory.
+    All cores unless `threads` says otherwise; the result is the same bits for any number.
     """
     # Compiled kernels; not needed to read a result.
     from hpcres.metrics.transport.multigrid import System, pack, unpacked
@@ -149,6 +148,7 @@ def solve(
             if direction == directions[-1]:
                 found = None
             odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
+            check_memory(labels.shape, through.voxels / labels.size, odd)
             if odd:
                 # Red and black meet nowhere around an odd number of voxels: twice the volume is the same system.
                 mask = unpacked(bits, labels.shape)
@@ -172,6 +172,7 @@ def solve(
                 kept, **left_out, iterations=solved.iterations, seconds=time.perf_counter() - start,
                 bytes=solved.bytes + labels.nbytes, profile=layers,
             )  # fmt: skip
+            del system, potential  # before the next direction's
     return results
 
 
@@ -197,22 +198,28 @@ def describe(rtol: float, periodic: Sequence[bool] = INSULATED) -> dict[str, Any
 
 
 BYTES_PER_VOXEL = 2.0  # labels, bits, cells
-BYTES_PER_CONDUCTING_VOXEL = 30.0  # four vectors and the hierarchy
+BYTES_PER_CONDUCTING_VOXEL = 35.0  # four vectors, the hierarchy and its set-up
 
 
-def check_memory(shape: Sequence[int], fraction: float = 0.4) -> None:
-    """InputError where the solve would not fit at this conducting fraction, with the numbers and what to do."""
+def check_memory(shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = ()) -> None:
+    """InputError where the solve would not fit, with the numbers and what to do.
+
+    conducting: share of the voxels once it is known, with labels in memory; until then 0.4 is assumed. doubled: axes
+    along which the volume is solved twice over.
+    """
     import psutil
     from distributed.system import MEMORY_LIMIT
 
-    per_voxel = BYTES_PER_VOXEL + BYTES_PER_CONDUCTING_VOXEL * fraction
+    share = 0.4 if conducting is None else conducting
+    per_voxel = (BYTES_PER_VOXEL + BYTES_PER_CONDUCTING_VOXEL * share) * 2 ** len(doubled)
     need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT)
     if need > free:
         edge = int((free / per_voxel) ** (1 / 3)) // 16 * 16
         size = " × ".join(map(str, shape))
+        odd = "".join(f", twice over along {AXES[a]} because {shape[a]} is odd and periodic" for a in doubled)
         raise InputError(
             f"volume of {size} voxels: needs {need / 2**30:.1f} GiB of memory ({per_voxel:.0f} bytes a voxel where "
-            f"{fraction:.0%} conduct), {free / 2**30:.1f} GiB are free; take a part with --crop "
+            f"{share:.0%} conduct{odd}), {free / 2**30:.1f} GiB are free; take a part with --crop "
             f"0:{edge},0:{edge},0:{edge}, or a coarser level of the store (…/labels.zarr/1)"
         )
 

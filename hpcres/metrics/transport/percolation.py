@@ -130,7 +130,7 @@ def _flatten(up, begin, end):
 @compiled
 def _mark_faces(cells, starts, up, shape, touches):
     """touches[root]: bit 2 a for the first face normal to axis a, bit 2 a + 1 for the last."""
-    line = np.empty(shape[2], np.int64)
+    line, rows, columns = np.empty(shape[2], np.int64), cells.shape[1], cells.shape[2]
     for z in range(shape[0]):
         for y in range(shape[1]):
             edge = 0
@@ -142,15 +142,18 @@ def _mark_faces(cells, starts, up, shape, touches):
                 edge |= 4
             if y == shape[1] - 1:
                 edge |= 8
-            _line(cells, starts, z, y, shape[2], line)
             if edge:
+                _line(cells, starts, z, y, shape[2], line)
                 for x in range(shape[2]):
                     if line[x] >= 0:
                         touches[up[line[x]]] |= edge
-            if line[0] >= 0:
-                touches[up[line[0]]] |= 16
-            if line[-1] >= 0:
-                touches[up[line[-1]]] |= 32
+            row, place = (z >> 1) * rows + (y >> 1), 4 * (z & 1) + 2 * (y & 1)
+            cell = cells[z >> 1, y >> 1, 0]
+            if cell >> place & 1:
+                touches[up[starts[row] + PART[cell, place]]] |= 16
+            cell, place = cells[z >> 1, y >> 1, columns - 1], place + (shape[2] - 1 & 1)
+            if cell >> place & 1:
+                touches[up[starts[row + 1] - PARTS[cell] + PART[cell, place]]] |= 32
 
 
 @compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ class Threads:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._pool = ThreadPoolExecutor(number) if number > 1 else None
+        self._pool = ThreadPoolExecutor(number - 1) if number > 1 else None
         self._own = threading.local()
 
     def scratch(self, floats: int) -> np.ndarray:
@@ -24,17 +25,25 @@ class Threads:
         return self._own.scratch
 
     def each(self, function: Callable[[int, int], Any], number: int, step: int) -> list[Any]:
-        if number <= step:
-            return [function(0, number)]
-        if self._pool is None:
-            return [function(a, min(a + step, number)) for a in range(0, number, step)]
-        begins = range(0, number, step)
-        return list(self._pool.map(lambda a: function(a, min(a + step, number)), begins))
+        return self.over(range(0, max(number, 1), step), lambda a: function(a, min(a + step, number)))
 
     def over(self, units: Sequence[Any], function: Callable[[Any], Any]) -> list[Any]:
-        if self._pool is None:
+        if self._pool is None or len(units) < 2:
             return [function(unit) for unit in units]
-        return list(self._pool.map(function, units))
+        results: list[Any] = [None] * len(units)
+        places = count()  # its next() is atomic, and far cheaper than a future a unit
+
+        def work() -> None:
+            while (place := next(places)) < len(units):
+                results[place] = function(units[place])
+
+        others = [self._pool.submit(work) for _ in range(min(self.number, len(units)) - 1)]
+        try:
+            work()
+        finally:
+            for other in others:
+                other.result()
+        return results
 
     def __enter__(self) -> Threads:
         return self
