@@ -18,7 +18,7 @@ compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
 inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 OVERCORRECTION = 2.0  # a coarse operator times one half: aggregates are stiffer than what they stand for
 SLOTS = 6  # neighbours of a part that are stored with it; few have more
-CHUNK = 1 << 15  # parts that one thread takes at a time
+CHUNK = 1 << 14  # parts that one thread takes at a time
 DENSE = 160  # parts of a level that is solved by its inverse
 
 
@@ -358,9 +358,9 @@ def index_type(number: int) -> Any:
 
 
 def running(starts: np.ndarray) -> np.ndarray:
-    """Counts in starts[1:] summed up in place, as 32-bit numbers where they fit."""
-    np.cumsum(starts, out=starts, dtype=np.int64)
-    return starts.astype(np.int32) if starts[-1] < 2**31 else starts
+    """Counts in starts[1:] summed up, as 32-bit numbers where they fit."""
+    sums = np.cumsum(starts, dtype=np.int64)
+    return sums.astype(np.int32) if sums[-1] < 2**31 else sums
 
 
 def as_level(graph: Graph, rows: np.ndarray, periodic: Sequence[bool], each: Each) -> Level:
@@ -382,7 +382,7 @@ def as_level(graph: Graph, rows: np.ndarray, periodic: Sequence[bool], each: Eac
 
 def coarser(level: Level, graph: Graph, each: Each) -> tuple[Graph, np.ndarray]:
     """The graph of the next level, and its rows; sets `parent`."""
-    numbers, below = graph.numbers, tuple(-(-n // 2) for n in level.cells)
+    numbers, below = graph.numbers.astype(np.int32, copy=False), tuple(-(-n // 2) for n in level.cells)
     rows = below[0] * below[1]
     step = max(1, rows // 64)
     most = max(each(lambda a, b: count_members(numbers, below, a, b), rows, step))
@@ -394,7 +394,7 @@ def coarser(level: Level, graph: Graph, each: Each) -> tuple[Graph, np.ndarray]:
     )
     rows_next, parts = accumulated(counts)
     each(lambda a, b: number_parts(numbers, level.rows, rows_next, numbers_next, most, a, b, parent), rows, step)
-    degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, np.float32)
+    degrees, to_faces = np.zeros(parts + 1, np.int32), np.zeros(parts, np.float32)
     found = each(
         lambda a, b: connect(
             *csr, graph.values, graph.to_faces, numbers, level.rows, numbers_next, rows_next, parent, most, a, b,

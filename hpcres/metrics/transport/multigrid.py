@@ -71,7 +71,7 @@ class System:
         counts = np.empty((2, *cells[:2]), np.int64)
         each(lambda a, b: fine.count_parts(self.cells, counts, a, b), cells[0], 8)
         self.parts, number = coarse.accumulated(counts.reshape(2, -1))
-        starts, nothing = np.zeros(number + 1, np.int64), (np.empty(0, np.int32), np.empty(0, np.float32))
+        starts, nothing = np.zeros(number + 1, np.int32), (np.empty(0, np.int32), np.empty(0, np.float32))
         to_faces = np.zeros(number, np.float32)
         shared = (self.cells, self.parts, self.geometry, self.g, self.labels, self.resistance)
         rows = cells[0] * cells[1]
