@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from hpcres.metrics.bitplanes import trailing_zeros
+from hpcres.metrics.counts import popcount, trailing_zeros
 
 
 class Ends(NamedTuple):
@@ -29,11 +29,12 @@ class Ends(NamedTuple):
 @dataclass(frozen=True)
 class Rows:
     """Runs along x: row r = z · rows + y holds runs index[r] … index[r + 1] − 1, each of a phase (uint8) and from its
-    start (int32) on."""
+    start (int32) on. changed: uint64 (z, y, word), where a run begins that is not a row's first."""
 
     start: np.ndarray
     index: np.ndarray
     phase: np.ndarray
+    changed: np.ndarray
 
 
 @numba.njit(cache=True, nogil=True)
@@ -145,7 +146,7 @@ def runs_of(block: np.ndarray, planes: np.ndarray, phases: int) -> tuple[list[np
         _down(block, planes, axis, inside[axis], first[axis], last[axis])
     changed, count = _count_runs(planes, block.shape[2])
     index = np.cumsum(count)
-    rows = Rows(np.empty(index[-1], np.int32), index, np.empty(index[-1], np.uint8))
+    rows = Rows(np.empty(index[-1], np.int32), index, np.empty(index[-1], np.uint8), changed)
     _row_runs(block, changed, index, rows.start, rows.phase, inside[2], first[2], last[2])
     faces = [(block.take(0, axis), block.take(-1, axis)) for axis in range(3)]
     ends = [Ends(low, f, high, b) for (low, high), f, b in zip(faces, first, last, strict=True)]
@@ -153,24 +154,40 @@ def runs_of(block: np.ndarray, planes: np.ndarray, phases: int) -> tuple[list[np
 
 
 @numba.njit(cache=True, nogil=True)
-def _add_planes(start, index, phase, in_z, in_y, in_x):
-    """Voxels (phase, plane) along each axis; in_x as differences."""
-    rows, columns = in_y.shape[1], in_x.shape[1] - 1
-    for row in range(index.size - 1):
-        z, y = row // rows, row % rows
-        for run in range(index[row], index[row + 1]):
-            stop = start[run + 1] if run + 1 < index[row + 1] else columns
-            in_z[phase[run], z] += stop - start[run]
-            in_y[phase[run], y] += stop - start[run]
-            in_x[phase[run], start[run]] += 1
-            in_x[phase[run], stop] -= 1
+def _add_rows(planes, in_z, in_y):
+    for p in range(planes.shape[0]):
+        for z in range(planes.shape[1]):
+            for y in range(planes.shape[2]):
+                found, row = np.uint64(0), planes[p, z, y]
+                for w in range(row.shape[0]):
+                    found += popcount(row[w])
+                in_z[p, z] += np.int64(found)
+                in_y[p, y] += np.int64(found)
 
 
-def in_planes(runs: Rows, shape: tuple[int, ...], phases: int) -> list[np.ndarray]:
+@numba.njit(cache=True, nogil=True)
+def _add_columns(block, in_x):
+    rows, columns = block.shape
+    few = np.zeros(columns, np.uint8)
+    for first in range(0, rows, 255):  # as many as a byte can count
+        for p in range(in_x.shape[0]):
+            few[:] = np.uint8(0)
+            for y in range(first, min(first + 255, rows)):
+                row = block[y]
+                for x in range(columns):
+                    few[x] += np.uint8(row[x] == p)
+            for x in range(columns):
+                in_x[p, x] += few[x]
+
+
+def in_planes(block: np.ndarray, planes: np.ndarray, phases: int) -> list[np.ndarray]:
     """Voxels of each phase in the planes normal to z, y and x of a block: int64 (phase, plane) each."""
-    z, y, x = (np.zeros((phases, n), np.int64) for n in (shape[0], shape[1], shape[2] + 1))
-    _add_planes(runs.start, runs.index, runs.phase, z, y, x)
-    return [z, y, np.cumsum(x[:, :-1], axis=1)]
+    found = [np.zeros((phases, n), np.int64) for n in block.shape]
+    _add_rows(planes[: phases - 1], found[0], found[1])
+    _add_columns(block.reshape(-1, block.shape[2]), found[2][:-1])
+    for axis, of in enumerate(found):
+        of[-1] = block.size // block.shape[axis] - of[:-1].sum(0)
+    return found
 
 
 @numba.njit(cache=True, nogil=True)

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 
 from hpcres.metrics.chords import Rows
+from hpcres.metrics.counts import popcount, trailing_zeros
 
 _LOW, _HIGH = (1, 2, 4), (8, 16, 32)
 """Bits of a face: the first and the last plane along z, y, x."""
@@ -66,44 +67,59 @@ def _merge(parent, i, j):
 
 
 @numba.njit(cache=True, nogil=True)
-def _merge_rows(parent, phase, start, a, a_end, b, b_end, columns):
-    """Join the runs a … a_end of a row with those of the same phase beside them in another."""
-    while a < a_end and b < b_end:
-        stop_a = start[a + 1] if a + 1 < a_end else columns
-        stop_b = start[b + 1] if b + 1 < b_end else columns
-        if phase[a] == phase[b]:
-            _merge(parent, a, b)
-        if stop_a <= stop_b:
-            a += 1
-        if stop_b <= stop_a:
-            b += 1
+def _join_rows(planes, row, other, changed, index, number, parent):
+    """Give the runs of a row the numbers of those of the same phase beside them in an `other`, which become one."""
+    n, words, one = planes.shape[0], planes.shape[2], np.uint64(1)
+    run, beside = index[row], index[other]
+    for w in range(words):
+        unequal = np.uint64(0)
+        for p in range(n):
+            unequal |= planes[p, row, w] ^ planes[p, other, w]
+        own, others = changed[row, w], changed[other, w]
+        # Where two runs of one phase begin to lie beside each other, one of them begins.
+        bits = (own | others | np.uint64(w == 0)) & ~unequal
+        while bits:
+            up_to = bits ^ (bits - one)
+            bits &= bits - one
+            a, b = run + np.int64(popcount(own & up_to)), beside + np.int64(popcount(others & up_to))
+            mine, theirs = number[a], number[b]
+            mine = theirs if mine < 0 else mine
+            number[a] = mine
+            if parent[mine] != parent[theirs]:
+                _merge(parent, mine, theirs)
+        run += np.int64(popcount(own))
+        beside += np.int64(popcount(others))
 
 
 @numba.njit(cache=True, nogil=True)
-def _label(slices, rows, columns, start, index, phase, parent):
-    """`parent` becomes the number of each run's cluster, in the order of their first runs; how many there are."""
-    for z in range(slices):
-        for y in range(rows):
-            row = z * rows + y
-            for run in range(index[row], index[row + 1]):
-                parent[run] = run
-            here, end = index[row], index[row + 1]
-            if y:
-                _merge_rows(parent, phase, start, here, end, index[row - 1], index[row], columns)
-            if z:
-                above = row - rows
-                _merge_rows(parent, phase, start, here, end, index[above], index[above + 1], columns)
+def _label(planes, rows, index, changed, number, parent):
+    """`number` becomes that of each run's cluster, in the order of their first runs; how many there are.
+
+    planes: (p, row, word); rows: of them, in a slice; parent: as long as there are runs.
+    """
+    given = 0
+    for row in range(planes.shape[1]):
+        for run in range(index[row], index[row + 1]):
+            number[run] = -1
+        if row % rows:
+            _join_rows(planes, row, row - 1, changed, index, number, parent)
+        if row >= rows:
+            _join_rows(planes, row, row - rows, changed, index, number, parent)
+        for run in range(index[row], index[row + 1]):
+            if number[run] < 0:
+                number[run] = parent[given] = given
+                given += 1
     count = 0
-    for run in range(parent.size):
-        # A root is the first run of its cluster, so the parents of later runs are already numbers, told apart by sign.
-        above = parent[run]
-        if above == run:
-            parent[run] = -1 - count
+    for k in range(given):
+        # The smallest number of a cluster is its root, so the parents of later ones are already told apart by sign.
+        above = parent[k]
+        if above == k:
+            parent[k] = -1 - count
             count += 1
         else:
-            parent[run] = parent[above]
-    for run in range(parent.size):
-        parent[run] = -1 - parent[run]
+            parent[k] = parent[above]
+    for run in range(number.size):
+        number[run] = -1 - parent[number[run]]
     return count
 
 
@@ -128,14 +144,15 @@ def _paint(start, index, number, first_row, step, plane):
 
 
 def clusters_of(
-    runs: Rows, shape: Sequence[int], phases: int, place: int, outer: Sequence[tuple[bool, bool]]
+    runs: Rows, planes: np.ndarray, shape: Sequence[int], phases: int, place: int, outer: Sequence[tuple[bool, bool]]
 ) -> Clusters:
-    """Clusters of a block of `shape` from its runs; `place` is its number in the volume, `outer` says per axis whether
-    its first and its last plane are the volume's."""
+    """Clusters of a block of `shape` from its runs and what `bitplanes.pack` makes of it; `place` is its number in the
+    volume, `outer` says per axis whether its first and its last plane are the volume's."""
     slices, rows, columns = shape
     assert runs.start.size < 2**31
     number = np.empty(runs.start.size, np.int32)
-    count = _label(slices, rows, columns, runs.start, runs.index, runs.phase, number)
+    by_row, changed = planes.reshape(len(planes), slices * rows, -1), runs.changed.reshape(slices * rows, -1)
+    count = _label(by_row, rows, runs.index, changed, number, np.empty_like(number))
     voxels, of_phase = np.zeros(count, np.int64), np.zeros(count, np.uint8)
     _measure(columns, runs.start, runs.index, runs.phase, number, voxels, of_phase)
 

@@ -16,13 +16,26 @@ import numpy as np
 from hpcres.metrics.bitplanes import pack
 from hpcres.metrics.counts import popcount
 
-_STRIP = 128
+_STRIP = 512
 """Words compared at a time, so that a strip of every lag stays in the nearest caches."""
 
 
 @numba.njit(cache=True, nogil=True)
 def _add_together(a, at, b, to, words, found):
     """found[i, j] += bits set in both of `words` words of a[i] from `at` on and of b[j] from `to` on."""
+    if a.shape[0] == 2:  # three phases: every word is fetched once
+        a0, a1, b0, b1 = a[0, at : at + words], a[1, at : at + words], b[0, to : to + words], b[1, to : to + words]
+        c00, c01, c10, c11 = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
+        for w in range(words):
+            c00 += popcount(a0[w] & b0[w])
+            c01 += popcount(a0[w] & b1[w])
+            c10 += popcount(a1[w] & b0[w])
+            c11 += popcount(a1[w] & b1[w])
+        found[0, 0] += np.int64(c00)
+        found[0, 1] += np.int64(c01)
+        found[1, 0] += np.int64(c10)
+        found[1, 1] += np.int64(c11)
+        return
     for i in range(a.shape[0]):
         for j in range(b.shape[0]):
             ai, bj, both = a[i, at : at + words], b[j, to : to + words], np.uint64(0)
@@ -88,23 +101,43 @@ def _along_x(planes, words, owned, pairs):
             _add_together(mine, 0, shifted, 0, count, pairs[r])
 
 
-def count_pairs(block: np.ndarray, beyond: Callable[[int], np.ndarray], phases: int, lags: int) -> np.ndarray:
+@numba.njit(cache=True, nogil=True)
+def _rows_together(own, columns, beyond, words):
+    """Rows of `columns` bits and those beyond, as rows of `words` words."""
+    n, slices, rows = own.shape[:3]
+    out = np.zeros((n, slices, rows, words), np.uint64)
+    at, low = columns // 64, np.uint64(columns % 64)
+    for p in range(n):
+        for z in range(slices):
+            for y in range(rows):
+                row = out[p, z, y]
+                row[: own.shape[3]] = own[p, z, y]
+                for k in range(beyond.shape[3]):
+                    bits = beyond[p, z, y, k]
+                    row[at + k] |= bits << low
+                    if low and at + k + 1 < words:
+                        row[at + k + 1] |= bits >> (np.uint64(64) - low)
+    return out
+
+
+def count_pairs(
+    block: np.ndarray, own: np.ndarray, beyond: Callable[[int], np.ndarray], lags: int
+) -> np.ndarray:  # fmt: skip
     """int64 (axis, lag 0 … lags, i, j): pairs whose first voxel is in `block`, for all phases but the last; lag 0
     is left at 0.
 
-    block: uint8 (z, y, x) of phases 0 … phases − 1; beyond(axis): what follows it in the volume along an axis, up to
-    `lags` voxels, fewer at the volume's end.
+    block: uint8 (z, y, x); own: what `bitplanes.pack` makes of it; beyond(axis): what follows it in the volume along
+    an axis, up to `lags` voxels, fewer at the volume's end.
     """
-    n, (slices, rows, columns) = max(phases - 1, 1), block.shape
+    n, words, (slices, rows, columns) = own.shape[0], own.shape[3], block.shape
+    phases = n + 1
     pairs = np.zeros((3, lags + 1, n, n), np.int64)
-    own = pack(block, phases)
-    words = own.shape[3]
     planes = np.concatenate([own, pack(beyond(0), phases)], axis=1)
     _along_z(planes.reshape(n, -1), rows * words, slices, pairs[0])
     planes = np.concatenate([own, pack(beyond(1), phases)], axis=2)
     _along_y(planes.reshape(n, -1), slices, words, rows, pairs[1])
     words = -(-(columns + lags) // 64)
-    planes = pack(np.concatenate([block, beyond(2)], axis=2), phases, words)
+    planes = _rows_together(own, columns, pack(beyond(2), phases), words)
     _along_x(planes.reshape(n, -1), words, columns, pairs[2])
     return pairs
 

@@ -114,8 +114,8 @@ _above_three = _of_64_bytes(lambda builder, v: builder.icmp_unsigned(">", v, _co
 
 
 @numba.njit(cache=True, nogil=True)
-def _pack(row, planes, first, n):
-    """Bit x of the words planes[p, first:] tells whether row[x] is phase p, of up to four. Not 0 if any is none."""
+def pack_phases(row, planes, first, n):
+    """Bit x of the words planes[p, first:] tells whether row[x] is phase p < n, n up to four. Not 0 if any is none."""
     whole, strange = row.shape[0] // 64, np.uint64(0)
     for word in range(whole):
         low, high = _low_bits(row, 64 * word), _high_bits(row, 64 * word)
@@ -156,9 +156,9 @@ def _pack_slice(labels, owned, followed, voxels, beside, pairs, n):
     strange = np.uint64(0)
     if length % 64:
         for y in range(rows):
-            strange |= _pack(labels[y], voxels, y * words, n)
+            strange |= pack_phases(labels[y], voxels, y * words, n)
     else:
-        strange = _pack(labels.reshape(labels.size), voxels, 0, n)
+        strange = pack_phases(labels.reshape(labels.size), voxels, 0, n)
     size = rows * words
     for p in range(n):
         here, there, either = voxels[p, : size + 1], beside[p, :size], pairs[p, :size]
@@ -266,7 +266,7 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
 
 
 @numba.njit(cache=True, nogil=True)
-def _pack_bits(row, planes, first):
+def pack_bits(row, planes, first):
     """Bit x of the words planes[k, first:] is bit k of row[x], k below 4."""
     whole = row.shape[0] // 64
     for word in range(whole):
@@ -298,9 +298,9 @@ def _unequal_in_slice(labels, followed, planes, along_x, along_y):
     words, one, rest = (length + 63) // 64, np.uint64(1), np.uint64(63)
     if length % 64:
         for y in range(rows):
-            _pack_bits(labels[y], planes, y * words)
+            pack_bits(labels[y], planes, y * words)
     else:
-        _pack_bits(labels.reshape(labels.size), planes, 0)
+        pack_bits(labels.reshape(labels.size), planes, 0)
     size = rows * words
     for k in range(4):
         here = planes[k, : size + 1]

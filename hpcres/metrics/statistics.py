@@ -92,11 +92,12 @@ def _block(item: tuple[int, Box], source: Source, labels: tuple[int, ...], lags:
         return index(Box(triple(start), triple(stop)))
 
     block = index(box)
-    inside, ends, runs = runs_of(block, pack(block, phases), phases)
+    planes = pack(block, phases)
+    inside, ends, runs = runs_of(block, planes, phases)
     outer = [(a == 0, b == n) for a, b, n in zip(box.start, box.stop, volume.shape, strict=True)]
     return _Leaf(
-        box, place, in_planes(runs, block.shape, phases), count_pairs(block, beyond, phases, lags) if lags else None,
-        inside, ends, clusters_of(runs, block.shape, phases, place, outer) if clusters else None,
+        box, place, in_planes(block, planes, phases), count_pairs(block, planes, beyond, lags) if lags else None,
+        inside, ends, clusters_of(runs, planes, block.shape, phases, place, outer) if clusters else None,
     )  # fmt: skip
 
 
