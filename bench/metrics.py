@@ -4,6 +4,7 @@
     python bench/metrics.py --sizes 256 1920        10 minutes, 1.5 GB of scratch disk
     python bench/metrics.py --volume FILE           the structure of a file of labels instead of a phantom's
     python bench/metrics.py --phases 8              a phantom of as many phases
+    python bench/metrics.py --statistics            correlations (64 lags), chords and clusters in place of the counts
 
 Everything runs on one core, and times are processor seconds of the whole process, so that neighbours on the machine
 do not count. `decoding` reads the same boxes of the same store with zarr and drops them; `counting` is the whole
@@ -37,6 +38,24 @@ with connect(threads=1) as client:
     count_volume(volume, client=client, labels=range(len(volume.phases)), progress=False)
 # Not ru_maxrss, which a process inherits from the one that started it.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+STATISTICS = """
+import os, sys, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from hpcres.metrics.schedule import connect
+from hpcres.metrics.statistics import statistics
+from hpcres.volumes import open_volume
+with connect(threads=1) as client:
+    for path in (sys.argv[1], sys.argv[1], sys.argv[2]):  # the first one small: compiled, and the rest imported
+        volume, began = open_volume(path), time.process_time()
+        statistics(
+            volume, client=client, labels=range(len(volume.phases)), lags=64, progress=False,
+            which=("correlations", "chords", "connectivity"),
+        )
+seconds = time.process_time() - began
+print(seconds, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
@@ -129,6 +148,7 @@ def main() -> None:
     parser.add_argument("--taufactor", type=int, default=256, metavar="VOXELS", help="edge of its crop, 0 for none")
     parser.add_argument("--volume", help="a volume of labels, any of the formats hpcres reads")
     parser.add_argument("--phases", type=int, default=3, help="of the phantom")
+    parser.add_argument("--statistics", action="store_true", help="time these, not the counts")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
@@ -142,20 +162,26 @@ def main() -> None:
     else:
         part = phantom(arguments.phases)
     labels = range(int(part.max()) + 1)
-    print("volume    decoding   counting   ratio   peak memory   store")
+    what = "statistics" if arguments.statistics else "  counting"
+    print(f"volume    decoding {what}   ratio   peak memory   store")
     print("          Mvoxel/s   Mvoxel/s                MiB     MiB")
     with tempfile.TemporaryDirectory(prefix="hpcres-bench-") as name:
         for edge in arguments.sizes:
             path = Path(name) / f"{edge}.zarr"
             convert(mirrored(part, edge), path, phases={i: f"phase{i}" for i in labels}, chunk_voxels=CHUNK)
             decoding, counting = rates(path)
-            shown = subprocess.run([sys.executable, "-c", COUNT, str(path)], capture_output=True, text=True, check=True)
+            script = [STATISTICS, str(Path(name) / f"{arguments.sizes[0]}.zarr")] if arguments.statistics else [COUNT]
+            command = [sys.executable, "-c", *script, str(path)]
+            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+            if arguments.statistics:
+                print(f"      (counting {counting / 1e6:.0f} Mvoxel/s)")
+                counting = float(edge) ** 3 / float(shown[0])
             stored = sum(file.stat().st_size for file in (path / "0").rglob("*") if file.is_file())
             print(
                 f"{edge:5}³ {decoding / 1e6:11.0f} {counting / 1e6:10.0f} {counting / decoding:7.2f} "
-                f"{int(shown.stdout) / 1024:13.0f} {stored / 2**20:7.0f}"
+                f"{int(shown[-1]) / 1024:13.0f} {stored / 2**20:7.0f}"
             )
-    if arguments.taufactor and len(labels) == 3:  # its TPB takes no other number
+    if arguments.taufactor and len(labels) == 3 and not arguments.statistics:  # its TPB takes no other number
         crop = np.ascontiguousarray(part[(slice(arguments.taufactor),) * 3])
         counts.count(crop, labels=labels)
         times = []

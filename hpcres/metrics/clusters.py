@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from hpcres.metrics.chords import Rows
-from hpcres.metrics.counts import popcount, trailing_zeros
+from hpcres.metrics.counts import popcount
 
 _LOW, _HIGH = (1, 2, 4), (8, 16, 32)
 """Bits of a face: the first and the last plane along z, y, x."""
@@ -167,8 +167,8 @@ def clusters_of(
         painted((slices - 1) * rows, 1, rows), painted(rows - 1, rows, slices), rows_of[1].reshape(slices, rows),
     )  # fmt: skip
     faces = np.zeros(count, np.uint8)
-    for planes, bits in ((first, _LOW), (last, _HIGH)):
-        for plane, bit in zip(planes, bits, strict=True):
+    for sides, bits in ((first, _LOW), (last, _HIGH)):
+        for plane, bit in zip(sides, bits, strict=True):
             met = np.zeros(count, bool)
             met[plane.ravel()] = True
             faces[met] |= bit
