@@ -17,7 +17,7 @@ transport.json (schema "hpcres transport 2"):
 state is "converged"; "not percolating" (D_rel 0, tau null, which means infinite); or "not converged" (both null).
 D_rel is an upper bound, and `error` the estimate of how much it is too high, as a share of it. tau takes the whole
 volume fraction, tau_percolating that of the clusters which touch both faces; voxels_left_out is what is in the others.
-profile: tau of each layer along the direction (see `multigrid.System.profile`), on request.
+profile: tau of each layer along the direction (see `multigrid.tau_of_layers`), on request.
 """
 
 from __future__ import annotations

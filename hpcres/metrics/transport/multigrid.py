@@ -27,23 +27,29 @@ class Solved:
     bytes: int
 
 
-class System:
-    """Bits, vectors and the hierarchy of one volume and direction."""
+class Voxels:
+    """The conducting voxels of a volume, or of some of its planes, and the kernels on them."""
 
     def __init__(
         self, bits: np.ndarray, shape: Sequence[int], spacing: Sequence[float], axis: int,
         periodic: Sequence[bool], threads: Threads, labels: np.ndarray | None = None,
-        resistance: np.ndarray | None = None,
+        resistance: np.ndarray | None = None, *, first: int = 0, own: tuple[int, int] | None = None,
+        unit_planes: int | None = None,
     ) -> None:  # fmt: skip
+        """shape: of the whole volume. bits begin at its plane `first`, and planes own[0] … own[1] - 1 after that one
+        are worked on; without `own` they are the whole volume. labels: of the same planes."""
         self.shape, self.threads, self.bits = tuple(shape), threads, bits
-        self.labels, self.resistance = labels, resistance
-        even = tuple(n + n % 2 for n in shape)
+        self.labels, self.resistance, self.first = labels, resistance, first
+        planes, even = bits.shape[0] - 2, tuple(n + n % 2 for n in shape)
         words = -(-shape[2] // 16)
-        assert bits.shape == (even[0] + 2, even[1] + 2, words + 2), (bits.shape, shape)
+        assert bits.shape[1:] == (even[1] + 2, words + 2), (bits.shape, shape)
+        assert planes == even[0] or own is not None, (bits.shape, shape)
         self.periodic = tuple(bool(p) and a != axis for a, p in enumerate(periodic))
-        set_borders(bits, self.periodic)
+        around = (self.periodic[0] and own is None, *self.periodic[1:])
+        set_borders(bits, around)
+        before = first if axis == 0 else 0
         self.geometry = (
-            even[0], even[1], shape[2], words, *(int(p) for p in self.periodic), axis, 0, shape[axis] - 1
+            planes, even[1], shape[2], words, *(int(p) for p in around), axis, -before, shape[axis] - 1 - before
         )
         h = np.asarray(spacing, np.float64)
         unit = h[0] * h[1] * h[2] / h[axis] ** 2
@@ -51,22 +57,23 @@ class System:
         self.g = tuple(np.float32(h.prod() / step**2 / unit) for step in h)
         self.to_d_rel = shape[axis] / (prod(shape) // shape[axis])
         rows = max(2, min(even[1], 2 * (16384 // (words * 16 + 32)), 32))
-        deep = max(16, min(64, even[0] // 4 // 2 * 2))
+        self.own = own or (0, planes)
+        deep = unit_planes or planes_of_unit(shape[0])
         self.units = [
-            (z, min(z + deep, even[0]), y, min(y + rows, even[1]))
-            for z in range(0, even[0], deep) for y in range(0, even[1], rows)
+            (z, min(z + deep, self.own[1]), y, min(y + rows, even[1]))
+            for z in range(self.own[0], self.own[1], deep) for y in range(0, even[1], rows)
         ]  # fmt: skip
         self.floats = fine.scratch_floats(rows, words)
-        cells = tuple(n // 2 for n in (even[0], even[1], shape[2] + shape[2] % 2))
+        cells = tuple(n // 2 for n in (planes, even[1], shape[2] + shape[2] % 2))
         self.cells = np.empty(cells, np.uint8)
         each = threads.each
         self.voxels = sum(each(lambda a, b: fine.find_cells(bits, self.cells, a, b), cells[0], 8))
-        counts = np.empty(even[:2], np.int64)
-        each(lambda a, b: fine.count_rows(bits, counts, a, b), even[0], 16)
+        counts = np.empty((planes, even[1]), np.int64)
+        each(lambda a, b: fine.count_rows(bits, counts, a, b), planes, 16)
         self.rows = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
-        self.levels = self._hierarchy()
 
-    def _hierarchy(self) -> list[Level]:
+    def first_graph(self) -> Graph:
+        """The graph of level 1; sets `parts`, where the parts of each row of cells begin."""
         each, cells = self.threads.each, self.cells.shape
         counts = np.empty((2, *cells[:2]), np.int64)
         each(lambda a, b: fine.count_parts(self.cells, counts, a, b), cells[0], 8)
@@ -80,23 +87,7 @@ class System:
         starts = coarse.running(starts)
         places, values = np.empty(starts[-1], coarse.index_type(number)), np.empty(starts[-1], np.float32)
         each(lambda a, b: fine.connect_parts(*shared, starts, places, values, to_faces, a, b, True), rows, step)
-        graph = Graph(starts, places, values, to_faces, fine.PARTS[self.cells])
-        levels = [coarse.as_level(graph, self.parts, self.periodic, each)]
-        while levels[-1].parts > coarse.DENSE and max(levels[-1].cells) > 1:
-            graph, rows_next = coarse.coarser(levels[-1], graph, each)
-            levels.append(coarse.as_level(graph, rows_next, self.periodic, each))
-        last = levels[-1]
-        if last.parts <= coarse.DENSE:
-            matrix = np.diag(last.diagonal.astype(np.float64))
-            of = np.repeat(np.arange(last.parts), np.diff(graph.starts))
-            np.add.at(matrix, (of, graph.places), -graph.values.astype(np.float64))
-            last.inverse = np.linalg.inv(matrix).astype(np.float32)
-        return levels
-
-    @property
-    def bytes(self) -> int:
-        own = (self.bits, self.cells, self.rows)
-        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + 16 * self.voxels
+        return Graph(starts, places, values, to_faces, fine.PARTS[self.cells])
 
     def _over(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         def one(unit: Any) -> Any:
@@ -106,19 +97,25 @@ class System:
 
         return self.threads.over(self.units, one)
 
-    def energy(self, v: np.ndarray, end: float) -> float:
-        return sum(self._over(fine.energy, self.rows, self.labels, self.resistance, v, end))
+    def energies(self, v: np.ndarray, end: float) -> list[float]:
+        """Dissipated by v in each unit, the faces on its + sides included."""
+        return self._over(fine.energy, self.rows, self.labels, self.resistance, v, end)
 
     def subtract_applied(self, p: np.ndarray, alpha: float, end: float, r: np.ndarray) -> None:
         self._over(fine.subtract_applied, self.rows, self.labels, self.resistance, p, alpha, end, r)
 
-    def precondition(self, r: np.ndarray, z: np.ndarray) -> float:
-        """z = M⁻¹ r; returns r · z."""
-        first = self.levels[0]
-        shared = (self.rows, self.cells, self.parts, self.labels, self.resistance, r)
-        self._over(fine.sweep_down, *shared, first.b)
-        coarse.cycle(self.levels, 0, self.threads.each)
-        return sum(self._over(fine.sweep_up, *shared, first.x, z))
+    def sweep_down(self, r: np.ndarray, b: np.ndarray) -> None:
+        self._over(fine.sweep_down, self.rows, self.cells, self.parts, self.labels, self.resistance, r, b)
+
+    def sweep_up(self, r: np.ndarray, coarse_x: np.ndarray, z: np.ndarray) -> list[float]:
+        """z from the coarse solution; the sum of r · z of each unit."""
+        shared = (self.rows, self.cells, self.parts, self.labels, self.resistance, r, coarse_x, z)
+        return self._over(fine.sweep_up, *shared)
+
+    def fill_ramp(self, x: np.ndarray) -> None:
+        self.threads.each(
+            lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, x, a, b), self.geometry[0], 16
+        )
 
     @property
     def contrast(self) -> float:
@@ -132,100 +129,58 @@ class System:
         a, b = np.float32(scale_y), np.float32(scale_x)
         self.threads.each(lambda i, j: fine.add_scaled(y, x, a, b, i, j), len(y), 1 << 20)
 
-    def solve(
-        self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
-    ) -> tuple[Solved, np.ndarray]:
-        """Stops when the estimated error of D_rel is under rtol; with the potential at the conducting voxels.
-
-        report(iterations, D_rel, estimated error).
-        """
-        x, r, p, z = (np.zeros(self.voxels, np.float32) for _ in range(4))
-        self.threads.each(
-            lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, x, a, b), self.geometry[0], 16
-        )
-        self.subtract_applied(x, 1.0, 1.0, r)
-        energy = self.energy(x, 1.0)
-        terms: list[float] = []
-        steps: list[float] = []
-        sizes: list[float] = []
-        error, bound = inf, 0.0 if self.contrast == 1.0 else inf
-        while len(terms) < limit and max(error, bound) >= rtol:
-            now = self.precondition(r, z)
-            if now <= 0:
-                # Nothing is left to correct, or rounding is all that is.
-                if not terms or terms[-1] < rtol * energy:
-                    error, bound = ROUNDING, 0.0
-                break
-            sizes.append(now)
-            if self.contrast < 1.0 and error < rtol:
-                bound = error_bound(steps, sizes, energy, self.contrast)
-                if bound < rtol:
-                    break
-            self.add_scaled(p, z, now / sizes[-2] if terms else 0.0, 1.0)
-            steps.append(now / self.energy(p, 0.0))
-            self.add_scaled(x, p, 1.0, steps[-1])
-            self.subtract_applied(p, steps[-1], 0.0, r)
-            terms.append(steps[-1] * now)
-            energy -= terms[-1]
-            error = estimated_error(terms, energy)
-            if report is not None:
-                report(len(terms), energy * self.to_d_rel, error)
-        error = max(error, bound)
-        d_rel = self.energy(x, 1.0) * self.to_d_rel
-        return Solved(d_rel, error, len(terms), error < rtol, self.bytes), x
-
-    def mean_conductivity(self, of_label: np.ndarray) -> float:
-        """Over the volume, of the voxels that take part; of_label: conductivities."""
+    def conductivity(self, of_label: np.ndarray) -> float:
+        """Sum over the own voxels that take part; of_label: conductivities."""
         assert self.labels is not None
-        total = 0.0
-        for z in range(0, self.shape[0], 16):
-            part = self.labels[z : z + 16]
+        total, end = 0.0, min(self.own[1], len(self.labels))
+        for z in range(self.own[0], end, 16):
+            part = self.labels[z : min(z + 16, end)]
             mask = unpacked(self.bits[z : z + 18], part.shape)
             total += float(np.bincount(part[mask > 0], minlength=256) @ of_label)
-        return total / prod(self.shape)
+        return total
 
-    def profile(self, x: np.ndarray, of_label: np.ndarray) -> np.ndarray:
-        """tau of each layer along the axis: its mean conductivity / its own D_rel.
+    def layers(self, x: np.ndarray, of_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Energy and conductivity of each layer of the volume along the axis, as far as own planes add to them.
 
-        A layer's resistance is the energy it dissipates / flux², where a face between two layers counts half to each;
-        so D_rel of the volume is the harmonic mean of the layers'.
+        A face between two layers counts half to each. Needs x one plane before the own.
         """
-        axis, n = self.geometry[7], self.shape[self.geometry[7]]
+        axis = self.geometry[7]
+        n, deep = self.shape[axis], self.shape[0]
         energy, conductivity = np.zeros(n + 1), np.zeros(n)
         halves = np.full(256, np.inf)
         halves[of_label > 0] = 0.5 / of_label[of_label > 0]
+        begin, end = self.own[0], min(self.own[1], deep - self.first)
         before: tuple[np.ndarray, np.ndarray] | None = None
-        last = self._plane(x, self.shape[0] - 1, halves) if self.periodic[0] else None
-        for z in range(self.shape[0]):
-            here = self._plane(x, z, halves)
+        if begin > 0:
+            before = self._plane(x, begin - 1, halves)
+        elif self.geometry[4]:
+            before = self._plane(x, deep - 1, halves)
+        for z in range(begin, end):
+            here, layer_z = self._plane(x, z, halves), z + self.first
             for a in range(3):
-                if a == 0:
-                    near = before if before is not None else last
-                else:
-                    near = _shifted(here, a - 1, 1, self.periodic[a])
+                near = before if a == 0 else _shifted(here, a - 1, 1, self.periodic[a])
                 if near is not None:
                     heat = float(self.g[a]) / (here[1] + near[1]) * (here[0] - near[0]) ** 2
-                    _add_layers(energy, heat, axis, z, 0.5 if a == axis else 1.0, a == axis)
-            for layer, end in ((0, 0.0), (n - 1, 1.0)):
-                if axis == 0 and z != layer:
+                    _add_layers(energy, heat, axis, layer_z, 0.5 if a == axis else 1.0, a == axis)
+            for layer, potential in ((0, 0.0), (n - 1, 1.0)):
+                if axis == 0 and layer_z != layer:
                     continue
                 u, half = (v if axis == 0 else np.take(v, layer, axis - 1) for v in here)
-                energy[layer] += float((float(self.g[axis]) / half * (u - end) ** 2).sum())
+                energy[layer] += float((float(self.g[axis]) / half * (u - potential) ** 2).sum())
             k = 0.5 / here[1]
             if axis == 0:
-                conductivity[z] = k.sum()
+                conductivity[layer_z] = k.sum()
             else:
                 conductivity += k.sum(axis=2 - axis)
             before = here
-        # Resistance of a layer: energy / flux²; and the flux is the energy of all, over a drop of 1.
-        return conductivity * energy[:n] / energy[:n].sum() ** 2
+        return energy[:n], conductivity
 
     def flux(self, x: np.ndarray, z0: int, z1: int, of_label: np.ndarray) -> np.ndarray:
         """Planes z0 … z1 - 1 of the flux density k ∇u along z, y, x: (3, z, y, x), float32, NaN where nothing conducts.
 
         In units of that through a uniform volume of conductivity 1. Each is the mean over a voxel's two faces.
         """
-        axis, deep = self.geometry[7], self.shape[0]
+        axis, deep = self.geometry[7], min(self.geometry[0], self.shape[0] - self.first)
         halves = np.full(256, np.inf)
         halves[of_label > 0] = 0.5 / of_label[of_label > 0]
         # g = area / length of a voxel, in units of that along the axis: to a density, in units of 1 / voxels.
@@ -234,7 +189,7 @@ class System:
         nothing = np.zeros(self.shape[1:]), np.full(self.shape[1:], np.inf)
 
         def plane(z: int) -> tuple[np.ndarray, np.ndarray]:
-            if self.periodic[0]:
+            if self.geometry[4]:
                 z %= deep
             return self._plane(x, z, halves) if 0 <= z < deep else nothing
 
@@ -248,8 +203,8 @@ class System:
                 faces = [(here[0] - low[0]) / (here[1] + low[1]), (high[0] - here[0]) / (here[1] + high[1])]
                 if a == axis:
                     index = np.indices(self.shape[1:])[a - 1] if a else z
-                    faces[0] = np.where(index == 0, here[0] / here[1], faces[0])
-                    faces[1] = np.where(index == self.shape[a] - 1, (1 - here[0]) / here[1], faces[1])
+                    faces[0] = np.where(index == self.geometry[8], here[0] / here[1], faces[0])
+                    faces[1] = np.where(index == self.geometry[9], (1 - here[0]) / here[1], faces[1])
                 out[a, z - z0] = np.where(np.isinf(here[1]), np.nan, 0.5 * scale[a] * (faces[0] + faces[1]))
             before, here = here, after
         return out
@@ -266,6 +221,162 @@ class System:
         out = np.full((z1 - z0, *self.shape[1:]), np.nan, np.float32)
         fine.unpack(self.geometry, self.bits, self.rows, x, z0, out)
         return out
+
+
+class Solver:
+    """Conjugate gradients; what they do to vectors is that of a subclass, where a vector is whatever it says."""
+
+    to_d_rel: float
+    contrast: float  # the lowest conductivity over the highest
+
+    def vector(self) -> Any:
+        """Zeros."""
+        raise NotImplementedError
+
+    def start(self, x: Any, r: Any) -> float:
+        """x, the potential of a uniform volume; r, what it leaves; its energy."""
+        raise NotImplementedError
+
+    def precondition(self, r: Any, z: Any) -> float:
+        """z = M⁻¹ r; returns r · z."""
+        raise NotImplementedError
+
+    def turn(self, p: Any, z: Any, beta: float) -> float:
+        """p = z + β p; returns its energy."""
+        raise NotImplementedError
+
+    def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
+        """x += α p, r -= α A p."""
+        raise NotImplementedError
+
+    def energy(self, x: Any, end: float) -> float:
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        raise NotImplementedError
+
+    def solve(
+        self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
+    ) -> tuple[Solved, Any]:
+        """Stops when the estimated error of D_rel is under rtol; with the potential at the conducting voxels.
+
+        report(iterations, D_rel, estimated error).
+        """
+        x, r, p, z = (self.vector() for _ in range(4))
+        energy = self.start(x, r)
+        terms: list[float] = []
+        steps: list[float] = []
+        sizes: list[float] = []
+        error, bound = inf, 0.0 if self.contrast == 1.0 else inf
+        while len(terms) < limit and max(error, bound) >= rtol:
+            now = self.precondition(r, z)
+            if now <= 0:
+                # Nothing is left to correct, or rounding is all that is.
+                if not terms or terms[-1] < rtol * energy:
+                    error, bound = ROUNDING, 0.0
+                break
+            sizes.append(now)
+            if self.contrast < 1.0 and error < rtol:
+                bound = error_bound(steps, sizes, energy, self.contrast)
+                if bound < rtol:
+                    break
+            steps.append(now / self.turn(p, z, now / sizes[-2] if terms else 0.0))
+            self.advance(x, r, p, steps[-1])
+            terms.append(steps[-1] * now)
+            energy -= terms[-1]
+            error = estimated_error(terms, energy)
+            if report is not None:
+                report(len(terms), energy * self.to_d_rel, error)
+        error = max(error, bound)
+        d_rel = self.energy(x, 1.0) * self.to_d_rel
+        return Solved(d_rel, error, len(terms), error < rtol, self.bytes), x
+
+
+class System(Voxels, Solver):
+    """Bits, vectors and the hierarchy of one volume and direction."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.contrast = contrast(self.resistance)
+        self.levels = hierarchy(self.first_graph(), self.parts, self.periodic, self.threads)
+
+    @property
+    def bytes(self) -> int:
+        own = (self.bits, self.cells, self.rows)
+        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + 16 * self.voxels
+
+    def vector(self) -> np.ndarray:
+        return np.zeros(self.voxels, np.float32)
+
+    def start(self, x: np.ndarray, r: np.ndarray) -> float:
+        self.fill_ramp(x)
+        self.subtract_applied(x, 1.0, 1.0, r)
+        return self.energy(x, 1.0)
+
+    def energy(self, x: np.ndarray, end: float) -> float:
+        return sum(self.energies(x, end))
+
+    def precondition(self, r: np.ndarray, z: np.ndarray) -> float:
+        first = self.levels[0]
+        self.sweep_down(r, first.b)
+        coarse.cycle(self.levels, 0, self.threads.each)
+        return sum(self.sweep_up(r, first.x, z))
+
+    def turn(self, p: np.ndarray, z: np.ndarray, beta: float) -> float:
+        self.add_scaled(p, z, beta, 1.0)
+        return self.energy(p, 0.0)
+
+    def advance(self, x: np.ndarray, r: np.ndarray, p: np.ndarray, alpha: float) -> None:
+        self.add_scaled(x, p, 1.0, alpha)
+        self.subtract_applied(p, alpha, 0.0, r)
+
+    def mean_conductivity(self, of_label: np.ndarray) -> float:
+        """Over the volume, of the voxels that take part."""
+        return self.conductivity(of_label) / prod(self.shape)
+
+    def profile(self, x: np.ndarray, of_label: np.ndarray) -> np.ndarray:
+        return tau_of_layers(*self.layers(x, of_label))
+
+
+def contrast(resistance: np.ndarray | None) -> float:
+    """The lowest conductivity over the highest."""
+    if resistance is None:
+        return 1.0
+    finite = resistance[np.isfinite(resistance)]
+    return float(finite.min() / finite.max())
+
+
+def tau_of_layers(energy: np.ndarray, conductivity: np.ndarray) -> np.ndarray:
+    """tau of each layer along the axis: its mean conductivity / its own D_rel.
+
+    A layer's resistance is the energy it dissipates / flux², and the flux is the energy of all, over a drop of 1; so
+    D_rel of the volume is the harmonic mean of the layers'.
+    """
+    return conductivity * energy / energy.sum() ** 2
+
+
+def hierarchy(graph: Graph, rows: np.ndarray, periodic: Sequence[bool], threads: Threads) -> list[Level]:
+    """Levels from a graph on, down to one that is small enough for its inverse."""
+    levels = [coarse.as_level(graph, rows, periodic, threads.each)]
+    while levels[-1].parts > coarse.DENSE and max(levels[-1].cells) > 1:
+        graph, rows_next = coarse.coarser(levels[-1], graph, threads.each)
+        levels.append(coarse.as_level(graph, rows_next, periodic, threads.each))
+    last = levels[-1]
+    if last.parts <= coarse.DENSE:
+        matrix = np.diag(last.diagonal.astype(np.float64))
+        of = np.repeat(np.arange(last.parts), np.diff(graph.starts))
+        np.add.at(matrix, (of, graph.places), -graph.values.astype(np.float64))
+        last.inverse = np.linalg.inv(matrix).astype(np.float32)
+    return levels
+
+
+def planes_of_unit(planes: int, least: int = 1) -> int:
+    """How deep a unit is; smaller where there would be fewer than `least`."""
+    deep = max(16, min(64, planes // 4 // 8 * 8))
+    while deep > 16 and planes < least * deep:
+        deep = max(16, deep // 2 // 8 * 8)
+    return deep
 
 
 def estimated_error(terms: Sequence[float], energy: float) -> float:

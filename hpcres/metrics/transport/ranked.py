@@ -1,0 +1,131 @@
+"""One slab on each rank; vectors are exchanged plane by plane. No MPI is imported: a communicator is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hpcres.metrics.transport.coarse import Level
+from hpcres.metrics.transport.slabs import Extent, Place, Slab
+
+_DOWN, _UP = 0, 1  # tags: towards the first plane, towards the last
+
+
+class RankPlace(Place):
+    """`comm`: an mpi4py communicator with one rank a slab."""
+
+    def __init__(self, comm: Any, extents: list[Extent]) -> None:
+        assert comm.Get_size() == len(extents)
+        self.comm, self.extents, self.rank = comm, extents, comm.Get_rank()
+        self.here = (self.rank,)
+        self.first = self.rank == 0
+        own, size = extents[self.rank], len(extents)
+        self.before = (self.rank - 1) % size if own.low else None
+        self.after = (self.rank + 1) % size if own.high else None
+        self._level: Level | None = None
+        self._vectors: list[RankVector] = []
+
+    def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
+        for stage in stages:
+            for slab in slabs:
+                stage(slab)
+
+    def everyone(self, values: list[Any]) -> list[Any]:
+        return self.comm.allgather(values[0])
+
+    def to_first(self, values: list[Any]) -> list[Any] | None:
+        return self.comm.gather(values[0])
+
+    def from_first(self, value: Any) -> Any:
+        return self.comm.bcast(value)
+
+    def vector(self, slabs: Sequence[Slab], kind: int) -> RankVector:
+        return RankVector(self, slabs[0], kind)
+
+    def with_neighbours(self, number: int, own: np.ndarray) -> np.ndarray:
+        extent = self.extents[number]
+        bits = np.zeros((extent.planes + 2, *own.shape[1:]), own.dtype)
+        deep = extent.end - extent.begin
+        bits[1 + extent.low : 1 + extent.low + deep] = own[1 : 1 + deep]
+        plane = int(np.prod(own.shape[1:]))
+        starts = np.arange(extent.planes + 1) * plane
+        self.exchange(bits[1:-1].reshape(-1), starts[None], extent.low, extent.low + deep, 8, (0,))
+        return bits
+
+    def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
+        requests = [] if self.after is None else [self.comm.Isend(planes[0], self.after, _UP)]
+        got = None
+        if self.before is not None:
+            got = np.empty_like(planes[0])
+            requests.append(self.comm.Irecv(got, self.before, _UP))
+        for request in requests:
+            request.Wait()
+        return [got]
+
+    def keep_level(self, slab: Slab, level: Level) -> None:
+        self._level = level
+
+    def level(self, slab: Slab) -> Level:
+        assert self._level is not None
+        return self._level
+
+    def exchange(
+        self, array: np.ndarray, starts: np.ndarray, begin: int, end: int, planes: int, colours: Sequence[int]
+    ) -> None:
+        """Fill the planes before `begin` and from `end` on with the neighbours' own."""
+        requests = []
+        for colour in colours:
+            at, tag = starts[colour], 2 * colour
+            if self.before is not None:
+                requests.append(self.comm.Irecv(array[at[begin - planes] : at[begin]], self.before, tag + _UP))
+                requests.append(self.comm.Isend(array[at[begin] : at[begin + planes]], self.before, tag + _DOWN))
+            if self.after is not None:
+                requests.append(self.comm.Irecv(array[at[end] : at[end + planes]], self.after, tag + _DOWN))
+                requests.append(self.comm.Isend(array[at[end - planes] : at[end]], self.after, tag + _UP))
+        for request in requests:
+            request.Wait()
+
+    def collect(self, vector: RankVector, slabs: Sequence[Slab], whole: np.ndarray | None, starts: np.ndarray) -> None:
+        self._move(vector, slabs[0], whole, starts, False)
+
+    def spread(self, whole: np.ndarray | None, vector: RankVector, slabs: Sequence[Slab], starts: np.ndarray) -> None:
+        self._move(vector, slabs[0], whole, starts, True)
+
+    def _move(
+        self, vector: RankVector, slab: Slab, whole: np.ndarray | None, starts: np.ndarray, out: bool
+    ) -> None:
+        own, requests = slab.own_part(2), []
+        for colour in range(2):
+            mine = vector.array[own[colour]]
+            requests.append(self.comm.Irecv(mine, 0, colour) if out else self.comm.Isend(mine, 0, colour))
+            if whole is not None:
+                for rank, extent in enumerate(self.extents):
+                    part = whole[starts[colour, extent.begin // 4] : starts[colour, -(-extent.end // 4)]]
+                    requests.append(self.comm.Isend(part, rank, colour) if out else self.comm.Irecv(part, rank, colour))
+        for request in requests:
+            request.Wait()
+
+    def bytes(self, slabs: Sequence[Slab]) -> int:
+        slab, level = slabs[0], self.level(slabs[0])
+        vectors = 4 * (4 * slab.voxels + 2 * level.parts + 2 * int(slab.starts(2)[1, -1]))
+        labels = 0 if slab.labels is None else slab.labels.nbytes
+        return vectors + level.bytes + labels + slab.bits.nbytes + slab.cells.nbytes + slab.rows.nbytes
+
+
+class RankVector:
+    """This rank's planes of a vector, and its neighbours'."""
+
+    def __init__(self, place: RankPlace, slab: Slab, kind: int) -> None:
+        self._place, self._starts = place, slab.starts(kind)
+        self._own = slab.own_planes(kind)
+        self.array = np.zeros(int(self._starts[-1, -1]), np.float32)
+
+    def of(self, slab: Slab, planes: int = 0, colours: Sequence[int] = (0,)) -> np.ndarray:
+        if planes:
+            self._place.exchange(self.array, self._starts, *self._own, planes, colours)
+        return self.array
+
+    def put(self, slab: Slab, array: np.ndarray) -> None:
+        assert array is self.array
