@@ -188,6 +188,16 @@ def _count_roots(up, touches, both, begin, end):
     return n
 
 
+@compiled
+def _name(cells, starts, up, z, numbers):
+    """numbers (y, x): the root of each voxel of plane z, -1 where nothing conducts."""
+    line = np.empty(numbers.shape[1], np.int64)
+    for y in range(numbers.shape[0]):
+        _line(cells, starts, z, y, numbers.shape[1], line)
+        for x in range(numbers.shape[1]):
+            numbers[y, x] = up[line[x]] if line[x] >= 0 else -1
+
+
 @dataclass(frozen=True)
 class Through:
     """The voxels whose clusters touch both faces, and what was left out."""
@@ -220,12 +230,32 @@ class Clusters:
         for z in range(step, deep, step):
             _join_rows(self._cells, self._starts, self._up, z, z + 1, True)
         size: Any = tuple(shape)
+        self._size = size
         for axis in range(3):
             if periodic[axis]:
                 _join_sides(self._cells, self._starts, self._up, size, axis)
         _flatten(self._up, 0, parts)
         self._touches = np.zeros(parts, np.uint8)
         _mark_faces(self._cells, self._starts, self._up, size, self._touches)
+
+    @property
+    def touches(self) -> np.ndarray:
+        """Faces that each cluster touches, by its number: bit 2 a for the first normal to axis a, 2 a + 1 for the last."""
+        return self._touches
+
+    @property
+    def planes(self) -> int:
+        return self._size[0]
+
+    def plane(self, z: int) -> np.ndarray:
+        """The number of the cluster of each voxel of a plane (y, x), -1 where nothing conducts."""
+        numbers = np.empty(self._size[1:], np.int64)
+        _name(self._cells, self._starts, self._up, z, numbers)
+        return numbers
+
+    def is_slab(self, first: bool, last: bool) -> None:
+        """The planes at its ends are faces of the volume only where it says so."""
+        self._touches &= np.uint8(60 | first | 2 * last)
 
     def through(self, axis: int) -> Through:
         """What conducts from one face normal to `axis` to the other."""

@@ -1,0 +1,451 @@
+"""The solver of `multigrid` on slabs of planes, which lie in the memory of several ranks or on scratch storage.
+
+A slab knows 8 planes of its neighbours on both sides: a cell of level 2 is 4 voxels, so that parts, their numbers
+within a plane and their neighbours follow without asking. Own planes begin at multiples of 8, where cells have the
+colours of the whole volume. Vectors are as in memory, the planes of the neighbours included, and refreshed before a
+kernel reads them; `Place` says how. Level 1 stays in slabs, a graph that each slab knows its part of. Levels from 2
+on, an eighth of that and less, are gathered on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from hpcres.metrics.transport import coarse, fine
+from hpcres.metrics.transport.coarse import CHUNK, OVERCORRECTION, Graph, Level
+from hpcres.metrics.transport.multigrid import Solver, Voxels, hierarchy
+from hpcres.metrics.transport.percolation import Clusters
+from hpcres.metrics.transport.threads import Threads
+
+HALO = 8  # planes of voxels
+PER_CELL = (1, 2, 4)  # voxels along the edge of a voxel, a cell of level 1, a cell of level 2
+RED, BLACK = 0, 1
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Own planes of a slab, padded to even at the volume's end, and how many of its neighbours it knows."""
+
+    begin: int
+    end: int
+    low: int
+    high: int
+
+    @property
+    def first(self) -> int:
+        return self.begin - self.low
+
+    @property
+    def planes(self) -> int:
+        return self.low + self.end - self.begin + self.high
+
+
+def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
+    """At most `number` slabs, as even as whole units of `deep` planes allow; none has fewer than 8 planes."""
+    even = planes + planes % 2
+    units = max(1, -(-even // deep))
+    if units > 1 and even - (units - 1) * deep < HALO:
+        units -= 1
+    number = min(number, units)
+    begins = [deep * (i * units // number) for i in range(number)] + [even]
+    return [
+        Extent(a, b, HALO if periodic or a > 0 else 0, HALO if periodic or b < even else 0)
+        for a, b in zip(begins, begins[1:], strict=False)
+    ]
+
+
+@dataclass
+class Piece:
+    """What a slab contributes to the graph of level 2, its own parts only, red then black."""
+
+    counts: np.ndarray  # (2, own rows of cells)
+    degrees: tuple[np.ndarray, np.ndarray]
+    places: tuple[np.ndarray, np.ndarray]  # numbered within the slab
+    values: tuple[np.ndarray, np.ndarray]
+    to_faces: tuple[np.ndarray, np.ndarray]
+    numbers: np.ndarray  # parts of each cell (z, y, x)
+
+
+class Slab(Voxels):
+    """Own planes of one slab and 8 of its neighbours."""
+
+    def __init__(self, number: int, extent: Extent, unit_planes: int, bits: np.ndarray, *arguments: Any) -> None:
+        self.number, self.extent = number, extent
+        own = (extent.low, extent.low + extent.end - extent.begin)
+        super().__init__(bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes)
+
+    def own_planes(self, kind: int) -> tuple[int, int]:
+        """Own planes of voxels, or of cells of level 1 or 2, from this slab's first."""
+        return self.own[0] // PER_CELL[kind], -(-self.own[1] // PER_CELL[kind])
+
+    def starts(self, kind: int) -> np.ndarray:
+        """Where each plane begins in a vector of voxels, or of parts of level 1 or 2: (colours, planes + 1)."""
+        if kind == 0:
+            return self.rows[None, :: self.geometry[1]]
+        if kind == 1:
+            return self.parts[:, :: self.cells.shape[1]]
+        return self.parts_next[:, :: self.cells_next[1]]
+
+    def own_part(self, kind: int) -> list[slice]:
+        """Own part of a vector, by colour."""
+        a, b = self.own_planes(kind)
+        return [slice(int(row[a]), int(row[b])) for row in self.starts(kind)]
+
+    def build(self) -> tuple[Level, Piece]:
+        """Level 1 of this slab; its own part of level 2."""
+        graph, each = self.first_graph(), self.threads.each
+        level = coarse.as_level(graph, self.parts, (False, *self.periodic[1:]), each)
+        below = self.cells_next = (-(-level.cells[0] // 2), -(-level.cells[1] // 2), -(-level.cells[2] // 2))
+        rows, numbers = below[0] * below[1], graph.numbers
+        step = max(1, rows // 64)
+        most = max(each(lambda a, b: coarse.count_members(numbers, below, a, b), rows, step))
+        numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
+        parent = np.full(level.parts, -1, graph.places.dtype)
+        csr = (graph.starts, graph.places)
+        each(
+            lambda a, b: coarse.join_parts(*csr, numbers, self.parts, below, most, a, b, parent, numbers_next, counts),
+            rows, step,
+        )  # fmt: skip
+        self.parts_next, parts = coarse.accumulated(counts)
+        each(
+            lambda a, b: coarse.number_parts(numbers, self.parts, self.parts_next, numbers_next, most, a, b, parent),
+            rows, step,
+        )  # fmt: skip
+        degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, np.float32)
+        lowest, highest = self.own_planes(2)
+        first, last = lowest * below[1], highest * below[1]
+        found = each(
+            lambda a, b: coarse.connect(
+                *csr, graph.values, graph.to_faces, numbers, self.parts, numbers_next, self.parts_next, parent, most,
+                first + a, first + b, degrees, to_faces,
+            ),
+            last - first, step,
+        )  # fmt: skip
+        level.parent = parent
+        own = self.own_part(2)
+        red, red_values, black, black_values = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        return level, Piece(
+            counts[:, first:last], (degrees[1:][own[0]], degrees[1:][own[1]]), (red, black),
+            (red_values, black_values), (to_faces[own[0]], to_faces[own[1]]), numbers_next[lowest:highest],
+        )  # fmt: skip
+
+
+class Place:
+    """Where the slabs of a volume are: which are worked on here, and how vectors and sums get to others."""
+
+    extents: list[Extent]
+    here: Sequence[int]  # slabs that are worked on here
+    first = True  # this is where levels from 2 on are, and what speaks
+
+    def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
+        """Each stage on every slab; a stage sees what the one before it did to a slab and its neighbours."""
+        raise NotImplementedError
+
+    def everyone(self, values: list[Any]) -> list[Any]:
+        """A value of every slab here, from everywhere, in the order of slabs."""
+        raise NotImplementedError
+
+    def to_first(self, values: list[Any]) -> list[Any] | None:
+        """As `everyone`, only where `first`."""
+        raise NotImplementedError
+
+    def from_first(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def vector(self, slabs: Sequence[Slab], kind: int) -> Any:
+        """Zeros, at voxels or at parts of level 1 or 2: of(slab, planes, colours) is a slab's array with the planes of
+        its neighbours refreshed, and put(slab, array) keeps its own part."""
+        raise NotImplementedError
+
+    def with_neighbours(self, number: int, own: np.ndarray) -> np.ndarray:
+        """Bits of a slab's own planes, with those of its neighbours and empty planes outside."""
+        raise NotImplementedError
+
+    def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
+        """For every slab here what the slab before it, or around the periodic axis, gave as `planes`; None at the
+        volume's face."""
+        raise NotImplementedError
+
+    def keep_level(self, slab: Slab, level: Level) -> None:
+        raise NotImplementedError
+
+    def level(self, slab: Slab) -> Level:
+        raise NotImplementedError
+
+    def collect(self, vector: Any, slabs: Sequence[Slab], whole: np.ndarray | None, starts: np.ndarray) -> None:
+        """Own parts of a vector at level 2, from everywhere into `whole` where `first`."""
+        raise NotImplementedError
+
+    def spread(self, whole: np.ndarray | None, vector: Any, slabs: Sequence[Slab], starts: np.ndarray) -> None:
+        """The other way round."""
+        raise NotImplementedError
+
+    def bytes(self, slabs: Sequence[Slab]) -> int:
+        """What slabs hold here, vectors included."""
+        raise NotImplementedError
+
+
+class SlabSolver(Solver):
+    """The slabs of one volume and direction that are worked on here, their hierarchy, and what vectors do."""
+
+    def __init__(self, place: Place, slabs: Sequence[Slab], threads: Threads) -> None:
+        self.place, self.slabs, self.threads = place, slabs, threads
+        self.to_d_rel, self.several = slabs[0].to_d_rel, slabs[0].labels is not None
+        pieces = []
+        for slab in slabs:
+            level, piece = slab.build()
+            place.keep_level(slab, level)
+            pieces.append(piece)
+        counted = place.everyone([piece.counts for piece in pieces])
+        rows, parts = coarse.accumulated(np.concatenate(counted, axis=1))
+        below = slabs[0].cells_next[1]
+        self.starts = rows[:, ::below]
+        kind = coarse.index_type(parts)
+        for slab, piece in zip(slabs, pieces, strict=True):
+            named = self._numbers_in_volume(slab).astype(kind, copy=False)
+            piece.places = (named[piece.places[0]], named[piece.places[1]])
+        all_pieces = place.to_first(pieces)
+        self.levels: list[Level] = []
+        if all_pieces is not None:
+            def joined(name: str) -> np.ndarray:
+                return np.concatenate([getattr(piece, name)[c] for c in (RED, BLACK) for piece in all_pieces])
+
+            degrees = coarse.running(np.concatenate([[0], joined("degrees")]).astype(np.int64))
+            numbers = np.concatenate([piece.numbers for piece in all_pieces])
+            graph = Graph(degrees, joined("places"), joined("values"), joined("to_faces"), numbers)
+            self.levels = hierarchy(graph, rows, slabs[0].periodic, threads)
+        self.b, self.x = place.vector(slabs, 1), place.vector(slabs, 1)
+        self.b_next, self.x_next = place.vector(slabs, 2), place.vector(slabs, 2)
+
+    def _numbers_in_volume(self, slab: Slab) -> np.ndarray:
+        """Of the parts of level 2 that a slab knows."""
+        starts, planes = slab.starts(2), self.starts.shape[1] - 1
+        numbers = np.empty(starts[1, -1], np.int64)
+        for k in range(starts.shape[1] - 1):
+            at = k + slab.first // 4
+            # Around a periodic axis with an odd number of cells red is black.
+            swapped = (at % planes - at) & 1
+            for colour in (RED, BLACK):
+                begin, end = starts[colour, k], starts[colour, k + 1]
+                numbers[begin:end] = self.starts[colour ^ swapped, at % planes] + np.arange(end - begin)
+        return numbers
+
+    def _run(self, *stages: Callable[[Slab], None]) -> None:
+        self.place.run(self.slabs, *stages)
+
+    def _sum(self, found: Mapping[int, list[float]]) -> float:
+        """One number a unit, added in the order of units wherever they are from."""
+        return sum(v for slab in self.place.everyone([found[s.number] for s in self.slabs]) for v in slab)
+
+    @property
+    def bytes(self) -> int:
+        here = self.place.bytes(self.slabs) + sum(level.bytes for level in self.levels)
+        return sum(self.place.everyone([here] + [0] * (len(self.slabs) - 1)))
+
+    def vector(self) -> Any:
+        return self.place.vector(self.slabs, 0)
+
+    def start(self, x: Any, r: Any) -> float:
+        def ramp(slab: Slab) -> None:
+            values = x.of(slab)
+            slab.fill_ramp(values)
+            x.put(slab, values)
+
+        def leave(slab: Slab) -> None:
+            left = r.of(slab)
+            slab.subtract_applied(x.of(slab, 1), 1.0, 1.0, left)
+            r.put(slab, left)
+
+        self._run(ramp, leave)
+        return self.energy(x, 1.0)
+
+    def energy(self, x: Any, end: float) -> float:
+        found: dict[int, list[float]] = {}
+
+        def measure(slab: Slab) -> None:
+            found[slab.number] = slab.energies(x.of(slab, 1), end)
+
+        self._run(measure)
+        return self._sum(found)
+
+    def turn(self, p: Any, z: Any, beta: float) -> float:
+        found: dict[int, list[float]] = {}
+
+        def add(slab: Slab) -> None:
+            values, own = p.of(slab), slab.own_part(0)[0]
+            slab.add_scaled(values[own], z.of(slab)[own], beta, 1.0)
+            p.put(slab, values)
+
+        def measure(slab: Slab) -> None:
+            found[slab.number] = slab.energies(p.of(slab, 1), 0.0)
+
+        self._run(add, measure)
+        return self._sum(found)
+
+    def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
+        def step(slab: Slab) -> None:
+            own, along = slab.own_part(0)[0], p.of(slab, 1)
+            values, left = x.of(slab), r.of(slab)
+            slab.add_scaled(values[own], along[own], 1.0, alpha)
+            x.put(slab, values)
+            slab.subtract_applied(along, alpha, 0.0, left)
+            r.put(slab, left)
+
+        self._run(step)
+
+    def precondition(self, r: Any, z: Any) -> float:
+        found: dict[int, list[float]] = {}
+
+        def down(slab: Slab) -> None:
+            b = self.b.of(slab)
+            slab.sweep_down(r.of(slab, 2), b)
+            self.b.put(slab, b)
+
+        def up(slab: Slab) -> None:
+            values = z.of(slab)
+            found[slab.number] = slab.sweep_up(r.of(slab, 2), self.x.of(slab, 1, (RED, BLACK)), values)
+            z.put(slab, values)
+
+        self._run(down)
+        self._cycle()
+        self._run(up)
+        return self._sum(found)
+
+    # ---- level 1, as `coarse.cycle` ------------------------------------------------------------------------
+
+    def _relaxed(self, colour: int) -> Callable[[Slab], None]:
+        """One colour from the other."""
+
+        def relax(slab: Slab) -> None:
+            level, b = self.place.level(slab), self.b.of(slab)
+            x = self.x.of(slab, 1, (RED, BLACK) if level.odd else (1 - colour,))
+            own = slab.own_part(1)[colour]
+            out = level.spare if level.odd else x
+            graph = (level.places, level.values, *level.more, level.diagonal, b)
+            begin = own.start
+            self.threads.each(
+                lambda i, j: coarse.relax(*graph, x, out, begin + i, begin + j), own.stop - begin, CHUNK
+            )
+            if level.odd:
+                x[own] = out[own]
+            self.x.put(slab, x)
+
+        return relax
+
+    def _from_zero(self, slab: Slab) -> None:
+        level, b, x = self.place.level(slab), self.b.of(slab), self.x.of(slab)
+        red, black = slab.own_part(1)
+        coarse.relax_from_zero(b, level.diagonal, x, red.start, red.stop)
+        x[black] = 0
+        self.x.put(slab, x)
+
+    def _restrict(self, slab: Slab) -> None:
+        level, b, out = self.place.level(slab), self.b.of(slab), self.b_next.of(slab)
+        x = self.x.of(slab, 1, (RED, BLACK) if level.odd else (BLACK,))
+        graph = (level.places, level.values, *level.more, level.diagonal, b)
+        lowest, highest = slab.own_planes(2)
+        rows, first = (highest - lowest) * slab.cells_next[1], lowest * slab.cells_next[1]
+        self.threads.each(
+            lambda i, j: coarse.restrict(
+                *graph, x, level.parent, slab.parts, slab.parts_next, level.cells, slab.cells_next,
+                2 if level.odd else 1, first + i, first + j, out,
+            ),
+            rows, max(1, rows // 64),
+        )  # fmt: skip
+        self.b_next.put(slab, out)
+
+    def _prolong(self, slab: Slab) -> None:
+        level, x, correction = self.place.level(slab), self.x.of(slab), self.x_next.of(slab)
+        for own in slab.own_part(1)[: 2 if level.odd else 1]:
+            coarse.prolong(correction, level.parent, x, np.float32(OVERCORRECTION), own.start, own.stop)
+        self.x.put(slab, x)
+
+    def _cycle(self) -> None:
+        odd = self.place.level(self.slabs[0]).odd
+        for visit in range(2):
+            before = [self._from_zero] if visit == 0 else [self._relaxed(RED)] if odd else []
+            self._run(*before, self._relaxed(BLACK), self._restrict)
+            b, x = (self.levels[0].b, self.levels[0].x) if self.levels else (None, None)
+            self.place.collect(self.b_next, self.slabs, b, self.starts)
+            if self.levels:
+                coarse.cycle(self.levels, 0, self.threads.each)
+            self.place.spread(x, self.x_next, self.slabs, self.starts)
+            self._run(self._prolong, self._relaxed(BLACK), self._relaxed(RED))
+
+    # ---- what was solved -----------------------------------------------------------------------------------
+
+    def mean_conductivity(self, of_label: np.ndarray) -> float:
+        found = self.place.everyone([slab.conductivity(of_label) for slab in self.slabs])
+        return sum(found) / prod(self.slabs[0].shape)
+
+    def layers(self, x: Any, of_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Voxels.layers`, of the whole volume."""
+        found: list[Any] = []
+        self._run(lambda slab: found.append(slab.layers(x.of(slab, 1), of_label)))
+        everywhere = self.place.everyone(found)
+        energy, conductivity = (np.sum([one[i] for one in everywhere], axis=0) for i in range(2))
+        return energy, conductivity
+
+
+# ---- percolation across slabs ------------------------------------------------------------------------------
+
+
+@fine.compiled
+def _groups(a, b, up):
+    """up: the first member of every node's group, where a[i] and b[i] are in one."""
+    for i in range(len(up)):
+        up[i] = i
+    for i in range(len(a)):
+        p, q = a[i], b[i]
+        while up[p] != p:
+            up[p] = up[up[p]]
+            p = up[p]
+        while up[q] != q:
+            up[q] = up[up[q]]
+            q = up[q]
+        if p < q:
+            up[q] = p
+        else:
+            up[p] = q
+    for i in range(len(up)):
+        up[i] = up[up[i]]
+
+
+_SLAB = 1 << 44  # above any number of parts of one slab
+
+
+def join_clusters(place: Place, found: list[Clusters], periodic: bool) -> list[int]:
+    """Let clusters of slabs know which faces of the volume they touch through the others. Returns, for each axis, how
+    many were counted in several slabs, of those that do not touch both faces."""
+    last = [one.plane(one.planes - 1) for one in found]
+    pairs, flags = [], []
+    for number, one, before in zip(place.here, found, place.next_planes(last, periodic), strict=True):
+        own = one.plane(0)
+        both = np.empty((2, 0), np.int64)
+        if before is not None:
+            meet = (own >= 0) & (before >= 0)
+            earlier = (number - 1) % len(place.extents)
+            both = np.unique(np.stack([before[meet] + earlier * _SLAB, own[meet] + number * _SLAB]), axis=1)
+        pairs.append(both)
+        edge = np.unique(np.concatenate([own.reshape(-1), last[number - place.here[0]].reshape(-1)]))
+        edge = edge[edge >= 0]
+        flags.append((edge + number * _SLAB, one.touches[edge]))
+    all_pairs, all_flags = place.everyone(pairs), place.everyone(flags)
+    names = np.concatenate([names for names, _ in all_flags])
+    touches = np.concatenate([touches for _, touches in all_flags])
+    a, b = (np.searchsorted(names, np.concatenate([pair[i] for pair in all_pairs])) for i in range(2))
+    up = np.empty(len(names), np.int64)
+    _groups(a, b, up)
+    together = np.zeros(len(names), np.uint8)
+    np.bitwise_or.at(together, up, touches)
+    members = np.bincount(up, minlength=len(names))
+    for number, one in zip(place.here, found, strict=True):
+        mine = slice(*np.searchsorted(names, [number * _SLAB, (number + 1) * _SLAB]))
+        one.touches[names[mine] - number * _SLAB] = together[up[mine]]
+    several = members > 1
+    return [int((members[several & (together & both != both)] - 1).sum()) for both in (3, 12, 48)]
