@@ -117,14 +117,6 @@ class Voxels:
             lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, x, a, b), self.geometry[0], 16
         )
 
-    @property
-    def contrast(self) -> float:
-        """The lowest conductivity over the highest."""
-        if self.resistance is None:
-            return 1.0
-        finite = self.resistance[np.isfinite(self.resistance)]
-        return float(finite.min() / finite.max())
-
     def add_scaled(self, y: np.ndarray, x: np.ndarray, scale_y: float, scale_x: float) -> None:
         a, b = np.float32(scale_y), np.float32(scale_x)
         self.threads.each(lambda i, j: fine.add_scaled(y, x, a, b, i, j), len(y), 1 << 20)

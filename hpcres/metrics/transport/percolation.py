@@ -240,7 +240,7 @@ class Clusters:
 
     @property
     def touches(self) -> np.ndarray:
-        """Faces that each cluster touches, by its number: bit 2 a for the first normal to axis a, 2 a + 1 for the last."""
+        """Faces each cluster touches, by its number: bit 2 a for the first normal to axis a, 2 a + 1 for the last."""
         return self._touches
 
     @property

@@ -25,7 +25,6 @@ class RankPlace(Place):
         self.before = (self.rank - 1) % size if own.low else None
         self.after = (self.rank + 1) % size if own.high else None
         self._level: Level | None = None
-        self._vectors: list[RankVector] = []
 
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
         for stage in stages:
@@ -44,8 +43,11 @@ class RankPlace(Place):
     def vector(self, slabs: Sequence[Slab], kind: int) -> RankVector:
         return RankVector(self, slabs[0], kind)
 
-    def with_neighbours(self, number: int, own: np.ndarray) -> np.ndarray:
-        extent = self.extents[number]
+    def hold(self, bits: list[np.ndarray]) -> None:
+        self._bits = bits[0]
+
+    def with_neighbours(self, number: int) -> np.ndarray:
+        extent, own = self.extents[number], self._bits
         bits = np.zeros((extent.planes + 2, *own.shape[1:]), own.dtype)
         deep = extent.end - extent.begin
         bits[1 + extent.low : 1 + extent.low + deep] = own[1 : 1 + deep]

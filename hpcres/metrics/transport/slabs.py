@@ -9,16 +9,20 @@ on, an eighth of that and less, are gathered on one rank.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.transport import coarse, fine
+from hpcres.geometry import AXES
+from hpcres.metrics.transport import Solution, coarse, fine
 from hpcres.metrics.transport.coarse import CHUNK, OVERCORRECTION, Graph, Level
-from hpcres.metrics.transport.multigrid import Solver, Voxels, hierarchy
+from hpcres.metrics.transport.multigrid import Solver, Voxels, contrast, hierarchy, pack, tau_of_layers
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
 
@@ -55,7 +59,7 @@ def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
     begins = [deep * (i * units // number) for i in range(number)] + [even]
     return [
         Extent(a, b, HALO if periodic or a > 0 else 0, HALO if periodic or b < even else 0)
-        for a, b in zip(begins, begins[1:], strict=False)
+        for a, b in pairwise(begins)
     ]
 
 
@@ -162,8 +166,12 @@ class Place:
         its neighbours refreshed, and put(slab, array) keeps its own part."""
         raise NotImplementedError
 
-    def with_neighbours(self, number: int, own: np.ndarray) -> np.ndarray:
-        """Bits of a slab's own planes, with those of its neighbours and empty planes outside."""
+    def hold(self, bits: list[np.ndarray]) -> None:
+        """The bits of the own planes of the slabs here, for `with_neighbours`."""
+        raise NotImplementedError
+
+    def with_neighbours(self, number: int) -> np.ndarray:
+        """A slab's bits with those of its neighbours, and empty planes outside."""
         raise NotImplementedError
 
     def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
@@ -195,7 +203,7 @@ class SlabSolver(Solver):
 
     def __init__(self, place: Place, slabs: Sequence[Slab], threads: Threads) -> None:
         self.place, self.slabs, self.threads = place, slabs, threads
-        self.to_d_rel, self.several = slabs[0].to_d_rel, slabs[0].labels is not None
+        self.to_d_rel, self.contrast = slabs[0].to_d_rel, contrast(slabs[0].resistance)
         pieces = []
         for slab in slabs:
             level, piece = slab.build()
@@ -449,3 +457,89 @@ def join_clusters(place: Place, found: list[Clusters], periodic: bool) -> list[i
         one.touches[names[mine] - number * _SLAB] = together[up[mine]]
     several = members > 1
     return [int((members[several & (together & both != both)] - 1).sum()) for both in (3, 12, 48)]
+
+
+# ---- one volume ----------------------------------------------------------------------------------------------
+
+
+def solve_in_slabs(
+    place: Place, read: Callable[[int, int], np.ndarray], shape: Sequence[int], conductivity: Mapping[int, float],
+    direction: str, spacing: Sequence[float], periodic: Sequence[bool], rtol: float, threads: Threads,
+    unit_planes: int, *, profile: bool = False, report: Callable[[int, float, float], None] | None = None,
+    keep: Callable[[Slab, np.ndarray], None] | None = None,
+) -> Solution:  # fmt: skip
+    """Transport along one direction; settings as of `transport.solve`, `periodic` for this direction.
+
+    read(z0, z1): labels of these planes (z, y, x), uint8. keep(slab, potential) for every slab here.
+    """
+    axis, start = AXES.index(direction), time.perf_counter()
+    conducts, of_label = np.zeros(256, bool), np.zeros(256)
+    for label, k in conductivity.items():
+        conducts[label], of_label[label] = True, k
+    uniform = len(set(conductivity.values())) < 2
+    unit = next(iter(conductivity.values()), 1.0) if uniform else 1.0
+    with np.errstate(divide="ignore"):
+        resistance = None if uniform else (0.5 / of_label).astype(np.float32)
+    counts, found, last = [], [], len(place.extents) - 1
+    for number in place.here:
+        extent = place.extents[number]
+        labels = read(extent.begin, min(extent.end, shape[0]))
+        counts.append(np.bincount(labels.reshape(-1), minlength=256))
+        across = (False, *periodic[1:])
+        bits = pack(labels, conducts, threads)
+        found.append(Clusters(bits, labels.shape, across, threads))
+        found[-1].is_slab(number == 0, number == last)
+        del labels, bits
+    counted = sum(place.everyone(counts))
+    voxels = prod(shape)
+    fraction, mean = float(counted[conducts].sum()) / voxels, float(counted @ of_label) / voxels
+    again = join_clusters(place, found, periodic[0])[axis]
+    through = [one.through(axis) for one in found]
+    del found
+    sums = np.sum(place.everyone([(t.voxels, t.clusters_left_out, t.voxels_left_out) for t in through]), axis=0)
+    kept, left_out = int(sums[0]), {"clusters_left_out": int(sums[1]) - again, "voxels_left_out": int(sums[2])}
+    if kept == 0:
+        seconds = time.perf_counter() - start
+        return Solution("not percolating", fraction, 0.0, 0.0, 0.0, mean, 0.0, **left_out, seconds=seconds)
+    place.hold([t.bits for t in through])
+    del through
+    slabs = []
+    for number in place.here:
+        extent = place.extents[number]
+        labels = None
+        if not uniform:
+            planes = range(extent.first, min(extent.first + extent.planes, shape[0] + extent.high * periodic[0]))
+            labels = _around(read, planes, shape[0])
+        slabs.append(
+            Slab(
+                number, extent, unit_planes, place.with_neighbours(number), shape, spacing, axis, periodic, threads,
+                labels, resistance,
+            )
+        )  # fmt: skip
+    solver = SlabSolver(place, slabs, threads)
+    share = kept / voxels
+    conducted = share * unit if uniform else solver.mean_conductivity(of_label)
+    progress = None
+    if report is not None and place.first:
+        progress = partial(_scaled, report, unit)
+    solved, potential = solver.solve(rtol, report=progress)
+    layers = tuple(map(float, tau_of_layers(*solver.layers(potential, of_label)))) if profile else None
+    if keep is not None:
+        solver._run(lambda slab: keep(slab, potential.of(slab, 1)))
+    return Solution(
+        "converged" if solved.converged else "not converged", fraction, share,
+        solved.d_rel * unit if solved.converged else None, solved.error if solved.converged else None, mean,
+        conducted, **left_out, iterations=solved.iterations, seconds=time.perf_counter() - start,
+        bytes=solved.bytes, profile=layers,
+    )  # fmt: skip
+
+
+def _around(read: Callable[[int, int], np.ndarray], planes: range, deep: int) -> np.ndarray:
+    """Planes that may reach around the volume's ends."""
+    cuts = [planes.start, *(end for end in (0, deep) if planes.start < end < planes.stop), planes.stop]
+    parts = [read(a % deep, (b - 1) % deep + 1) for a, b in pairwise(cuts)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _scaled(report: Callable[[int, float, float], None], unit: float, iterations: int, d: float, error: float) -> None:
+    report(iterations, d * unit, error)
