@@ -485,26 +485,33 @@ def metrics(
 @click.option("--profile", is_flag=True, help="Also tau of every layer along the direction.")
 @click.option("--field", metavar="STORE.ZARR", help="Write potential and flux density here.")
 @click.option("--threads", type=click.IntRange(1), help="All cores by default; the result does not depend on it.")
+@click.option("--memory", metavar="SIZE", help="Solve out of core where it takes more than this, such as 4GiB.")
+@click.option(
+    "--scratch", metavar="DIR", help="Scratch storage for --memory, best on a fast local disk; beside the output."
+)
 @_overwrite
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def tortuosity(
     source: str, settings: tuple[str, ...], output: str | None, only: tuple[str, ...], directions: tuple[str, ...],
     crop: str | None, rtol: float, conductivities: tuple[str, ...], periodic: tuple[str, ...], profile: bool,
-    field: str | None, threads: int | None, overwrite: bool, as_json: bool,
+    field: str | None, threads: int | None, memory: str | None, scratch: str | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Relative diffusivity and tortuosity factor of whole phases, exactly, with their error; in memory.
+    """Relative diffusivity and tortuosity factor of whole phases, exactly, with their error.
 
     \b
     hpcres tortuosity                                   every phase and direction; the reference too
     hpcres tortuosity electrode.tiff --phase 0 --direction z
     hpcres tortuosity --conductivity pore=1 --conductivity gel=0.1
     hpcres tortuosity --crop 0:256,0:256,0:256          a part of the volume
+    mpirun -n 4 hpcres tortuosity                       in the memory of several nodes
+    hpcres tortuosity --memory 4GiB --scratch /local    in little memory, on scratch storage
 
-    Needs about 15 bytes a voxel where 40 % conduct. Writes <output>/transport.json; for a bare volume only where
-    --output names a file.
+    Needs about 15 bytes a voxel where 40 % conduct, together over all ranks. Writes <output>/transport.json; for a bare
+    volume only where --output names a file.
     """
     import json
 
+    from hpcres.inference.ranks import join_ranks
     from hpcres.metrics.measure import write_json
     from hpcres.metrics.table import transport_text
     from hpcres.metrics.transport import SCHEMA, describe
@@ -521,6 +528,12 @@ def tortuosity(
     target = study.transport_path if study else Path(output) if output else None
     if target is not None:
         _writable(target)
+    limit = _parse_bytes("--memory", memory)
+    if scratch is not None and limit is None:
+        raise InputError(f"--scratch {scratch}: is for solving out of core; give --memory too")
+    place = Path(scratch) if scratch else (target.absolute().parent if target else Path.cwd())
+    if limit is not None and not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"--scratch {place}: is no folder that can be written; make it, or name another")
     said = time.monotonic()
 
     def report(phase: str, direction: str, iterations: int, d_rel: float, error: float) -> None:
@@ -531,37 +544,58 @@ def tortuosity(
             click.echo(line, err=True)
 
     meets = [axis in periodic for axis in "zyx"]
-    solver = describe(rtol, meets)
-    heading = iter([f"{solver['method']}; stops at {solver['stop']}"])
+    with join_ranks() as ranks:
+        alone, first = ranks.communicator is None, ranks.rank == 0
+        if not alone and limit is not None:
+            raise InputError("--memory: is for one process, and this is a job of several; drop it, or mpirun")
+        solver = describe(rtol, meets)
+        heading = iter([f"{solver['method']}; stops at {solver['stop']}"])
 
-    def finished(result: dict[str, Any]) -> None:
-        for line in (*heading, transport_text(result)):
-            click.echo(line, err=as_json)
+        def finished(result: dict[str, Any]) -> None:
+            for line in (*heading, transport_text(result)) if first else ():
+                click.echo(line, err=as_json)
 
-    measured = partial(
-        solve, phases=study.phases if study else None, only=only, conductivity=conductivity,
-        directions=directions or ("z", "y", "x"), periodic=meets, crop=crop, rtol=rtol, threads=threads,
-        profile=profile, report=report, finished=finished,
-    )  # fmt: skip
-    result: dict[str, Any] = {
-        "schema": SCHEMA, "hpcres": __version__, "command": _command_line(),
-        "solver": solver, "volume": None, "reference": None, "published": [],
-    }  # fmt: skip
-    result["volume"] = measured(volume, field=field, overwrite=overwrite)
-    if field is not None:
-        click.echo(f"fields written to {field}", err=as_json)
-    if study is not None:
-        if study.reference.volume is not None:
-            click.echo(f"reference {study.reference.volume}:", err=as_json)
-            result["reference"] = measured(open_volume(study.reference.volume))
-        result["published"] = [p.model_dump(mode="json") for p in study.reference.published]
-        save_study(study, "tortuosity")
-    if target is not None:
-        write_json(target, result)
-    if as_json:
-        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
-    if target is not None:
-        click.echo(f"written to {target}", err=as_json)
+        measured = partial(
+            solve, phases=study.phases if study else None, only=only, conductivity=conductivity,
+            directions=directions or ("z", "y", "x"), periodic=meets, crop=crop, rtol=rtol,
+            threads=threads or (None if alone else ranks.cores), profile=profile, report=report, finished=finished,
+            comm=ranks.communicator, on_node=ranks.on_node, memory=limit, scratch=place,
+            say=partial(click.echo, err=True),
+        )  # fmt: skip
+        result: dict[str, Any] = {
+            "schema": SCHEMA, "hpcres": __version__, "command": _command_line(),
+            "solver": solver, "volume": None, "reference": None, "published": [],
+        }  # fmt: skip
+        result["volume"] = measured(volume, field=field, overwrite=overwrite)
+        if field is not None and first:
+            click.echo(f"fields written to {field}", err=as_json)
+        if study is not None:
+            if study.reference.volume is not None:
+                if first:
+                    click.echo(f"reference {study.reference.volume}:", err=as_json)
+                result["reference"] = measured(open_volume(study.reference.volume))
+            result["published"] = [p.model_dump(mode="json") for p in study.reference.published]
+        if not first:
+            return
+        if study is not None:
+            save_study(study, "tortuosity")
+        if target is not None:
+            write_json(target, result)
+        if as_json:
+            click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+        if target is not None:
+            click.echo(f"written to {target}", err=as_json)
+
+
+def _parse_bytes(option: str, text: str | None) -> int | None:
+    """`4GiB` as bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B|[KMGT])", text, re.IGNORECASE)
+    if match is None or not (size := float(match.group(1))):
+        raise InputError(f"{option} {text}: not a size; write for example {option} 4GiB")
+    unit = match.group(2).upper()
+    return int(size * (1000 if unit.endswith("B") and "I" not in unit else 1024) ** ("KMGT".index(unit[0]) + 1))
 
 
 def _parse_conductivities(texts: tuple[str, ...]) -> dict[str, float] | None:

@@ -903,28 +903,48 @@ class FieldStore:
     """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x); NaN where none is.
 
     It appears at `path` when the block of `with` ends without an error. Attributes say spacing, unit and what it is.
+    Several processes may write it: shared(make) is what `make` gives on the first of them, on every one.
     """
 
-    def __init__(self, path: str | Path, shape: Triple, attributes: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, shape: Triple, attributes: Mapping[str, Any], overwrite: bool = False,
+        shared: Callable[[Callable[[], Any]], Any] | None = None,
+    ) -> None:  # fmt: skip
         refuse_existing(path, overwrite)
         self.path, self.shape = Path(path), shape
-        self._temporary, self._attributes = temporary_beside(self.path), dict(attributes)
+        self._shared = shared or (lambda make: make())
+        self._attributes = dict(attributes)
 
     def __enter__(self) -> Self:
-        self._temporary.parent.mkdir(parents=True, exist_ok=True)
-        store = zarr.storage.LocalStore(self._temporary)
-        self._group = zarr.create_group(store, zarr_format=3, attributes=self._attributes)
+        def make() -> Path:
+            temporary = temporary_beside(self.path)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            zarr.create_group(zarr.storage.LocalStore(temporary), zarr_format=3, attributes=self._attributes)
+            return temporary
+
+        self._temporary: Path = self._shared(make)
+        self._group = zarr.open_group(zarr.storage.LocalStore(self._temporary), mode="r+")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        def finish() -> None:
+            move_into_place(self._temporary, self.path)
+
         try:
             if kind is None:
-                move_into_place(self._temporary, self.path)
+                self._shared(lambda: None)  # when all have written
+                self._shared(finish)
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def add(self, name: str, components: int | None = None) -> zarr.Array:
         """An array to be written in slabs of whole 64 planes."""
+        self._shared(lambda: self._create(name, components) and None)
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def _create(self, name: str, components: int | None) -> zarr.Array:
         first: tuple[int, ...] = () if components is None else (components,)
         chunks = (*((1,) * len(first)), *(min(64, n) for n in self.shape))
         return self._group.create_array(

@@ -31,7 +31,7 @@ class Ranks:
         self._comm = comm
         self.rank: int = comm.Get_rank() if comm else 0
         self.size: int = comm.Get_size() if comm else 1
-        self.local_rank = 0
+        self.local_rank, self.on_node = 0, 1
         self.stopping = False
         allowed = frozenset(os.sched_getaffinity(0))
         self.cores = len(allowed)
@@ -39,11 +39,16 @@ class Ranks:
             from mpi4py import MPI
 
             node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-            self.local_rank = node.Get_rank()
+            self.local_rank, self.on_node = node.Get_rank(), node.Get_size()
             self.cores = share_of_cores(allowed, node.allgather(allowed))
             node.Free()
             self._control, self._leaving, self._desk = comm.Dup(), comm.Dup(), comm.Dup()
             self._sent: list[Any] = []
+
+    @property
+    def communicator(self) -> Any:
+        """The mpi4py communicator of the job's ranks; None where no launcher started this."""
+        return self._comm
 
     def from_first(self, work: Callable[[], _Result]) -> _Result:
         """What `work` returns on rank 0, on every rank; an error of the user's there is raised on every rank."""

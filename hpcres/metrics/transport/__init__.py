@@ -29,6 +29,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -201,26 +202,28 @@ BYTES_PER_VOXEL = 2.0  # labels, bits, cells
 BYTES_PER_CONDUCTING_VOXEL = 35.0  # four vectors, the hierarchy and its set-up
 
 
-def check_memory(shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = ()) -> None:
+def check_memory(
+    shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = (), on_node: int = 1
+) -> None:
     """InputError where the solve would not fit, with the numbers and what to do.
 
     conducting: share of the voxels once it is known, with labels in memory; until then 0.4 is assumed. doubled: axes
-    along which the volume is solved twice over.
+    along which the volume is solved twice over. on_node: processes that each need as much on this node.
     """
     import psutil
     from distributed.system import MEMORY_LIMIT
 
     share = 0.4 if conducting is None else conducting
     per_voxel = (BYTES_PER_VOXEL + BYTES_PER_CONDUCTING_VOXEL * share) * 2 ** len(doubled)
-    need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT)
+    need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT) / on_node
     if need > free:
         edge = int((free / per_voxel) ** (1 / 3)) // 16 * 16
         size = " × ".join(map(str, shape))
         odd = "".join(f", twice over along {AXES[a]} because {shape[a]} is odd and periodic" for a in doubled)
         raise InputError(
             f"volume of {size} voxels: needs {need / 2**30:.1f} GiB of memory ({per_voxel:.0f} bytes a voxel where "
-            f"{share:.0%} conduct{odd}), {free / 2**30:.1f} GiB are free; take a part with --crop "
-            f"0:{edge},0:{edge},0:{edge}, or a coarser level of the store (…/labels.zarr/1)"
+            f"{share:.0%} conduct{odd}), {free / 2**30:.1f} GiB are free; solve it out of core with --memory, "
+            f"or on more nodes with mpirun, or take a part with --crop 0:{edge},0:{edge},0:{edge}"
         )
 
 
@@ -245,9 +248,13 @@ def tortuosity(
     rtol: float = DEFAULT_RTOL, threads: int | None = None, profile: bool = False,
     report: Callable[[str, str, int, float, float], None] | None = None,
     finished: Callable[[dict[str, Any]], None] | None = None,
-    field: str | None = None, overwrite: bool = False,
+    field: str | None = None, overwrite: bool = False, comm: Any = None, on_node: int = 1, memory: int | None = None,
+    scratch: Path | None = None, say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Transport of whole phases of a volume, held in memory: an entry of transport.json.
+    """Transport of whole phases of a volume: an entry of transport.json.
+
+    Held in memory; or by the ranks of `comm`, an mpi4py communicator with `on_node` ranks on this node; or out of core
+    where it takes more than `memory` bytes, with files in `scratch`, and say(line) of what that takes.
 
     phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
     phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
@@ -257,10 +264,21 @@ def tortuosity(
     for direction in directions:
         if box.shape[AXES.index(direction)] < 2:
             raise InputError(f"direction {direction}: the volume is 1 voxel thin there; give a volume, not a slice")
-    check_memory(box.shape)
-    labels = volume.read(box)
+    threads = threads or _cores()
+    slabs: Any = None
+    if comm is not None or memory is not None:
+        from hpcres.metrics.transport.slabwise import SlabVolume
+
+        slabs = SlabVolume(
+            volume, box, comm=comm, on_node=on_node, memory=memory, scratch=scratch or Path(), threads=threads,
+            whole_chunks=field is not None, say=say or (lambda line: None),
+        )  # fmt: skip
+        found, solve_one = slabs.found, slabs.solve
+    else:
+        check_memory(box.shape)
+        labels, found = _small_labels(volume.read(box), volume.path)
+        solve_one = partial(solve, labels, threads=threads)
     names = tuple(phases) if phases is not None else volume.phases
-    labels, found = _small_labels(labels, volume.path)
     named = dict(enumerate(names)) if names is not None else {i: str(i) for i in found}
     if unknown := [i for i in found if i not in named]:
         raise InputError(f"{volume.path}: label {unknown[0]} has no phase; the phases are {', '.join(named.values())}")
@@ -282,16 +300,17 @@ def tortuosity(
         if field is not None:
             from hpcres.metrics.transport.fields import field_writer
 
-            fields = stack.enter_context(field_writer(field, box.shape, lengths, overwrite))
+            fields = stack.enter_context(field_writer(field, box.shape, lengths, overwrite, comm))
         for name, conducting in systems:
             present = {found[label]: k for label, k in conducting.items() if label in found}
             given = {named[label]: k for label, k in conducting.items()} if conductivity else None
             for direction in directions:
-                solved = solve(
-                    labels, present, directions=(direction,), spacing=lengths, periodic=periodic, rtol=rtol,
-                    threads=threads, profile=profile,
+                if fields is not None:
+                    fields.begin(name, direction)
+                solved = solve_one(
+                    present, directions=(direction,), spacing=lengths, periodic=periodic, rtol=rtol, profile=profile,
                     report=None if report is None else lambda *now, n=name: report(n, *now),
-                    keep=None if fields is None else lambda *of, n=name: fields.write(n, *of),
+                    keep=None if fields is None else lambda _, *of: fields.write(*of),
                 )[direction]  # fmt: skip
                 what = {"phase": name, "labels": list(conducting), "conductivity": given, "direction": direction}
                 results.append({**what, **solved.as_json()})

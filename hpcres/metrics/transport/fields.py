@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from hpcres.geometry import Triple
-from hpcres.metrics.transport.multigrid import System
+from hpcres.metrics.transport.multigrid import Voxels
 from hpcres.volumes import FieldStore
 
-_PLANES = 64
+FIELD_PLANES = 64  # of a chunk, which only one rank may write
 
 
 class FieldWriter(FieldStore):
     """`<phase>/<direction>/potential` (z, y, x), 0 at the first face and 1 at the last, and `<phase>/<direction>/flux`
     (component z, y, x; z, y, x), as of `System.flux`; both at the voxels that take part, NaN elsewhere."""
 
-    def write(
-        self, phase: str, direction: str, system: System, x: np.ndarray, conductivity: Mapping[int, float]
+    def __init__(
+        self, path: str, shape: Triple, attributes: Mapping[str, Any], overwrite: bool, comm: Any = None
     ) -> None:
+        """comm: ranks that write planes of their own, all of them whole chunks; the first one makes the arrays."""
+        self._comm = comm
+        super().__init__(path, shape, attributes, overwrite, shared=None if comm is None else self._from_first)
+        self._arrays: dict[str, Any] = {}
+
+    def _from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives on the first rank, on every rank, when all have come here."""
+        self._comm.Barrier()
+        return self._comm.bcast(make() if self._comm.Get_rank() == 0 else None)
+
+    def begin(self, phase: str, direction: str) -> None:
+        """Make the arrays of what is to be written next; on every rank."""
+        name = _named(phase, direction)
+        self._arrays = {"potential": self.add(f"{name}/potential"), "flux": self.add(f"{name}/flux", 3)}
+
+    def write(self, system: Voxels, x: np.ndarray, conductivity: Mapping[int, float]) -> None:
+        """The own planes of a system; x: with one more plane on both sides."""
         of_label = np.zeros(256)
         for label, k in conductivity.items():
             of_label[label] = k
-        name = f"{phase.replace('/', '-')}/{direction}"
-        potential, flux = self.add(f"{name}/potential"), self.add(f"{name}/flux", 3)
         z, y, x_ = self.shape
-        for a in range(0, z, _PLANES):
-            b = min(a + _PLANES, z)
+        begin, end = system.own
+        for a in range(begin, min(end, z - system.first), FIELD_PLANES):
+            b = min(a + FIELD_PLANES, end, z - system.first)
+            planes = slice(a + system.first, b + system.first)
             # An odd periodic axis was solved twice over.
-            potential[a:b] = system.potential(x, a, b)[:, :y, :x_]
-            flux[:, a:b] = system.flux(x, a, b, of_label)[:, :, :y, :x_]
+            self._arrays["potential"][planes] = system.potential(x, a, b)[:, :y, :x_]
+            self._arrays["flux"][:, planes] = system.flux(x, a, b, of_label)[:, :, :y, :x_]
+
+
+def _named(phase: str, direction: str) -> str:
+    return f"{phase.replace('/', '-')}/{direction}"
 
 
 def field_writer(
-    path: str, shape: Sequence[int], voxel_size: Sequence[float], overwrite: bool
+    path: str, shape: Sequence[int], voxel_size: Sequence[float], overwrite: bool, comm: Any = None
 ) -> FieldWriter:
     place: Triple = (int(shape[0]), int(shape[1]), int(shape[2]))
     attributes: dict[str, Any] = {"hpcres": {"schema": "hpcres fields 1", "voxel_size": list(voxel_size)}}
-    return FieldWriter(path, place, attributes, overwrite)
+    return FieldWriter(path, place, attributes, overwrite, comm)

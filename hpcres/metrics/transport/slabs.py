@@ -78,10 +78,21 @@ class Piece:
 class Slab(Voxels):
     """Own planes of one slab and 8 of its neighbours."""
 
-    def __init__(self, number: int, extent: Extent, unit_planes: int, bits: np.ndarray, *arguments: Any) -> None:
-        self.number, self.extent = number, extent
+    def __init__(
+        self, number: int, extent: Extent, unit_planes: int, bits: np.ndarray, *arguments: Any,
+        read_labels: Callable[[], np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        self.number, self.extent, self._read_labels = number, extent, read_labels
         own = (extent.low, extent.low + extent.end - extent.begin)
         super().__init__(bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self._read_labels is None else self._read_labels()
+
+    @labels.setter
+    def labels(self, labels: np.ndarray | None) -> None:
+        assert labels is None
 
     def own_planes(self, kind: int) -> tuple[int, int]:
         """Own planes of voxels, or of cells of level 1 or 2, from this slab's first."""
@@ -179,6 +190,16 @@ class Place:
         volume's face."""
         raise NotImplementedError
 
+    def keep_labels(self, number: int, labels: np.ndarray) -> Callable[[], np.ndarray]:
+        """Labels of a slab and its neighbours, to be read again."""
+        raise NotImplementedError
+
+    def expect(self, kept: int, parts: int, labels: int) -> None:
+        """So many conducting voxels, parts of level 1 at most, and voxels whose labels are needed are to come."""
+
+    def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
+        """InputError where so many parts of level 2, in the whole volume, and bytes of bits are too much."""
+
     def keep_level(self, slab: Slab, level: Level) -> None:
         raise NotImplementedError
 
@@ -208,6 +229,7 @@ class SlabSolver(Solver):
         for slab in slabs:
             level, piece = slab.build()
             place.keep_level(slab, level)
+            self._odd = level.odd
             pieces.append(piece)
         counted = place.everyone([piece.counts for piece in pieces])
         rows, parts = coarse.accumulated(np.concatenate(counted, axis=1))
@@ -217,16 +239,27 @@ class SlabSolver(Solver):
         for slab, piece in zip(slabs, pieces, strict=True):
             named = self._numbers_in_volume(slab).astype(kind, copy=False)
             piece.places = (named[piece.places[0]], named[piece.places[1]])
+        voxels = sum(slab.own_part(0)[0].stop - slab.own_part(0)[0].start for slab in slabs)
+        place.refuse_coarse(parts, sum(slab.bits.nbytes + slab.cells.nbytes for slab in slabs), voxels)
         all_pieces = place.to_first(pieces)
         self.levels: list[Level] = []
         if all_pieces is not None:
+            del pieces
+
             def joined(name: str) -> np.ndarray:
-                return np.concatenate([getattr(piece, name)[c] for c in (RED, BLACK) for piece in all_pieces])
+                assert all_pieces is not None
+                array = np.concatenate([getattr(piece, name)[c] for c in (RED, BLACK) for piece in all_pieces])
+                for piece in all_pieces:
+                    setattr(piece, name, None)
+                return array
 
             degrees = coarse.running(np.concatenate([[0], joined("degrees")]).astype(np.int64))
             numbers = np.concatenate([piece.numbers for piece in all_pieces])
-            graph = Graph(degrees, joined("places"), joined("values"), joined("to_faces"), numbers)
-            self.levels = hierarchy(graph, rows, slabs[0].periodic, threads)
+            places, values, to_faces = joined("places"), joined("values"), joined("to_faces")
+            all_pieces = None
+            self.levels = hierarchy(
+                Graph(degrees, places, values, to_faces, numbers), rows, slabs[0].periodic, threads
+            )
         self.b, self.x = place.vector(slabs, 1), place.vector(slabs, 1)
         self.b_next, self.x_next = place.vector(slabs, 2), place.vector(slabs, 2)
 
@@ -374,9 +407,8 @@ class SlabSolver(Solver):
         self.x.put(slab, x)
 
     def _cycle(self) -> None:
-        odd = self.place.level(self.slabs[0]).odd
         for visit in range(2):
-            before = [self._from_zero] if visit == 0 else [self._relaxed(RED)] if odd else []
+            before = [self._from_zero] if visit == 0 else [self._relaxed(RED)] if self._odd else []
             self._run(*before, self._relaxed(BLACK), self._restrict)
             b, x = (self.levels[0].b, self.levels[0].x) if self.levels else (None, None)
             self.place.collect(self.b_next, self.slabs, b, self.starts)
@@ -489,31 +521,33 @@ def solve_in_slabs(
         bits = pack(labels, conducts, threads)
         found.append(Clusters(bits, labels.shape, across, threads))
         found[-1].is_slab(number == 0, number == last)
-        del labels, bits
     counted = sum(place.everyone(counts))
     voxels = prod(shape)
     fraction, mean = float(counted[conducts].sum()) / voxels, float(counted @ of_label) / voxels
     again = join_clusters(place, found, periodic[0])[axis]
     through = [one.through(axis) for one in found]
+    parts = sum(len(one.touches) for one in found)
     del found
     sums = np.sum(place.everyone([(t.voxels, t.clusters_left_out, t.voxels_left_out) for t in through]), axis=0)
-    kept, left_out = int(sums[0]), {"clusters_left_out": int(sums[1]) - again, "voxels_left_out": int(sums[2])}
+    kept = int(sums[0])
+    left_out: dict[str, Any] = {"clusters_left_out": int(sums[1]) - again, "voxels_left_out": int(sums[2])}
     if kept == 0:
         seconds = time.perf_counter() - start
         return Solution("not percolating", fraction, 0.0, 0.0, 0.0, mean, 0.0, **left_out, seconds=seconds)
+    place.expect(kept, parts, 0 if uniform else voxels)
     place.hold([t.bits for t in through])
     del through
     slabs = []
     for number in place.here:
         extent = place.extents[number]
-        labels = None
+        read_labels = None
         if not uniform:
             planes = range(extent.first, min(extent.first + extent.planes, shape[0] + extent.high * periodic[0]))
-            labels = _around(read, planes, shape[0])
+            read_labels = place.keep_labels(number, _around(read, planes, shape[0]))
         slabs.append(
             Slab(
                 number, extent, unit_planes, place.with_neighbours(number), shape, spacing, axis, periodic, threads,
-                labels, resistance,
+                None, resistance, read_labels=read_labels,
             )
         )  # fmt: skip
     solver = SlabSolver(place, slabs, threads)

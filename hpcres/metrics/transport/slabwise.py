@@ -1,0 +1,161 @@
+"""A volume that no single process holds: read plane by plane, solved in slabs over MPI or out of core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcres.errors import InputError
+from hpcres.geometry import AXES, Box
+from hpcres.metrics.transport import (
+    BYTES_PER_CONDUCTING_VOXEL,
+    BYTES_PER_VOXEL,
+    Report,
+    Solution,
+    check_memory,
+    solve,
+)
+from hpcres.metrics.transport.fields import FIELD_PLANES
+from hpcres.metrics.transport.multigrid import planes_of_unit
+from hpcres.metrics.transport.ranked import RankPlace
+from hpcres.metrics.transport.scratch import BYTES_PER_SLAB_VOXEL, ScratchPlace
+from hpcres.metrics.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
+from hpcres.metrics.transport.threads import Threads
+from hpcres.volumes import Volume
+
+
+class SlabVolume:
+    """The planes of a box of a volume, on the ranks of `comm` or, without, for one process and `memory` bytes.
+
+    found: the labels in it, and the number (uint8) that each has in what `read` gives.
+    """
+
+    def __init__(
+        self, volume: Volume, box: Box, *, comm: Any, on_node: int, memory: int | None, scratch: Path, threads: int,
+        whole_chunks: bool, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._volume, self._box, self._memory, self._scratch = volume, box, memory, scratch
+        self._threads, self._say, self._comm = threads, say, comm
+        deep, self._active = box.shape[0], comm
+        size = comm.Get_size() if comm else 1
+        self._unit = FIELD_PLANES if whole_chunks else planes_of_unit(deep, size)
+        self._held: tuple[int, np.ndarray] | None = None
+        if comm:
+            self._number = len(cut(deep, size, self._unit, False))
+            # Ranks beyond the number of slabs only wait for results.
+            self._active = comm.Split(0 if comm.Get_rank() < self._number else 1, comm.Get_rank())
+            if self._works:
+                own = cut(deep, self._number, self._unit, False)[comm.Get_rank()]
+                check_memory((own.planes, *box.shape[1:]), on_node=on_node)
+                begin, end = max(0, own.begin - HALO), min(own.end + HALO, deep)
+                self._held = begin, self._raw(begin, end)
+        self.counts = self._count()
+        values = sorted(self.counts)
+        if len(values) > 256:
+            raise InputError(f"{volume.path}: has {len(values)} different labels; transport is through at most 256")
+        self._values: np.ndarray | None = None if volume.dtype == np.uint8 else np.array(values)
+        self.found = {v: v if self._values is None else i for i, v in enumerate(values)}
+        if self._held is not None:
+            self._held = self._held[0], self._small(self._held[1])
+
+    @property
+    def _works(self) -> bool:
+        return self._comm is None or self._comm.Get_rank() < self._number
+
+    def _count(self) -> dict[int, int]:
+        """Voxels of each label."""
+        total: dict[int, int] = {}
+        deep = self._box.shape[0]
+        own = cut(deep, self._number, self._unit, False)[self._comm.Get_rank()] if self._comm and self._works else None
+        begin, end = (own.begin, min(own.end, deep)) if own else (0, deep if self._works else 0)
+        for z in range(begin, end, 16):
+            part = self._raw(z, min(z + 16, end))
+            if part.dtype == np.uint8:
+                number = np.bincount(part.reshape(-1), minlength=256)
+                values = np.flatnonzero(number)
+                number = number[values]
+            else:
+                values, number = np.unique(part, return_counts=True)
+            for v, n in zip(values, number, strict=True):
+                total[int(v)] = total.get(int(v), 0) + int(n)
+        if self._comm:
+            everywhere = self._comm.allgather(total)
+            total = {v: sum(one.get(v, 0) for one in everywhere) for one in everywhere for v in one}
+        return total
+
+    def _raw(self, z0: int, z1: int) -> np.ndarray:
+        if self._held is not None and self._held[0] <= z0 and z1 <= self._held[0] + len(self._held[1]):
+            return self._held[1][z0 - self._held[0] : z1 - self._held[0]]
+        start, stop = self._box.start, self._box.stop
+        return self._volume.read(Box((start[0] + z0, *start[1:]), (start[0] + z1, *stop[1:])))
+
+    def _small(self, labels: np.ndarray) -> np.ndarray:
+        if self._values is None or labels.dtype == np.uint8:
+            return labels
+        return np.searchsorted(self._values, labels).astype(np.uint8)
+
+    def read(self, z0: int, z1: int) -> np.ndarray:
+        return self._small(self._raw(z0, z1))
+
+    def solve(
+        self, conductivity: Mapping[int, float], *, directions: Sequence[str], spacing: Sequence[float],
+        periodic: Sequence[bool], rtol: float, profile: bool, report: Report | None,
+        keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
+    ) -> dict[str, Solution]:  # fmt: skip
+        """As `transport.solve`, on every rank; keep gets each slab here in place of the whole system."""
+        found = {}
+        for direction in directions:
+            solution = self._solve(conductivity, direction, spacing, periodic, rtol, profile, report, keep)
+            found[direction] = self._comm.bcast(solution) if self._comm else solution
+        return {direction: one for direction, one in found.items() if one is not None}
+
+    def _solve(
+        self, conductivity: Mapping[int, float], direction: str, spacing: Sequence[float], periodic: Sequence[bool],
+        rtol: float, profile: bool, report: Report | None,
+        keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
+    ) -> Solution | None:  # fmt: skip
+        shape, axis = self._box.shape, AXES.index(direction)
+        numbers = {number: self.counts[v] for v, number in self.found.items()}
+        conducting = sum(numbers[label] for label in conductivity)
+        if self._memory is not None:
+            need = BYTES_PER_VOXEL * prod(shape) + BYTES_PER_CONDUCTING_VOXEL * conducting
+            if need <= self._memory:
+                return solve(
+                    self.read(0, shape[0]), conductivity, directions=(direction,), spacing=spacing, periodic=periodic,
+                    rtol=rtol, threads=self._threads, profile=profile, report=report, keep=keep,
+                )[direction]  # fmt: skip
+        sides = tuple(bool(p) and a != axis and shape[a] > 1 for a, p in enumerate(periodic))
+        for a, p in enumerate(sides):
+            step = 4 if a == 0 else 2
+            if p and (shape[a] % step or shape[a] < 8):
+                raise InputError(
+                    f"--periodic {AXES[a]}: over MPI and out of core the volume must be a multiple of {step} and at "
+                    f"least 8 voxels wide there, not {shape[a]}; take a part with --crop, or solve it in one memory"
+                )
+        if not self._works:
+            return None
+        unit = self._unit
+        place: Place
+        if self._comm:
+            place = RankPlace(self._active, cut(shape[0], self._number, unit, sides[0]))
+        else:
+            assert self._memory is not None
+            slab = 3 * BYTES_PER_SLAB_VOXEL * conducting / shape[0]
+            while keep is None and unit > 16 and slab * (unit + 2 * HALO) > self._memory:
+                unit = max(16, unit // 2 // 8 * 8)
+            place = ScratchPlace(self._scratch, self._memory, cut(shape[0], shape[0], unit, sides[0]), self._say)
+
+        def keep_slab(slab: Slab, x: np.ndarray) -> None:
+            assert keep is not None
+            keep(direction, slab, x, conductivity)
+
+        with Threads(self._threads) as threads:
+            return solve_in_slabs(
+                place, self.read, shape, conductivity, direction, spacing, sides, rtol, threads, unit, profile=profile,
+                report=None if report is None else lambda *now: report(direction, *now),
+                keep=keep_slab if keep else None,
+            )  # fmt: skip
