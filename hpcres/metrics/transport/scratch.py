@@ -23,7 +23,7 @@ from hpcres.metrics.transport.slabs import Extent, Place, Slab
 
 _AT_HAND = 3  # levels of slabs: as many as there are stages in a pass
 _LEVEL = ("diagonal", "places", "values", "parent")
-BYTES_PER_PART = 150  # of level 2 and all above: 64 each, a quarter more for those above, and what set-up adds
+BYTES_PER_PART = 180  # of level 2 and all above: 64 each, a quarter more for those above, and what set-up adds
 BYTES_PER_SLAB_VOXEL = 60  # conducting ones of a slab: three of level 1, vectors, set-up
 
 

@@ -1,0 +1,214 @@
+"""Transport over MPI and out of core against the solver in memory: the same bits wherever slabs are cut."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_inference import command, mpirun
+
+from hpcres.errors import InputError
+from hpcres.metrics.transport import solve, tortuosity
+from hpcres.metrics.transport.multigrid import planes_of_unit
+from hpcres.metrics.transport.scratch import ScratchPlace
+from hpcres.metrics.transport.slabs import cut, solve_in_slabs
+from hpcres.metrics.transport.threads import Threads
+from hpcres.volumes import open_volume
+
+TINY = 16 << 20
+
+
+@pytest.fixture
+def volume(tmp_path) -> Path:
+    """130 planes: slabs of whole units are uneven, and the last one ends with a unit that is not whole."""
+    path = tmp_path / "a.npy"
+    np.save(path, np.random.default_rng(1).integers(0, 3, (130, 20, 33)).astype(np.uint8))
+    return path
+
+
+@pytest.fixture
+def solid(tmp_path) -> Path:
+    path = tmp_path / "solid.npy"
+    np.save(path, np.ones((130, 40, 40), np.uint8))
+    return path
+
+
+def fields(store: Path) -> list[np.ndarray]:
+    import zarr
+
+    group = zarr.open_group(store, mode="r")
+    return [np.asarray(group[f"{d}/{name}"]) for d in ("0 + 1/z", "0 + 1/x") for name in ("potential", "flux")]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_find_the_bits_of_one_process_fields_and_profile_included(volume, tmp_path, size):
+    """Two write fields, in slabs of whole chunks; four have slabs of 32 and 34 planes."""
+    with_fields = size == 2
+    assert len({e.end - e.begin for e in cut(130, 4, planes_of_unit(130, 4), False)}) > 1
+    conductivity, periodic = {"0": 1.0, "1": 0.1}, (False, True, False)
+    alone = tortuosity(
+        open_volume(volume), conductivity=conductivity, directions="zx", periodic=periodic, profile=True,
+        field=str(tmp_path / "alone.zarr") if with_fields else None, rtol=1e-4,
+    )["results"]  # fmt: skip
+    arguments = ["--conductivity", "0=1", "--conductivity", "1=0.1", "--direction", "z", "--direction", "x"]
+    arguments += ["--periodic", "y", "--profile", "--rtol", "1e-4"]
+    arguments += ["--field", str(tmp_path / "together.zarr")] if with_fields else []
+    done = mpirun(size, *command(volume, "tortuosity", *arguments, "--output", str(tmp_path / "t.json")))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1 + with_fields  # said by one rank
+    together = json.loads((tmp_path / "t.json").read_text())["volume"]["results"]
+    for one, other in zip(alone, together, strict=True):
+        assert one["D_rel"] == pytest.approx(other["D_rel"], rel=1e-9)
+        assert one["profile"] == pytest.approx(other["profile"], rel=1e-6)
+        for name in ("state", "iterations", "clusters_left_out", "voxels_left_out", "percolating_fraction"):
+            assert one[name] == other[name]
+    stores = [fields(tmp_path / f"{name}.zarr") for name in ("alone", "together")] if with_fields else [[], []]
+    for ours, theirs in zip(*stores, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_that_fails_ends_the_job(volume, tmp_path):
+    script = tmp_path / "faulty.py"
+    script.write_text(
+        "import os\nfrom hpcres import cli\nfrom hpcres.metrics.transport import slabs\n"
+        "start = slabs.SlabSolver.start\n"
+        "def fails(self, x, r):\n"
+        "    if os.environ['OMPI_COMM_WORLD_RANK'] == '1': raise RuntimeError('gone')\n"
+        "    return start(self, x, r)\n"
+        "slabs.SlabSolver.start = fails\ncli.main()\n"
+    )
+    begin = time.monotonic()
+    done = mpirun(2, sys.executable, str(script), "tortuosity", str(volume), "--phase", "1", "--output", "x.json")
+    assert done.returncode == 1
+    assert "rank 1 failed" in done.stderr
+    assert "gone" in done.stderr
+    assert time.monotonic() - begin < 60
+    assert not Path("x.json").exists()
+
+
+def test_memory_is_refused_on_several_ranks_and_odd_periodic_axes_in_one_line(volume, tmp_path):
+    done = mpirun(2, *command(volume, "tortuosity", "--memory", "1GiB"))
+    assert done.returncode == 2
+    assert done.stderr.count("hpcres: --memory") == 1
+    with pytest.raises(InputError, match=r"--periodic x: .*multiple of 2.*not 33.*--crop"):
+        tortuosity(open_volume(volume), periodic=(False, False, True), directions="z", memory=1000)
+
+
+# ---- out of core -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "periodic", "conductivity"),
+    [
+        ((66, 20, 33), (False, False, False), {1: 1.0}),
+        ((64, 18, 34), (True, True, True), {1: 1.0}),  # cells of an odd number across y and x
+        ((68, 20, 34), (True, False, True), {1: 1.0, 0: 0.2}),
+        ((97, 20, 34), (False, True, True), {1: 1.0, 0: 0.2}),
+    ],
+)
+def test_slabs_on_scratch_storage_find_the_bits_of_the_solver_in_memory(tmp_path, shape, periodic, conductivity):
+    labels = (np.random.default_rng(3).random(shape) < 0.5).astype(np.uint8)
+    alone = solve(labels, conductivity, spacing=(1, 2, 1), periodic=periodic, rtol=1e-4, profile=True)
+    for axis, direction in enumerate("zyx"):
+        sides = tuple(p and a != axis for a, p in enumerate(periodic))
+        with Threads(2) as threads:
+            place = ScratchPlace(tmp_path, TINY, cut(shape[0], 100, 16, sides[0]), lambda line: None)
+            one = solve_in_slabs(
+                place, lambda a, b: labels[a:b], shape, conductivity, direction, (1, 2, 1), sides, 1e-4, threads, 16,
+                profile=True,
+            )  # fmt: skip
+        other = alone[direction]
+        assert one.d_rel == pytest.approx(other.d_rel, rel=1e-12)
+        assert one.profile == pytest.approx(other.profile, rel=1e-9)
+        assert one.percolating_conductivity == pytest.approx(other.percolating_conductivity, rel=1e-12)
+        assert (one.iterations, one.clusters_left_out, one.voxels_left_out) == (
+            other.iterations, other.clusters_left_out, other.voxels_left_out,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_clusters_that_wind_through_slabs_are_counted_once(tmp_path):
+    """A hairpin goes through three slabs and back without the far face; a post reaches through; a bead lies in one."""
+    mask = np.zeros((64, 8, 12), np.uint8)
+    mask[:50, 1, 1] = mask[:50, 1, 3] = mask[49, 1, 1:4] = 1
+    mask[:, 6, 6] = 1
+    mask[30:34, 4, 9] = 1
+    place = ScratchPlace(tmp_path, TINY, cut(64, 100, 16, False), lambda line: None)
+    with Threads(1) as threads:
+        one = solve_in_slabs(
+            place, lambda a, b: mask[a:b], mask.shape, {1: 1.0}, "z", (1, 1, 1), (False,) * 3, 1e-3, threads, 16
+        )
+    assert (one.clusters_left_out, one.voxels_left_out) == (2, 101 + 4)
+    assert one.d_rel == pytest.approx(1 / 96, rel=1e-6)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from hpcres.metrics.transport import tortuosity
+from hpcres.volumes import open_volume
+def solved(path, limit):
+    return tortuosity(open_volume(path), only=("1",), directions="z", memory=limit, threads=1,
+        scratch=Path(sys.argv[3]), say=lambda line: print(line, flush=True))["results"][0]["D_rel"]
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
+solved(sys.argv[2], 1 << 22)
+base = peak()
+print(solved(sys.argv[1], int(sys.argv[4])), peak() - base)
+"""
+
+
+def test_memory_well_below_the_vectors_is_enough_and_kept_to(tmp_path):
+    from scipy.ndimage import gaussian_filter
+
+    noise = np.random.default_rng(1).random((1536, 80, 80), dtype=np.float32)
+    field = gaussian_filter(noise, 4)
+    mask = (field < np.quantile(field, 0.8)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", mask)
+    np.save(tmp_path / "small.npy", mask[:160, :32, :32])
+    limit = 42 << 20
+    assert 16 * int(mask.sum()) > 2.8 * limit
+    (tmp_path / "scratch").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path / "a.npy", tmp_path / "small.npy", tmp_path / "scratch", str(limit)],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "GiB of scratch storage" in done.stdout or "MiB of scratch storage" in done.stdout
+    d_rel, peak = done.stdout.split()[-2:]
+    assert float(d_rel) == pytest.approx(solve(mask, {1: 1.0}, directions="z")["z"].d_rel, rel=1e-9)
+    assert int(peak) < limit
+
+
+def test_a_full_disk_and_too_little_memory_are_one_line(solid, tmp_path, monkeypatch):
+    settings = {"only": ("1",), "directions": "z", "scratch": tmp_path}
+    with pytest.raises(InputError, match=r"--memory 0MiB: levels from 2 on .* give --memory [1-9]+MiB"):
+        tortuosity(open_volume(solid), memory=100_000, **settings)
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"no space left for scratch storage.*--scratch"):
+        tortuosity(open_volume(solid), memory=5_000_000, **settings)
+
+
+def test_a_kill_leaves_no_scratch_files(solid, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    slow = "import time\nfrom hpcres import cli\nfrom hpcres.metrics.transport import slabs\n"
+    slow += "slabs.SlabSolver.start = lambda *_: (print('here', flush=True), time.sleep(60))\ncli.main()\n"
+    (tmp_path / "slow.py").write_text(slow)
+    arguments = ["tortuosity", str(solid), "--memory", "5MB", "--scratch", str(scratch)]
+    with subprocess.Popen([sys.executable, tmp_path / "slow.py", *arguments], stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "here\n"
+        one.send_signal(signal.SIGKILL)
+    assert not list(scratch.iterdir())
