@@ -59,10 +59,15 @@ def anisotropic(folder, **training):
     )  # fmt: skip
 
 
-def free_port():
-    with socket.socket() as probe:
+def free_ports(count):
+    """Ports that nobody listens on, each another one."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 def as_rank(rank, size, port):

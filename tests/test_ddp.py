@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from small_training import ALONE, anisotropic, as_rank, free_port, study_of
+from small_training import ALONE, anisotropic, as_rank, free_ports, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.study import save_study
@@ -47,7 +47,7 @@ def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(
     else:
         study = anisotropic(tmp_path)
     save_step(study, ALONE, tmp_path / "1-0.pt")
-    torch.multiprocessing.spawn(ranked_step, (size, free_port(), study, tmp_path), size)
+    torch.multiprocessing.spawn(ranked_step, (size, free_ports(1)[0], study, tmp_path), size)
     alone = torch.load(tmp_path / "1-0.pt")
     for rank in range(size):
         shared = torch.load(tmp_path / f"{size}-{rank}.pt")
@@ -58,10 +58,31 @@ def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(
             assert (ours - theirs).norm() < 1e-5 * theirs.norm(), kind
 
 
+def leave_again_and_again(rank, ports):
+    for port in ports:
+        as_rank(rank, 2, port)
+        with processes("cpu", 1) as group:
+            outlives = group.parallel(torch.nn.Linear(50, 50))  # as a traceback would hold it
+            outlives(torch.ones(4, 50)).sum().backward()
+            group.largest(0.0)
+
+
+def test_a_group_can_be_left_while_a_model_still_holds_it():
+    """Of twelve times, some hung for ever: gloo's thread and the model's end waited for each other."""
+    group = torch.multiprocessing.spawn(leave_again_and_again, (free_ports(12),), 2, join=False)
+    deadline = time.monotonic() + 100
+    while not group.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in group.processes:
+                process.kill()
+            pytest.fail("hangs")
+
+
 def test_torchrun_trains_with_two_processes_and_stops_when_told_to(tmp_path):
     """torchrun hands SIGTERM on, waits for the save, and ends with 1 itself, whatever its processes ended with."""
     study = study_of(tmp_path, training={"steps": 10_000, "report_seconds": 0.2})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launcher.append(f"--master-port={free_ports(1)[0]}")
     run = subprocess.Popen(
         [*launcher, "-m", "hpcres", "train", str(save_study(study, "mine"))], stderr=subprocess.PIPE, text=True
     )

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from small_training import as_rank, free_port, history, same, study_of, weights
+from small_training import as_rank, free_ports, history, same, study_of, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
@@ -149,7 +149,7 @@ def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capf
     whole, cut, other = (
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut", "other")
     )
-    ports = [free_port() for _ in range(3)]
+    ports = free_ports(3)
     torch.multiprocessing.spawn(cut_and_whole, (ports, whole, cut, other), 2)
     assert load_checkpoint(cut.checkpoint_path).step == 5
     assert same(weights(whole), weights(cut))

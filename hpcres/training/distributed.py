@@ -22,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcres.errors import InputError
 from hpcres.memory import keep_freed_memory
 
+_LEFT: list[Any] = []
+"""Groups that were left; they die with the process."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -99,6 +102,9 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
         dist.init_process_group("nccl", device_id=place)
     else:
         dist.init_process_group("gloo")
+    # DistributedDataParallel would free the group after us, holding Python's lock while it waits for gloo's threads,
+    # one of which may wait for that lock to free a tensor: so something else holds it to the end.
+    _LEFT.append(dist.group.WORLD)
     try:
         yield Processes(rank, size, local_size, place)
     finally:

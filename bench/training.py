@@ -1,0 +1,177 @@
+"""How fast training is on this machine: steps per second, where a step's time goes, and one process beside two.
+
+    python bench/training.py                  a phantom, the small network, five minutes on two cores
+    python bench/training.py --device cuda --paper
+
+`share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
+a matrix product of 2048² in the same run. Each row changes one setting of the row named first; medians of --steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from hpcres.study import Study, save_study
+from hpcres.training.adversarial import Models
+from hpcres.training.distributed import Processes, processes
+from hpcres.training.samples import LowResCubes, RealSlices
+
+FAST = {
+    "network": {"width": 5, "critic_width": 7, "padding": "zeros", "last_stage": "transposed"},
+    "training": {
+        "cubes": 2, "slices_per_axis": 8, "critic_steps": 2, "reuse_generated": True, "learning_rate": 7e-4,
+        "adam_betas": [0.5, 0.99], "ema": 0.995, "precision": "bf16",
+    },
+}  # fmt: skip
+CHANGES = {
+    "fp32, no channels_last_3d": ("training", {"precision": "fp32"}),
+    "padding replicate": ("network", {"padding": "replicate"}),
+    "last stage resize": ("network", {"last_stage": "resize"}),
+    "all slices": ("training", {"slices_per_axis": None}),
+    "a generator forward for each critic step": ("training", {"reuse_generated": False}),
+    "five critic steps": ("training", {"critic_steps": 5}),
+}
+
+
+def study_of(folder: Path, settings: dict, device: str) -> Study:
+    from scipy.ndimage import gaussian_filter
+
+    random = np.random.default_rng(0)
+    for name, shape in (("low", (48, 48, 48)), ("high", (1, 512, 512))):
+        field = gaussian_filter(random.standard_normal(shape), 2 if name == "low" else 6, mode="wrap")
+        np.save(folder / f"{name}.npy", np.digitize(field, np.quantile(field, [0.35, 0.7])).astype(np.uint8))
+    return Study.model_validate(
+        {
+            "name": "bench", "output": str(folder / "out"), "scale_factor": 4, "device": device,
+            "high_res": {"phases": {0: "a", 1: "b", 2: "c"}, "voxel_size": "1 um",
+                         "images": [{"path": str(folder / "high.npy")}]},
+            "low_res": {"path": str(folder / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}},
+            "imaging": {"operator": "under-sampled"}, **settings,
+        }
+    )  # fmt: skip
+
+
+class Arithmetic(TorchDispatchMode):
+    """Counts FLOPs of convolutions and matrix products (torch's own counter refuses a gradient penalty)."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if (count := flop_registry.get(function._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def waited(group: Processes) -> float:
+    if group.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(group: Processes, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product, the best of five."""
+    a = torch.ones(2048, 2048, dtype=dtype, device=group.device)
+    best = 0.0
+    for _ in range(5):
+        start = waited(group)
+        a @ a
+        best = max(best, 2 * 2048**3 / (waited(group) - start))
+    return best
+
+
+def measure(study: Study, group: Processes, steps: int) -> dict[str, float]:
+    """Seconds of a step and of its parts, and its FLOPs."""
+    models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
+    cubes = range(study.training.cubes)
+    parts: dict[str, list[float]] = {}
+
+    def timed(owner: object, name: str, part: str) -> None:
+        plain = getattr(owner, name)
+
+        def measured(*args, **more):
+            start = waited(group)
+            found = plain(*args, **more)
+            parts.setdefault(part, []).append(waited(group) - start)
+            return found
+
+        setattr(owner, name, measured)
+
+    with Arithmetic() as counter:
+        models.step(0, cubes, low_res, real, 1e-4)
+    timed(low_res, "draw", "samples")
+    timed(real, "draw", "samples")
+    timed(models, "generate", "generator forward")
+    timed(models.critics, "forward", "critic forward and penalty")
+    timed(models.critics, "score", "critic on the generator's slices")
+    for optimizer in (models.generator_optimizer, models.critic_optimizer):
+        timed(optimizer, "step", "Adam")
+    plain_backward = torch.Tensor.backward
+    timed(torch.Tensor, "backward", "backward of both")
+    seconds = []
+    try:
+        for step in range(1, steps + 1):
+            start = waited(group)
+            models.step(step, cubes, low_res, real, 1e-4)
+            seconds.append(waited(group) - start)
+    finally:
+        torch.Tensor.backward = plain_backward
+    shares = {part: sum(values) / sum(seconds) for part, values in parts.items()}
+    return {"seconds": statistics.median(seconds), "flops": counter.flops, **shares}
+
+
+def processes_rate(study: Study, count: int) -> float:
+    """Steps per second of `hpcres train` under torchrun, from its own rows after the first."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    command += ["hpcres", "train", str(save_study(study, "bench")), "--overwrite"]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = [line.split(",") for line in (study.folder / "training.csv").read_text().splitlines()[1:]]
+    first, last = rows[0], rows[-1]
+    return (int(last[0]) - int(first[0])) / (float(last[1]) - float(first[1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--paper", action="store_true", help="the paper's networks and recipe, too")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with tempfile.TemporaryDirectory() as name, processes(options.device, None) as group:
+        folder = Path(name)
+        rows = {"configs/fast.yaml": FAST}
+        for change, (section, values) in CHANGES.items():
+            rows[change] = {**FAST, section: {**FAST[section], **values}}
+        if options.paper:
+            rows["the paper's, fp32"] = {}
+            rows["the paper's, bf16"] = {"training": {"precision": "bf16"}}
+        tops = {kind: peak(group, dtype) for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+        print(f"{group.device.type}, {torch.get_num_threads()} threads; matrix product: "
+              + ", ".join(f"{kind} {top / 1e9:.0f} GFLOP/s" for kind, top in tops.items()))  # fmt: skip
+        for row, settings in rows.items():
+            found = measure(study_of(folder, settings, options.device), group, options.steps)
+            seconds, flops = found.pop("seconds"), found.pop("flops")
+            share = flops / seconds / max(tops.values())
+            print(f"{row:44} {1 / seconds:6.2f} steps/s  {flops / 1e9:7.1f} GFLOP  {share:5.1%} of peak  "
+                  + ", ".join(f"{part} {value:.0%}" for part, value in found.items()))  # fmt: skip
+        more = {"steps": 4 * options.steps, "report_seconds": 0.5, "settling_cubes": 2, "threads": 1}
+        study = study_of(folder, {**FAST, "training": {**FAST["training"], **more}}, options.device)
+        rates = {count: processes_rate(study, count) for count in (1, options.processes)}
+        print(", ".join(f"{count} processes of one thread: {rate:.2f} steps/s" for count, rate in rates.items()))
+
+
+if __name__ == "__main__":
+    main()
