@@ -492,6 +492,74 @@ def test_agreement_by_blocks_is_that_of_the_whole_volume(client, tmp_path, monke
     assert found["of_volume"]["solid"] == imaged.float().mean().item() or found["of_volume"]["solid"] == np.mean(
         imaged.numpy()
     )
+    p = study.scale_factor.numerator
+    compared = sharp[tuple(slice(int(n * study.scale_factor) + 1) for n in imaged.shape)]
+    for axis, name in enumerate("zyx"):
+        inside = [slice(int(n * study.scale_factor)) for n in imaged.shape]
+        inside[axis] = slice(None)
+        turned = np.moveaxis(compared[tuple(inside)], axis, 0)
+        shares = [np.mean([np.mean(turned[i - 1] != turned[i]) for i in range(1, len(turned)) if i % p == k])
+                  for k in range(p)]  # fmt: skip
+        assert found["changed_faces"][name] == pytest.approx(shares)
+
+
+def test_what_the_low_res_lattice_leaves_in_a_volume(client, tmp_path):
+    """Copied low-res voxels change at their own borders only; a volume that knows no lattice is flat."""
+    study = small_study(tmp_path, scale=4)
+    low = np.random.default_rng(0).choice(np.array([5, 9], np.uint8), (12, 12, 12))
+    np.save(tmp_path / "low.npy", low)
+    copied = (low == 9).astype(np.uint8).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+    free = np.random.default_rng(1).integers(0, 3, copied.shape, np.uint8)
+    found = []
+    for name, sharp in (("copied", copied), ("free", free)):
+        np.save(tmp_path / f"{name}.npy", sharp)
+        volumes = open_volume(tmp_path / "low.npy"), open_volume(tmp_path / f"{name}.npy")
+        found.append(agreement(study, *volumes, client=client, progress=False))
+    assert found[0]["agreement"] == 1
+    for axis, name in enumerate("zyx"):
+        differ = np.mean(np.diff(low.astype(int), axis=axis) != 0)
+        assert found[0]["changed_faces"][name] == pytest.approx([differ, 0, 0, 0])
+        assert found[1]["changed_faces"][name] == pytest.approx([2 / 3] * 4, abs=0.02)
+    assert found[0]["lattice_imprint"] == pytest.approx(3)
+    assert found[1]["lattice_imprint"] < 0.02
+
+
+@pytest.mark.parametrize("isotropic", [True, False])
+def test_appearance_is_that_of_all_slices_of_the_cubes(client, tmp_path, monkeypatch, isotropic):
+    from hpcres.metrics import appearance as module
+
+    monkeypatch.setattr(module, "_EDGE", 20)
+    monkeypatch.setattr(module, "_CUBES", 3)
+    image = np.random.default_rng(0).integers(0, 3, (2, 64, 70), np.uint8)
+    image[:, 1:] = np.where(np.random.default_rng(1).random(image[:, 1:].shape) < 0.7, image[:, :-1], image[:, 1:])
+    np.save(tmp_path / "slice.npy", np.array([0, 128, 255], np.uint8)[image])
+    images = [{"path": str(tmp_path / "slice.npy"), "planes": ["zx", "yx", "yz"]}]
+    base = small_study(tmp_path).high_res
+    high_res = base.model_validate(base.model_dump() | {"images": images, "isotropic": isotropic})
+    labels = np.random.default_rng(2).integers(0, 3, (20, 40, 80), np.uint8)
+    np.save(tmp_path / "volume.npy", labels)
+    by_plane = module.images_by_plane(high_res)
+    assert {p: [s.shape for s in stacks] for p, stacks in by_plane.items()} == (
+        {"all": [(2, 64, 70)]} if isotropic
+        else {"yx": [(2, 64, 70)], "zx": [(2, 64, 70)], "zy": [(2, 70, 64)]}
+    )  # fmt: skip
+    seen = {plane: module.look(stacks, 3) for plane, stacks in by_plane.items()}
+    found = module.appearance(open_volume(tmp_path / "volume.npy"), high_res, seen, client=client, progress=False)
+    assert (found["cubes"], found["edge"]) == (3, 20)
+    cubes = [labels[:, y : y + 20, x : x + 20] for y, x in ((0, 20), (20, 0), (20, 40))]  # 1, 4 and 6 of 8
+    for plane, entry in found["planes"].items():
+        axes = range(3) if isotropic else ["yx zx zy".split().index(plane)]
+        whole = module.look([np.moveaxis(cube, axis, 0) for cube in cubes for axis in axes], 3)
+        assert entry["errors"] == module.errors_between(whole, seen[plane], isotropic)
+        assert entry["volume_fraction"]["binder"] == np.mean([cube == 2 for cube in cubes])
+    shown = module.appearance_of_images(high_res)
+    assert all(len(v) == 4 and min(v) >= 0 for v in shown[plane]["quarters"].values())
+    assert shown[plane]["volume_fraction"]["pore"] == np.mean(image == 0)
+    down = np.mean(np.sort([image[:, 1:].ravel(), image[:, :-1].ravel()], 0).T == [0, 1], axis=1)
+    assert shown["all" if isotropic else "yx"]["interphase_area"]["pore|solid"][0] == np.mean(down == 1)
+    quarters = [image[:, a : a + 32, b : b + 35] for a in (0, 32) for b in (0, 35)]
+    one, others = (np.bincount(np.ravel(part)) / np.size(part) for part in (quarters[0], quarters[1:]))
+    assert shown[plane]["quarters"]["fraction_error"][0] == pytest.approx(np.abs(one - others).max())
 
 
 def test_a_study_measures_volume_reference_images_and_agreement(client, tmp_path):

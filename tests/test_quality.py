@@ -10,11 +10,12 @@ from small_training import ALONE, anisotropic, blobs, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
+from hpcres.metrics.appearance import errors_between, images_by_plane, look
 from hpcres.study import load_study, save_study
 from hpcres.training.adversarial import Models, train
 from hpcres.training.events import Events, crc32c
-from hpcres.training.quality import GOOD, Judge, errors_between, look
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.quality import GOOD, Judge
+from hpcres.training.samples import LowResCubes
 
 
 def test_what_is_seen_of_stacks_is_what_brute_force_counts():
@@ -59,10 +60,9 @@ def test_errors_are_zero_of_the_same_and_grow_with_what_differs():
 def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path):
     """Cubes of side.npy's patches pass in the planes it shows; agreement is that of the imaging operator."""
     study = anisotropic(tmp_path, quality_steps=1, quality_cubes=1)
-    low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
-    judge = Judge(study, low_res, real, Models(study, ALONE).operator)
-    assert [stack.shape for stack in real.images(0)] == [(1, 64, 64)]
-    assert [stack.shape for stack in real.images(1)] == [(1, 70, 60)] * 2
+    judge = Judge(study, LowResCubes(study), Models(study, ALONE).operator)
+    shapes = {plane: [s.shape for s in stacks] for plane, stacks in images_by_plane(study.high_res).items()}
+    assert shapes == {"yx": [(1, 64, 64)], "zx": [(2, 70, 60)], "zy": [(2, 60, 70)]}
 
     def painted(volume):
         return lambda given: torch.stack([torch.from_numpy(volume == i) for i in range(3)])[None].float()

@@ -2,14 +2,18 @@
 
 `low_res` of metrics.json: path, shape, voxels_compared, phases (names of its labels, merged ones with ` + `),
 volume_fraction {group: share} of the low-res volume and of the super-resolved one (`of_volume`), `agreement`
-(share of low-res voxels equal to the imaging operator applied to the volume) and `confusion`
-{low-res group: {group seen in the volume: voxels}}.
+(share of low-res voxels equal to the imaging operator applied to the volume), `confusion`
+{low-res group: {group seen in the volume: voxels}}, and what the low-res lattice left in the volume: `changed_faces`
+{axis: [share of faces along it that part two phases, by their position modulo p]} at scale factor p/q, position 0
+where a group of q low-res voxels begins, and `lattice_imprint`, the largest departure of one from its axis's mean,
+as a share of that mean. Matter knows nothing of the lattice, so these are flat but for chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 from distributed import Client
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, Triple, blocks, high_res_shape, triple
+from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Study
@@ -43,8 +47,24 @@ def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
     return triple([int(n / study.scale_factor) for n in high_res_shape(low_res_shape, study.scale_factor)])
 
 
-def _confusion(box: Box, low_res: Source, volume: Source, study_json: str) -> np.ndarray:
-    """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64."""
+def changed_faces(window: np.ndarray, own: Box, period: int) -> np.ndarray:
+    """int64 (changed or all, axis, position modulo `period`): faces between voxel i and i + 1 along each axis, i in
+    `own` (voxels of the window) and i + 1 in the window; position i + 1, counted from own's start."""
+    found = np.zeros((2, 3, period), np.int64)
+    for axis in range(3):
+        stop = list(own.stop)
+        stop[axis] = min(stop[axis] + 1, window.shape[axis])
+        part = np.moveaxis(window[Box(own.start, triple(stop)).slices], axis, 0)
+        changed = [int(np.count_nonzero(a != b)) for a, b in pairwise(part)]
+        position = np.arange(1, len(part)) % period
+        found[0, axis] = np.bincount(position, changed, period)
+        found[1, axis] = np.bincount(position, minlength=period) * part[0].size
+    return found
+
+
+def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64, and the faces of
+    the high-res voxels inside it as `changed_faces` counts them."""
     study = Study.model_validate_json(study_json)
     operator, sharp = _operator(study_json), volume.open()
     p, q = study.scale_factor.numerator, study.scale_factor.denominator
@@ -53,7 +73,7 @@ def _confusion(box: Box, low_res: Source, volume: Source, study_json: str) -> np
     start = triple([max(0, s - before) // q * q for s in box.start])
     first = triple([s // q * p for s in start])
     last = [
-        min(n, -(-stop * p // q) + operator.margin_voxels)
+        min(n, -(-stop * p // q) + max(1, operator.margin_voxels))
         for n, stop in zip(sharp.shape, box.stop, strict=True)
     ]  # fmt: skip
     window = sharp.read(Box(first, triple(last)))
@@ -63,7 +83,10 @@ def _confusion(box: Box, low_res: Source, volume: Source, study_json: str) -> np
     seen = seen[box.relative_to(start).slices]
     given = PhaseMap(tuple(study.low_res.phases), low_res.path).index(low_res.open().read(box))
     n = len(study.low_res.phases)
-    return np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n).reshape(n, n)
+    confusion = np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n).reshape(n, n)
+    ends = [min(size, stop * p // q) for size, stop in zip(sharp.shape, box.stop, strict=True)]
+    inside = Box(triple([s * p // q for s in box.start]), triple(ends)).relative_to(triple(first))
+    return confusion, changed_faces(window, inside, p)
 
 
 def agreement(
@@ -80,11 +103,15 @@ def agreement(
     edge = max(q, int(_BLOCK_HIGH_RES / study.scale_factor) // q * q)
     shape = compared_shape(study, low_res.shape)
     tasks = submit(
-        client, _confusion, blocks(shape, (edge,) * 3), low_res=Source.of(low_res), volume=Source.of(volume),
+        client, _compare, blocks(shape, (edge,) * 3), low_res=Source.of(low_res), volume=Source.of(volume),
         study_json=study.model_dump_json(),
     )  # fmt: skip
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
-    confusion = sum(client.gather(tasks), np.zeros((len(study.low_res.phases),) * 2, np.int64))
+    confusions, faces = zip(*client.gather(tasks), strict=True)
+    confusion, (changed, every) = sum(confusions), sum(faces)
+    shares = changed / np.maximum(every, 1)
+    mean = shares.mean(1, keepdims=True)
+    imprint = np.abs(shares - mean) / np.where(mean, mean, 1)
     names = [" + ".join(group) for group in study.low_res.groups]
     voxels = int(confusion.sum())
     return {
@@ -98,4 +125,6 @@ def agreement(
         "confusion": {
             a: dict(zip(names, map(int, row), strict=True)) for a, row in zip(names, confusion, strict=True)
         },
+        "changed_faces": dict(zip(AXES, shares.tolist(), strict=True)),
+        "lattice_imprint": float(imprint.max()),
     }

@@ -5,7 +5,8 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
     schema, command, versions
     volume                what was measured, as below
     reference             the ground truth, measured alike; null where the study names none
-    images                the high-res training images in 2D: fractions, areas, normalised TPB, surface (isotropic)
+    images                the high-res training images in 2D: fractions, areas, normalised TPB, surface (isotropic),
+                          planes (see appearance.py)
     low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
     published             figures of the literature from the study, as they stand there
 
@@ -16,7 +17,7 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
         specific_surface_area {unit, faces {phase: value}, crofton {phase: value}},
         interphase_area {"a|b": share of all interior faces},
         tpb {unit, density, normalised, by_phases {"a|b|c": {density, normalised}}},
-        subvolumes (see subvolumes.py), statistics (see statistics.py)
+        subvolumes (see subvolumes.py), statistics (see statistics.py), appearance (of a study; see appearance.py)
 
 An edge where four phases meet is counted once in `tpb` and stands in `by_phases` under its four names only.
 """
@@ -37,6 +38,7 @@ from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
 from hpcres.metrics import counts
+from hpcres.metrics.appearance import appearance, appearance_of_images, images_by_plane, look
 from hpcres.metrics.counts import Counts, Rim
 from hpcres.metrics.named import Named, described, summary
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, slabs, submit_with_neighbours, threads_of
@@ -230,12 +232,18 @@ def measure_study(
 
     from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without
 
+    seen = {plane: look(stacks, len(study.phases)) for plane, stacks in images_by_plane(study.high_res).items()}
+
+    def compared(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
+        shown = appearance(one, study.high_res, seen, client=client, progress=progress)
+        return {**measured(one, periodic), "appearance": shown}
+
     return {
         **header(command),
         "study": study.name,
-        "volume": measured(volume, periodic),
-        "reference": None if reference is None else measured(reference),
-        "images": measure_images(study.high_res),
+        "volume": compared(volume, periodic),
+        "reference": None if reference is None else compared(reference),
+        "images": {**measure_images(study.high_res), "planes": appearance_of_images(study.high_res)},
         "low_res": agreement(study, low_res, volume, client=client, progress=progress),
         "published": [p.model_dump(mode="json") for p in study.reference.published],
     }

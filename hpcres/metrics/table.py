@@ -145,6 +145,8 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if low_res:
         compared = f"{low_res['voxels_compared']} low-res voxels"
         lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
+        lines.append(f"faces by position in the low-res lattice: {low_res['lattice_imprint']:.1%} from flat at most")
+    lines += list(_appearance_lines(result))
     for one in result.get("published") or ():
         spread_text = f" ± {one['spread']:g}" if one.get("spread") is not None else ""
         what = f"{one['metric']} {one['of']}".strip()
@@ -152,6 +154,28 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if skipped := (volume.get("subvolumes") or {}).get("skipped"):
         lines.append(f"no sub-volumes: {skipped}")
     return "\n".join(lines)
+
+
+_APPEARANCE = {
+    "fraction_error": "fractions", "area_error": "areas", "tpb_error": "TPB", "correlation_error": "correlations",
+    "tv1": "tv1", "tv4": "tv4",
+}  # fmt: skip
+
+
+def _appearance_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """How slices of ours and of the reference differ from the images, and the images' quarters among themselves."""
+    shown = {name: _at(result.get(entry), ("appearance", "planes")) for name, entry in _SHOWN.items()}
+    for plane, image in ((result.get("images") or {}).get("planes") or {}).items():
+        errors = {name: planes[plane]["errors"] for name, planes in shown.items() if planes}
+        quarters = {key: sum(values) / len(values) for key, values in image["quarters"].items()}
+        where = "" if plane == "all" else f" in {plane}"
+        for name, one in {**errors, "a quarter of the images": quarters}.items():
+            yield f"slices of {name}{where} against the images: " + ", ".join(
+                f"{title} {one[key]:.4f}" for key, title in _APPEARANCE.items() if key in one
+            )
+
+
+_SHOWN = {"ours": "volume", "the reference": "reference"}
 
 
 def _statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:

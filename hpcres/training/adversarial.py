@@ -70,7 +70,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             models.restore(before.training_state)
         if group.rank == 0:
             save_study(study, "train")
-        judge = Judge(study, low_res, real, models.operator) if settings.quality_steps and group.rank == 0 else None
+        judge = Judge(study, low_res, models.operator) if settings.quality_steps and group.rank == 0 else None
         columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
         journal = Journal(
             study.folder if group.rank == 0 else None, columns,

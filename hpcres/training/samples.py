@@ -134,14 +134,6 @@ class RealSlices:
                 f"{self.edge} x {self.edge}; use a larger image or a larger training.crop_voxels"
             )
 
-    def images(self, axis: int) -> list[np.ndarray]:
-        """Stacks of one slice, (1, row, column), of all images that the critic of `axis` is shown."""
-        pixels = self._pixels.cpu().numpy()
-        return [
-            pixels[offset : offset + rows * columns].reshape(1, rows, columns)
-            for offset, rows, columns, *_ in self._tables[axis].tolist()
-        ]
-
     def missing_phases(self) -> list[int]:
         """Phases that no image shows."""
         return np.flatnonzero(torch.bincount(self._pixels, minlength=self.phases).cpu().numpy() == 0).tolist()
