@@ -2,6 +2,7 @@
 
     python bench/transport.py                     electrode.tiff in $HPCRES_DATA, labels 0, 85, 170 (3 minutes)
     python bench/transport.py --grow 128 256 512  iterations, time and memory of growing volumes (10 minutes)
+    python bench/transport.py --blocks            how far off and how slow --estimate blocks is (2 minutes)
 
 A time is that of the whole solve, percolation and set-up included, kernels compiled, labels in memory. TauFactor's is
 its seconds per iteration, measured over a few, times the iterations that it needs at its default stop (measured once:
@@ -81,14 +82,56 @@ print((time.perf_counter() - started) / {iterations})
     return float(done.stdout.splitlines()[-1])
 
 
+def blobs(edge: int, sigma: float | tuple[float, ...], fraction: float, seed: int) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
+    field = gaussian_filter(np.random.default_rng(seed).random((edge,) * 3, np.float32), sigma, mode="wrap")
+    return (field < np.quantile(field, fraction)).astype(np.uint8)
+
+
+def compare_blocks() -> None:
+    """Each chunk alone against the whole volume."""
+    import tempfile
+
+    import tifffile
+
+    from hpcres.metrics.transport import tortuosity
+    from hpcres.volumes import open_volume
+
+    electrode = tifffile.imread(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
+    volumes = [("electrode.tiff", electrode, ("0", "85", "170"))]
+    settings = [(2, 0.4, 1), (6, 0.4, 2), (6, 0.25, 3), (0, 0.35, 4), (12, 0.2, 5), ((2, 8, 8), 0.3, 6)]
+    volumes += [(f"blobs 192³, sigma {s}, φ {f}", blobs(192, s, f, seed), ("1",)) for s, f, seed in settings]
+    print("| volume | | D_rel, exact | blocks as a network | their mean | blocks / exact, time |\n|" + "---|" * 6)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, labels, only in volumes:
+            np.save(f"{folder}/a.npy", labels)
+            volume = open_volume(f"{folder}/a.npy")
+            for estimate in (None, 64):  # compiles
+                tortuosity(volume, only=only, directions="z", crop="0:16,0:16,0:16", estimate=estimate)
+            exact, guesses = (tortuosity(volume, only=only, threads=1, estimate=e)["results"] for e in (None, 64))
+            for i, (one, guess) in enumerate(zip(exact, guesses, strict=True)):
+                whole, mean = one["D_rel"], guess["estimate"]["mean_D_rel"]
+                # Blocks are solved once for all three directions.
+                ratio = "" if i % 3 else f"{guess['seconds'] / sum(e['seconds'] for e in exact[i : i + 3]):.1f}"
+                print(
+                    f"| {name} | {one['phase']}, {one['direction']} | {whole:.5f} | "
+                    f"{guess['D_rel'] / whole - 1:+.1%} | {mean / whole - 1:+.1%} | {ratio} |", flush=True,
+                )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--grow", type=int, nargs="*", help="edges of volumes of blobs, 40 %% conducting")
+    parser.add_argument("--blocks", action="store_true", help="the estimate from blocks against the whole volume")
     parser.add_argument("--labels", type=int, nargs="*", default=[0, 85, 170])
     options = parser.parse_args()
     if options.alone:
         solve_alone(json.loads(options.alone))
+        return
+    if options.blocks:
+        compare_blocks()
         return
     if options.grow:
         heads = "volume | conducting | seconds, one core | iterations | estimated error | bytes a voxel"

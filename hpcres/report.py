@@ -693,8 +693,9 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
         cells.append(_cell(_state(one, "tau"), "strong"))
         if truth:
             cells.append(_cell(_state(other, "tau") if other else ""))
-        share = one["percolating_fraction"] / one["volume_fraction"] if one["volume_fraction"] else 0.0
-        cells += [_cell(_state(one, "tau_percolating")), _cell(f"{share:.1%}")]
+        share = (one["percolating_fraction"] or 0.0) / one["volume_fraction"] if one["volume_fraction"] else 0.0
+        unknown = one["state"] == "estimate"
+        cells += [_cell("" if unknown else _state(one, "tau_percolating")), _cell("" if unknown else f"{share:.1%}")]
         if any(figures.values()):
             here = figures[one["phase"]] if phase else []
             cells.append(_cell("<br>".join(f"{p['metric']} {_published(p)}" for p in here), "source"))
@@ -712,6 +713,8 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
 def _state(result: Mapping[str, Any], key: str) -> str:
     if result["state"] == "not percolating":
         return "0" if key == "D_rel" else "∞ (does not percolate)" if key == "tau" else "∞"
+    if result["state"] == "estimate":
+        return f"{'∞' if result[key] is None else _number(result[key])} (estimate of blocks)"
     if result[key] is None:
         return "not converged"
     # Of D_rel it is what the upper bound may be too high, of tau what it may be too low.

@@ -15,6 +15,7 @@ import pytest
 from test_inference import command, mpirun
 
 from hpcres.errors import InputError
+from hpcres.metrics.table import transport_text
 from hpcres.metrics.transport import solve, tortuosity
 from hpcres.metrics.transport.multigrid import planes_of_unit
 from hpcres.metrics.transport.scratch import ScratchPlace
@@ -212,3 +213,63 @@ def test_a_kill_leaves_no_scratch_files(solid, tmp_path):
         assert one.stdout.readline() == "here\n"
         one.send_signal(signal.SIGKILL)
     assert not list(scratch.iterdir())
+
+
+# ---- the estimate from blocks ------------------------------------------------------------------------------
+
+
+def test_blocks_as_resistors_are_exact_where_layers_are_blocks_and_say_what_they_are(tmp_path):
+    from click.testing import CliRunner
+
+    from hpcres.cli import commands
+
+    labels = np.zeros((150, 70, 64), np.uint8)  # blocks of 64, 64 and 22 planes
+    labels[64:128] = 1
+    np.save(tmp_path / "a.npy", labels)
+    settings = {"conductivity": {"0": 1.0, "1": 0.1}, "directions": "zy", "estimate": 64, "spacing": (2.0, 1.0, 1.0)}
+    along, across = tortuosity(open_volume(tmp_path / "a.npy"), **settings)["results"]
+    shares = (86 / 150, 64 / 150)
+    assert along["D_rel"] == pytest.approx(1 / (shares[0] + shares[1] / 0.1), rel=1e-5)
+    assert across["D_rel"] == pytest.approx(shares[0] + shares[1] * 0.1, rel=1e-5)
+    assert along["estimate"]["mean_D_rel"] == pytest.approx(shares[0] + shares[1] * 0.1, rel=1e-5)
+    assert (along["state"], along["error"], along["estimate"]["blocks"]) == ("estimate", None, 6)
+    assert "-100 to +9 % off" in along["estimate"]["unreliability"]
+    assert "-100 to +9 % off" in transport_text(along)
+    for other in (["--profile"], ["--memory", "1GiB"], ["--periodic", "y"], ["--field", "f.zarr"]):
+        arguments = ["tortuosity", str(tmp_path / "a.npy"), "--estimate", "blocks", *other]
+        found = CliRunner().invoke(commands, arguments)
+        assert isinstance(found.exception, InputError)
+        assert other[0] in str(found.exception)
+
+
+def test_blocks_lose_a_pore_that_winds_between_them(tmp_path):
+    mask = np.zeros((70, 70, 4), np.uint8)
+    mask[:40, 10] = mask[39, 10:66] = mask[39:, 65] = 1
+    np.save(tmp_path / "a.npy", mask)
+    exact = tortuosity(open_volume(tmp_path / "a.npy"), only=("1",), directions="z")["results"][0]
+    guess = tortuosity(open_volume(tmp_path / "a.npy"), only=("1",), directions="z", estimate=64)["results"][0]
+    assert exact["state"] == "converged"
+    # That blocks do not percolate is no statement about the volume.
+    assert (guess["state"], guess["D_rel"], guess["tau"]) == ("estimate", 0.0, None)
+    assert "tau infinite: an estimate" in transport_text(guess)
+
+
+def test_an_estimate_is_labelled_wherever_it_is_shown_and_never_the_default(tmp_path):
+    from click.testing import CliRunner
+
+    from hpcres.cli import commands
+    from hpcres.report import _transport_table
+
+    np.save(tmp_path / "a.npy", np.random.default_rng(2).integers(0, 2, (40, 72, 40)).astype(np.uint8))
+    arguments = ["tortuosity", str(tmp_path / "a.npy"), "--output", str(tmp_path / "t.json"), "--phase", "1"]
+    shown = CliRunner().invoke(commands, [*arguments, "--estimate", "blocks"])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("% off as a network") == 4  # the heading and three directions
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert "% off as a network" in found["solver"]["method"]
+    page = _transport_table(found)
+    assert page.count("(estimate of blocks)") == 6
+    assert "% off as a network" in page
+    assert "upper bound" not in page + shown.output
+    CliRunner().invoke(commands, arguments)
+    assert {r["state"] for r in json.loads((tmp_path / "t.json").read_text())["volume"]["results"]} == {"converged"}

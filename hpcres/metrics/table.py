@@ -222,6 +222,13 @@ def transport_text(result: Mapping[str, Any]) -> str:
     if result["state"] == "not converged":
         return what + f"not converged after {result['iterations']} iterations: no number"
     d_rel, error = result["D_rel"], result["error"]
+    if result["state"] == "estimate":
+        how = result["estimate"]
+        tau = "infinite" if result["tau"] is None else f"about {result['tau']:.4f}"
+        return what + (
+            f"D_rel about {d_rel:.4f} as a network of {how['blocks']} blocks, {how['mean_D_rel']:.4f} as their mean, "
+            f"tau {tau}: {how['unreliability']}; {result['seconds']:.1f} s"
+        )
     return what + (
         f"D_rel {d_rel:.6f} - {error * d_rel:.1g} (upper bound and its estimated error, {error:.1e} of it), "
         f"tau {result['tau']:.5f} + {error * result['tau']:.1g} (percolating fraction "

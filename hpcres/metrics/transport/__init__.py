@@ -14,7 +14,9 @@ transport.json (schema "hpcres transport 2"):
                           percolating_fraction, clusters_left_out, voxels_left_out, D_rel, error, tau,
                           tau_percolating, iterations, seconds, bytes, profile or null}]
 
-state is "converged"; "not percolating" (D_rel 0, tau null, which means infinite); or "not converged" (both null).
+state is "converged"; "not percolating" (D_rel 0, tau null, which means infinite); "not converged" (both null); or
+"estimate" (of blocks alone: no error, and D_rel 0 does not say that nothing percolates; `estimate` then has their
+edge, number, mean_D_rel, and how far off such numbers are).
 D_rel is an upper bound, and `error` the estimate of how much it is too high, as a share of it. tau takes the whole
 volume fraction, tau_percolating that of the clusters which touch both faces; voxels_left_out is what is in the others.
 profile: tau of each layer along the direction (see `multigrid.tau_of_layers`), on request.
@@ -41,6 +43,7 @@ from hpcres.volumes import Volume
 SCHEMA = "hpcres transport 2"
 DEFAULT_RTOL = 1e-3
 INSULATED = (False, False, False)
+BLOCK_VOXELS = 64  # edge of the blocks of an estimate
 Report = Callable[[str, int, float, float], None]
 """Called after every iteration with direction, iterations, D_rel so far and its estimated error."""
 
@@ -49,13 +52,13 @@ Report = Callable[[str, int, float, float], None]
 class Solution:
     """Transport along one direction; dimensionless."""
 
-    state: Literal["converged", "not percolating", "not converged"]
+    state: Literal["converged", "not percolating", "not converged", "estimate"]
     volume_fraction: float
-    percolating_fraction: float
+    percolating_fraction: float | None
     d_rel: float | None
     error: float | None = None
     conductivity: float = 0.0  # mean over the volume, and of what percolates
-    percolating_conductivity: float = 0.0
+    percolating_conductivity: float | None = 0.0
     clusters_left_out: int = 0
     voxels_left_out: int = 0
     iterations: int = 0
@@ -75,8 +78,8 @@ class Solution:
     def tau_percolating(self) -> float | None:
         return self._tau(self.percolating_conductivity)
 
-    def _tau(self, conductivity: float) -> float | None:
-        if self.d_rel is None:
+    def _tau(self, conductivity: float | None) -> float | None:
+        if self.d_rel is None or conductivity is None:
             return None
         return conductivity / self.d_rel if self.d_rel > 0 else inf
 
@@ -185,7 +188,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def describe(rtol: float, periodic: Sequence[bool] = INSULATED) -> dict[str, Any]:
+def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | None = None) -> dict[str, Any]:
+    """estimate: edge of the blocks that are solved alone."""
+    if estimate is not None:
+        from hpcres.metrics.transport.estimate import UNRELIABILITY
+
+        return {
+            "name": "hpcres",
+            "method": f"no solution of the volume: blocks of {estimate}³ voxels solved alone, then as resistors; "
+            f"{UNRELIABILITY}",
+            "stop": f"estimated error of each block's D_rel below {rtol:g}",
+            "rtol": rtol,
+            "periodic": [],
+        }
     axes = [axis for axis, meets in zip(AXES, periodic, strict=True) if meets]
     sides = f"periodic across {' and '.join(axes)}, else insulated" if axes else "insulated"
     return {
@@ -249,12 +264,13 @@ def tortuosity(
     report: Callable[[str, str, int, float, float], None] | None = None,
     finished: Callable[[dict[str, Any]], None] | None = None,
     field: str | None = None, overwrite: bool = False, comm: Any = None, on_node: int = 1, memory: int | None = None,
-    scratch: Path | None = None, say: Callable[[str], None] | None = None,
+    scratch: Path | None = None, say: Callable[[str], None] | None = None, estimate: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Transport of whole phases of a volume: an entry of transport.json.
 
     Held in memory; or by the ranks of `comm`, an mpi4py communicator with `on_node` ranks on this node; or out of core
-    where it takes more than `memory` bytes, with files in `scratch`, and say(line) of what that takes.
+    where it takes more than `memory` bytes, with files in `scratch`, and say(line) of what that takes. With `estimate`,
+    blocks of that edge alone, which is no solution of the volume (see `estimate`).
 
     phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
     phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
@@ -266,14 +282,14 @@ def tortuosity(
             raise InputError(f"direction {direction}: the volume is 1 voxel thin there; give a volume, not a slice")
     threads = threads or _cores()
     slabs: Any = None
-    if comm is not None or memory is not None:
+    if comm is not None or memory is not None or estimate is not None:
         from hpcres.metrics.transport.slabwise import SlabVolume
 
         slabs = SlabVolume(
             volume, box, comm=comm, on_node=on_node, memory=memory, scratch=scratch or Path(), threads=threads,
             whole_chunks=field is not None, say=say or (lambda line: None),
         )  # fmt: skip
-        found, solve_one = slabs.found, slabs.solve
+        found, solve_one = slabs.found, slabs.solve if estimate is None else partial(slabs.estimate, estimate)
     else:
         check_memory(box.shape)
         labels, found = _small_labels(volume.read(box), volume.path)
@@ -314,6 +330,8 @@ def tortuosity(
                 )[direction]  # fmt: skip
                 what = {"phase": name, "labels": list(conducting), "conductivity": given, "direction": direction}
                 results.append({**what, **solved.as_json()})
+                if estimate is not None:
+                    results[-1]["estimate"] = {"edge": estimate, **slabs.estimated(direction)}
                 if finished is not None:
                     finished(results[-1])
     return {

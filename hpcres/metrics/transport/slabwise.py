@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -44,6 +45,7 @@ class SlabVolume:
         size = comm.Get_size() if comm else 1
         self._unit = FIELD_PLANES if whole_chunks else planes_of_unit(deep, size)
         self._held: tuple[int, np.ndarray] | None = None
+        self._blocks: Any = None
         if comm:
             self._number = len(cut(deep, size, self._unit, False))
             # Ranks beyond the number of slabs only wait for results.
@@ -112,6 +114,44 @@ class SlabVolume:
             solution = self._solve(conductivity, direction, spacing, periodic, rtol, profile, report, keep)
             found[direction] = self._comm.bcast(solution) if self._comm else solution
         return {direction: one for direction, one in found.items() if one is not None}
+
+    def estimate(
+        self, edge: int, conductivity: Mapping[int, float], *, directions: Sequence[str], spacing: Sequence[float],
+        rtol: float, **_: Any,
+    ) -> dict[str, Solution]:  # fmt: skip
+        """Blocks of this edge alone, as resistors (see `estimate`)."""
+        from hpcres.metrics.transport.estimate import solve_blocks
+
+        start, key = time.perf_counter(), (edge, tuple(conductivity.items()))
+        if self._blocks is None or self._blocks[0] != key:
+            def read(box: Box) -> np.ndarray:
+                return self._small(self._volume.read(box.relative_to([-a for a in self._box.start])))
+
+            settings = {"spacing": spacing, "rtol": rtol, "threads": self._threads}
+            self._blocks = key, solve_blocks(read, self._box.shape, edge, conductivity, **settings)
+        blocks = self._blocks[1]
+        found = {}
+        for direction in directions:
+            d_rel = blocks.network(AXES.index(direction), spacing)
+            seconds = time.perf_counter() - start
+            # A network that does not percolate does not say that the volume does not: its state is the same.
+            found[direction] = Solution(
+                "estimate" if blocks.converged else "not converged", blocks.fraction, None,
+                d_rel if blocks.converged else None, conductivity=blocks.conductivity, percolating_conductivity=None,
+                seconds=seconds,
+            )  # fmt: skip
+        return found
+
+    def estimated(self, direction: str) -> dict[str, Any]:
+        """What belongs to the last estimate's number."""
+        from hpcres.metrics.transport.estimate import UNRELIABILITY
+
+        assert self._blocks is not None
+        blocks = self._blocks[1]
+        return {
+            "blocks": int(np.prod(blocks.d_rel.shape[1:])), "mean_D_rel": blocks.mean(AXES.index(direction)),
+            "unreliability": UNRELIABILITY,
+        }  # fmt: skip
 
     def _solve(
         self, conductivity: Mapping[int, float], direction: str, spacing: Sequence[float], periodic: Sequence[bool],
