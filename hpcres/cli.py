@@ -97,6 +97,10 @@ _scheduler = click.option(
     metavar="ADDRESS|FILE",
     help="A running Dask scheduler (tcp://host:port or its file); local by default.",
 )
+_worker_wait = click.option(
+    "--worker-wait", type=click.FloatRange(min=0, min_open=True), default=900, metavar="SECONDS", show_default=True,
+    help="How long to wait for new workers once a running scheduler has lost its last.",
+)  # fmt: skip
 
 
 def _is_study(source: str) -> bool:
@@ -400,6 +404,7 @@ _STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum",
 @_volume_argument
 @_study_options
 @_scheduler
+@_worker_wait
 @_voxel_size
 @click.option(
     "--periodic", type=click.Choice(("z", "y", "x")), multiple=True,
@@ -410,8 +415,9 @@ _STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum",
 @click.option("--lags", type=click.IntRange(1), help="Largest distance of correlations, in voxels.  [default: 64]")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
 def metrics(
-    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, voxel_size: str | None,
-    periodic: tuple[str, ...], added: tuple[str, ...], left_out: tuple[str, ...], lags: int | None, as_json: bool,
+    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, worker_wait: float,
+    voxel_size: str | None, periodic: tuple[str, ...], added: tuple[str, ...], left_out: tuple[str, ...],
+    lags: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure volume fractions, surface and interphase areas, TPB, their spread over sub-volumes, correlations, chords,
     connected shares, spectra, and the standard error of each number.
@@ -444,7 +450,7 @@ def metrics(
         volume = _study_volume(study)
         target: Path | None = study.metrics_path
         _writable(study.metrics_path)
-        with connect(scheduler) as client:
+        with connect(scheduler, worker_wait=worker_wait) as client:
             result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
         save_study(study, "metrics")
     else:
@@ -452,7 +458,7 @@ def metrics(
         volume, target, size = open_volume(source), Path(output) if output else None, _parse_size(voxel_size)
         if target is not None:
             _writable(target)
-        with connect(scheduler) as client:
+        with connect(scheduler, worker_wait=worker_wait) as client:
             measured = measure(
                 volume, client=client, voxel_size=size, settings=SubVolumes(count=0), periodic=(z, y, x),
                 statistics=_statistics(Metrics(), added, left_out, lags), scratch=target and target.absolute().parent,
@@ -631,10 +637,12 @@ def _parse_conductivities(texts: tuple[str, ...]) -> dict[str, float] | None:
 @_volume_argument
 @_study_options
 @_scheduler
+@_worker_wait
 @_voxel_size
 def report(
-    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, voxel_size: str | None
-) -> None:
+    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, worker_wait: float,
+    voxel_size: str | None,
+) -> None:  # fmt: skip
     """One HTML page: slices, metrics beside their references, distributions, training, provenance.
 
     \b
@@ -660,7 +668,7 @@ def report(
         _no_settings(source, settings)
         volume, target, size = open_volume(source), Path(output or "report.html"), _parse_size(voxel_size)
         _writable(target)
-        with connect(scheduler) as client:
+        with connect(scheduler, worker_wait=worker_wait) as client:
             measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes())
         command = _command_line()
         path = report_volume(volume, {**header(command), "volume": measured}, target)

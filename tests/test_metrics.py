@@ -321,7 +321,7 @@ def test_a_running_scheduler_gives_the_same_numbers_by_address_and_by_file(clien
 
 @contextmanager
 def dask_cluster(folder: Path, workers: int, *options: str):
-    """(scheduler file, worker processes by name) as a user starts them from a shell; killed on the way out."""
+    """(scheduler file, processes by name) as a user starts them from a shell; killed on the way out."""
     file = folder / "cluster.json"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     scheduler = [sys.executable, "-m", "dask", "scheduler", "--no-dashboard", "--scheduler-file", str(file)]
@@ -391,6 +391,29 @@ def test_workers_that_keep_dying_and_a_lost_scheduler_end_the_command_with_one_l
         said = run.communicate(timeout=100)
     assert (run.returncode, said[0], said[1].count("\n")) == (3, "", 1), said
     assert ("killed 2 workers" if dies == "worker" else "scheduler is lost") in said[1]
+    assert not list(tmp_path.glob("*m.json*"))
+
+
+def test_a_run_whose_workers_are_all_gone_says_so_and_ends(tmp_path, monkeypatch):
+    """The only worker is killed while it counts, and nothing starts another: a line, then the end after 4 seconds."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    (tmp_path / "preload.py").write_text(
+        "import os, time\nfrom hpcres.metrics import counts\n"
+        f"os.chdir({str(tmp_path)!r})\ncounts.count_inner = lambda *_: (open('counting', 'w'), time.sleep(60))\n"
+    )
+    np.save(tmp_path / "a.npy", np.zeros((8, 8, 8), np.uint8))
+    with dask_cluster(tmp_path, 1, "--preload", str(tmp_path / "preload.py")) as (file, started):
+        command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", "--scheduler", str(file), "--output", "m.json"]
+        run = subprocess.Popen([*command, "--worker-wait", "4"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        while not (tmp_path / "counting").exists():
+            assert run.poll() is None
+            time.sleep(0.05)
+        started["w0"].kill()
+        first, last = run.communicate(timeout=60)[1].splitlines()
+    assert "no worker is left, waited " in first
+    assert f"dask worker --scheduler-file {file}" in first
+    assert run.returncode == 3
+    assert "no worker for 4 s; nothing is written: start some" in last
     assert not list(tmp_path.glob("*m.json*"))
 
 

@@ -40,7 +40,16 @@ from distributed import Client
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics import counts
-from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, submit, threads_of
+from hpcres.metrics.schedule import (
+    Source,
+    block_shape,
+    block_voxels,
+    finished,
+    follow,
+    shown,
+    submit,
+    threads_of,
+)  # fmt: skip
 from hpcres.volumes import Volume
 
 UNIT = 4096
@@ -133,25 +142,27 @@ def _enter(halo_label, halo_distance, label, distance, places, offsets, weights)
 
 
 @numba.njit(cache=True, nogil=True)
-def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
+def _spread(label, distance, seeds, offsets, weights, queue_of, queues, onward):
     """Dijkstra from `seeds` (places in order of their distance) inside each phase; the longest path found.
 
     One first-in-first-out queue for each length of step: what enters a queue is never shorter than what entered it
-    before, so the nearest voxel is at the head of some queue.
+    before, so the nearest voxel is at the head of some queue. onward: see `_onward`.
     """
-    size = 1024
-    place, length = np.empty((queues, size), np.int64), np.empty((queues, size), np.int64)
+    # An entry is a place × 32 + the step that led there.
+    size, last, first = 1024, np.int64(31), np.int64(offsets.size)
+    entry, length = np.empty((queues, size), np.int64), np.empty((queues, size), np.int64)
     head, tail, nearest = np.zeros(queues, np.int64), np.zeros(queues, np.int64), np.full(queues, _NEVER)
     seed, longest = 0, np.int64(0)
     while True:
-        at, best, own = np.int64(-1), _NEVER, -1
+        at, best, own, came = np.int64(-1), _NEVER, -1, first
         if seed < seeds.size:
             at, best = seeds[seed], np.int64(distance[seeds[seed]])
         for q in range(queues):
             if nearest[q] < best:
                 best, own = nearest[q], q
         if own >= 0:
-            at = place[own, head[own] & (size - 1)]
+            both = entry[own, head[own] & (size - 1)]
+            at, came = both >> 5, both & last
             head[own] += 1
             nearest[own] = length[own, head[own] & (size - 1)] if head[own] < tail[own] else _NEVER
         elif at >= 0:
@@ -162,7 +173,8 @@ def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
             continue
         longest = best
         phase = label[at]
-        for k in range(offsets.size):
+        for i in range(1, onward[came, 0] + 1):
+            k = onward[came, i]
             # Places are never negative; numba need not look for such as count from the end.
             to = np.uint64(at + offsets[k])
             further = best + weights[k]
@@ -170,18 +182,36 @@ def _spread(label, distance, seeds, offsets, weights, queue_of, queues):
                 distance[to] = further
                 q = queue_of[k]
                 if tail[q] - head[q] == size:
-                    more_place = np.empty((queues, 2 * size), np.int64)
+                    more_entry = np.empty((queues, 2 * size), np.int64)
                     more_length = np.empty((queues, 2 * size), np.int64)
                     for p in range(queues):
-                        for i in range(head[p], tail[p]):
-                            more_place[p, i & (2 * size - 1)] = place[p, i & (size - 1)]
-                            more_length[p, i & (2 * size - 1)] = length[p, i & (size - 1)]
-                    place, length, size = more_place, more_length, 2 * size
-                place[q, tail[q] & (size - 1)] = np.int64(to)
+                        for j in range(head[p], tail[p]):
+                            more_entry[p, j & (2 * size - 1)] = entry[p, j & (size - 1)]
+                            more_length[p, j & (2 * size - 1)] = length[p, j & (size - 1)]
+                    entry, length, size = more_entry, more_length, 2 * size
+                entry[q, tail[q] & (size - 1)] = (np.int64(to) << 5) | k
                 length[q, tail[q] & (size - 1)] = further
                 tail[q] += 1
                 if nearest[q] == _NEVER:
                     nearest[q] = further
+
+
+def _onward(steps: Sequence[Triple], weights: Sequence[int]) -> np.ndarray:
+    """By the step that led to a voxel (the last row: none did) how many steps are worth trying from it, and which.
+
+    What the voxel before can reach in one step that is no longer than both together, it has reached already.
+    """
+    length = dict(zip(steps, weights, strict=True))
+    table = np.zeros((len(steps) + 1, len(steps) + 1), np.int64)
+    for row, (came, before) in enumerate([*length.items(), ((0, 0, 0), 0)]):
+        found = []
+        for k, (step, own) in enumerate(length.items()):
+            direct = triple([a + b for a, b in zip(came, step, strict=True)])
+            reached = direct == (0, 0, 0) or length.get(direct, before + own + 1) <= before + own
+            if not any(came) or not reached:
+                found.append(k)
+        table[row, : len(found) + 1] = len(found), *found
+    return table
 
 
 def sweep(
@@ -201,7 +231,7 @@ def sweep(
     seeds = np.unique(np.concatenate([seeds, reached]))
     seeds = seeds[np.argsort(flat[1][seeds], kind="stable")]
     known, queue_of = np.unique(lengths, return_inverse=True)
-    longest = _spread(*flat, seeds, offsets, lengths, queue_of, len(known))
+    longest = _spread(*flat, seeds, offsets, lengths, queue_of, len(known), _onward(steps, weights))
     assert longest + int(lengths.max()) < int(_UNREACHED), "a path of more than a million voxel edges"
 
 
@@ -215,8 +245,9 @@ def _facing(step: Triple) -> tuple[int | slice, ...]:
     return tuple(0 if s < 0 else -1 if s > 0 else slice(None) for s in step)
 
 
-def _relax(at: Triple, job: _Job, side: int) -> dict[Triple, bytes]:
-    """Sweep one block; for each neighbour what says whether it has to look again (empty while it sees no path)."""
+def _relax(at: Triple, job: _Job, side: int) -> tuple[int, dict[Triple, bytes]]:
+    """Sweep one block: how many of its voxels have a path, and for each neighbour what says whether it has to look
+    again (empty while it sees no path)."""
     box = job.box(at)
     index, _ = counts.indexed(job.source.open().read(box), job.labels)
     inner, padded = (slice(1, -1),) * 3, [n + 2 for n in box.shape]
@@ -249,7 +280,7 @@ def _relax(at: Triple, job: _Job, side: int) -> dict[Triple, bytes]:
     # Whole or not at all, each: a task that dies in between is run again and then shows what the file already knows.
     _save(known, lambda file: np.save(file, found))
     _save(job.file(side, at, "rim.npz"), lambda file: np.savez(file, allow_pickle=False, **shown))
-    return digests
+    return int(np.count_nonzero(found != _UNREACHED)), digests
 
 
 def _key(step: Triple) -> str:
@@ -297,17 +328,24 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
     """Sweep blocks from one face of the volume until no block shows its neighbours anything new."""
     first = (max if side else min)(at[job.axis] for at in job.places)
     active = {at for at in job.places if at[job.axis] == first}
-    shown: dict[tuple[Triple, Triple], bytes] = {}
-    while active:
-        places = sorted(active)
-        futures = submit(client, _relax, places, job=job, side=side)
-        follow(futures, what, progress)
-        active = set()
-        for at, digests in zip(places, client.gather(futures), strict=True):
-            for step, near in job.beside(at):
-                if shown.get((at, step), b"") != digests[step]:
-                    shown[at, step] = digests[step]
-                    active.add(near)
+    known: dict[tuple[Triple, Triple], bytes] = {}
+    reached, sweeps, voxels = dict.fromkeys(job.places, 0), 0, prod(job.shape)
+    with shown(what, voxels, progress) as show:
+        while active:
+            places, active, waiting = sorted(active), set(), len(active)
+            futures = submit(client, _relax, places, job=job, side=side)
+            place_of = dict(zip((future.key for future in futures), places, strict=True))
+            for future in finished(futures, what):
+                at = place_of[future.key]
+                reached[at], digests = future.result()
+                for step, near in job.beside(at):
+                    if known.get((at, step), b"") != digests[step]:
+                        known[at, step] = digests[step]
+                        active.add(near)
+                sweeps, waiting, total = sweeps + 1, waiting - 1, sum(reached.values())
+                # How many sweeps it takes nobody knows; nor how many voxels no path reaches.
+                blocks = f"{sweeps} block sweeps, {waiting + len(active)} to come as yet"
+                show(total, f"{100 * total / voxels:.1f} % of the voxels reached, {blocks}")
 
 
 def geodesic(
@@ -335,7 +373,8 @@ def geodesic(
             source = Source.of(volume)
             job = _Job(source, tuple(labels), shape, triple(cut_into), axis, steps, weights, folder)
             for side in (0, 1):
-                _solve(client, job, side, f"geodesic paths along {name}, {'back' if side else 'forth'}", progress)
+                what = f"geodesic paths along {name} {'back' if side else 'forth'}, part {2 * axis + side + 1} of 6"
+                _solve(client, job, side, what, progress)
             futures = submit(client, _sum, job.places, job=job)
             follow(futures, f"geodesic tortuosity along {name}", progress)
             total = [{form: Paths(0, 0, 0) for form in ("inlet", "outlet", "whole")} for _ in labels]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -19,7 +20,7 @@ from dask import delayed
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, as_completed
 from distributed.comm import CommClosedError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Triple, triple
@@ -31,20 +32,25 @@ BLOCK_BYTES = 64 * 2**20
 _SLAB_BYTES = 16 * 2**20
 """Of a block that are held at a time: what a core's share of cache has room for."""
 _LINE_SECONDS = 5.0
+WORKER_WAIT_SECONDS = 900.0
+"""How long a run waits for a worker once none is left: as long as a batch system may take to start another."""
 
 
 @contextmanager
-def connect(scheduler: str | None = None, threads: int | None = None) -> Iterator[Client]:
+def connect(
+    scheduler: str | None = None, threads: int | None = None, worker_wait: float = WORKER_WAIT_SECONDS
+) -> Iterator[Client]:
     """A Dask client: threads of this process by default (the kernels release the GIL), else a running scheduler.
 
     `scheduler` is an address (tcp://host:port) or a scheduler file; InputError where nobody answers or works.
-    Unfinished where it is lost on the way, or workers die of one and the same task again and again.
+    Unfinished where it is lost on the way, where workers die of one and the same task again and again, or where there
+    are none for `worker_wait` seconds.
     """
     for name in ("distributed", "distributed.client"):  # what ends a run is said here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    where = scheduler or "this machine"
+    where, given_up = scheduler or "this machine", threading.Event()
     try:
-        with _client(scheduler, threads) as client:
+        with _client(scheduler, threads) as client, _watched(client, where, worker_wait, given_up):
             yield client
     except KilledWorker as error:
         raise Unfinished(
@@ -52,6 +58,11 @@ def connect(scheduler: str | None = None, threads: int | None = None) -> Iterato
             f"{error.last_worker.address}; nothing is written: give them more memory or see their logs, then run again"
         ) from None
     except (CancelledError, CommClosedError):
+        if given_up.is_set():
+            raise Unfinished(
+                f"{where}: no worker for {worker_wait:.0f} s; nothing is written: {_start_workers(where)}, then run "
+                f"again, or wait longer with --worker-wait"
+            ) from None
         raise Unfinished(
             f"{where}: the Dask scheduler is lost; nothing is written: start it and its workers, then run again"
         ) from None
@@ -84,6 +95,47 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
         except TimeoutError:
             raise InputError(f"--scheduler {scheduler}: it has no workers; start some with `dask worker`") from None
         yield client
+
+
+def _start_workers(where: str) -> str:
+    return f"start some with `dask worker {where if '://' in where else f'--scheduler-file {where}'}`"
+
+
+@contextmanager
+def _watched(client: Client, where: str, limit: float, given_up: threading.Event) -> Iterator[None]:
+    """Tell the user while `client` has no workers; after `limit` seconds of that, cancel all it waits for."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        lone, due = 0.0, min(30.0, limit / 2)  # seconds without a worker; when to say so next
+        since = time.monotonic()
+        while not ended.wait(1.0):
+            try:
+                working = bool(client.nthreads())
+            except Exception:  # a scheduler that does not answer is seen, and told, by who waits for results
+                working = True
+            if working:
+                if lone >= min(30.0, limit / 2) and not given_up.is_set():
+                    print(f"{where}: workers again, after {lone:.0f} s", file=sys.stderr, flush=True)
+                since, lone, due = time.monotonic(), 0.0, min(30.0, limit / 2)
+                continue
+            lone = time.monotonic() - since
+            if lone >= limit:
+                given_up.set()
+                with suppress(Exception):
+                    client.cancel([Future(key, client) for key in list(client.futures)], force=True)
+            elif lone >= due:
+                due *= 2
+                waited = f"waited {lone:.0f} s of at most {limit:.0f} s"
+                print(f"{where}: no worker is left, {waited}; {_start_workers(where)}", file=sys.stderr, flush=True)
+
+    watcher = threading.Thread(target=watch, name="hpcres-workers", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join(timeout=5)
 
 
 @dataclass(frozen=True)
@@ -164,25 +216,44 @@ def submit_with_neighbours(
     return client.compute(joined)
 
 
-def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
-    """Wait for all, showing how many are done; the first exception of a task ends the rest and is raised."""
+@contextmanager
+def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """A function that shows how much of `total` is done, in the words given with it: a bar on a terminal, else a line
+    every few seconds."""
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console,
-        disable=not (progress and console.is_terminal), transient=True,
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn(),
+        console=console, disable=not (progress and console.is_terminal), transient=True,
     )  # fmt: skip
     said = time.monotonic()
     with bar:
-        job = bar.add_task(what, total=len(futures))
-        for done, future in enumerate(as_completed(futures), 1):
-            if future.status == "cancelled":  # by a scheduler that is gone
-                raise CancelledError(what)
-            if future.status != "finished":
-                error = future.exception()
-                for other in futures:
-                    other.cancel()
-                raise error
-            bar.advance(job)
+        job = bar.add_task(what, total=total, words="")
+
+        def show(done: int, words: str) -> None:
+            nonlocal said
+            bar.update(job, completed=done, words=words)
             if progress and not console.is_terminal and time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
-                print(f"{what}: {done} of {len(futures)}", file=sys.stderr, flush=True)
+                print(f"{what}: {words}", file=sys.stderr, flush=True)
+
+        yield show
+
+
+def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
+    """Futures as they finish; the first exception of a task ends the rest and is raised."""
+    for future in as_completed(futures):
+        if future.status == "cancelled":  # by a scheduler that is gone, or for want of workers
+            raise CancelledError(what)
+        if future.status != "finished":
+            error = future.exception()
+            for other in futures:
+                other.cancel()
+            raise error
+        yield future
+
+
+def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
+    """Wait for all, showing how many are done; the first exception of a task ends the rest and is raised."""
+    with shown(what, len(futures), progress) as show:
+        for done, _ in enumerate(finished(futures, what), 1):
+            show(done, f"{done} of {len(futures)}")
