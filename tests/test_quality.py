@@ -51,6 +51,10 @@ def test_errors_are_zero_of_the_same_and_grow_with_what_differs():
     other = errors_between(look([blobs((1, 200, 200), 1)], 3), look([image], 3), True)
     assert coarse["tv1"] > 3 * other["tv1"]
     assert coarse["area_error"] > 3 * other["area_error"]
+    for turn in (np.rot90(image, 1, (1, 2)), image[:, :, ::-1], image.transpose(0, 2, 1)):
+        turned = errors_between(look([turn], 3), look([image], 3), True)
+        assert max(turned.values()) == pytest.approx(0, abs=1e-12)
+        assert errors_between(look([turn], 3), look([image], 3), False)["tv4"] > 0.1
     along = np.broadcast_to(image[:, :1], image.shape)  # rods: seen from another side, areas differ by direction
     rods = look([along], 3)
     assert errors_between(rods, look([along.transpose(0, 2, 1)], 3), True)["area_error"] == pytest.approx(0)

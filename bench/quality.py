@@ -1,0 +1,379 @@
+"""How good the shipped recipes are: trained, painted and measured by the commands a user has, beside what is known.
+
+    python bench/quality.py sofc --minutes 3 --seeds 0 1 2       real fuel-cell anode, case 3 (15 minutes)
+    python bench/quality.py phantom --scale 2 4 8 --minutes 10   a phantom of 256³, beside the true volume
+    python bench/quality.py separator --minutes 10               real separator, case 2, plane by plane
+
+sofc and separator need HPCRES_DATA, or --data FOLDER. --keep FOLDER keeps everything and goes on where an earlier call
+stopped. --steps N trains N steps whatever the clock says, which is what to compare recipes with where other work runs;
+--set SECTION.KEY=VALUE changes the recipe. Nothing is chosen by the truth: training keeps the generator with the best
+score by the images and the low-res volume (training/quality.py). --picture FILE.png shows slices of the first seed.
+
+One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation. Beside it
+nearest and trilinear upsampling, and what a quarter of every image is from the whole (mean of the four; for figures
+that are differences from the images).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcres.geometry import Box
+from hpcres.study import Study, load_study
+from hpcres.volumes import PHASE_COLOURS, LabelStore, PhaseMap, array_volume, convert, open_volume, read_images
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SEEDS_PAINTED = 2
+STEADY = 0.03
+"""Other noise may change no fraction, area or TPB by more than this share of it."""
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the table: how to get it from what was measured (None where it is not known), and its bar."""
+
+    name: str
+    of: Callable[[Result], float | None]
+    bar: tuple[float, float] | None = None
+    """Least and most that is met."""
+    form: str = ".4f"
+
+    def met(self, value: float) -> bool:
+        return self.bar is None or self.bar[0] <= value <= self.bar[1]
+
+    @property
+    def bar_text(self) -> str:
+        if self.bar is None:
+            return ""
+        least, most = self.bar
+        if least == -np.inf:
+            return f"≤ {most:{self.form}}"
+        return f"≥ {least:{self.form}}" if most == np.inf else f"{least:{self.form}} … {most:{self.form}}"
+
+
+def below(most: float) -> tuple[float, float]:
+    return -np.inf, most
+
+
+def above(least: float) -> tuple[float, float]:
+    return least, np.inf
+
+
+# ---- what is read of metrics.json, transport.json and the store ---------------------------------------------
+
+
+def at(tree: Any, *path: str) -> Any:
+    for step in path:
+        tree = (tree or {}).get(step)
+    return tree
+
+
+def worst_fraction(against: str) -> Callable[[Result], float | None]:
+    def of(result: Result) -> float | None:
+        ours, theirs = result["volume"]["volume_fraction"], result[against]["volume_fraction"]
+        return max(abs(ours[phase] - theirs[phase]) for phase in theirs)
+
+    return of
+
+
+def worst_area(against: str) -> Callable[[Result], float | None]:
+    def of(result: Result) -> float | None:
+        ours, theirs = result["volume"]["interphase_area"], result[against]["interphase_area"]
+        return max(abs(ours[pair] / wanted - 1) for pair, wanted in theirs.items() if wanted > 1e-3)
+
+    return of
+
+
+def seen(key: str, plane: str = "all") -> Callable[[Result], float | None]:
+    """An error of slices of the volume against the images, or of a quarter of these."""
+
+    def of(result: Result) -> float | None:
+        if values := at(result, "quarters", plane, key):
+            return statistics.mean(values)
+        return at(result, "volume", "appearance", "planes", plane, "errors", key)
+
+    return of
+
+
+def of_volume(*path: str) -> Callable[[Result], float | None]:
+    return lambda result: at(result, *path)
+
+
+def relative_fraction(plane: str) -> Callable[[Result], float | None]:
+    def of(result: Result) -> float | None:
+        ours = at(result, "volume", "volume_fraction")
+        theirs = at(result, "images", "planes", plane, "volume_fraction")
+        return max(abs(ours[phase] / theirs[phase] - 1) for phase in theirs) if ours else None
+
+    return of
+
+
+def tpb_error(result: Result) -> float | None:
+    return abs(result["volume"]["tpb"]["normalised"] / result["reference"]["tpb"]["normalised"] - 1)
+
+
+def d_rel_error(phase: str) -> Callable[[Result], float | None]:
+    """The direction that is furthest off, of those in which the true volume percolates."""
+
+    def of(result: Result) -> float | None:
+        ours, truth = (
+            {one["direction"]: one["D_rel"] for one in result["transport"][volume]["results"] if one["phase"] == phase}
+            for volume in ("volume", "reference")
+        )
+        errors = [abs(ours[direction] / true - 1) for direction, true in truth.items() if true]
+        return max(errors) if errors else None
+
+    return of
+
+
+def ours_only(key: str) -> Callable[[Result], float | None]:
+    return lambda result: result.get(key)
+
+
+def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> list[Figure]:
+    common = [
+        Figure("steps trained", ours_only("steps"), form=".0f"),
+        Figure("minutes trained", ours_only("minutes"), form=".1f"),
+        Figure("best score, of step", ours_only("best_step"), form=".0f"),
+    ]
+    agreement, imprint = of_volume("low_res", "agreement"), of_volume("low_res", "lattice_imprint")
+    noise = [
+        Figure("voxels changed by other noise", ours_only("changed"), form=".2%"),
+        Figure("largest change of a metric by it", ours_only("unsteady"), below(STEADY), ".2%"),
+    ]
+    if case == "sofc":
+        long = minutes >= 30
+        if long:
+            noise[0] = Figure(noise[0].name, noise[0].of, above(0.05), ".2%")
+        low, high = (0.0090, 0.0115) if long else (0.0080, 0.0115)
+        return [
+            Figure("phase fractions, worst difference from the slice", seen("fraction_error"),
+                   below(0.01 if long else 0.02)),
+            *(Figure(f"phase fraction {name}", of_volume("volume", "volume_fraction", name)) for name in phases),
+            Figure("interphase areas, worst against the slice", seen("area_error"), below(0.07 if long else 0.15),
+                   ".1%"),
+            *(Figure(f"interphase area {a} – {b}", of_volume("volume", "interphase_area", f"{a}|{b}"))
+              for k, a in enumerate(phases) for b in phases[k + 1 :]),
+            Figure("normalised TPB", of_volume("volume", "tpb", "normalised"), (low, high), ".5f"),
+            Figure("low-res agreement", agreement, None if long else above(0.995), ".2%"),
+            Figure("tv1", seen("tv1"), below(0.03 if long else 0.04)),
+            Figure("tv4", seen("tv4"), below(0.06 if long else 0.08)),
+            Figure("changed faces by position in the lattice, off flat", imprint, below(0.10) if long else None, ".1%"),
+            *noise, *common,
+        ]  # fmt: skip
+    if case == "phantom":
+        return [
+            Figure("phase fractions, worst difference", worst_fraction("reference"), below(0.01)),
+            Figure("interphase areas, worst", worst_area("reference"), below(0.05), ".1%"),
+            Figure("normalised TPB, difference", tpb_error, below(0.05), ".1%"),
+            *(Figure(f"D_rel of {name}, worst direction", d_rel_error(name), below(0.10), ".1%") for name in phases),
+            Figure("low-res agreement", agreement, above(0.98) if scale == "4" else None, ".2%"),
+            Figure("tv1 against the slices", seen("tv1")), Figure("tv4 against the slices", seen("tv4")),
+            Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),
+            *noise, *common,
+        ]  # fmt: skip
+    by_plane = []
+    for plane in ("yx", "zx", "zy"):
+        by_plane += [
+            Figure(f"{plane}: phase fractions, worst, of the fraction", relative_fraction(plane), below(0.05), ".1%"),
+            Figure(f"{plane}: interphase areas, worst direction", seen("area_error", plane), below(0.05), ".1%"),
+            Figure(f"{plane}: correlations", seen("correlation_error", plane)),
+            Figure(f"{plane}: tv1", seen("tv1", plane)), Figure(f"{plane}: tv4", seen("tv4", plane)),
+        ]  # fmt: skip
+    return [
+        *by_plane, Figure("low-res agreement (lamellae kept)", agreement, form=".2%"),
+        Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"), *noise, *common,
+    ]  # fmt: skip
+
+
+# ---- the commands -------------------------------------------------------------------------------------------
+
+
+def hpcres(*arguments: str) -> None:
+    print("hpcres " + " ".join(arguments), file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "hpcres", *arguments], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        sys.exit(f"quality.py: hpcres {arguments[0]} ended with {done.returncode}")
+
+
+def measured(config: Path, folder: Path, settings: Sequence[str]) -> Result:
+    """metrics.json of labels.zarr in `folder`, made where it is not there."""
+    target = folder / "metrics.json"
+    if not target.exists():
+        left_out = ["correlations", "chords", "connectivity", "spectrum", "representative"]
+        less = ["--set=metrics.subvolumes.count=0", *(f"--without={name}" for name in left_out)]
+        hpcres("metrics", str(config), f"--output={folder}", *settings, *less)
+    return json.loads(target.read_text())
+
+
+def run_of(config: Path, folder: Path, settings: Sequence[str]) -> Result:
+    """Everything of one seed, as far as it is not there yet."""
+    study = load_study(config, [s.removeprefix("--set=") for s in settings], str(folder))
+    place = f"--output={folder}"
+    if study.phantom is not None and not (folder / "phantom").exists():
+        hpcres("phantom", str(config), place, *settings)
+    hpcres("train", str(config), place, *settings)
+    hpcres("infer", str(config), place, *settings, f"--ensemble={SEEDS_PAINTED}")
+    result = measured(config, folder, settings)
+    if study.phantom is not None:
+        if not study.transport_path.exists():
+            hpcres("tortuosity", str(config), place, *settings)
+        result["transport"] = json.loads(study.transport_path.read_text())
+    rows = list(csv.DictReader((folder / "training.csv").open()))
+    judged = list(csv.DictReader((folder / "quality.csv").open()))
+    result["steps"], result["minutes"] = int(rows[-1]["step"]), float(rows[-1]["seconds"]) / 60
+    result["best_step"] = int(min(judged, key=lambda row: float(row["score"]))["step"])
+    agreement = open_volume(folder / "labels-agreement.zarr")
+    shares = agreement.read(Box.whole(agreement.shape)).mean() / 255
+    result["changed"] = float(1 - shares) * SEEDS_PAINTED / (SEEDS_PAINTED - 1)
+    spread = LabelStore.open(study.labels_path).provenance["spread"]
+    several = [*spread["volume_fraction"].values(), *spread["interphase_area"].values(), spread["tpb"]["normalised"]]
+    result["unsteady"] = max(
+        (max(one["values"]) - min(one["values"])) / one["mean"] for one in several if one["mean"] > 1e-3
+    )
+    return result
+
+
+def upsampled(config: Path, folder: Path, how: str) -> Result:
+    """The metrics of the low-res volume made larger without any learning."""
+    study = load_study(config, output=str(folder))
+    if not study.labels_path.exists():
+        import torch
+
+        from hpcres.imaging import one_hot
+        from hpcres.networks.resampling import upsample
+
+        volume = open_volume(study.low_res.path)
+        index = PhaseMap(tuple(study.low_res.phases), study.low_res.path).index(volume.read(Box.whole(volume.shape)))
+        if how == "nearest":
+            place = [np.arange(int(n * study.scale_factor)) / study.scale_factor for n in index.shape]
+            labels = index[np.ix_(*(p.astype(int) for p in place))]
+        else:
+            maps = one_hot(torch.from_numpy(index)[None], len(study.phases))
+            labels = upsample(maps, study.scale_factor)[0].argmax(0).to(torch.uint8).numpy()
+        size = study.high_res.voxel_size
+        folder.mkdir(parents=True, exist_ok=True)
+        convert(array_volume(labels, how), study.labels_path, phases=dict(enumerate(study.phases)),
+                voxel_size=size.length, unit=size.unit)  # fmt: skip
+    return measured(config, folder, [])
+
+
+# ---- what is shown ------------------------------------------------------------------------------------------
+
+
+def table(title: str, figures: Sequence[Figure], runs: dict[str, Result], beside: dict[str, Result]) -> str:
+    heads = ["figure", "bar", "met", *runs, "mean ± std", *beside]
+    lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for figure in figures:
+        values = [figure.of(result) for result in runs.values()]
+        if any(value is None for value in values):
+            continue
+        text = [f"{value:{figure.form}}" for value in values]
+        spread = f" ± {statistics.stdev(values):{figure.form}}" if len(values) > 1 else ""
+        met = "" if figure.bar is None else "yes" if all(map(figure.met, values)) else "**no**"
+        others = [figure.of(result) for result in beside.values()]
+        others_text = ["" if value is None else f"{value:{figure.form}}" for value in others]
+        mean = f"{statistics.mean(values):{figure.form}}{spread}"
+        lines.append("| " + " | ".join([figure.name, figure.bar_text, met, *text, mean, *others_text]) + " |")
+    return "\n".join(lines)
+
+
+def picture(path: Path, study: Study, edge: int = 200) -> None:
+    """Slices side by side, the low-res volume, ours, and the truth or the images; a row for each plane."""
+    from PIL import Image
+
+    ours, low_res = open_volume(study.labels_path), open_volume(study.low_res.path)
+    truth = None if study.reference.volume is None else open_volume(study.reference.volume)
+    phase_map, high_map = PhaseMap(tuple(study.low_res.phases), ""), PhaseMap(tuple(study.high_res.phases), "")
+    first = np.array([study.phases.index(group[0]) for group in study.low_res.groups], np.uint8)
+    rows = []
+    for axis, plane in enumerate(("yx", "zx", "zy")[: 1 if study.high_res.isotropic else 3]):
+        start, stop = [0, 0, 0], [min(edge, n) for n in ours.shape]
+        start[axis], stop[axis] = ours.shape[axis] // 2, ours.shape[axis] // 2 + 1
+        box = Box(tuple(start), tuple(stop))
+        sharp = ours.read(box).squeeze(axis)
+        place = [(np.arange(a, b) / study.scale_factor).astype(int) for a, b in zip(start, stop, strict=True)]
+        coarse = first[phase_map.index(low_res.read(Box.whole(low_res.shape)))][np.ix_(*place)].squeeze(axis)
+        if truth is not None:
+            beside = truth.read(box).squeeze(axis)
+        else:
+            image = next(i for i in study.high_res.images
+                         if study.high_res.isotropic or {plane, plane[::-1]} & set(i.planes))  # fmt: skip
+            beside = high_map.index(read_images(image.path))[0]
+            if plane not in image.planes and plane[::-1] in image.planes:
+                beside = beside.T
+        rows.append([np.pad(part[:edge, :edge], [(0, edge - n) for n in part[:edge, :edge].shape],
+                            constant_values=255) for part in (coarse, sharp, beside)])  # fmt: skip
+    gap = np.full((edge, 6), 255, np.uint8)
+    lines = [np.concatenate([low, gap, fine, gap, other], axis=1) for low, fine, other in rows]
+    flat = np.concatenate([part for line in lines for part in (line, np.full((6, line.shape[1]), 255, np.uint8))][:-1])
+    shown = Image.fromarray(flat, "P")
+    palette = np.full((256, 3), 255, np.uint8)
+    palette[: len(PHASE_COLOURS)] = PHASE_COLOURS
+    shown.putpalette(palette.ravel().tolist())
+    shown.save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=("sofc", "phantom", "separator"))
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, help="train so many, whatever time they take; --minutes says which bars")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--scale", nargs="+", default=["4"], help="of the phantom")
+    parser.add_argument("--data", help="folder of the real images; HPCRES_DATA by default")
+    parser.add_argument("--keep", type=Path, help="folder for everything that is made; a temporary one by default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png")
+    options = parser.parse_args()
+    if options.data:
+        os.environ["HPCRES_DATA"] = options.data
+    name = {"sofc": "case3-sofc-small", "phantom": "demo", "separator": "case2-separator-small"}[options.case]
+    config = CONFIGS / f"{name}.yaml"
+    budget = [f"training.minutes={options.minutes:g}"]
+    if options.steps:
+        budget = ["training.minutes=null", f"training.steps={options.steps}"]
+    length = f"{options.steps}-steps" if options.steps else f"{options.minutes:g}-minutes"
+    with tempfile.TemporaryDirectory(prefix="hpcres-quality-") as temporary:
+        keep = (options.keep or Path(temporary)).resolve()
+        for scale in options.scale if options.case == "phantom" else [""]:
+            own = [*options.set, *([f"scale_factor={scale}"] if scale else [])]
+            words = [options.case, length, *(re.sub(r"[^\w.-]+", "-", text) for text in own)]
+            runs = {}
+            for seed in options.seeds:
+                settings = [f"--set={text}" for text in (*budget, *own, f"seed={seed}")]
+                folder = keep / "-".join([*words, f"seed{seed}"])
+                runs[f"seed {seed}"] = run_of(config, folder, settings)
+                if options.picture and seed == options.seeds[0]:
+                    at = options.picture if len(options.scale) == 1 else options.picture.with_stem(
+                        f"{options.picture.stem}-{scale}"
+                    )  # fmt: skip
+                    picture(at, load_study(config, [s.removeprefix("--set=") for s in settings], str(folder)))
+            one = next(iter(runs.values()))
+            beside: dict[str, Result] = {}
+            if options.case != "phantom":
+                for how in ("nearest", "trilinear"):
+                    beside[how] = upsampled(config, keep / f"{options.case}-{how}", how)
+                quarters = {plane: entry["quarters"] for plane, entry in one["images"]["planes"].items()}
+                beside["a quarter"] = {"quarters": quarters}
+            figures = figures_of(options.case, options.minutes, scale, list(one["volume"]["volume_fraction"]))
+            print(table(" ".join(words), figures, runs, beside), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
