@@ -10,7 +10,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference bench-metrics clean
+.PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference bench-metrics bench-quality clean
 
 help:
 	@echo "make demo    the main job on a phantom, about 8 minutes on two cores; ends with results/demo/report.html"
@@ -18,6 +18,7 @@ help:
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
+	@echo "make bench-quality     the quality bars, three seeds each, ten hours"
 	@echo "make lint types test-slurm test-kills clean"
 
 install: .venv/installed
@@ -88,6 +89,13 @@ bench-metrics: .venv/tested
 bench-transport: .venv/tested
 	python bench/transport.py
 	python bench/transport.py --grow 128 256 512
+
+# Hours on two idle cores; sofc and separator need HPCRES_DATA. The tables go into docs/training.md.
+bench-quality: .venv/tested
+	python bench/quality.py sofc --minutes 3 --seeds 0 1 2
+	python bench/quality.py sofc --minutes 30 --seeds 0 1 2
+	python bench/quality.py phantom --scale 2 4 8 --minutes 30 --seeds 0 1 2
+	python bench/quality.py separator --minutes 30 --seeds 0 1 2
 
 lint: .venv/tested
 	ruff check .

@@ -249,9 +249,9 @@ def run_of(config: Path, folder: Path, settings: Sequence[str]) -> Result:
     return result
 
 
-def upsampled(config: Path, folder: Path, how: str) -> Result:
+def upsampled(config: Path, folder: Path, how: str, settings: Sequence[str]) -> Result:
     """The metrics of the low-res volume made larger without any learning."""
-    study = load_study(config, output=str(folder))
+    study = load_study(config, [s.removeprefix("--set=") for s in settings], str(folder))
     if not study.labels_path.exists():
         import torch
 
@@ -270,7 +270,7 @@ def upsampled(config: Path, folder: Path, how: str) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
         convert(array_volume(labels, how), study.labels_path, phases=dict(enumerate(study.phases)),
                 voxel_size=size.length, unit=size.unit)  # fmt: skip
-    return measured(config, folder, [])
+    return measured(config, folder, settings)
 
 
 # ---- what is shown ------------------------------------------------------------------------------------------
@@ -329,6 +329,10 @@ def picture(path: Path, study: Study, edge: int = 200) -> None:
     shown.save(path, optimize=True)
 
 
+def _name(*words: str) -> str:
+    return "-".join(re.sub(r"[^\w.-]+", "-", word) for word in words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=("sofc", "phantom", "separator"))
@@ -353,11 +357,11 @@ def main() -> None:
         keep = (options.keep or Path(temporary)).resolve()
         for scale in options.scale if options.case == "phantom" else [""]:
             own = [*options.set, *([f"scale_factor={scale}"] if scale else [])]
-            words = [options.case, length, *(re.sub(r"[^\w.-]+", "-", text) for text in own)]
+            title = _name(options.case, length, *own)
             runs = {}
             for seed in options.seeds:
                 settings = [f"--set={text}" for text in (*budget, *own, f"seed={seed}")]
-                folder = keep / "-".join([*words, f"seed{seed}"])
+                folder = keep / f"{title}-seed{seed}"
                 runs[f"seed {seed}"] = run_of(config, folder, settings)
                 if options.picture and seed == options.seeds[0]:
                     at = options.picture if len(options.scale) == 1 else options.picture.with_stem(
@@ -367,12 +371,14 @@ def main() -> None:
             one = next(iter(runs.values()))
             beside: dict[str, Result] = {}
             if options.case != "phantom":
+                data = [text for text in own if not text.startswith(("training.", "network."))]
                 for how in ("nearest", "trilinear"):
-                    beside[how] = upsampled(config, keep / f"{options.case}-{how}", how)
+                    folder = keep / _name(options.case, how, *data)
+                    beside[how] = upsampled(config, folder, how, [f"--set={text}" for text in data])
                 quarters = {plane: entry["quarters"] for plane, entry in one["images"]["planes"].items()}
                 beside["a quarter"] = {"quarters": quarters}
             figures = figures_of(options.case, options.minutes, scale, list(one["volume"]["volume_fraction"]))
-            print(table(" ".join(words), figures, runs, beside), end="\n\n", flush=True)
+            print(table(title, figures, runs, beside), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":
