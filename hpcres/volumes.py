@@ -660,6 +660,14 @@ class LevelInfo:
     voxel_size: Spacing
 
 
+def code_chunks(at_once: int) -> None:
+    """Let zarr compress or decompress that many chunks of a shard at once in this process, instead of ten.
+
+    Each takes twice a chunk's bytes, and ten threads make nothing faster on one core.
+    """
+    zarr.config.set({"async.concurrency": at_once})
+
+
 class LabelStore:
     """An OME-Zarr 0.5 label image on Zarr v3, sharded, with a pyramid by mode: labels 0, 1, 2, … as uint8.
 

@@ -224,6 +224,20 @@ def test_slanted_strip_of_twenty_voxels_is_a_chain_of_resistors(width, tau):
     one = solve_phase(mask, directions="z", periodic=(False, True, False), rtol=1e-5)["z"]
     assert one.tau == pytest.approx(tau, rel=1e-5)
 
+def test_slanted_strip_of_squares_is_a_chain_of_resistors():
+    """TauFactor's own slanted strip, N = 20: 2×2 voxels in every layer, shifted by one along both sides a layer.
+
+    Layers touch in one voxel, and through a layer the current goes from a square's corner to the opposite one, half
+    each way: 1. The first and last square are held at four faces, half a voxel away: 7/24. So 19 + 18 + 2 · 7/24.
+    """
+    n = 20
+    mask = np.zeros((n, n + 1, n + 1), bool)
+    for i in range(n):
+        mask[i, i : i + 2, i : i + 2] = True
+    one = solve_phase(mask, directions="z", rtol=1e-5)["z"]
+    assert one.tau == pytest.approx(4 * (37 + 7 / 12) / 20, rel=1e-5)
+    assert round(one.tau, 5) == 7.51667
+
 
 def test_insulating_spheres_on_a_simple_cubic_lattice_match_sangani_and_acrivos():
     """A. S. Sangani & A. Acrivos, Proc. R. Soc. A 386, 263 (1983), for insulating spheres, volume share c = 0.2."""

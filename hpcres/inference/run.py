@@ -47,7 +47,16 @@ from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described, spread
 from hpcres.signals import noted_signals
 from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
-from hpcres.volumes import AgreementStore, LabelStore, PhaseMap, Volume, clear_leftovers, open_volume, refuse_existing
+from hpcres.volumes import (
+    AgreementStore,
+    LabelStore,
+    PhaseMap,
+    Volume,
+    clear_leftovers,
+    code_chunks,
+    open_volume,
+    refuse_existing,
+)
 
 _IDENTITY = (
     "weights_sha256", "input_sha256", "seed", "ensemble", "scale_factor", "boundary",
@@ -172,6 +181,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     device = choose_device(job.device, ranks)
     phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
     threads = job.settings.threads or ranks.cores
+    code_chunks(threads)
     painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads, job.settings.precision)
     try:
         missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))

@@ -483,7 +483,7 @@ def _aligned(size: int) -> np.ndarray:
 
     Taken from malloc, arrays of this size leave holes in it that grow with the hours.
     """
-    pages = mmap.mmap(-1, max(4 * size, 1))
+    pages = mmap.mmap(-1, max(4 * size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones are never huge
     if hasattr(mmap, "MADV_HUGEPAGE") and 4 * size >= 2**22:
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.float32, size)
