@@ -3,10 +3,12 @@
     python bench/transport.py                     electrode.tiff in $HPCRES_DATA, labels 0, 85, 170 (3 minutes)
     python bench/transport.py --grow 128 256 512  iterations, time and memory of growing volumes (10 minutes)
     python bench/transport.py --blocks            how far off and how slow --estimate blocks is (2 minutes)
+    python bench/transport.py --grow 256 512 1024 --device cuda    the same on a GPU, with seconds of an iteration there
 
 A time is that of the whole solve, percolation and set-up included, kernels compiled, labels in memory. TauFactor's is
 its seconds per iteration, measured over a few, times the iterations that it needs at its default stop (measured once:
-700, 3600 and 1400). Bytes are the process's peak above what it held before, over the voxels, plus the labels.
+700, 3600 and 1400). Bytes are the process's peak above what it held before, over the voxels, plus the labels. With
+--device they are what torch held there at the most, and percolation and set-up are on all cores.
 """
 
 from __future__ import annotations
@@ -46,21 +48,30 @@ def solve_alone(settings: dict) -> None:
     else:
         volume = open_volume(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
         labels = np.ascontiguousarray(volume.read(Box((0, 0, 0), (edge,) * 3)))
-    solve(labels[:32, :32, :32].copy(), {label: 1.0}, directions="z", threads=settings["threads"])  # compiles
-    before, seconds = status("VmRSS"), []
+    how = {"directions": "z", "threads": settings["threads"], "rtol": settings["rtol"], "device": None}
+    if settings["device"] is not None:
+        from hpcres.metrics.transport.device import find_device
+
+        how |= {"device": find_device(settings["device"]), "threads": None}
+    solve(labels[:32, :32, :32].copy(), {label: 1.0}, **how)  # compiles
+    before, seconds, iterated = status("VmRSS"), [], []
     for _ in range(settings["repeats"]):
+        iterated.clear()
         started = time.perf_counter()
-        one = solve(labels, {label: 1.0}, directions="z", threads=settings["threads"], rtol=settings["rtol"])["z"]
+        one = solve(labels, {label: 1.0}, report=lambda *_: iterated.append(time.perf_counter()), **how)["z"]
         seconds.append(time.perf_counter() - started)
+    held = status("VmHWM") - before + labels.nbytes if settings["device"] is None else one.bytes
     line = {
+        "iteration": (iterated[-1] - iterated[0]) / max(1, len(iterated) - 1),
         "seconds": min(seconds), "tau": one.tau, "error": one.error, "iterations": one.iterations,
-        "fraction": one.volume_fraction, "bytes": (status("VmHWM") - before + labels.nbytes) / labels.size,
+        "fraction": one.volume_fraction, "bytes": held / labels.size,
     }  # fmt: skip
     print(json.dumps(line), flush=True)
 
 
 def measure(**settings: object) -> dict:
-    settings = {"label": 1, "edge": 256, "threads": 1, "rtol": 1e-3, "blobs": False, "repeats": 2, **settings}
+    usual = {"label": 1, "edge": 256, "threads": 1, "rtol": 1e-3, "blobs": False, "repeats": 2, "device": None}
+    settings = {**usual, **settings}
     done = subprocess.run(
         [sys.executable, __file__, "--alone", json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -126,7 +137,10 @@ def main() -> None:
     parser.add_argument("--grow", type=int, nargs="*", help="edges of volumes of blobs, 40 %% conducting")
     parser.add_argument("--blocks", action="store_true", help="the estimate from blocks against the whole volume")
     parser.add_argument("--labels", type=int, nargs="*", default=[0, 85, 170])
+    parser.add_argument("--device", help="with --grow: a GPU, such as cuda")
     options = parser.parse_args()
+    if options.device and not options.grow:
+        parser.error("--device is for --grow")
     if options.alone:
         solve_alone(json.loads(options.alone))
         return
@@ -134,13 +148,14 @@ def main() -> None:
         compare_blocks()
         return
     if options.grow:
-        heads = "volume | conducting | seconds, one core | iterations | estimated error | bytes a voxel"
-        print(f"| {heads} |\n|" + "---|" * 6)
+        where = options.device or "one core"
+        heads = f"volume | conducting | seconds, {where} | an iteration | iterations | estimated error | bytes a voxel"
+        print(f"| {heads} |\n|" + "---|" * 7)
         for edge in options.grow:
-            one = measure(edge=edge, blobs=True, repeats=1)
+            one = measure(edge=edge, blobs=True, repeats=1, device=options.device)
             print(
-                f"| {edge}³ | {one['fraction']:.2f} | {one['seconds']:.1f} | {one['iterations']} | "
-                f"{one['error']:.1e} | {one['bytes']:.1f} |", flush=True,
+                f"| {edge}³ | {one['fraction']:.2f} | {one['seconds']:.1f} | {one['iteration']:.3f} | "
+                f"{one['iterations']} | {one['error']:.1e} | {one['bytes']:.1f} |", flush=True,
             )  # fmt: skip
         return
     heads = "label | τ | estimated error | iterations | one core | two | ratio | bytes a voxel | TauFactor | × faster"

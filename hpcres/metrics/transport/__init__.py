@@ -104,13 +104,14 @@ def solve(
     labels: np.ndarray, conductivity: Mapping[int, float], *, directions: Sequence[str] = AXES,
     spacing: Sequence[float] = (1.0, 1.0, 1.0), periodic: Sequence[bool] = INSULATED, rtol: float = DEFAULT_RTOL,
     threads: int | None = None, profile: bool = False, report: Report | None = None,
-    keep: Callable[[str, Any, np.ndarray, Mapping[int, float]], None] | None = None,
+    keep: Callable[[str, Any, np.ndarray, Mapping[int, float]], None] | None = None, device: Any = None,
 ) -> dict[str, Solution]:  # fmt: skip
     """Transport through labels (z, y, x), uint8, of which those in `conductivity` conduct, for each direction.
 
     spacing: voxel edges z, y, x. periodic: axes z, y, x whose two sides meet, where they are not the direction's own.
     keep(direction, system, potential, conductivity) gets what was solved. InputError where it would not fit in memory.
-    All cores unless `threads` says otherwise; the result is the same bits for any number.
+    All cores unless `threads` says otherwise; the result is the same bits for any number. On a torch `device` where
+    one is given, after set-up on the cores.
     """
     # Compiled kernels; not needed to read a result.
     from hpcres.metrics.transport.multigrid import System, pack, unpacked
@@ -152,14 +153,20 @@ def solve(
             if direction == directions[-1]:
                 found = None
             odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
-            check_memory(labels.shape, through.voxels / labels.size, odd)
+            check_memory(labels.shape, through.voxels / labels.size, odd, vectors=device is None)
             if odd:
                 # Red and black meet nowhere around an odd number of voxels: twice the volume is the same system.
                 mask = unpacked(bits, labels.shape)
                 for a in odd:
                     mask, solved_labels = (np.concatenate([v, v], axis=a) for v in (mask, solved_labels))
                 bits = pack(mask, np.arange(256) > 0, pool)
-            system = System(
+            make: Any = System
+            if device is not None:
+                from hpcres.metrics.transport.device import DeviceSystem, check_device_memory
+
+                check_device_memory(device, solved_labels.shape, through.voxels * 2 ** len(odd), not uniform)
+                make = partial(DeviceSystem, device)
+            system = make(
                 bits, solved_labels.shape, spacing, axis, sides, pool, None if uniform else solved_labels, resistance
             )
             share = through.voxels / labels.size
@@ -174,7 +181,7 @@ def solve(
                 "converged" if solved.converged else "not converged", fraction, share,
                 solved.d_rel * unit if solved.converged else None, solved.error if solved.converged else None, mean,
                 kept, **left_out, iterations=solved.iterations, seconds=time.perf_counter() - start,
-                bytes=solved.bytes + labels.nbytes, profile=layers,
+                bytes=solved.bytes + (labels.nbytes if device is None else 0), profile=layers,
             )  # fmt: skip
             del system, potential  # before the next direction's
     return results
@@ -215,21 +222,25 @@ def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | 
 
 BYTES_PER_VOXEL = 2.0  # labels, bits, cells
 BYTES_PER_CONDUCTING_VOXEL = 35.0  # four vectors, the hierarchy and its set-up
+BYTES_OF_VECTORS = 16.0  # of these
 
 
 def check_memory(
-    shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = (), on_node: int = 1
+    shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = (), on_node: int = 1,
+    vectors: bool = True,
 ) -> None:
     """InputError where the solve would not fit, with the numbers and what to do.
 
     conducting: share of the voxels once it is known, with labels in memory; until then 0.4 is assumed. doubled: axes
-    along which the volume is solved twice over. on_node: processes that each need as much on this node.
+    along which the volume is solved twice over. on_node: processes that each need as much on this node. vectors: are
+    in this memory.
     """
     import psutil
     from distributed.system import MEMORY_LIMIT
 
     share = 0.4 if conducting is None else conducting
-    per_voxel = (BYTES_PER_VOXEL + BYTES_PER_CONDUCTING_VOXEL * share) * 2 ** len(doubled)
+    per_voxel = BYTES_PER_VOXEL + (BYTES_PER_CONDUCTING_VOXEL - (0 if vectors else BYTES_OF_VECTORS)) * share
+    per_voxel *= 2 ** len(doubled)
     need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT) / on_node
     if need > free:
         edge = int((free / per_voxel) ** (1 / 3)) // 16 * 16
@@ -265,12 +276,14 @@ def tortuosity(
     finished: Callable[[dict[str, Any]], None] | None = None,
     field: str | None = None, overwrite: bool = False, comm: Any = None, on_node: int = 1, memory: int | None = None,
     scratch: Path | None = None, say: Callable[[str], None] | None = None, estimate: int | None = None,
+    device: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Transport of whole phases of a volume: an entry of transport.json.
 
     Held in memory; or by the ranks of `comm`, an mpi4py communicator with `on_node` ranks on this node; or out of core
-    where it takes more than `memory` bytes, with files in `scratch`, and say(line) of what that takes. With `estimate`,
-    blocks of that edge alone, which is no solution of the volume (see `estimate`).
+    where it takes more than `memory` bytes, with files in `scratch`, and say(line) of what that takes; or, with none of
+    these, on a torch `device` where one is given. With `estimate`, blocks of that edge alone, which is no solution of
+    the volume (see `estimate`).
 
     phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
     phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
@@ -291,9 +304,9 @@ def tortuosity(
         )  # fmt: skip
         found, solve_one = slabs.found, slabs.solve if estimate is None else partial(slabs.estimate, estimate)
     else:
-        check_memory(box.shape)
+        check_memory(box.shape, vectors=device is None)
         labels, found = _small_labels(volume.read(box), volume.path)
-        solve_one = partial(solve, labels, threads=threads)
+        solve_one = partial(solve, labels, threads=threads, device=device)
     names = tuple(phases) if phases is not None else volume.phases
     named = dict(enumerate(names)) if names is not None else {i: str(i) for i in found}
     if unknown := [i for i in found if i not in named]:

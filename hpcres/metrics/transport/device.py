@@ -1,0 +1,443 @@
+"""The same conjugate gradients and the same cycle on a torch device, which is to say a GPU.
+
+Vectors hold the conducting voxels in the order z, y, x, float32, as on the CPU, and one element more that is zero and
+stands for every insulating voxel. A pass works on pieces of the volume, whole rows of a range of z and y, one after the
+other: bits become a mask, a running sum along x the place of each voxel in the vectors (64 bits), and the rest is
+plain arithmetic on dense arrays. No index of a voxel is stored. Nothing comes back to the host but sums.
+
+Percolation and the hierarchy are set up on the host by the kernels of `percolation`, `fine` and `coarse`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcres.errors import InputError
+from hpcres.metrics.transport import coarse, fine
+from hpcres.metrics.transport.coarse import OVERCORRECTION, Level
+from hpcres.metrics.transport.multigrid import Solved, System
+from hpcres.metrics.transport.threads import Threads
+
+PIECES = 100  # of a volume: what a pass needs for one is small beside the vectors
+LEAST_PIECE = 1 << 22  # voxels; with fewer, a GPU waits for the next launch
+MATRIX = 512  # parts of a level from which on the cycle is one matrix: one launch instead of hundreds
+RED = (0, 3, 5, 6)  # voxels of a cell, 4 dz + 2 dy + dx, with even z + y + x
+WORK_BYTES, WORK_BYTES_SEVERAL = 34, 50  # held at once for a voxel of a piece, its margins included
+LEVEL_BYTES = 13  # of all levels together, for a conducting voxel
+Piece = tuple[int, int, int, int]
+"""Planes and rows: z0, z1, y0, y1; all even."""
+
+
+def find_device(name: str) -> torch.device:
+    """`cuda` or `cuda:1`; InputError where there is none."""
+    if not re.fullmatch(r"cuda(:(0|[1-9]\d?))?", name):
+        raise InputError(f"--device {name}: not a GPU; write cuda, or cuda:1 for the second one")
+    number = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name)
+    if number <= (device.index or 0):
+        raise InputError(f"--device {name}: torch {torch.__version__} sees {number} CUDA devices; drop the option")
+    return device
+
+
+def check_device_memory(device: torch.device, shape: Sequence[int], voxels: int, several: bool) -> None:
+    """InputError where a solve with so many conducting voxels would not fit on a GPU; several: conductivities."""
+    if device.type != "cuda":
+        return
+    size = prod(shape)
+    work = 1.2 * max(size / PIECES, min(size, LEAST_PIECE)) * (WORK_BYTES_SEVERAL if several else WORK_BYTES)
+    need = size * (0.15 + several) + work + voxels * (16 + LEVEL_BYTES)
+    free = torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        raise InputError(
+            f"volume of {' × '.join(map(str, shape))} voxels: needs {need / 2**30:.1f} GiB on {device}, "
+            f"{free / 2**30:.1f} GiB are free; drop --device, or take a part with --crop"
+        )
+
+
+class DeviceSystem(System):
+    """A `System` whose vectors and levels are on a device; its potential comes back as an array."""
+
+    def __init__(self, device: torch.device, *arguments: Any) -> None:
+        """arguments: as of `System`."""
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        super().__init__(*arguments)
+        planes, rows, columns = self.geometry[:3]
+        self._width = columns + columns % 2
+        number = self.levels[0].parts
+        self._cycle = _Cycle(self.levels, self.threads, device)
+        self.levels = []
+        put = self._put
+        words = np.ascontiguousarray(self.bits[1:-1, 1:-1, 1:-1])
+        self._bits = put(words.view(np.uint8)[:, :, : -(-columns // 8)])
+        self._rows = put(self.rows[:-1].astype(np.int64, copy=False))
+        self._parts = put(self.parts[:, :-1].astype(coarse.index_type(number + 1)))
+        self._labels = None if self.labels is None else put(self.labels)
+        self._resistance = None if self.resistance is None else put(self.resistance)
+        self._numbers, self._part_of_red = put(fine.PARTS), put(fine.PART.T[list(RED)])
+        edge = max((planes * rows / PIECES) ** 0.5, (LEAST_PIECE / columns) ** 0.5)
+        deep, high = (-(-n // (2 * max(1, round(n / edge)))) * 2 for n in (planes, rows))
+        self._pieces = [
+            (z, min(z + deep, planes), y, min(y + high, rows))
+            for z in range(0, planes, deep) for y in range(0, rows, high)
+        ]  # fmt: skip
+        self._most = (deep + 6) * (high + 6) * self._width
+        # Only sweeps on the host need them.
+        del self.cells, self.parts
+
+    def _put(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    @property
+    def held(self) -> int:
+        """Bytes on the device, those of the vectors included; temporaries aside."""
+        own = [self._bits, self._rows, self._parts, self._labels, self._resistance, self._numbers, self._part_of_red]
+        return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + 16 * (self.voxels + 1)
+
+    @property
+    def bytes(self) -> int:
+        """At the most: as torch counted on a GPU, else what is held and what a piece may take."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return self.held + self._most * (WORK_BYTES if self._labels is None else WORK_BYTES_SEVERAL)
+
+    def solve(
+        self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
+    ) -> tuple[Solved, Any]:
+        solved, x = super().solve(rtol, limit=limit, report=report)
+        return solved, x[:-1].cpu().numpy()
+
+    def vector(self) -> Any:
+        return torch.zeros(self.voxels + 1, dtype=torch.float32, device=self.device)
+
+    def start(self, x: Any, r: Any) -> float:
+        axis, (first, last) = self.geometry[7], self.geometry[8:10]
+        for piece in self._pieces:
+            w = _Window(self, piece, 0)
+            ramp = (torch.arange(w.mask.shape[axis], device=self.device) + (piece[2 * axis] if axis < 2 else 0)).float()
+            ramp = ((ramp - first + 0.5) / (last - first + 1)).view([-1 if a == axis else 1 for a in range(3)])
+            x[w.places] = w.mask * ramp
+        for piece in self._pieces:
+            self._subtract_applied(piece, x, 1.0, 1.0, r)
+        return self.energy(x, 1.0)
+
+    def turn(self, p: Any, z: Any, beta: float) -> float:
+        p.mul_(beta).add_(z)
+        return self.energy(p, 0.0)
+
+    def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
+        x.add_(p, alpha=alpha)
+        for piece in self._pieces:
+            self._subtract_applied(piece, p, alpha, 0.0, r)
+
+    def precondition(self, r: Any, z: Any) -> float:
+        self._cycle.b.zero_()
+        for piece in self._pieces:
+            self._sweep_down(piece, r)
+        self._cycle.run()
+        return float(torch.stack([self._sweep_up(piece, r, z) for piece in self._pieces]).sum())
+
+    def energy(self, x: Any, end: float) -> float:
+        return float(torch.cat([self._heats(piece, x, end) for piece in self._pieces]).sum())
+
+    # What one piece takes is dropped on return, before the next one.
+
+    def _sweep_down(self, piece: Piece, r: torch.Tensor) -> None:
+        w = _Window(self, piece, 3)
+        R, D = r[w.inner(w.places, 1)], w.inverse_diagonal()
+        A = (R * D).mul_(w.red(R))
+        B = w.around(A).add_(_inner(R)).mul_(_inner(D)).mul_(~w.red(_inner(R)))
+        # The sweep leaves nothing at black voxels, and at red ones what black ones changed.
+        left = w.around(B).mul_(w.inner(w.mask, 3))
+        of_red = torch.stack([left[_of_cell(i)] for i in RED])
+        self._cycle.b.index_add_(0, w.parts_of_red(0).view(-1), of_red.view(-1))
+
+    def _sweep_up(self, piece: Piece, r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """z of the piece; its part of r · z."""
+        w = _Window(self, piece, 3)
+        R, D = r[w.inner(w.places, 1)], w.inverse_diagonal()
+        A = R * D
+        of_red = self._cycle.x.index_select(0, w.parts_of_red(2).view(-1)).view(4, *(n // 2 for n in A.shape))
+        for place, i in enumerate(RED):
+            A[_of_cell(i)].add_(of_red[place], alpha=OVERCORRECTION)
+        A.mul_(w.red(A)).mul_(w.inner(w.mask, 1))
+        B = w.around(A).add_(_inner(R)).mul_(_inner(D)).mul_(~w.red(_inner(R)))
+        R, D = w.inner(R, 2), w.inner(D, 2)
+        Z = w.around(B).add_(R).mul_(D).mul_(w.red(R)).add_(_inner(B))
+        z[w.inner(w.places, 3)] = Z
+        return _total(Z.mul_(R))
+
+    def _heats(self, piece: Piece, x: torch.Tensor, end: float) -> torch.Tensor:
+        """Dissipated in the piece and the faces on its + sides, in parts."""
+        w = _Window(self, piece, 1)
+        V, here, after = x[w.places], slice(1, -1), slice(2, None)
+        sums = [w.heat(V, (here, here), beyond, axis) for axis, beyond in enumerate(((after, here), (here, after)))]
+        sums.append(w.heat(V, (here, here, slice(-1)), (here, here, slice(1, None)), 2))
+        if self.periodic[2]:
+            sums.append(w.heat(V, (here, here, slice(-1, None)), (here, here, slice(1)), 3))
+        V, mask = _inner(V), _inner(w.mask)
+        for place, conductance, potential in w.faces(1, end):
+            drop = (V[place] - potential).mul_(mask[place])
+            sums.append(_total(drop.square_().mul_(conductance)))
+        return torch.stack(sums)
+
+    def _subtract_applied(self, piece: Piece, p: torch.Tensor, alpha: float, end: float, r: torch.Tensor) -> None:
+        w = _Window(self, piece, 1)
+        V = p[w.places]
+        q = w.diagonal().mul_(_inner(V)).sub_(w.around(V))
+        for place, conductance, potential in w.faces(1, end):
+            q[place] -= conductance * potential
+        places = w.inner(w.places, 1)
+        r[places] = r[places].sub_(q.mul_(w.inner(w.mask, 1)), alpha=alpha)
+
+
+def _inner(t: torch.Tensor) -> torch.Tensor:
+    return t[1:-1, 1:-1]
+
+
+def _total(t: torch.Tensor) -> torch.Tensor:
+    """Rows in float32, their sums in float64: all in float64 would need a copy of t."""
+    return t.sum(-1).sum(dtype=torch.float64)
+
+
+def _of_cell(i: int) -> tuple[slice, ...]:
+    return slice(i >> 2, None, 2), slice(i >> 1 & 1, None, 2), slice(i & 1, None, 2)
+
+
+class _Window:
+    """A piece with `margin` planes and rows around it, dense (z, y, x); x is padded to an even number.
+
+    Arrays on it, or on less of its margin, are told apart by their shapes.
+    """
+
+    def __init__(self, system: DeviceSystem, piece: Piece, margin: int) -> None:
+        self._system, self._piece, self._margin = system, piece, margin
+        planes, rows = system.geometry[:2]
+        (z0, z1), (y0, y1) = ((a - margin, b + margin) for a, b in (piece[:2], piece[2:]))
+        self._z, z_in = self._wrapped(z0, z1, planes, system.geometry[4])
+        self._y, y_in = self._wrapped(y0, y1, rows, system.geometry[5])
+        words = system._bits.index_select(0, self._z).index_select(1, self._y)
+        for axis, inside in enumerate((z_in, y_in)):
+            words.narrow(axis, 0, inside.start).zero_()
+            words.narrow(axis, inside.stop, words.shape[axis] - inside.stop).zero_()
+        bit = torch.arange(8, dtype=torch.uint8, device=system.device)
+        spread = (words.unsqueeze(-1) >> bit).bitwise_and_(1).flatten(2)[..., : system._width]
+        if spread.shape[2] < system._width:
+            spread = torch.nn.functional.pad(spread, (0, system._width - spread.shape[2]))
+        self.mask = spread.bool()
+        del words, spread
+        places = self.mask.cumsum(2, dtype=torch.int64).sub_(1)
+        places.add_(system._rows.view(planes, rows)[self._z][:, self._y].unsqueeze(-1))
+        self.places = places.masked_fill_(~self.mask, system.voxels)
+        self._between: tuple[torch.Tensor, ...] | None = None
+        if system._labels is not None:
+            assert system._resistance is not None
+            labels = system._labels
+            labels = labels.index_select(0, self._z.clamp(max=labels.shape[0] - 1))
+            labels = labels.index_select(1, self._y.clamp(max=labels.shape[1] - 1)).int()
+            if labels.shape[2] < system._width:
+                labels = torch.nn.functional.pad(labels, (0, system._width - labels.shape[2]))
+            half = system._resistance.index_select(0, labels.view(-1)).view(labels.shape)
+            self._half = half.masked_fill_(~self.mask, torch.inf)
+            gz, gy, gx = map(float, system.g)
+            self._between = (
+                (half[1:] + half[:-1]).reciprocal_().mul_(gz), (half[:, 1:] + half[:, :-1]).reciprocal_().mul_(gy),
+                (half[..., 1:] + half[..., :-1]).reciprocal_().mul_(gx),
+                (half[..., 0] + half[..., -1]).reciprocal_().mul_(gx),
+            )  # fmt: skip
+
+    def _wrapped(self, begin: int, end: int, number: int, periodic: int) -> tuple[torch.Tensor, slice]:
+        """Indices that stand for begin … end - 1, and those of them that stand for themselves or wrap."""
+        at = torch.arange(begin, end, device=self._system.device)
+        if periodic:
+            return at.remainder_(number), slice(0, end - begin)
+        return at.clamp_(0, number - 1), slice(max(0, -begin), min(end, number) - begin)
+
+    def inner(self, t: torch.Tensor, by: int) -> torch.Tensor:
+        return t[by : t.shape[0] - by, by : t.shape[1] - by]
+
+    def red(self, like: torch.Tensor) -> torch.Tensor:
+        """Voxels with even z + y + x; a window's z and y begin both even or both odd."""
+        z, y, x = (torch.arange(n, device=self._system.device) & 1 for n in like.shape)
+        return (z[:, None] ^ y).unsqueeze(-1) == x
+
+    def around(self, v: torch.Tensor) -> torch.Tensor:
+        """Sum over the six neighbours of conductance × v; one plane and row of margin less."""
+        system, own = self._system, _inner(v)
+        if self._between is None:
+            gz, gy, gx = map(float, system.g)
+            s = (v[:-2, 1:-1] + v[2:, 1:-1]).mul_(gz)
+            s.add_(v[1:-1, :-2], alpha=gy).add_(v[1:-1, 2:], alpha=gy)
+            s[..., 1:].add_(own[..., :-1], alpha=gx)
+            s[..., :-1].add_(own[..., 1:], alpha=gx)
+            if system.periodic[2]:
+                s[..., 0].add_(own[..., -1], alpha=gx)
+                s[..., -1].add_(own[..., 0], alpha=gx)
+            return s
+        less = (len(self.mask) - len(v)) // 2
+        cz, cy, cx, wrap = (self.inner(c, less) for c in self._between)
+        s = cz[:-1, 1:-1] * v[:-2, 1:-1]
+        s.addcmul_(cz[1:, 1:-1], v[2:, 1:-1])
+        s.addcmul_(cy[1:-1, :-1], v[1:-1, :-2]).addcmul_(cy[1:-1, 1:], v[1:-1, 2:])
+        s[..., 1:].addcmul_(_inner(cx), own[..., :-1])
+        s[..., :-1].addcmul_(_inner(cx), own[..., 1:])
+        if system.periodic[2]:
+            s[..., 0].addcmul_(_inner(wrap), own[..., -1])
+            s[..., -1].addcmul_(_inner(wrap), own[..., 0])
+        return s
+
+    def diagonal(self) -> torch.Tensor:
+        """Sum of the conductances, those to the faces included; anything where nothing conducts."""
+        d = self.around(self.mask.float())
+        for place, conductance, _ in self.faces(1, 0.0):
+            d[place] += conductance
+        return d
+
+    def inverse_diagonal(self) -> torch.Tensor:
+        return self.diagonal().reciprocal_().masked_fill_(~_inner(self.mask), 0.0)
+
+    def faces(self, cut: int, end: float) -> list[tuple[Any, Any, float]]:
+        """Of the two outer faces, where they are in the window less `cut` of its margin: the place of their voxels,
+        the conductance to them, and their potentials, 0 and `end`."""
+        system, found = self._system, []
+        axis, g = system.geometry[7], float(system.g[system.geometry[7]])
+        begin = self._piece[2 * axis] - self._margin + cut if axis < 2 else 0
+        extent = self.mask.shape[axis] - 2 * cut if axis < 2 else self.mask.shape[2]
+        for at, potential in ((system.geometry[8], 0.0), (system.geometry[9], end)):
+            if 0 <= at - begin < extent:
+                place: tuple[Any, ...] = (*(slice(None),) * axis, at - begin)
+                half = 0.5 if self._between is None else self.inner(self._half, cut)[place]
+                found.append((place, g / half, potential))
+        return found
+
+    def heat(self, v: torch.Tensor, voxels: Any, neighbours: Any, axis: int) -> torch.Tensor:
+        """Dissipated over the faces between some voxels and their neighbours along an axis; 3: across the sides, x."""
+        drop = (v[neighbours] - v[voxels]).mul_(self.mask[neighbours]).mul_(self.mask[voxels]).square_()
+        if self._between is None:
+            return _total(drop).mul_(float(self._system.g[min(axis, 2)]))
+        own, beyond = slice(1, -1), slice(1, None)
+        between = self._between[axis][beyond if axis == 0 else own, beyond if axis == 1 else own]
+        return _total(drop.mul_(between.view(drop.shape) if axis == 3 else between))
+
+    def parts_of_red(self, margin: int) -> torch.Tensor:
+        """(4, z, y, x of cells): the part of each red voxel, in the order of RED; anything where nothing conducts.
+
+        margin: an even one.
+        """
+        system, by = self._system, self._margin - margin
+        mask = self.inner(self.mask, by)
+        shape = [n // 2 for n in mask.shape]
+        cell = torch.zeros(shape, dtype=torch.uint8, device=system.device)
+        for i in range(8):
+            cell.bitwise_or_(mask[_of_cell(i)].to(torch.uint8) << i)
+        cell = cell.int().view(-1)
+        number = system._numbers.index_select(0, cell).view(shape)
+        z, y = (at[by : len(at) - by : 2] // 2 for at in (self._z, self._y))
+        row = z[:, None] * (system.geometry[1] // 2) + y[None, :]
+        start = torch.empty(shape, dtype=system._parts.dtype, device=system.device)
+        for odd in (0, 1):
+            some = number[..., odd::2]
+            # The parts of one colour of cells are counted along a row.
+            begin = system._parts[z[:, None] + y[None, :] + odd & 1, row].unsqueeze(-1)
+            start[..., odd::2] = some.cumsum(2, dtype=start.dtype).sub_(some).add_(begin)
+        part = system._part_of_red.index_select(1, cell).view(4, *shape)
+        return part + start
+
+
+class _Level:
+    """A coarse level on the device: six neighbours of every part, the first of all, then the second, and so on."""
+
+    def __init__(self, level: Level, device: torch.device) -> None:
+        def put(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        self.parts, self.red, self.odd = level.parts, level.red, level.odd
+        self.diagonal = put(level.diagonal)
+        self.places, self.values = put(level.places.T), put(level.values.T)
+        self.more = tuple(map(put, level.more))
+        self.more_from_black = int(np.searchsorted(level.more[0], level.red))
+        self.parent = None if level.parent is None else put(level.parent[: level.parts if level.odd else level.red])
+        # One element more, for what is in no part.
+        self.b, self.x = (torch.zeros(level.parts + 1, dtype=torch.float32, device=device) for _ in range(2))
+
+    @property
+    def bytes(self) -> int:
+        arrays = (self.diagonal, self.places, self.values, *self.more, self.parent, self.b, self.x)
+        return sum(t.nbytes for t in arrays if t is not None)
+
+    def around(self, begin: int, end: int) -> torch.Tensor:
+        """b + the sum over neighbours of conductance × x, of red parts (from 0 to `red`), black ones or all."""
+        s = self.b[begin:end].clone()
+        for places, values in zip(self.places, self.values, strict=True):
+            s.addcmul_(values[begin:end], self.x.index_select(0, places[begin:end]))
+        a = 0 if begin == 0 else self.more_from_black
+        b = self.more_from_black if end == self.red else len(self.more[0])
+        if b > a:
+            of, places, values = (t[a:b] for t in self.more)
+            s.index_add_(0, of - begin, values * self.x.index_select(0, places))
+        return s
+
+    def sweep(self, begin: int, end: int) -> None:
+        if end > begin:
+            torch.div(self.around(begin, end), self.diagonal[begin:end], out=self.x[begin:end])
+
+
+class _Cycle:
+    """The coarse levels and their W-cycle (`coarse.cycle`), the lowest of them as one matrix."""
+
+    def __init__(self, levels: list[Level], threads: Threads, device: torch.device) -> None:
+        """Empties `levels`."""
+        at = next((i for i, level in enumerate(levels) if level.parts <= MATRIX), len(levels) - 1)
+        lowest = levels[at]
+        self._matrix: torch.Tensor | None = None
+        if lowest.parts <= MATRIX or lowest.inverse is not None:
+            matrix = np.empty((lowest.parts, lowest.parts), np.float32)
+            for part in range(lowest.parts):
+                lowest.b[:], lowest.b[part] = 0, 1
+                coarse.cycle(levels, at, threads.each)
+                matrix[:, part] = lowest.x
+            self._matrix = torch.from_numpy(matrix).to(device)
+        del levels[at + 1 :]
+        self._levels = []
+        while levels:
+            self._levels.append(_Level(levels.pop(0), device))
+        self.b, self.x = self._levels[0].b, self._levels[0].x
+
+    @property
+    def bytes(self) -> int:
+        return sum(level.bytes for level in self._levels) + (0 if self._matrix is None else self._matrix.nbytes)
+
+    def run(self, at: int = 0) -> None:
+        """x ≈ A⁻¹ b of a level."""
+        level = self._levels[at]
+        red, parts, x, b = level.red, level.parts, level.x, level.b
+        if at + 1 == len(self._levels):
+            if self._matrix is None:
+                torch.div(b[:-1], level.diagonal, out=x[:-1])
+            else:
+                torch.mv(self._matrix, b[:-1], out=x[:-1])
+            return
+        below, corrected = self._levels[at + 1], parts if level.odd else red
+        parent = level.parent
+        assert parent is not None
+        for visit in range(2):
+            if visit == 0:
+                x.zero_()
+                torch.div(b[:red], level.diagonal[:red], out=x[:red])
+            elif level.odd:
+                level.sweep(0, red)
+            level.sweep(red, parts)
+            below.b.zero_()
+            left = level.around(0, corrected).addcmul_(level.diagonal[:corrected], x[:corrected], value=-1)
+            below.b.index_add_(0, parent, left)
+            self.run(at + 1)
+            x[:corrected].add_(below.x.index_select(0, parent), alpha=OVERCORRECTION)
+            level.sweep(red, parts)
+            level.sweep(0, red)
