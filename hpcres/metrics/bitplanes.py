@@ -42,3 +42,41 @@ def pack(index: np.ndarray, phases: int, words: int | None = None) -> np.ndarray
     planes = np.zeros((max(phases - 1, 1), *index.shape[:2], words or least), np.uint64)
     _pack_block(index, planes)
     return planes
+
+
+@numba.njit(cache=True, nogil=True)
+def _transpose(square):
+    """Bit k of word i becomes bit i of word k, of 64 words."""
+    half, low = 32, np.uint64(0xFFFFFFFF)
+    while half:
+        shift = np.uint64(half)
+        for first in range(0, 64, 2 * half):
+            for i in range(first, first + half):
+                swapped = ((square[i] >> shift) ^ square[i + half]) & low
+                square[i] ^= swapped << shift
+                square[i + half] ^= swapped
+        half >>= 1
+        low ^= low << np.uint64(half)
+
+
+@numba.njit(cache=True, nogil=True)
+def _transpose_rows(planes, out):
+    square = np.empty(64, np.uint64)
+    for p in range(planes.shape[0]):
+        for z in range(planes.shape[1]):
+            for first in range(0, planes.shape[2], 64):
+                rows = min(64, planes.shape[2] - first)
+                for w in range(planes.shape[3]):
+                    for i in range(rows):
+                        square[i] = planes[p, z, first + i, w]
+                    square[rows:] = np.uint64(0)
+                    _transpose(square)
+                    for x in range(min(64, out.shape[2] - 64 * w)):
+                        out[p, z, 64 * w + x, first // 64] = square[x]
+
+
+def transposed(planes: np.ndarray, columns: int) -> np.ndarray:
+    """Bit planes (p, z, y, word of x) of as many columns as uint64 (p, z, x, word of y)."""
+    out = np.empty((*planes.shape[:2], columns, -(-planes.shape[2] // 64)), np.uint64)
+    _transpose_rows(planes, out)
+    return out

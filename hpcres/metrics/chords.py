@@ -165,26 +165,14 @@ def _add_rows(planes, in_z, in_y):
                 in_y[p, y] += np.int64(found)
 
 
-@numba.njit(cache=True, nogil=True)
-def _add_columns(block, in_x):
-    rows, columns = block.shape
-    few = np.zeros(columns, np.uint8)
-    for first in range(0, rows, 255):  # as many as a byte can count
-        for p in range(in_x.shape[0]):
-            few[:] = np.uint8(0)
-            for y in range(first, min(first + 255, rows)):
-                row = block[y]
-                for x in range(columns):
-                    few[x] += np.uint8(row[x] == p)
-            for x in range(columns):
-                in_x[p, x] += few[x]
+def in_planes(block: np.ndarray, planes: np.ndarray, turned: np.ndarray, phases: int) -> list[np.ndarray]:
+    """Voxels of each phase in the planes normal to z, y and x of a block: int64 (phase, plane) each.
 
-
-def in_planes(block: np.ndarray, planes: np.ndarray, phases: int) -> list[np.ndarray]:
-    """Voxels of each phase in the planes normal to z, y and x of a block: int64 (phase, plane) each."""
+    planes, turned: what `bitplanes.pack` and `bitplanes.transposed` make of it.
+    """
     found = [np.zeros((phases, n), np.int64) for n in block.shape]
     _add_rows(planes[: phases - 1], found[0], found[1])
-    _add_columns(block.reshape(-1, block.shape[2]), found[2][:-1])
+    _add_rows(turned[: phases - 1], np.zeros_like(found[0]), found[2])
     for axis, of in enumerate(found):
         of[-1] = block.size // block.shape[axis] - of[:-1].sum(0)
     return found

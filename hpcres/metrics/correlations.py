@@ -1,19 +1,18 @@
 """Two-point correlations along the axes as exact pair counts (Lu & Torquato 1990; Dahari 2022, fig. 10).
 
 S2_ij(r) = P(x in i and x + r in j): pairs of voxels r apart along an axis of which the first is phase i and the second
-phase j, over all pairs that fit into the volume. A block owns the pairs whose first voxel it holds; the sum over any
-partition is that of the whole. Pairs are counted 64 at a time for all phases but the last, whose own follow from how
-many voxels of each phase stand in each plane.
+phase j, over all pairs that fit into the volume. Those inside a block are counted with it, those between blocks where
+the last planes of one meet the first of the next; the sum over any partition is that of the whole. Pairs are counted 64
+at a time for all phases but the last, whose own follow from how many voxels of each phase stand in each plane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numba
 import numpy as np
 
-from hpcres.metrics.bitplanes import pack
 from hpcres.metrics.counts import popcount
 
 _STRIP = 512
@@ -45,107 +44,77 @@ def _add_together(a, at, b, to, words, found):
 
 
 @numba.njit(cache=True, nogil=True)
-def _along_z(planes, words, owned, pairs):
-    """planes (p, slices of `words`): the first `owned` slices with those up to the last lag beyond."""
-    slices = planes.shape[1] // words
-    for first in range(0, words, _STRIP):
-        count = min(_STRIP, words - first)
-        for z in range(owned):
-            for r in range(1, min(pairs.shape[0], slices - z)):
-                _add_together(planes, z * words + first, planes, (z + r) * words + first, count, pairs[r])
+def _inside(planes, outer, words, pairs):
+    """planes (p, `outer` sets of rows of `words`): pairs of rows of a set."""
+    size = planes.shape[1] // outer
+    rows, step = size // words, max(_STRIP // words, 1)
+    for start in range(0, planes.shape[1], size):
+        for column in range(0, words, _STRIP):
+            count = min(_STRIP, words - column)  # all of a row where more than one is taken at a time
+            for row in range(0, rows, step):
+                at, last = start + row * words + column, min(row + step, rows)
+                for r in range(1, min(pairs.shape[0], rows - row)):
+                    taken = (min(last, rows - r) - row - 1) * words + count
+                    _add_together(planes, at, planes, at + r * words, taken, pairs[r])
 
 
 @numba.njit(cache=True, nogil=True)
-def _along_y(planes, slices, words, owned, pairs):
-    """planes (p, `slices` of rows of `words`): the first `owned` rows of a slice with those beyond."""
-    size = planes.shape[1] // slices
-    for start in range(0, slices * size, size):
-        for first in range(0, owned * words, _STRIP):
-            last = min(first + _STRIP, owned * words)
-            for r in range(1, min(pairs.shape[0], (size - first - 1) // words + 1)):
-                count = min(last, size - r * words) - first
-                _add_together(planes, start + first, planes, start + first + r * words, count, pairs[r])
+def _across(tail, head, outer, words, pairs):
+    """Pairs of a row of `tail` and one of `head`, which follows it; both as in `_inside`."""
+    before, after = tail.shape[1] // outer // words, head.shape[1] // outer // words
+    step = max(_STRIP // words, 1)
+    for k in range(outer):
+        at, to = k * before * words, k * after * words
+        for column in range(0, words, _STRIP):
+            count = min(_STRIP, words - column)
+            for row in range(0, before, step):
+                for r in range(before - min(row + step, before) + 1, min(pairs.shape[0], before - row + after)):
+                    first, last = max(row, before - r), min(row + step, before, before - r + after)
+                    second = to + (first + r - before) * words + column
+                    taken = (last - first - 1) * words + count
+                    _add_together(tail, at + first * words + column, head, second, taken, pairs[r])
 
 
-@numba.njit(cache=True, nogil=True)
-def _along_x(planes, words, owned, pairs):
-    """planes (p, rows of `words`) whose rows hold `owned` voxels, those beyond, and nothing for the last lag's length:
-    so what is shifted in at a row's end meets nothing there."""
-    n, size, lags = planes.shape[0], planes.shape[1], pairs.shape[0]
-    mask = np.zeros(words, np.uint64)
-    for x in range(owned):
-        mask[x >> 6] |= np.uint64(1) << np.uint64(x & 63)
-    whole = max(_STRIP // words, 1) * words
-    mine = np.zeros((n, whole), np.uint64)
-    other = np.zeros((n, whole + lags // 64 + 2), np.uint64)
-    shifted = np.zeros((n, whole), np.uint64)
-    for first in range(0, size, whole):
-        count = min(whole, size - first)
-        for p in range(n):
-            for w in range(count):
-                other[p, w] = planes[p, first + w]
-            for row in range(0, count, words):
-                for w in range(words):
-                    mine[p, row + w] = other[p, row + w] & mask[w]
-        for r in range(1, lags):
-            low = np.uint64(r % 64)
-            high = np.uint64(64) - low
-            for p in range(n):
-                source, target = other[p, r // 64 : r // 64 + count + 1], shifted[p, :count]
-                if r % 64:
-                    for w in range(count):
-                        target[w] = (source[w] >> low) | (source[w + 1] << high)
-                else:
-                    for w in range(count):
-                        target[w] = source[w]
-            _add_together(mine, 0, shifted, 0, count, pairs[r])
+def rows_along(planes: np.ndarray, turned: np.ndarray) -> list[np.ndarray]:
+    """For z, y, x a view (p, set, row, word): the planes normal to the axis are rows, those of other sets not paired.
 
-
-@numba.njit(cache=True, nogil=True)
-def _rows_together(own, columns, beyond, words):
-    """Rows of `columns` bits and those beyond, as rows of `words` words."""
-    n, slices, rows = own.shape[:3]
-    out = np.zeros((n, slices, rows, words), np.uint64)
-    at, low = columns // 64, np.uint64(columns % 64)
-    for p in range(n):
-        for z in range(slices):
-            for y in range(rows):
-                row = out[p, z, y]
-                row[: own.shape[3]] = own[p, z, y]
-                for k in range(beyond.shape[3]):
-                    bits = beyond[p, z, y, k]
-                    row[at + k] |= bits << low
-                    if low and at + k + 1 < words:
-                        row[at + k + 1] |= bits >> (np.uint64(64) - low)
-    return out
-
-
-def count_pairs(
-    block: np.ndarray, own: np.ndarray, beyond: Callable[[int], np.ndarray], lags: int
-) -> np.ndarray:  # fmt: skip
-    """int64 (axis, lag 0 … lags, i, j): pairs whose first voxel is in `block`, for all phases but the last; lag 0
-    is left at 0.
-
-    block: uint8 (z, y, x); own: what `bitplanes.pack` makes of it; beyond(axis): what follows it in the volume along
-    an axis, up to `lags` voxels, fewer at the volume's end.
+    planes: of `bitplanes.pack`; turned: of `bitplanes.transposed`.
     """
-    n, words, (slices, rows, columns) = own.shape[0], own.shape[3], block.shape
-    phases = n + 1
+    n, slices = planes.shape[:2]
+    return [planes.reshape(n, 1, slices, -1), planes, turned]
+
+
+def pairs_inside(rows: Sequence[np.ndarray], lags: int) -> np.ndarray:
+    """int64 (axis, lag 0 … lags, i, j): pairs inside a block given by `rows_along`, for all phases but the last; lag 0
+    is left at 0."""
+    n = len(rows[0])
     pairs = np.zeros((3, lags + 1, n, n), np.int64)
-    planes = np.concatenate([own, pack(beyond(0), phases)], axis=1)
-    _along_z(planes.reshape(n, -1), rows * words, slices, pairs[0])
-    planes = np.concatenate([own, pack(beyond(1), phases)], axis=2)
-    _along_y(planes.reshape(n, -1), slices, words, rows, pairs[1])
-    words = -(-(columns + lags) // 64)
-    planes = _rows_together(own, columns, pack(beyond(2), phases), words)
-    _along_x(planes.reshape(n, -1), words, columns, pairs[2])
+    for of, found in zip(rows, pairs, strict=True):
+        _inside(of.reshape(n, -1), of.shape[1], of.shape[3], found)
     return pairs
+
+
+def pairs_across(tail: np.ndarray, head: np.ndarray, lags: int) -> np.ndarray:
+    """int64 (lag 0 … lags, i, j): pairs whose first voxel is in `tail` and whose second is in `head`, the rows next to
+    it along an axis."""
+    n, outer, _, words = tail.shape
+    pairs = np.zeros((lags + 1, n, n), np.int64)
+    _across(tail.reshape(n, -1), head.reshape(n, -1), outer, words, pairs)
+    return pairs
+
+
+def tail_of(before: np.ndarray | None, own: np.ndarray, lags: int) -> np.ndarray:
+    """The last rows, up to as many as there are lags, of a block `own` and of the `before` it."""
+    if before is not None and own.shape[2] < lags:
+        own = np.concatenate([before, own], axis=2)
+    return np.ascontiguousarray(own[:, :, max(0, own.shape[2] - lags) :])
 
 
 def complete(pairs: np.ndarray, in_planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """All of S2: int64 counts (axis, lag, i, j) for every phase, and how many pairs fit (axis, lag).
 
-    pairs: the sum of `count_pairs` over all blocks; in_planes: per axis, int64 (phase, plane) voxels.
+    pairs: the sum of `pairs_inside` and `pairs_across` over all blocks; in_planes: per axis, int64 (phase, plane)
+    voxels.
     """
     lags, phases = pairs.shape[1] - 1, in_planes[0].shape[0]
     counts, fitting = np.zeros((3, lags + 1, phases, phases), np.int64), np.zeros((3, lags + 1), np.int64)

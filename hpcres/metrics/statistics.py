@@ -1,7 +1,7 @@
 """Correlations, chords and clusters of a whole volume in one pass of Dask over its blocks, exact for any blocks.
 
-A block is read once, and again up to the last lag beyond its + sides. What waits between blocks is one plane a
-direction: the open run of every line and the cluster that the last voxel belongs to.
+A block is read once. What waits between blocks is, in each direction, one plane with the open run of every line and the
+cluster that its last voxel belongs to, and the bits of as many planes as there are lags.
 
 In metrics.json a volume's `statistics` hold what was asked for of:
 
@@ -25,13 +25,13 @@ import numpy as np
 from dask import delayed
 from distributed import Client
 
-from hpcres.geometry import AXES, Box, Triple, blocks, triple
+from hpcres.geometry import AXES, Box, Triple, blocks
 from hpcres.metrics import counts
 from hpcres.metrics import geodesic as paths
-from hpcres.metrics.bitplanes import pack
+from hpcres.metrics.bitplanes import pack, transposed
 from hpcres.metrics.chords import Carry, Ends, in_planes, runs_of, stitch
 from hpcres.metrics.clusters import Clusters, Connected, clusters_of, join, touching
-from hpcres.metrics.correlations import complete, count_pairs
+from hpcres.metrics.correlations import complete, pairs_across, pairs_inside, rows_along, tail_of
 from hpcres.metrics.named import Named
 from hpcres.metrics.representative import Curve, representative
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, threads_of
@@ -63,6 +63,8 @@ class _Leaf:
     place: int
     planes: list[np.ndarray]
     pairs: np.ndarray | None = None
+    heads: list[np.ndarray] = field(default_factory=list)
+    tails: list[np.ndarray] = field(default_factory=list)
     inside: list[np.ndarray] = field(default_factory=list)
     ends: list[Ends] = field(default_factory=list)
     clusters: Clusters | None = None
@@ -77,41 +79,48 @@ class _Seam:
     number: np.ndarray | None
     met: list[np.ndarray]
     carry: Carry
+    pairs: np.ndarray | None
+    tail: np.ndarray | None
 
 
 def _block(item: tuple[int, Box], source: Source, labels: tuple[int, ...], lags: int, clusters: bool) -> _Leaf:
     place, box = item
     volume, phases = source.open(), len(labels)
 
-    def index(part: Box) -> np.ndarray:
-        return counts.indexed(volume.read(part), labels)[0] if part.voxels else np.zeros(part.shape, np.uint8)
-
-    def beyond(axis: int) -> np.ndarray:
-        start, stop = list(box.start), list(box.stop)
-        start[axis], stop[axis] = box.stop[axis], min(box.stop[axis] + lags, volume.shape[axis])
-        return index(Box(triple(start), triple(stop)))
-
-    block = index(box)
+    block, _ = counts.indexed(volume.read(box), labels)
     planes = pack(block, phases)
+    turned = transposed(planes, block.shape[2])
     inside, ends, runs = runs_of(block, planes, phases)
     outer = [(a == 0, b == n) for a, b, n in zip(box.start, box.stop, volume.shape, strict=True)]
+    pairs, heads, tails = None, [], []
+    if lags:
+        rows = rows_along(planes, turned)
+        pairs = pairs_inside(rows, lags)
+        heads = [np.ascontiguousarray(of[:, :, : 0 if low else lags]) for of, (low, _) in zip(rows, outer, strict=True)]
+        tails = [tail_of(None, of, 0 if high else lags) for of, (_, high) in zip(rows, outer, strict=True)]
     return _Leaf(
-        box, place, in_planes(block, planes, phases), count_pairs(block, planes, beyond, lags) if lags else None,
-        inside, ends, clusters_of(runs, planes, block.shape, phases, place, outer) if clusters else None,
+        box, place, in_planes(block, planes, turned, phases), pairs, heads, tails, inside, ends,
+        clusters_of(runs, planes, block.shape, phases, place, outer) if clusters else None,
     )  # fmt: skip
 
 
-def _seam(before: _Seam | None, leaf: _Leaf, axis: int, axis_length: int) -> _Seam:
+def _seam(before: _Seam | None, leaf: _Leaf, axis: int, axis_length: int, lags: int) -> _Seam:
     ends, own, met = leaf.ends[axis], leaf.clusters, []
     thickness = leaf.box.shape[axis]
     carry = stitch(before.carry if before else None, ends, leaf.inside[axis], thickness, axis_length)
+    pairs, tail = None, leaf.tails[axis] if lags else None
     if before is not None:
-        met = before.met
+        met, pairs = before.met, before.pairs
         if own is not None:
             assert before.number is not None
             phases, numbers = (before.phase, ends.first_phase), (before.number, own.first[axis])
             met = [*met, touching(phases, numbers, (before.place, leaf.place))]
-    return _Seam(leaf.place, ends.last_phase, own.last[axis] if own else None, met, carry)
+        if before.tail is not None and tail is not None:
+            between = pairs_across(before.tail, leaf.heads[axis], lags)
+            pairs = between if pairs is None else pairs + between
+            if leaf.box.stop[axis] < axis_length:
+                tail = tail_of(before.tail, tail, lags)
+    return _Seam(leaf.place, ends.last_phase, own.last[axis] if own else None, met, carry, pairs, tail)
 
 
 def _sums(leaf: _Leaf) -> _Leaf:
@@ -122,8 +131,8 @@ def _sums(leaf: _Leaf) -> _Leaf:
     return _Leaf(leaf.box, leaf.place, leaf.planes, leaf.pairs, clusters=own)
 
 
-def _closed(seam: _Seam) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    return seam.carry.whole, seam.carry.cut, seam.met
+def _closed(seam: _Seam) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | int]:
+    return seam.carry.whole, seam.carry.cut, seam.met, 0 if seam.pairs is None else seam.pairs
 
 
 def statistics(
@@ -147,7 +156,7 @@ def statistics(
         before: dict[tuple[int, ...], Any] = {}
         for place, at in enumerate(product(*map(range, grid))):
             column = tuple(k for a, k in enumerate(at) if a != axis)
-            seam = delayed(_seam, pure=False)(before.get(column), leaves[place], axis, shape[axis])
+            seam = delayed(_seam, pure=False)(before.get(column), leaves[place], axis, shape[axis], lags)
             before[column] = seam
         ends.append([delayed(_closed, pure=False)(seam) for seam in before.values()])
     columns = [column for axis in ends for column in axis]
@@ -162,17 +171,18 @@ def statistics(
     s2 = fitting = connected = None
     whole: list[np.ndarray] | None
     cut: list[np.ndarray] | None
-    if "correlations" in which:
-        added = sum((leaf.pairs for leaf in own if leaf.pairs is not None), np.zeros((3, lags + 1, 1, 1), np.int64))
-        s2, fitting = complete(added, planes)
     closed, met = iter(found[len(leaves) :]), []
     whole, cut = ([np.zeros((phases, n + 1), np.int64) for n in shape] for _ in range(2))
+    pairs = sum((leaf.pairs for leaf in own if leaf.pairs is not None), np.zeros((3, lags + 1, 1, 1), np.int64))
     for axis in range(3):
         for _ in ends[axis]:
-            part, part_cut, pairs = next(closed)
+            part, part_cut, touch, between = next(closed)
             whole[axis] += part
             cut[axis] += part_cut
-            met += pairs
+            pairs[axis] += between
+            met += touch
+    if "correlations" in which:
+        s2, fitting = complete(pairs, planes)
     if "connectivity" in which:
         connected = join([leaf.clusters for leaf in own if leaf.clusters is not None], met, planes[0].sum(1))
     if "chords" not in which:
