@@ -73,6 +73,7 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
     if scheduler is None:
         # Threads share the address space, so results and open files are never copied between processes.
         threads = threads or len(os.sched_getaffinity(0))
+        keep_freed_memory(shared_by_threads=True)  # before there are threads, each with an arena of its own
         with (
             LocalCluster(
                 n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=":0", memory_limit=None

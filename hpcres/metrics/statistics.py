@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dask import delayed
-from distributed import Client
+from distributed import Client, Future
 
 from hpcres.geometry import AXES, Box, Triple, blocks
 from hpcres.metrics import counts
@@ -38,6 +37,9 @@ from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, t
 from hpcres.metrics.spectrum import spectrum
 from hpcres.study import Metrics
 from hpcres.volumes import Volume
+
+BLOCK_VOXELS = 2**23
+"""Large enough for what a task costs, and small enough that what a block turns into is of no account."""
 
 
 @dataclass(frozen=True)
@@ -144,36 +146,37 @@ def statistics(
     if not {"correlations", "chords", "connectivity"} & set(which):
         return Statistics()
     shape, phases, known = volume.shape, len(labels), tuple(labels)
-    limit = block_voxels(shape, volume.dtype.itemsize, threads_of(client))
+    limit = min(BLOCK_VOXELS, block_voxels(shape, volume.dtype.itemsize, threads_of(client)))
     cut_into = block or block_shape(shape, volume.chunks, limit)
     boxes = blocks(shape, cut_into)
     grid = [-(-n // b) for n, b in zip(shape, cut_into, strict=True)]
     fixed = {"source": Source.of(volume), "labels": known, "lags": lags, "clusters": "connectivity" in which}
-    # One graph, so that Dask sees at once what becomes of each block and goes through it depth first.
-    leaves = [delayed(_block, pure=False)(item, **fixed) for item in enumerate(boxes)]
-    ends: list[Any] = []
-    for axis in range(3):
-        before: dict[tuple[int, ...], Any] = {}
-        for place, at in enumerate(product(*map(range, grid))):
+    sums: list[Future] = []
+    before: list[dict[tuple[int, ...], Future]] = [{}, {}, {}]
+    for place, (at, box) in enumerate(zip(product(*map(range, grid)), boxes, strict=True)):
+        # What is joined makes room, so it goes before any other block; left to itself Dask would first read them all.
+        leaf = client.submit(_block, (place, box), **fixed, priority=-2 * place - 1, pure=False)
+        after: dict[str, Any] = {"priority": -2 * place, "pure": False}
+        sums.append(client.submit(_sums, leaf, **after))
+        for axis, columns in enumerate(before):
             column = tuple(k for a, k in enumerate(at) if a != axis)
-            seam = delayed(_seam, pure=False)(before.get(column), leaves[place], axis, shape[axis], lags)
-            before[column] = seam
-        ends.append([delayed(_closed, pure=False)(seam) for seam in before.values()])
-    columns = [column for axis in ends for column in axis]
-    sums = client.compute([delayed(_sums, pure=False)(leaf) for leaf in leaves] + columns)
+            columns[column] = client.submit(_seam, columns.get(column), leaf, axis, shape[axis], lags, **after)
+    ends = [[client.submit(_closed, seam, priority=1, pure=False) for seam in columns.values()] for columns in before]
+    del leaf, before, columns  # or the client would hold on to what they stand for
+    sums += [column for axis in ends for column in axis]
     follow(sums, f"correlations, chords and clusters of {Path(volume.path).name}", progress)
     found = client.gather(sums)
-    own: list[_Leaf] = found[: len(leaves)]
+    own: list[_Leaf] = found[: len(boxes)]
     planes = [np.zeros((phases, n), np.int64) for n in shape]
-    for leaf in own:
+    for one in own:
         for axis, total in enumerate(planes):
-            total[:, leaf.box.start[axis] : leaf.box.stop[axis]] += leaf.planes[axis]
+            total[:, one.box.start[axis] : one.box.stop[axis]] += one.planes[axis]
     s2 = fitting = connected = None
     whole: list[np.ndarray] | None
     cut: list[np.ndarray] | None
-    closed, met = iter(found[len(leaves) :]), []
+    closed, met = iter(found[len(boxes) :]), []
     whole, cut = ([np.zeros((phases, n + 1), np.int64) for n in shape] for _ in range(2))
-    pairs = sum((leaf.pairs for leaf in own if leaf.pairs is not None), np.zeros((3, lags + 1, 1, 1), np.int64))
+    pairs = sum((one.pairs for one in own if one.pairs is not None), np.zeros((3, lags + 1, 1, 1), np.int64))
     for axis in range(3):
         for _ in ends[axis]:
             part, part_cut, touch, between = next(closed)
@@ -184,7 +187,7 @@ def statistics(
     if "correlations" in which:
         s2, fitting = complete(pairs, planes)
     if "connectivity" in which:
-        connected = join([leaf.clusters for leaf in own if leaf.clusters is not None], met, planes[0].sum(1))
+        connected = join([one.clusters for one in own if one.clusters is not None], met, planes[0].sum(1))
     if "chords" not in which:
         whole = cut = None
     return Statistics(s2, fitting, whole, cut, connected)
