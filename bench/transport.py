@@ -2,13 +2,16 @@
 
     python bench/transport.py                     electrode.tiff in $HPCRES_DATA, labels 0, 85, 170 (3 minutes)
     python bench/transport.py --grow 128 256 512  iterations, time and memory of growing volumes (10 minutes)
+    python bench/transport.py --ranks 1 2 4 --edge 512        over MPI: time, memory of each rank (5 minutes)
+    python bench/transport.py --memory 1GiB 2GiB --edge 512   out of core: time, memory, streamed bytes (5 minutes)
     python bench/transport.py --blocks            how far off and how slow --estimate blocks is (2 minutes)
     python bench/transport.py --grow 256 512 1024 --device cuda    the same on a GPU, with seconds of an iteration there
 
 A time is that of the whole solve, percolation and set-up included, kernels compiled, labels in memory. TauFactor's is
 its seconds per iteration, measured over a few, times the iterations that it needs at its default stop (measured once:
 700, 3600 and 1400). Bytes are the process's peak above what it held before, over the voxels, plus the labels. With
---device they are what torch held there at the most, and percolation and set-up are on all cores.
+--device they are what torch held there at the most, and percolation and set-up are on all cores. Over MPI and out of
+core a time includes reading the store, and a peak is the whole process's, Python included.
 """
 
 from __future__ import annotations
@@ -93,6 +96,58 @@ print((time.perf_counter() - started) / {iterations})
     return float(done.stdout.splitlines()[-1])
 
 
+def solve_store(settings: dict) -> None:
+    """One solve of a store, as `hpcres tortuosity` does it; each rank prints a JSON line."""
+    from hpcres.inference.ranks import join_ranks
+    from hpcres.metrics.transport import tortuosity
+    from hpcres.volumes import open_volume
+
+    volume, said = open_volume(settings["store"]), []
+    with join_ranks() as ranks:
+        shared = {"comm": ranks.communicator, "on_node": ranks.on_node, "memory": settings["limit"], "only": ("1",)}
+        shared |= {"directions": "z", "threads": settings["threads"], "scratch": Path(settings["scratch"])}
+        tortuosity(volume, crop="0:64,0:32,0:32", **{**shared, "memory": settings["limit"] and 280 << 20})  # compiles
+        before, started = status("VmRSS"), time.perf_counter()
+        one = tortuosity(volume, **shared, say=said.append)["results"][0]
+        line = {
+            "rank": ranks.rank, "seconds": time.perf_counter() - started, "D_rel": one["D_rel"],
+            "iterations": one["iterations"], "before": before, "peak": status("VmHWM"), "said": said,
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+def compare_stores(edge: int, ranks: list[int], limits: list[str], threads: int, scratch: str | None) -> None:
+    """Over MPI and out of core beside one process in memory, in one run."""
+    import tempfile
+
+    from hpcres.cli import _parse_bytes
+
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        part = min(edge, 256)
+        np.save(f"{folder}/a.npy", np.tile(blobs(part, 3, 0.4, 1), (edge // part,) * 3))
+        convert = ["convert", f"{folder}/a.npy", "--output", f"{folder}/a.zarr", "--voxel-size", "1um"]
+        subprocess.run([sys.executable, "-m", "hpcres", *convert], stdout=subprocess.DEVNULL, check=True)
+        heads = "blobs | how | seconds | × the first | D_rel | iterations | peak GiB of each rank | streamed"
+        print(f"| {heads} |\n|" + "---|" * 8)
+        first: float | None = None
+        hows = [(f"{n} ranks" if n > 1 else "in memory", n, None) for n in ranks]
+        hows += [(f"--memory {limit}", 1, _parse_bytes("--memory", limit)) for limit in limits]
+        for name, number, limit in hows:
+            settings = {"store": f"{folder}/a.zarr", "limit": limit, "threads": threads, "scratch": folder}
+            command = [sys.executable, __file__, "--store", json.dumps(settings)]
+            start = ["mpirun", "-n", str(number)] if number > 1 else []
+            done = subprocess.run([*start, *command], stdout=subprocess.PIPE, text=True, check=True)
+            lines = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda line: line["rank"])
+            one = lines[0]
+            first = first or one["seconds"]
+            peaks = ", ".join(f"{line['peak'] / 2**30:.2f}" for line in lines)
+            print(
+                f"| {edge}³ | {name}, {threads} threads each | {one['seconds']:.1f} | {one['seconds'] / first:.2f} | "
+                f"{one['D_rel']!r} | {one['iterations']} | {peaks} (Python before: {one['before'] / 2**30:.2f}) | "
+                f"{'; '.join(one['said'])} |", flush=True,
+            )  # fmt: skip
+
+
 def blobs(edge: int, sigma: float | tuple[float, ...], fraction: float, seed: int) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
@@ -135,6 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--grow", type=int, nargs="*", help="edges of volumes of blobs, 40 %% conducting")
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="over MPI; 1 is one process in memory")
+    parser.add_argument("--memory", nargs="*", default=[], metavar="SIZE", help="out of core")
+    parser.add_argument("--edge", type=int, default=512, help="of the volume for --ranks and --memory")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, for --ranks and --memory")
+    parser.add_argument("--scratch", metavar="DIR", help="for --memory")
     parser.add_argument("--blocks", action="store_true", help="the estimate from blocks against the whole volume")
     parser.add_argument("--labels", type=int, nargs="*", default=[0, 85, 170])
     parser.add_argument("--device", help="with --grow: a GPU, such as cuda")
@@ -143,6 +204,12 @@ def main() -> None:
         parser.error("--device is for --grow")
     if options.alone:
         solve_alone(json.loads(options.alone))
+        return
+    if options.store:
+        solve_store(json.loads(options.store))
+        return
+    if options.ranks or options.memory:
+        compare_stores(options.edge, options.ranks, options.memory, options.threads, options.scratch)
         return
     if options.blocks:
         compare_blocks()

@@ -495,7 +495,7 @@ def metrics(
     "--estimate", type=click.Choice(("blocks",)),
     help="No solution: blocks of 64³ voxels alone, as a resistor network. Measured -100 to +9 % off, and no faster.",
 )
-@click.option("--memory", metavar="SIZE", help="Solve out of core where it takes more than this, such as 4GiB.")
+@click.option("--memory", metavar="SIZE", help="Solve out of core where the process would hold more, such as 4GiB.")
 @click.option(
     "--scratch", metavar="DIR", help="Scratch storage for --memory, best on a fast local disk; beside the output."
 )
@@ -519,8 +519,9 @@ def tortuosity(
     hpcres tortuosity --memory 4GiB --scratch /local    in little memory, on scratch storage
     hpcres tortuosity --device cuda                     on a GPU
 
-    Needs about 15 bytes a voxel where 40 % conduct, together over all ranks. Writes <output>/transport.json; for a bare
-    volume only where --output names a file.
+    Needs about 15 bytes a voxel where 40 % conduct, together over all ranks; with --memory down to 6, and as many of
+    scratch storage as said at the start. Writes <output>/transport.json; for a bare volume only where --output names a
+    file.
     """
     import json
 

@@ -281,9 +281,9 @@ def tortuosity(
     """Transport of whole phases of a volume: an entry of transport.json.
 
     Held in memory; or by the ranks of `comm`, an mpi4py communicator with `on_node` ranks on this node; or out of core
-    where it takes more than `memory` bytes, with files in `scratch`, and say(line) of what that takes; or, with none of
-    these, on a torch `device` where one is given. With `estimate`, blocks of that edge alone, which is no solution of
-    the volume (see `estimate`).
+    where the process would hold more than `memory` bytes, with files in `scratch`, and say(line) of what that takes;
+    or, with none of these, on a torch `device` where one is given. With `estimate`, blocks of that edge alone, which is
+    no solution of the volume (see `estimate`).
 
     phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
     phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)

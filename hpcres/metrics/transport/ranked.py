@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from hpcres.metrics.transport.coarse import Level
 from hpcres.metrics.transport.slabs import Extent, Place, Slab
 
 _DOWN, _UP = 0, 1  # tags: towards the first plane, towards the last
+_MESSAGE = 1 << 30  # bytes; MPI counts with 31 bits
 
 
 class RankPlace(Place):
@@ -35,7 +37,24 @@ class RankPlace(Place):
         return self.comm.allgather(values[0])
 
     def to_first(self, values: list[Any]) -> list[Any] | None:
-        return self.comm.gather(values[0])
+        # A gather of pickles ends at 2 GiB in all, so that arrays go by themselves, rank after rank.
+        buffers: list[pickle.PickleBuffer] = []
+        head = pickle.dumps(values[0], protocol=5, buffer_callback=buffers.append)
+        raw = [buffer.raw() for buffer in buffers]
+        heads = self.comm.gather((head, [part.nbytes for part in raw]))
+        if heads is None:
+            for part in raw:
+                for at in range(0, part.nbytes, _MESSAGE):
+                    self.comm.Send(part[at : at + _MESSAGE], 0)
+            return None
+        found = [values[0]]
+        for rank, (head, sizes) in enumerate(heads[1:], 1):
+            whole = [np.empty(size, np.uint8) for size in sizes]
+            for array in whole:
+                for at in range(0, len(array), _MESSAGE):
+                    self.comm.Recv(array[at : at + _MESSAGE], rank)
+            found.append(pickle.loads(head, buffers=whole))
+        return found
 
     def from_first(self, value: Any) -> Any:
         return self.comm.bcast(value)

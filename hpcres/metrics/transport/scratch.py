@@ -24,11 +24,12 @@ from hpcres.metrics.transport.slabs import Extent, Place, Slab
 _AT_HAND = 3  # levels of slabs: as many as there are stages in a pass
 _LEVEL = ("diagonal", "places", "values", "parent")
 BYTES_PER_PART = 180  # of level 2 and all above: 64 each, a quarter more for those above, and what set-up adds
+BYTES_OF_PYTHON = 256 << 20  # interpreter, libraries and compiled kernels, which count as memory used
 BYTES_PER_SLAB_VOXEL = 60  # conducting ones of a slab: three of level 1, vectors, set-up
 
 
 class ScratchPlace(Place):
-    """`folder`: where scratch files go; limit: bytes of memory that may be used; say(line): what it will take."""
+    """`folder`: where scratch files go; limit: bytes of memory besides Python's own; say(line): what it will take."""
 
     def __init__(self, folder: Path, limit: int, extents: list[Extent], say: Callable[[str], None]) -> None:
         self.extents, self.here, self.folder, self.limit = extents, range(len(extents)), folder, limit
@@ -153,10 +154,15 @@ class ScratchPlace(Place):
         need = BYTES_PER_PART * parts + bits + slab
         if need > self.limit:
             raise InputError(
-                f"--memory {_size(self.limit)}: levels from 2 on ({parts} parts) take {_size(BYTES_PER_PART * parts)}, "
-                f"bits {_size(bits)} and a slab {_size(slab)}, which all stay in memory; give --memory "
-                f"{_size(need + 2**20)}, or start it under MPI on more nodes"
+                f"--memory {_size(self.limit + BYTES_OF_PYTHON)}: levels from 2 on ({parts} parts) take "
+                f"{_size(BYTES_PER_PART * parts)}, bits {_size(bits)}, a slab {_size(slab)} and Python "
+                f"{_size(BYTES_OF_PYTHON)}, which all stay in memory; give --memory "
+                f"{-(-(need + BYTES_OF_PYTHON) // 2**20)}MiB, or start it under MPI on more nodes"
             )
+
+    def finish(self) -> None:
+        moved = f"{_size(self.read_bytes)} read and {_size(self.written_bytes)} written"
+        self._say(f"out of core: {moved} in {self.folder}")
 
     def bytes(self, slabs: Sequence[Slab]) -> int:
         held = sum(s.bits.nbytes + s.cells.nbytes + s.rows.nbytes for s in slabs)

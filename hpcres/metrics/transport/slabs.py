@@ -200,6 +200,9 @@ class Place:
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
         """InputError where so many parts of level 2, in the whole volume, and bytes of bits are too much."""
 
+    def finish(self) -> None:
+        """All is done."""
+
     def keep_level(self, slab: Slab, level: Level) -> None:
         raise NotImplementedError
 

@@ -23,14 +23,14 @@ from hpcres.metrics.transport import (
 from hpcres.metrics.transport.fields import FIELD_PLANES
 from hpcres.metrics.transport.multigrid import planes_of_unit
 from hpcres.metrics.transport.ranked import RankPlace
-from hpcres.metrics.transport.scratch import BYTES_PER_SLAB_VOXEL, ScratchPlace
+from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
 from hpcres.metrics.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
 from hpcres.metrics.transport.threads import Threads
 from hpcres.volumes import Volume
 
 
 class SlabVolume:
-    """The planes of a box of a volume, on the ranks of `comm` or, without, for one process and `memory` bytes.
+    """The planes of a box of a volume, on the ranks of `comm` or, without, for one process of `memory` bytes.
 
     found: the labels in it, and the number (uint8) that each has in what `read` gives.
     """
@@ -39,7 +39,8 @@ class SlabVolume:
         self, volume: Volume, box: Box, *, comm: Any, on_node: int, memory: int | None, scratch: Path, threads: int,
         whole_chunks: bool, say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._volume, self._box, self._memory, self._scratch = volume, box, memory, scratch
+        self._volume, self._box, self._scratch = volume, box, scratch
+        self._memory = None if memory is None else max(0, memory - BYTES_OF_PYTHON)
         self._threads, self._say, self._comm = threads, say, comm
         deep, self._active = box.shape[0], comm
         size = comm.Get_size() if comm else 1
@@ -194,8 +195,10 @@ class SlabVolume:
             keep(direction, slab, x, conductivity)
 
         with Threads(self._threads) as threads:
-            return solve_in_slabs(
+            solution = solve_in_slabs(
                 place, self.read, shape, conductivity, direction, spacing, sides, rtol, threads, unit, profile=profile,
                 report=None if report is None else lambda *now: report(direction, *now),
                 keep=keep_slab if keep else None,
             )  # fmt: skip
+        place.finish()
+        return solution
