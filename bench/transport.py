@@ -7,17 +7,11 @@
     python bench/transport.py --blocks            how far off and how slow --estimate blocks is (2 minutes)
     python bench/transport.py --grow 256 512 1024 --device cuda    the same on a GPU, with seconds of an iteration there
 
-<<<<<<< HEAD
-A time is that of the whole solve, percolation and set-up included, kernels compiled, labels in memory. TauFactor's is
-its seconds per iteration, measured over a few, times the iterations that it needs at its default stop (measured once:
-700, 3600 and 1400). Bytes are the process's peak above what it held before, over the voxels, plus the labels. With
---device they are what torch held there at the most, and percolation and set-up are on all cores. Over MPI and out of
-core a time includes reading the store, and a peak is the whole process's, Python included.
-=======
 A time is the least of some whole solves, percolation and set-up included, kernels compiled, labels in memory.
 TauFactor's is its seconds per iteration, measured over a few, times the iterations that it needs at its default stop
 (measured once: 700, 3600 and 1400). Bytes are the process's peak above what it held before, over the voxels, plus the
-labels. With --device they are what torch held there at the most, and percolation and set-up are on all cores.
+labels. With --device they are what torch held there at the most, and percolation and set-up are on all cores. Over MPI
+and out of core a time includes reading the store, and a peak is the whole process's, Python included.
 """
 
 from __future__ import annotations
