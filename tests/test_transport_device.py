@@ -21,7 +21,9 @@ from hpcres.cli import main
 from hpcres.errors import InputError
 from hpcres.metrics.transport import device as module
 from hpcres.metrics.transport import solve, solve_phase, tortuosity
-from hpcres.metrics.transport.device import DeviceSystem, check_device_memory
+from hpcres.metrics.transport.device import DeviceSystem, _Window, check_device_memory
+from hpcres.metrics.transport.multigrid import pack
+from hpcres.metrics.transport.threads import Threads
 from hpcres.volumes import open_volume
 
 DEVICES = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(min(1, torch.cuda.device_count())))]
@@ -133,7 +135,7 @@ def test_fields_from_the_device_are_those_of_the_cores(device, tmp_path):
 
 
 class Watch(TorchDispatchMode):
-    """Bytes of all live tensors at the most, the calls of each operation, and what indices were used."""
+    """Bytes of all live tensors at the most, the calls of each operation, kinds of indices, devices of arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,12 +143,14 @@ class Watch(TorchDispatchMode):
         self.now = self.most = 0
         self.calls: dict[str, int] = {}
         self.indices: set[torch.dtype] = set()
+        self.devices: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         self.calls[name] = self.calls.get(name, 0) + 1
         if name in ("index", "index_put_"):
             self.indices |= {i.dtype for i in args[1] if i is not None}
+        self.devices |= {a.device.type for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
@@ -182,6 +186,42 @@ def test_device_holds_at_most_16_bytes_a_voxel_and_waits_only_for_scalars(monkey
     # r · z and p · A p; the energy, twice; r · z once more for the bound.
     assert watch.calls["_local_scalar_dense"] == 2 * one.iterations + 2 + several
     assert not {"nonzero", "masked_select"} & set(watch.calls)
+
+
+def test_places_beyond_32_bits():
+    seen = []
+    mask = np.random.default_rng(4).random((16, 18, 20)) < 0.7
+    solve_phase(mask, directions="z", device=torch.device("cpu"), keep=lambda _, system, x, k: seen.append(system))
+    before = _Window(seen[0], (4, 12, 6, 18), 3)
+    seen[0]._before += 2**33
+    after = _Window(seen[0], (4, 12, 6, 18), 3)
+    assert torch.equal(after.places[after.mask], before.places[before.mask] + 2**33)
+    assert (after.places[~after.mask] == seen[0].voxels).all()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_passes_use_nothing_of_the_host(monkeypatch, several):
+    """On torch's `meta` device, which computes nothing and can hand nothing back."""
+    monkeypatch.setattr(module, "LEAST_PIECE", 1 << 11)
+    monkeypatch.setattr(module, "MATRIX", 60)
+    labels = np.random.default_rng(5).integers(1, 3, (30, 32, 34)).astype(np.uint8)
+    resistance = np.array([np.inf, 0.5, 5.0] + [np.inf] * 253, np.float32)
+    with Threads(1) as threads:
+        bits = pack(labels, np.isfinite(resistance), threads)
+        system = DeviceSystem(
+            torch.device("meta"), bits, labels.shape, (1, 2, 1), 0, (False, True, True), threads,
+            *((labels, resistance) if several else ()),
+        )  # fmt: skip
+        with Watch() as watch:
+            x, r, z = (system.vector() for _ in range(3))
+            for piece in system._pieces:
+                system._subtract_applied(piece, x, 1.0, 1.0, r)
+                system._sweep_down(piece, r)
+                system._sweep_up(piece, r, z)
+                system._heats(piece, x, 1.0)
+            system._cycle.run()
+    assert len(system._pieces) > 4
+    assert watch.devices == {"meta"}
 
 
 def test_device_is_refused_in_one_line(tmp_path, capsys, monkeypatch):

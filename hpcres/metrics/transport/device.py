@@ -77,7 +77,7 @@ class DeviceSystem(System):
         put = self._put
         words = np.ascontiguousarray(self.bits[1:-1, 1:-1, 1:-1])
         self._bits = put(words.view(np.uint8)[:, :, : -(-columns // 8)])
-        self._rows = put(self.rows[:-1].astype(np.int64, copy=False))
+        self._before = put((self.rows[:-1].astype(np.int64) - 1).reshape(planes, rows))
         self._parts = put(self.parts[:, :-1].astype(coarse.index_type(number + 1)))
         self._labels = None if self.labels is None else put(self.labels)
         self._resistance = None if self.resistance is None else put(self.resistance)
@@ -98,7 +98,7 @@ class DeviceSystem(System):
     @property
     def held(self) -> int:
         """Bytes on the device, those of the vectors included; temporaries aside."""
-        own = [self._bits, self._rows, self._parts, self._labels, self._resistance, self._numbers, self._part_of_red]
+        own = [self._bits, self._before, self._parts, self._labels, self._resistance, self._numbers, self._part_of_red]
         return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + 16 * (self.voxels + 1)
 
     @property
@@ -233,8 +233,8 @@ class _Window:
             spread = torch.nn.functional.pad(spread, (0, system._width - spread.shape[2]))
         self.mask = spread.bool()
         del words, spread
-        places = self.mask.cumsum(2, dtype=torch.int64).sub_(1)
-        places.add_(system._rows.view(planes, rows)[self._z][:, self._y].unsqueeze(-1))
+        places = self.mask.cumsum(2, dtype=torch.int64)
+        places.add_(system._before.index_select(0, self._z).index_select(1, self._y).unsqueeze(-1))
         self.places = places.masked_fill_(~self.mask, system.voxels)
         self._between: tuple[torch.Tensor, ...] | None = None
         if system._labels is not None:
