@@ -492,7 +492,7 @@ def _existing_provenance(output: Path) -> dict[str, Any]:
 def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]:
     """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
     digest = hashlib.sha256(f"{job.low_res.shape} {sorted(job.checkpoint.study.low_res.phases.items())}".encode())
-    slab = max(1, 2**22 // (job.low_res.shape[1] * job.low_res.shape[2]))
+    slab = max(1, 2**18 // (job.low_res.shape[1] * job.low_res.shape[2]))  # small, because malloc keeps the hole
     for box in blocks(job.low_res.shape, triple([slab, *job.low_res.shape[1:]])):
         digest.update(phase_map.index(job.low_res.read(box)).tobytes())
     return {
