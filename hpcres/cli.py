@@ -519,8 +519,8 @@ def tortuosity(
     hpcres tortuosity --memory 4GiB --scratch /local    in little memory, on scratch storage
     hpcres tortuosity --device cuda                     on a GPU
 
-    Needs about 15 bytes a voxel where 40 % conduct, together over all ranks; with --memory down to 6, and as many of
-    scratch storage as said at the start. Writes <output>/transport.json; for a bare volume only where --output names a
+    Needs about 15 bytes a voxel where 40 % conduct, together over all ranks; with --memory down to 4, and 15 of
+    scratch storage. Writes <output>/transport.json; for a bare volume only where --output names a
     file.
     """
     import json
