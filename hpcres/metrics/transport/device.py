@@ -111,7 +111,13 @@ class DeviceSystem(System):
     def solve(
         self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
     ) -> tuple[Solved, Any]:
-        solved, x = super().solve(rtol, limit=limit, report=report)
+        try:
+            solved, x = super().solve(rtol, limit=limit, report=report)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{self.device}: out of memory at {self.bytes / 2**30:.1f} GiB, with more in use by others than when "
+                "the solve began; run it again when the GPU is free, drop --device, or take a part with --crop"
+            ) from None
         return solved, x[:-1].cpu().numpy()
 
     def vector(self) -> Any:
