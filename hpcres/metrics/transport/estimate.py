@@ -19,7 +19,7 @@ from hpcres.geometry import AXES, Box
 from hpcres.metrics.transport import solve
 
 UNRELIABILITY = (
-    "an estimate of unknown error, measured -100 to +9 % off as a network and -5 to +680 % as a mean, of either sign"
+    "an estimate of unknown error, measured -100 to +9 % off as a network and -6 to +680 % as a mean, of either sign"
 )
 
 
