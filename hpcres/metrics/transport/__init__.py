@@ -114,19 +114,14 @@ def solve(
     one is given, after set-up on the cores.
     """
     # Compiled kernels; not needed to read a result.
-    from hpcres.metrics.transport.multigrid import System, pack, unpacked
+    from hpcres.metrics.transport.multigrid import System, by_label, pack, unpacked
     from hpcres.metrics.transport.percolation import Clusters
     from hpcres.metrics.transport.threads import Threads
 
     assert labels.dtype == np.uint8, labels.dtype
     assert all(k > 0 for k in conductivity.values()), conductivity
-    conducts, of_label = np.zeros(256, bool), np.zeros(256)
-    for label, k in conductivity.items():
-        conducts[label], of_label[label] = True, k
-    uniform = len(set(conductivity.values())) < 2
-    unit = next(iter(conductivity.values()), 1.0) if uniform else 1.0
-    with np.errstate(divide="ignore"):
-        resistance = None if uniform else (0.5 / of_label).astype(np.float32)
+    conducts, of_label, resistance, unit = by_label(conductivity)
+    uniform = resistance is None
     results = {}
     with Threads(threads or _cores()) as pool:
         counted = sum(pool.each(lambda a, b: np.bincount(labels[a:b].reshape(-1), minlength=256), len(labels), 16))

@@ -196,7 +196,8 @@ def _start_rows(rows, cells, z, y, place):
 
 
 @compiled
-def _root(up, i):
+def root(up, i):
+    """Of a forest in which up[i] is nearer to the root; shortens the way as it goes."""
     while up[i] != i:
         up[i] = up[up[i]]
         i = up[i]
@@ -224,7 +225,7 @@ def join_parts(starts, places, numbers, rows, cells_next, most, row0, row1, pare
                     # Where another thread works, `parent` may be anything; only our own members are where it says.
                     other = parent[j]
                     if 0 <= other < n and members[other] == j:
-                        a, b = _root(up, m), _root(up, other)
+                        a, b = root(up, m), root(up, other)
                         if a != b:
                             up[max(a, b)] = min(a, b)
             found = 0
@@ -238,7 +239,7 @@ def join_parts(starts, places, numbers, rows, cells_next, most, row0, row1, pare
                     parent[members[m]] = label
                     label += 1
                 else:
-                    parent[members[m]] = parent[members[_root(up, m)]]
+                    parent[members[m]] = parent[members[root(up, m)]]
             numbers_next[z, y, x] = found
             both[z + y + x & 1] += found
         counts[0, row], counts[1, row] = both[0], both[1]

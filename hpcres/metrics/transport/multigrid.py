@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
 from typing import Any
@@ -329,6 +329,20 @@ class System(Voxels, Solver):
 
     def profile(self, x: np.ndarray, of_label: np.ndarray) -> np.ndarray:
         return tau_of_layers(*self.layers(x, of_label))
+
+
+def by_label(conductivity: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
+    """Of the 256 labels: which conduct, how well, and half a voxel's resistance, where conductivities differ.
+
+    Where they do not, it is solved for 1, and the last number is what D_rel is to be multiplied by.
+    """
+    conducts, of_label = np.zeros(256, bool), np.zeros(256)
+    for label, k in conductivity.items():
+        conducts[label], of_label[label] = True, k
+    if len(set(conductivity.values())) < 2:
+        return conducts, of_label, None, next(iter(conductivity.values()), 1.0)
+    with np.errstate(divide="ignore"):
+        return conducts, of_label, (0.5 / of_label).astype(np.float32), 1.0
 
 
 def contrast(resistance: np.ndarray | None) -> float:

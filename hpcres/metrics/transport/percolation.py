@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.metrics.transport.coarse import root
 from hpcres.metrics.transport.fine import PART, PARTS, compiled, find_cells
 from hpcres.metrics.transport.threads import Threads
 from hpcres.metrics.transport.vectors import popcount
@@ -26,16 +27,8 @@ def _count(cells, counts, z0, z1):
 
 
 @compiled
-def _root(up, i):
-    while up[i] != i:
-        up[i] = up[up[i]]
-        i = up[i]
-    return i
-
-
-@compiled
 def _join(up, a, b):
-    a, b = _root(up, a), _root(up, b)
+    a, b = root(up, a), root(up, b)
     if a < b:
         up[b] = a
     elif b < a:
@@ -124,7 +117,7 @@ def _join_sides(cells, starts, up, shape, axis):
 def _flatten(up, begin, end):
     """Point every part at its root; parts before their roots never occur."""
     for i in range(begin, end):
-        up[i] = _root(up, i)
+        up[i] = root(up, i)
 
 
 @compiled

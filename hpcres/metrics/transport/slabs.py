@@ -22,7 +22,7 @@ import numpy as np
 from hpcres.geometry import AXES
 from hpcres.metrics.transport import Solution, coarse, fine
 from hpcres.metrics.transport.coarse import CHUNK, OVERCORRECTION, Graph, Level
-from hpcres.metrics.transport.multigrid import Solver, Voxels, contrast, hierarchy, pack, tau_of_layers
+from hpcres.metrics.transport.multigrid import Solver, Voxels, by_label, contrast, hierarchy, pack, tau_of_layers
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
 
@@ -508,13 +508,8 @@ def solve_in_slabs(
     read(z0, z1): labels of these planes (z, y, x), uint8. keep(slab, potential) for every slab here.
     """
     axis, start = AXES.index(direction), time.perf_counter()
-    conducts, of_label = np.zeros(256, bool), np.zeros(256)
-    for label, k in conductivity.items():
-        conducts[label], of_label[label] = True, k
-    uniform = len(set(conductivity.values())) < 2
-    unit = next(iter(conductivity.values()), 1.0) if uniform else 1.0
-    with np.errstate(divide="ignore"):
-        resistance = None if uniform else (0.5 / of_label).astype(np.float32)
+    conducts, of_label, resistance, unit = by_label(conductivity)
+    uniform = resistance is None
     counts, found, last = [], [], len(place.extents) - 1
     for number in place.here:
         extent = place.extents[number]
