@@ -9,13 +9,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import dask.config
 from dask import delayed
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, as_completed
 from distributed.comm import CommClosedError
@@ -50,8 +51,9 @@ def connect(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     where, given_up = scheduler or "this machine", threading.Event()
     try:
-        with _client(scheduler, threads) as client, _watched(client, where, worker_wait, given_up):
-            yield client
+        with _client(scheduler, threads) as client:
+            with nullcontext() if scheduler is None else _watched(client, where, worker_wait, given_up):
+                yield client
     except KilledWorker as error:
         raise Unfinished(
             f"{where}: one block killed {error.allowed_failures + 1} workers in turn, the last "
@@ -75,6 +77,8 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
         threads = threads or len(os.sched_getaffinity(0))
         keep_freed_memory(shared_by_threads=True)  # before there are threads, each with an arena of its own
         with (
+            # A computer that slept longer than this has a worker still.
+            dask.config.set({"distributed.scheduler.worker-ttl": None}),
             LocalCluster(
                 n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=":0", memory_limit=None
             ) as cluster,
@@ -109,8 +113,9 @@ def _watched(client: Client, where: str, limit: float, given_up: threading.Event
 
     def watch() -> None:
         lone, due = 0.0, min(30.0, limit / 2)  # seconds without a worker; when to say so next
-        since = time.monotonic()
+        last = time.monotonic()
         while not ended.wait(1.0):
+            before, last = last, time.monotonic()
             try:
                 working = bool(client.nthreads())
             except Exception:  # a scheduler that does not answer is seen, and told, by who waits for results
@@ -118,9 +123,9 @@ def _watched(client: Client, where: str, limit: float, given_up: threading.Event
             if working:
                 if lone >= min(30.0, limit / 2) and not given_up.is_set():
                     print(f"{where}: workers again, after {lone:.0f} s", file=sys.stderr, flush=True)
-                since, lone, due = time.monotonic(), 0.0, min(30.0, limit / 2)
+                lone, due = 0.0, min(30.0, limit / 2)
                 continue
-            lone = time.monotonic() - since
+            lone += min(last - before, 10.0)  # not what this process itself slept
             if lone >= limit:
                 given_up.set()
                 with suppress(Exception):
