@@ -421,6 +421,9 @@ def _plot_fractions(metrics: Mapping[str, Any]) -> str:
     for place, (title, colour, values) in enumerate(groups):
         at = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * width
         bars = axes.bar(at, values, width * 0.92, color=colour, label=title, alpha=0.85)
+        errors = [r.error for r in rows if r.error is not None] if place == 0 else []
+        if len(errors) == len(rows):
+            axes.errorbar(at, values, errors, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
         axes.bar_label(bars, fmt="%.3f", fontsize=7, color=_INK, padding=1)
     axes.set_xticks(range(len(rows)), [r.of for r in rows])
     axes.set_ylabel("volume fraction", fontsize=8)
@@ -484,10 +487,21 @@ def _correlations(both: _Shown) -> str:
                 shares = [found["counts"][axis][key][k] / found["pairs"][axis][k] for k in known]
                 label = axis if style == "-" and place == 1 else None
                 axes.plot([k * edge for k in known], shares, style, color=colour, linewidth=1.2, label=label)
+        first, second = key.split("|")
+        fraction = both[0][1]["volume_fraction"]
+        # What two places have that know nothing of each other.
+        axes.axhline(fraction[first] * fraction[second], color=_INK, linewidth=0.8, linestyle=":")
+        axes.set_ylim(bottom=0)
         _title(axes, f"S2, {pair_name(key) if len(set(key.split('|'))) > 1 else key.split('|')[0]}")
         axes.set_xlabel(f"distance, {short_unit(both[0][1]['length_unit'])}", fontsize=7)
+        if place % columns == 1 or columns == 1:
+            axes.set_ylabel("probability", fontsize=7)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return f"<h3>Two-point correlations</h3>{_svg(figure, 'two-point correlations')}"
+    return (
+        f"<h3>Two-point correlations</h3>{_svg(figure, 'two-point correlations')}<p class='note'>Probability that a "
+        "voxel is of the first phase and the one at a distance along an axis of the second; dotted: the product of "
+        "their fractions, which unrelated places have.</p>"
+    )
 
 
 def _chords(both: _Shown) -> str:
@@ -504,6 +518,9 @@ def _chords(both: _Shown) -> str:
                 label = axis if style == "-" and place == 1 else None
                 axes.plot(length * edge, share, style, color=colour, linewidth=1.2, label=label)
         _title(axes, phase)
+        axes.set_ylim(bottom=0)
+        if place % columns == 1 or columns == 1:
+            axes.set_ylabel("share of voxels", fontsize=7)
         axes.set_xlabel(f"chord length, {short_unit(both[0][1]['length_unit'])}", fontsize=7)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     means, lines = [f"mean along {axis}" for axis in AXES], []
@@ -599,7 +616,7 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
     for place, (title, metric) in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
         of = found[metric] if "std" not in found[metric] else {"": found[metric]}
-        for (key, one), colour in zip(of.items(), _SERIES, strict=False):
+        for number, ((key, one), colour) in enumerate(zip(of.items(), _SERIES, strict=False)):
             mean = one["mean"][-1]
             if one["standard_error"] is None or not mean:
                 continue
@@ -608,7 +625,9 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
             line = [error * (s / whole) ** (-1.5 * one["exponent"]) for s in (sizes[0], whole)]
             axes.plot([sizes[0], whole], line, color=colour, linewidth=1)
             low, high = (v / mean for v in one["range"])
-            axes.errorbar([whole], [error], [[error - low], [high - error]], color=colour, linewidth=1, capsize=2)
+            # Side by side where they would hide each other.
+            at, range_ = [whole * 1.07**number], [[error - low], [high - error]]
+            axes.errorbar(at, [error], range_, color=colour, linewidth=1, capsize=2)
         if axes.lines:
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -618,6 +637,8 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
                 axes.legend(fontsize=6, frameon=False, labelcolor=_INK)
         _title(axes, title)
         axes.set_xlabel("edge of a cube, voxels", fontsize=7)
+        if place == 1:
+            axes.set_ylabel("standard deviation / mean", fontsize=7)
     cubes = ", ".join(f"{one['cubes']} of {one['voxels']}³" for one in found["sizes"])
     return (
         f"<h3>Representative volume</h3>{_svg(figure, 'representative volume')}<p class='note'>Standard deviation / "

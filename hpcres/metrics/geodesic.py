@@ -344,7 +344,7 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
                         active.add(near)
                 sweeps, waiting, total = sweeps + 1, waiting - 1, sum(reached.values())
                 # How many sweeps it takes nobody knows; nor how many voxels no path reaches.
-                blocks = f"{sweeps} block sweeps, {waiting + len(active)} to come as yet"
+                blocks = f"blocks swept: {sweeps}, known to come: {waiting + len(active)}"
                 show(total, f"{100 * total / voxels:.1f} % of the voxels reached, {blocks}")
 
 

@@ -58,7 +58,12 @@ def metric_rows(result: Mapping[str, Any]) -> list[Row]:
     others = [result.get("reference"), result.get("images")]
     published = result.get("published") or ()
     rows = []
+    spread = ("statistics", "representative")
     for metric, key, path, cubes, unit in _paths(volume):
+        error = _at(volume, (*spread, *cubes, "standard_error")) if cubes else None
+        if "crofton" in path:  # 2/3 of the faces, and so is their error
+            faces = _at(volume, (*spread, "specific_surface_faces", key, "standard_error"))
+            error = None if faces is None else faces * 2 / 3
         reference, images = (_at(other, path) for other in others)
         rows.append(
             Row(
@@ -66,7 +71,7 @@ def metric_rows(result: Mapping[str, Any]) -> list[Row]:
                 _at(volume.get("subvolumes"), cubes) if cubes else None,
                 _at((result.get("reference") or {}).get("subvolumes"), cubes) if cubes else None,
                 tuple(p for p in published if p["metric"] == _PUBLISHED.get(metric) and _same(p["of"], key)),
-                _at(volume, ("statistics", "representative", *cubes, "standard_error")) if cubes else None,
+                error,
             )
         )  # fmt: skip
     return rows
