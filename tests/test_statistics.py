@@ -364,6 +364,10 @@ def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
     assert "mean geodesic tortuosity" in text
     fitted_rows = [row for row in metric_rows({"volume": entry}) if row.metric == "volume fraction"]
     assert all(row.error is not None and 0 < row.error < 0.2 for row in fitted_rows)
+    errors = {(row.metric, row.of): row.error for row in metric_rows({"volume": entry})}
+    for phase in "012":
+        crofton = errors["specific surface, Crofton", phase]
+        assert crofton == pytest.approx(errors["specific surface, faces", phase] * 2 / 3)
     page = report_volume(volume, {"volume": entry, "reference": entry}, tmp_path / "r.html").read_text()
     for panel in (
         "Two-point correlations", "Chord lengths", "Radial spectrum", "Connected share", "Mean geodesic tortuosity",
