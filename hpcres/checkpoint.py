@@ -37,6 +37,9 @@ class Checkpoint:
     sha256: str
     versions: dict[str, str]
     training_state: dict[str, Any] | None = field(repr=False)
+    init_from: dict[str, Any] | None = None
+    """Where training began, if not from random weights: path, sha256, step and phases of a checkpoint, and `made_anew`,
+    the parts that did not fit."""
 
     @property
     def scale(self) -> Fraction:
@@ -70,7 +73,7 @@ def weights_sha256(generator: SuperResGenerator) -> str:
 
 def save_checkpoint(
     path: str | Path, *, generator: SuperResGenerator, study: Study, step: int,
-    training_state: dict[str, Any] | None = None,
+    training_state: dict[str, Any] | None = None, init_from: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write atomically; `training_state` holds what a resumed run needs and inference ignores."""
     path = Path(path)
@@ -83,6 +86,7 @@ def save_checkpoint(
         "step": step,
         "versions": {"hpcres": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "training": training_state,
+        "init_from": init_from,
     }
     for left in path.parent.glob(f".{path.name}.*.partial"):  # by a kill in the middle of this very line
         left.unlink(missing_ok=True)
@@ -133,7 +137,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     _freeze(generator)
     return Checkpoint(
         str(path), generator, study, content["step"], weights_sha256(generator), content["versions"],
-        content["training"],
+        content["training"], content.get("init_from"),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ saving; anything else is a bug. Heavy imports happen inside the commands, so tha
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -237,14 +238,20 @@ def _parse_phases(text: str | None) -> dict[int, str] | None:
 @commands.command()
 @_study_argument
 @_study_options
+@click.option(
+    "--init-from", metavar="PATH", help="Begin from the weights of another material's checkpoint.pt or best.pt."
+)
 @_overwrite
-def train(study: str, settings: tuple[str, ...], output: str | None, overwrite: bool) -> None:
+def train(
+    study: str, settings: tuple[str, ...], output: str | None, init_from: str | None, overwrite: bool
+) -> None:  # fmt: skip
     """Learn the generator, on one process or under torchrun; a stopped run goes on where it was.
 
     \b
     hpcres train
     hpcres train configs/case3-sofc-small.yaml --set training.minutes=10
     torchrun --nproc-per-node 4 -m hpcres train study.yaml
+    hpcres train new.yaml --init-from other/checkpoint.pt
 
     Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume), training.csv and training.html; with
     training.quality_steps also quality.csv and best.pt, the generator with the best score; tensorboard/ has all curves.
@@ -253,6 +260,8 @@ def train(study: str, settings: tuple[str, ...], output: str | None, overwrite: 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from hpcres.training.adversarial import train as run
 
+    if init_from is not None:
+        settings = (*settings, f"training.init_from={json.dumps(str(Path(init_from).resolve()), ensure_ascii=False)}")
     result = run(load_study(study, settings, output), overwrite=overwrite)
     if _is_first_rank():
         if result.already_finished:

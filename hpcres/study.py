@@ -246,6 +246,9 @@ class Network(Section):
 class Training(Section):
     """Algorithm 1 of Dahari 2022; every choice in it is a setting with the paper's value as default."""
 
+    init_from: str | None = None
+    """Another training's checkpoint.pt or best.pt whose weights a new run begins from; none by default, as published.
+    Scale factor and widths must be the same; phases may be others."""
     steps: Annotated[int, Field(ge=1)] = 100_000
     """Generator steps."""
     minutes: Annotated[float, Field(gt=0)] | None = None
@@ -588,7 +591,9 @@ def _override(raw: dict[str, Any], setting: str) -> None:
         raise InputError(f"--set {setting}: the value is not valid YAML; quote it") from None
 
 
-_PATH_KEYS = {("low_res", "path"), ("high_res", "images", "path"), ("reference", "volume")}
+_PATH_KEYS = {
+    ("low_res", "path"), ("high_res", "images", "path"), ("reference", "volume"), ("training", "init_from"),
+}  # fmt: skip
 
 
 def _over_paths(value: Any, change: Callable[[str, str], str], place: tuple[str, ...] = ()) -> Any:

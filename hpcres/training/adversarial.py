@@ -34,8 +34,12 @@ _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
 _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
-_MAY_CHANGE = {"steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep"}
+_MAY_CHANGE = {
+    "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
+}  # fmt: skip
 """Training settings that a resumed run may have different from the run it continues."""
+_MUST_FIT = {name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage")}
+"""Of a generator's configuration, what must be the same to begin from its weights."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,11 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             return TrainingResult(str(study.checkpoint_path), first, seconds_before, first, True)
         low_res, real = LowResCubes(study), RealSlices(study, group.device)
         models = Models(study, group)
-        _check_writable(study)
         if before is not None:
-            models.restore(before.training_state)
+            models.restore(before)
+        elif settings.init_from is not None:
+            models.begin_from(settings.init_from)
+        _check_writable(study)
         if group.rank == 0:
             save_study(study, "train")
         judge = Judge(study, low_res, models.operator) if settings.quality_steps and group.rank == 0 else None
@@ -227,6 +233,8 @@ class Models:
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         self.best: dict[str, Any] | None = None
+        self.init_from: dict[str, Any] | None = None
+        """Checkpoint.init_from of what is saved."""
         phases = study.phases
         groups = [[phases.index(name) for name in names] for names in study.low_res.groups]
         self.operator = ImagingOperator(study.scale_factor, groups, study.imaging).to(group.device)
@@ -356,7 +364,9 @@ class Models:
         found, labels = judge.judge(generator, self.group.device)
         is_best = self.best is None or found["score"] < self.best["score"]
         if is_best:
-            save_checkpoint(self.study.best_path, generator=generator, study=self.study, step=step)
+            save_checkpoint(
+                self.study.best_path, generator=generator, study=self.study, step=step, init_from=self.init_from
+            )
             self.best = {"step": step, "score": found["score"]}
         journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
 
@@ -372,11 +382,50 @@ class Models:
             "seconds": seconds, "processes": self.group.size, "best": self.best,
         }  # fmt: skip
         save_checkpoint(
-            self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state
-        )
+            self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state,
+            init_from=self.init_from,
+        )  # fmt: skip
 
-    def restore(self, state: dict[str, Any] | None) -> None:
+    def begin_from(self, path: str) -> None:
+        """Take over the weights of another training; layers of another number of phases stay as they are, new.
+
+        InputError where the networks differ in more than that. The critics are taken where their file has them (a
+        best.pt has none) and all but their first layer fits; the average begins with the generator.
+        """
+        if not os.path.isfile(path):
+            raise InputError(f"training.init_from: {path}: no such file; give the checkpoint.pt of another training")
+        other = load_checkpoint(path)
+        theirs, mine = other.generator.config, self.generator.config
+        if unlike := [key for key in _MUST_FIT if theirs[key] != mine[key]]:
+            differences = " and ".join(f"{_MUST_FIT[key]} {theirs[key]}, not {mine[key]}" for key in unlike)
+            raise InputError(
+                f"training.init_from: {path}: its generator has {differences} as this study, so its weights do not "
+                "fit; give the study the same, or begin from another checkpoint"
+            )
+        anew = []
+        misfits = _take_over(self.generator, other.generator.state_dict())
+        for layer, name in (("conv_first.weight", "first"), ("conv_end.weight", "last")):
+            if layer in misfits:
+                anew.append(f"the generator's {name} layer")
+        ours, critics = self.critics.state_dict(), (other.training_state or {}).get("critics", {})
+        fits = critics.keys() == ours.keys() and all(
+            critics[name].shape == ours[name].shape for name in ours if not name.endswith("layers.0.weight")
+        )
+        if not fits:
+            anew.append("the critics")
+        elif _take_over(self.critics, critics):
+            anew.append("the critics' first layer")
+        if self.average is not None:
+            self.average = [w.detach().clone() for w in self.generator.parameters()]
+        self.init_from = {
+            "path": os.path.abspath(path), "sha256": other.sha256, "step": other.step,
+            "phases": list(other.phases), "made_anew": anew,
+        }  # fmt: skip
+
+    def restore(self, before: Checkpoint) -> None:
+        state = before.training_state
         assert state is not None
+        self.init_from = before.init_from
         self.generator.load_state_dict(state["generator"])
         self.critics.load_state_dict(state["critics"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
@@ -388,6 +437,13 @@ class Models:
 
 
 # ---- before and around the loop ----------------------------------------------------------------------------
+
+
+def _take_over(module: nn.Module, state: dict[str, Tensor]) -> set[str]:
+    """Load every tensor of `state` that has the shape of the module's own; the names of the others."""
+    misfits = {name for name, own in module.state_dict().items() if state[name].shape != own.shape}
+    module.load_state_dict({name: state[name] for name in state if name not in misfits}, strict=False)
+    return misfits
 
 
 def _resumable(study: Study) -> Checkpoint:
@@ -448,8 +504,18 @@ def _opening(
         f"{group.size} process{'es' * (group.size > 1)} on {group.device.type} with {torch.get_num_threads()} threads "
         f"each; generator {counts[0]:,} weights, critic {counts[1]:,}; scale factor {study.scale_factor}"
     )
+    origin, asked = models.init_from, study.training.init_from
+    if before is None and origin is not None:
+        yield (
+            f"beginning from step {origin['step']} of {origin['path']} (weights {origin['sha256'][:12]}…), phases "
+            f"{', '.join(origin['phases'])} there for {', '.join(study.phases)} here; made anew: "
+            f"{', '.join(origin['made_anew']) or 'nothing'}"
+        )
     if before is not None:
         yield f"going on from step {before.step} of {before.path}"
+        if asked is not None and (origin is None or origin["path"] != os.path.abspath(asked)):
+            began = f"from {origin['path']}" if origin else "from random weights"
+            yield f"this run began {began}, so training.init_from {asked} is not read; --overwrite begins from it"
         assert before.training_state is not None
         if before.training_state["processes"] != group.size:
             yield (
