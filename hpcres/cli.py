@@ -660,9 +660,11 @@ def _parse_conductivities(texts: tuple[str, ...]) -> dict[str, float] | None:
 @_scheduler
 @_worker_wait
 @_voxel_size
+@click.option("--metrics", "measured_file", metavar="FILE", help="Of a bare volume; metrics.json beside the page.")
+@click.option("--transport", "solved_file", metavar="FILE", help="Of a bare volume; transport.json beside the page.")
 def report(
     source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, worker_wait: float,
-    voxel_size: str | None,
+    voxel_size: str | None, measured_file: str | None, solved_file: str | None,
 ) -> None:  # fmt: skip
     """One HTML page: slices, metrics beside their references, distributions, training, provenance.
 
@@ -670,14 +672,18 @@ def report(
     hpcres report                                   from what the other stages wrote, to <output>/report.html
     hpcres report electrode.tiff --output electrode.html
 
-    A bare volume is measured on the way, and the page is report.html here unless --output says otherwise.
+    The page of a bare volume is report.html here unless --output says otherwise. It shows what `hpcres metrics VOLUME
+    --output metrics.json` and `hpcres tortuosity VOLUME --output transport.json` left beside it or where --metrics and
+    --transport say; without the former the volume is measured on the way.
     """
-    from hpcres.report import report_study, report_volume
+    from hpcres.report import find_result, report_study, report_volume
     from hpcres.volumes import open_volume
 
     if _is_study(source):
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
+        if file := measured_file or solved_file:
+            raise InputError(f"{file}: a study has its own results; drop --metrics and --transport")
         study = load_study(source, settings, output)
         _writable(study.report_path)
         path = report_study(study, _study_volume(study))
@@ -689,10 +695,20 @@ def report(
         _no_settings(source, settings)
         volume, target, size = open_volume(source), Path(output or "report.html"), _parse_size(voxel_size)
         _writable(target)
-        with connect(scheduler, worker_wait=worker_wait) as client:
-            measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes())
-        command = _command_line()
-        path = report_volume(volume, {**header(command), "volume": measured}, target)
+
+        def found(stage: str, given: str | None, edge: VoxelSize | None) -> dict[str, Any] | None:
+            file = Path(given) if given else target.parent / f"{stage}.json"
+            result = find_result(volume, stage, file, given is not None, edge)
+            if result is not None:
+                click.echo(f"{stage} from {file}", err=True)
+            return result
+
+        result, solved = found("metrics", measured_file, size), found("transport", solved_file, None)
+        if result is None:
+            with connect(scheduler, worker_wait=worker_wait) as client:
+                measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes(), statistics=Metrics())
+            result = {**header(_command_line()), "volume": measured}
+        path = report_volume(volume, result, target, solved)
     click.echo(path)
 
 

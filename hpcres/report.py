@@ -31,7 +31,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics.named import Named
 from hpcres.metrics.table import Row, metric_rows, pair_name, short_unit, size_text
-from hpcres.study import Study
+from hpcres.study import Study, VoxelSize
 from hpcres.volumes import PHASE_COLOURS, PhaseMap, Volume, open_volume, read_images
 
 _SLICE_VOXELS = 256
@@ -87,8 +87,11 @@ def report_study(study: Study, volume: Volume) -> Path:
     return _write(study.report_path, study.name, body)
 
 
-def report_volume(volume: Volume, metrics: Mapping[str, Any], target: str | Path) -> Path:
-    """The page of a bare volume and its metrics.json content; there is nothing to compare it with."""
+def report_volume(
+    volume: Volume, metrics: Mapping[str, Any], target: str | Path, transport: Mapping[str, Any] | None = None
+) -> Path:
+    """The page of a bare volume from its metrics.json, and its transport.json if there is one; there is nothing to
+    compare it with."""
     entry = metrics["volume"]
     labels = tuple(int(phase["label"]) for phase in entry["phases"])
     colours = _palette(len(labels))
@@ -96,13 +99,48 @@ def report_volume(volume: Volume, metrics: Mapping[str, Any], target: str | Path
     name = Path(volume.path).name
     sight = Sight(name, volume, Fraction(1), colours, labels)
     facts = {"volume": os.path.abspath(volume.path), "size": size_text(entry), "hpcres": metrics.get("hpcres", "")}
+    solve = f"hpcres tortuosity {volume.path} --output {Path(target).parent / 'transport.json'}"
     body = [
         _header(name, size_text(entry)),
         _slices([sight], legend, entry["voxel_size"][-1], short_unit(entry["voxel_unit"]), None),
         *_numbers(metrics, "hpcres metrics"),
-        _provenance({**facts, **_flat(volume.provenance)}),
+        _transport(transport, metrics, solve),
+        _provenance({**facts, **_flat(volume.provenance), **_commands(metrics, transport)}),
     ]
     return _write(Path(target), name, body)
+
+
+def find_result(volume: Volume, stage: str, path: Path, given: bool, edge: VoxelSize | None) -> dict[str, Any] | None:
+    """What `hpcres metrics` or `hpcres tortuosity` (the stage: metrics, transport) wrote of a bare volume to `path`.
+
+    A file that was not `given` but lies there is taken only if it is of this very volume as it is now, else None;
+    of one that was, InputError. edge: of a voxel, if the user named it.
+    """
+    if not (given or path.is_file()):
+        return None
+    command = {"metrics": "hpcres metrics", "transport": "hpcres tortuosity"}[stage]
+    try:
+        found = _read_json(path)
+        if found is None:
+            raise InputError(f"{path}: no such file; run {command} --output {path}, or drop --{stage}")
+        if not isinstance(found, Mapping) or not str(found.get("schema")).startswith(f"hpcres {stage} "):
+            raise InputError(f"{path}: was not written by {command}; name the file that was, or drop --{stage}")
+        entry, again = found["volume"], f"run {command} again, or drop --{stage}"
+        if entry["shape"] != list(volume.shape):
+            raise InputError(f"{path}: is of {entry['shape']} voxels, {volume.path} has {list(volume.shape)}; {again}")
+        if _made_by(entry.get("provenance", volume.provenance)) != _made_by(volume.provenance):
+            raise InputError(f"{path}: belongs to another store than {volume.path}; {again}")
+        if edge is not None and (entry["voxel_size"], entry["voxel_unit"]) != ([edge.length] * 3, edge.unit):
+            raise InputError(f"{path}: {size_text(entry)} were measured, --voxel-size says {edge.length:g} {edge.unit}")
+    except InputError:
+        if given:
+            raise
+        return None
+    # A relative path is from where the stage was run, most likely here or beside its output.
+    places = {os.path.abspath(base / entry["path"]) for base in (Path(), path.parent)}
+    file = volume.path.split(":/")[0]
+    of_it = os.path.abspath(volume.path) in places and path.stat().st_mtime >= os.stat(file).st_mtime
+    return found if given or of_it else None
 
 
 # ---- the verdict ------------------------------------------------------------------------------------------
@@ -821,10 +859,15 @@ def _study_facts(
         "seed": str(study.seed),
         **_flat(volume.provenance),
     }
-    for name, stage in (("metrics", metrics), ("transport", transport)):
-        if stage is not None and stage.get("command"):
-            facts[f"{name} by"] = f"{stage['command']} (hpcres {stage.get('hpcres', '')})"
-    return facts
+    return facts | _commands(metrics, transport)
+
+
+def _commands(metrics: Mapping[str, Any] | None, transport: Mapping[str, Any] | None) -> dict[str, str]:
+    return {
+        f"{name} by": f"{stage['command']} (hpcres {stage.get('hpcres', '')})"
+        for name, stage in (("metrics", metrics), ("transport", transport))
+        if stage is not None and stage.get("command")
+    }
 
 
 def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, str]:

@@ -6,7 +6,9 @@ import base64
 import csv
 import io
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from hpcres.metrics.measure import header, measure, measure_study, write_json
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
-from hpcres.report import report_study, report_volume
-from hpcres.study import Study, SubVolumes
+from hpcres.report import find_result, report_study, report_volume
+from hpcres.study import Study, SubVolumes, VoxelSize
 from hpcres.volumes import PHASE_COLOURS, LabelStore, open_volume
 
 SHAPE = (32, 24, 28)
@@ -207,6 +209,55 @@ def test_a_bare_volume_has_a_page(tmp_path):
     assert "ground truth" not in page
     assert f"{np.mean(labels == 85):.5f}" in page
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "v.npy"]
+
+
+def test_a_bare_volume_shows_all_that_metrics_shows_and_takes_what_was_measured(hpcres, tmp_path):
+    labels = np.random.default_rng(0).integers(0, 2, (48, 52, 50)).astype(np.uint8)
+    np.save(tmp_path / "v.npy", labels)
+    report = ("report", "v.npy", "--output", "out/page.html")
+
+    def page() -> tuple[str, str]:
+        done = hpcres(*report, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return text_of((tmp_path / "out/page.html").read_text(encoding="utf-8")), done.stderr
+
+    measured, said = page()
+    for part in ("Two-point correlations", "Chord lengths", "Radial spectrum", "Connected share", "± standard error"):
+        assert part in measured
+    assert "No transport.json yet: run hpcres tortuosity v.npy --output out/transport.json , then" in measured
+    assert "from out" not in said
+    # Numbers that no measurement gives, so that one sees where they are from.
+    with connect(threads=2) as client:
+        entry = measure(open_volume(tmp_path / "v.npy"), client=client, progress=False)
+    entry["volume_fraction"]["0"] = 0.98765
+    write_json(tmp_path / "out/metrics.json", {**header("hpcres metrics v.npy"), "volume": entry})
+    solution = tortuosity(open_volume(tmp_path / "v.npy"), directions="z", only=["0"])
+    solution["results"][0]["D_rel"] = 0.12345
+    transport = {"schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(1e-3), "volume": solution}
+    write_json(tmp_path / "out/transport.json", transport)
+    taken, said = page()
+    assert "0.98765" in taken
+    assert "0.12345" in taken
+    assert "hpcres metrics v.npy (hpcres" in taken
+    assert said.splitlines() == ["metrics from out/metrics.json", "transport from out/transport.json"]
+    here = tmp_path / "out"
+    path = str(tmp_path / "v.npy")
+    assert find_result(open_volume(path), "metrics", here / "metrics.json", False, None) is not None
+    assert find_result(open_volume(path), "metrics", here / "metrics.json", False, VoxelSize(65, "nanometer")) is None
+    np.save(path, 1 - labels)  # what lies there is older than the volume now
+    os.utime(path, ns=(time.time_ns() + 10**9,) * 2)
+    for stage in ("metrics", "transport"):
+        assert find_result(open_volume(path), stage, here / f"{stage}.json", False, None) is None
+        assert find_result(open_volume(path), stage, here / f"{stage}.json", True, None) is not None
+    np.save(path, labels[1:])
+    for stage, file, why in (
+        ("metrics", here / "metrics.json", r"is of \[48, 52, 50\] voxels, .*v\.npy has \[47, 52, 50\]; run hpcres m"),
+        ("metrics", here / "transport.json", r"transport\.json: was not written by hpcres metrics; "),
+        ("transport", here / "gone.json", r"gone\.json: no such file; run hpcres tortuosity --output "),
+    ):
+        with pytest.raises(InputError, match=why):
+            find_result(open_volume(path), stage, file, True, None)
+        assert find_result(open_volume(path), stage, file, False, None) is None
 
 
 def test_the_terminal_table_has_each_number_once(finished):

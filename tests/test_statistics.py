@@ -137,6 +137,23 @@ def test_layers_in_closed_form(client, tmp_path):
     }  # fmt: skip
 
 
+def test_the_error_of_a_mean_chord_covers_its_scatter_over_independent_volumes(client, tmp_path):
+    """Chords side by side cut the same grain: taken for independent they would promise several times too much."""
+    rng, means, errors = np.random.default_rng(7), [], []
+    for k in range(16):
+        smooth = ndimage.gaussian_filter(rng.standard_normal((56, 56, 56)), 2.0, mode="wrap")
+        np.save(tmp_path / f"{k}.npy", (smooth > 0.02).astype(np.uint8))
+        volume = open_volume(tmp_path / f"{k}.npy")
+        found = statistics(volume, client=client, labels=[0, 1], which=["chords"], progress=False)
+        chords = described(found, Named({0: "a", 1: "b"}, (2.0, 2.0, 2.0), "micrometer"))["chords"]
+        both = [(chords[axis][phase]["mean_length"], chords[axis][phase]["standard_error"]) for axis in "zyx"
+                for phase in "ab"]  # fmt: skip
+        means.append([mean for mean, _ in both])
+        errors.append([error for _, error in both])
+    ratio = np.mean(errors, axis=0) / np.std(means, axis=0, ddof=1)
+    assert np.all((ratio > 0.9) & (ratio < 5)), ratio
+
+
 def test_a_cluster_that_winds_through_every_block_is_one(client, tmp_path):
     """A path that turns back and forth, one voxel thick: cut anywhere, it is one cluster and percolates."""
     a = np.zeros((3, 21, 20), np.uint8)

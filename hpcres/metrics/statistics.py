@@ -8,7 +8,8 @@ In metrics.json a volume's `statistics` hold what was asked for of:
     correlations  lags [0 … n] voxels, pairs {axis: [pairs that fit]}, counts {axis: {"a|b": [pairs]}}: S2_ab(r), the
                   share of pairs with x in a and x + r in b, is counts / pairs; r in voxels along the axis
     chords        {axis: {phase: {whole, cut}}}, each {length [voxels], count [chords]}; `cut` are those that touch an
-                  outer face; voxel_share_cut; mean_length of the whole ones, and mean_length_by_voxels, in length_unit
+                  outer face; voxel_share_cut; mean_length of the whole ones, its standard_error (null for fewer than
+                  two) and mean_length_by_voxels, in length_unit
     connectivity  {phase: {clusters, largest_share, percolating_share {axis: share}}}, of the phase's voxels, by faces
     spectrum, representative, geodesic: see spectrum.py, representative.py, geodesic.py
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +254,16 @@ def described(found: Statistics, named: Named) -> dict[str, Any]:
             },
         }
     if found.whole is not None and found.cut is not None:
+        means = np.array([[_mean(of) or 1.0 for of in axis] for axis in found.whole])
         result["chords"] = {
             axis: {
-                name: _chords(found.whole[a][i], found.cut[a][i], named.lengths[a]) for i, name in enumerate(names)
+                name: _chords(
+                    found.whole[a][i], found.cut[a][i], named.lengths[a], np.delete(means[:, i], a).prod()
+                )
+                for i, name in enumerate(names)
             }
             for a, axis in enumerate(AXES)
-        }
+        }  # fmt: skip
     if found.connected is not None:
         result["connectivity"] = {
             name: {
@@ -272,15 +278,26 @@ def described(found: Statistics, named: Named) -> dict[str, Any]:
     return result
 
 
-def _chords(whole: np.ndarray, cut: np.ndarray, length: float) -> dict[str, Any]:
+def _mean(whole: np.ndarray) -> float:
+    number = int(whole.sum())
+    return int(whole @ np.arange(len(whole))) / number if number else 0.0
+
+
+def _chords(whole: np.ndarray, cut: np.ndarray, length: float, across: float) -> dict[str, Any]:
+    """across: voxels of the cross-section in which chords know of each other, since they cut the same grain."""
     sizes = np.arange(len(whole))
     number, in_whole, in_cut = int(whole.sum()), int(whole @ sizes), int(cut @ sizes)
+    mean, error = _mean(whole), None
+    if number > 1:
+        variance = float(whole @ (sizes - mean) ** 2) / (number - 1)
+        error = sqrt(variance / max(number / across, 1.0)) * length
     return {
         **{
             key: {"length": np.flatnonzero(of).tolist(), "count": of[np.flatnonzero(of)].tolist()}
             for key, of in (("whole", whole), ("cut", cut))
         },
         "voxel_share_cut": in_cut / (in_whole + in_cut) if in_whole + in_cut else 0.0,
-        "mean_length": in_whole / number * length if number else None,
+        "mean_length": mean * length if number else None,
+        "standard_error": error,
         "mean_length_by_voxels": int(whole @ sizes**2) / in_whole * length if in_whole else None,
     }
