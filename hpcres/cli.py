@@ -1,7 +1,7 @@
 """The commands: a study and options in, one call, an exit status out.
 
 Exit status: 0 done; 2 the input is wrong; 3 finished, some tiles or chunks failed; 75 stopped by a signal after
-saving; anything else is a bug. Heavy imports happen inside the commands, so that `--help` answers at once.
+saving what can be; anything else is a bug. Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -446,6 +446,7 @@ def metrics(
     from hpcres.metrics.measure import header, measure, measure_study, write_json
     from hpcres.metrics.schedule import connect
     from hpcres.metrics.table import metrics_text
+    from hpcres.signals import ended_by_signals
     from hpcres.study import SubVolumes
     from hpcres.volumes import open_volume
 
@@ -459,7 +460,7 @@ def metrics(
         volume = _study_volume(study)
         target: Path | None = study.metrics_path
         _writable(study.metrics_path)
-        with connect(scheduler, worker_wait=worker_wait) as client:
+        with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
             result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
         save_study(study, "metrics")
     else:
@@ -467,7 +468,7 @@ def metrics(
         volume, target, size = open_volume(source), Path(output) if output else None, _parse_size(voxel_size)
         if target is not None:
             _writable(target)
-        with connect(scheduler, worker_wait=worker_wait) as client:
+        with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
             measured = measure(
                 volume, client=client, voxel_size=size, settings=SubVolumes(count=0), periodic=(z, y, x),
                 statistics=_statistics(Metrics(), added, left_out, lags), scratch=target and target.absolute().parent,
@@ -690,6 +691,7 @@ def report(
     else:
         from hpcres.metrics.measure import header, measure
         from hpcres.metrics.schedule import connect
+        from hpcres.signals import ended_by_signals
         from hpcres.study import SubVolumes
 
         _no_settings(source, settings)
@@ -705,7 +707,7 @@ def report(
 
         result, solved = found("metrics", measured_file, size), found("transport", solved_file, None)
         if result is None:
-            with connect(scheduler, worker_wait=worker_wait) as client:
+            with ended_by_signals("report"), connect(scheduler, worker_wait=worker_wait) as client:
                 measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes(), statistics=Metrics())
             result = {**header(_command_line()), "volume": measured}
         path = report_volume(volume, result, target, solved)

@@ -1,4 +1,4 @@
-"""A batch system's warning that time is up, noted so that the work in hand is finished and saved."""
+"""A batch system's warning that time is up: noted where the work in hand is finished and saved, else the way out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from hpcres.errors import Stopped
 
 
 @contextmanager
@@ -20,4 +22,32 @@ def noted_signals() -> Iterator[list[int]]:
         yield received
     finally:
         for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ended_by_signals(what: str) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGINT raise Stopped, once, in what has nothing to save: scratch goes, nothing is written.
+
+    Those that follow are passed over to the process's end, so that nothing on the way out is broken off (in the main
+    thread only).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    come = False
+
+    def end(number: int, _: object) -> None:
+        nonlocal come
+        if not come:
+            come = True
+            raise Stopped(f"{what}: stopped by {signal.Signals(number).name}; nothing is written: run it again")
+
+    # What was started to ignore a signal, as a shell's background jobs do SIGINT, goes on ignoring it.
+    heard = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    old = {s: signal.signal(s, end) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in old.items() if not come else ():
             signal.signal(number, handler)

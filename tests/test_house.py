@@ -21,7 +21,7 @@ PACKAGE = ROOT / "hpcres"
 ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
     "errors": set(),
     "memory": set(),
-    "signals": set(),
+    "signals": {"errors"},
     "geometry": {"errors"},
     "noise": {"geometry"},
     "study": {"errors"},

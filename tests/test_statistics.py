@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from math import prod
 
@@ -391,3 +396,23 @@ def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
         "Representative volume", "± standard error", "2, truth",
     ):  # fmt: skip
         assert panel in page
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGINT)])
+def test_a_signal_in_mid_run_leaves_nothing_behind(tmp_path, signals):
+    """Those that follow the first do not break off what removes the scratch folder."""
+    np.save(tmp_path / "a.npy", structure(5, (120, 120, 120), [0, 1]))
+    options = ("--with", "geodesic", "--output", "metrics.json", "--without", "representative", "--without", "spectrum")
+    command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", *options]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        while not any(tmp_path.glob("hpcres-geodesic-*")):
+            assert run.poll() is None
+            time.sleep(0.02)
+        for one in signals:
+            run.send_signal(one)
+            time.sleep(0.1)
+        said = run.communicate(timeout=60)[1]
+    assert run.returncode == 75
+    lines = [line for line in said.splitlines() if not re.match(r"(geodesic|counting|correlations).*: ", line)]
+    assert lines == [f"hpcres: metrics: stopped by {signals[0].name}; nothing is written: run it again"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npy"]

@@ -26,7 +26,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from math import prod, sqrt
@@ -348,6 +350,29 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
                 show(total, f"{100 * total / voxels:.1f} % of the voxels reached, {blocks}")
 
 
+@contextmanager
+def _scratch(where: Path) -> Iterator[str]:
+    """A folder that is gone afterwards, also where a signal ends the run while tasks write to it or it is removed."""
+    folder = tempfile.mkdtemp(prefix="hpcres-geodesic-", dir=where)
+    try:
+        yield folder
+    finally:
+        try:
+            _remove(folder)
+        except BaseException:
+            _remove(folder)
+            raise
+
+
+def _remove(folder: str) -> None:
+    for _ in range(600):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        time.sleep(0.1)  # until who still writes there has no place to
+    shutil.rmtree(folder)
+
+
 def geodesic(
     volume: Volume, *, client: Client, labels: Sequence[int], neighbours: int = 26,
     lengths: tuple[float, float, float] = (1.0, 1.0, 1.0), block: Triple | None = None, scratch: Path | None = None,
@@ -369,7 +394,7 @@ def geodesic(
         )
     result: dict[str, list[dict[str, Paths]]] = {}
     for axis, name in enumerate(AXES):
-        with tempfile.TemporaryDirectory(prefix="hpcres-geodesic-", dir=where) as folder:
+        with _scratch(where) as folder:
             source = Source.of(volume)
             job = _Job(source, tuple(labels), shape, triple(cut_into), axis, steps, weights, folder)
             for side in (0, 1):

@@ -23,7 +23,7 @@ from distributed.comm import CommClosedError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hpcres.errors import InputError, Unfinished
+from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
 from hpcres.study import RawHeader
@@ -246,16 +246,20 @@ def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[in
 
 
 def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
-    """Futures as they finish; the first exception of a task ends the rest and is raised."""
-    for future in as_completed(futures):
-        if future.status == "cancelled":  # by a scheduler that is gone, or for want of workers
-            raise CancelledError(what)
-        if future.status != "finished":
-            error = future.exception()
-            for other in futures:
-                other.cancel()
-            raise error
-        yield future
+    """Futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
+    try:
+        for future in as_completed(futures):
+            if future.status == "cancelled":  # by a scheduler that is gone, or for want of workers
+                raise CancelledError(what)
+            if future.status != "finished":
+                error = future.exception()
+                for other in futures:
+                    other.cancel()
+                raise error
+            yield future
+    except Stopped:
+        futures[0].client.cancel(list(futures))
+        raise
 
 
 def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
