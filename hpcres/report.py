@@ -173,7 +173,11 @@ def _verdict(metrics: Mapping[str, Any] | None, study: Study) -> str:
             error, row = worst
             good, fair = _LIMITS[limit]
             grade = "good" if abs(error) <= good else "fair" if abs(error) <= fair else "poor"
-            text = f"{100 * error:+.2f} points" if in_points else f"{error:+.1%}"
+            # The truth is the same place and its difference exact; the images are another, and chance has its share.
+            chance = "" if truth or row.error is None else (
+                f" ± {100 * row.error:.2f}" if in_points else f" ± {100 * row.error / (row.images or 1):.1f}"
+            )  # fmt: skip
+            text = f"{100 * error:+.2f}{chance} points" if in_points else f"{100 * error:+.1f}{chance} %"
             of = f"{row.of}, " if row.of else ""
             cards.append(_card(title, text, f"{'worst: ' if row.of else ''}{of}against the {against}", grade))
     if not cards:
@@ -322,7 +326,8 @@ def _numbers(metrics: Mapping[str, Any] | None, command: str) -> list[str]:
     if metrics is None:
         return [_missing("Metrics", "metrics.json", command)]
     return [
-        _metric_table(metrics), _low_res_table(metrics.get("low_res")), _distributions(metrics), _statistics(metrics),
+        _metric_table(metrics), _low_res_table(metrics.get("low_res")), _appearance(metrics), _distributions(metrics),
+        _statistics(metrics),
     ]  # fmt: skip
 
 
@@ -372,6 +377,15 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
             "The counts are exact; the standard error is that of the volume as a sample of the material, fitted to how "
             "the spread over sub-volumes falls with their size (below)."
         )
+        if any(row.error is None for row in rows):
+            notes.append("Without one: its spread over sub-volumes was not measured, or has no fit.")
+    else:
+        notes.append(
+            "The counts are exact. They have no standard error as a sample of the material: its statistic "
+            "'representative' was not measured, or fewer than eight cubes of two sizes fit in the volume."
+        )
+    if has["reference"]:
+        notes.append("The ground truth is the same place, so that differences from it are exact too.")
     if has["images"]:
         notes.append("Training images: shares of their in-plane faces and edges; surface × 3/2, isotropy assumed.")
     if has["cubes"]:
@@ -398,8 +412,82 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
     return (
         "<section><h2>Agreement with the low-res volume</h2>"
         f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
-        "operator makes of the super-resolved volume.</p>"
-        f"{_table(heads, lines, 'one')}</section>"
+        "operator makes of the super-resolved volume. Every voxel was compared, so these shares have no error.</p>"
+        f"{_table(heads, lines, 'one')}{_imprint(low_res)}</section>"
+    )
+
+
+def _imprint(low_res: Mapping[str, Any]) -> str:
+    """Where phases part, by position in the low-res lattice, relative to the axis's mean."""
+    shares = {axis: np.array(low_res["changed_faces"][axis]) for axis in AXES}
+    means = {axis: float(one.mean()) for axis, one in shares.items()}
+    text = (
+        f"<p><b>Lattice imprint {low_res['lattice_imprint']:.1%}</b>: the largest departure of these bars from 1. "
+        "Matter knows nothing of the low-res lattice, so its bars are level but for chance; a bar above 1 is a place "
+        "where phases part because a low-res voxel ends there.</p>"
+    )
+    positions = len(shares["z"])
+    if positions < 2 or not all(means.values()):
+        return text
+    figure = _figure(5.5, 2.2)
+    axes = figure.add_subplot()
+    for place, (axis, colour) in enumerate(zip(AXES, _SERIES, strict=False)):
+        at = np.arange(positions) + (place - 1) * 0.27
+        axes.bar(at, shares[axis] / means[axis], 0.25, color=colour, alpha=0.85, label=f"along {axis}")
+    axes.axhline(1, color=_INK, linewidth=0.8, linestyle=":")
+    axes.set_xticks(range(positions))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("position of a face in the low-res lattice, high-res voxels", fontsize=8)
+    axes.set_ylabel("faces that part phases / mean", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return text + _svg(figure, "lattice imprint")
+
+
+_LOOKS = {
+    "tv1": ("tv1", "patterns of 3 × 3 pixels, side by side: shape of the boundaries"),
+    "tv4": ("tv4", "the same 4 pixels apart: shape of the grains"),
+    "area_error": ("interphase areas", "worst pair, relative"),
+    "tpb_error": ("TPB", "relative"),
+    "fraction_error": ("fractions", "largest difference"),
+    "correlation_error": ("correlations", "up to 16 voxels, root mean square"),
+}
+_LARGEST_BY_CHANCE = 1.0, 2.0
+"""A difference up to the worst of the images' own quarters may be chance; twice that is hardly."""
+
+
+def _appearance(metrics: Mapping[str, Any]) -> str:
+    """How much slices differ from the training images, beside what a quarter of these differs from the whole."""
+    images = (metrics.get("images") or {}).get("planes") or {}
+    own, truth = (((metrics.get(of) or {}).get("appearance") or {}).get("planes") for of in ("volume", "reference"))
+    if not own or not images:
+        return ""
+    heads = ["", "", "this volume", *(["ground truth"] if truth else []), "a quarter of the images", "worst quarter"]
+    lines = []
+    for plane, one in own.items():
+        quarters = images[plane]["quarters"]
+        for place, key in enumerate(key for key in _LOOKS if key in one["errors"]):
+            title, what = _LOOKS[key]
+            cells = [f"<th>{escape(title)} <small>{escape(what)}</small></th>"]
+            cells.append(f"<th>{plane if plane != 'all' and place == 0 else ''}</th>")
+            by_chance, grade = quarters.get(key, []), ""
+            if by_chance:
+                share = one["errors"][key] / max(*by_chance, 1e-12)
+                good, fair = _LARGEST_BY_CHANCE
+                grade = "good" if share <= good else "fair" if share <= fair else "poor"
+            cells.append(_cell(_number(one["errors"][key]), f"strong {grade}"))
+            if truth:
+                cells.append(_cell(_number(truth[plane]["errors"].get(key))))
+            cells.append(_cell(_number(float(np.mean(by_chance))) if by_chance else ""))
+            cells.append(_cell(_number(max(by_chance)) if by_chance else ""))
+            lines.append(f"<tr class='{'first' if place == 0 else ''}'>{''.join(cells)}</tr>")
+    shown = metrics["volume"]["appearance"]
+    return (
+        "<section><h2>Appearance</h2><p>How far the slices of this volume are from the training images. tv1 and tv4 "
+        "are the share of small patterns (0 to 1) that one would have to exchange to turn one into the other: the "
+        "lower, the less can be told apart by eye.</p>"
+        f"{_table(heads, lines)}<p class='note'>Slices of {shown['cubes']} cubes of up to {shown['edge']}³. The error "
+        "of these numbers is chance, of which each quarter of the training images against the whole is a measure. "
+        "Green: not more than the worst quarter; amber: up to twice that.</p></section>"
     )
 
 
@@ -495,7 +583,8 @@ def _statistics(metrics: Mapping[str, Any]) -> str:
     dashed = " Dashed: the ground truth." if theirs else ""
     note = (
         "Correlations, chords, connected shares and paths are exact counts over the whole volume: they have no error "
-        f"of their own, only that of the volume as a sample of the material.{dashed}"
+        "of their own, only that of the volume as a sample of the material, which is given where the numbers say it."
+        f"{dashed}"
     )
     return f"<section><h2>Spatial statistics</h2><p class='note'>{note}</p>{''.join(parts)}</section>"
 
@@ -567,14 +656,15 @@ def _chords(both: _Shown) -> str:
             own = [found["chords"][axis][phase] for axis in AXES]
             cut = max(one["voxel_share_cut"] for one in own)
             name = phase if style == "-" else f"{phase}, truth"
-            cells = "".join(_cell(_number(one["mean_length"])) for one in own)
+            cells = "".join(_cell(_with_error(one["mean_length"], one.get("standard_error"))) for one in own)
             lines.append(f"<tr><th>{escape(name)}</th><th></th>{cells}{_cell(f'{cut:.1%}')}</tr>")
     unit = short_unit(both[0][1]["length_unit"])
     return (
         f"<h3>Chord lengths</h3>{_svg(figure, 'chord lengths')}"
         f"{_table(['', unit, *means, 'cut by a face, at most'], lines)}"
-        "<p class='note'>Share of voxels that lie in a chord of a length, and mean length of chords, without those cut "
-        "by the volume's faces.</p>"
+        "<p class='note'>Share of voxels that lie in a chord of a length, and mean length of chords ± standard error "
+        "as a sample of the material, from their spread; chords side by side, which cut the same grain, count as one. "
+        "Without those cut by the volume's faces, whose share is exact.</p>"
     )
 
 
@@ -614,7 +704,8 @@ def _connectivity(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     heads = ["", "", "clusters", "largest", *(f"percolating along {axis}" for axis in AXES)]
     return (
         f"<h3>Connected share</h3>{_table(heads, lines)}<p class='note'>Of each phase's voxels, joined by faces; "
-        "percolating: in clusters that reach both faces.</p>"
+        "percolating: in clusters that reach both faces. Exact for this volume: every voxel is counted, so there is no "
+        "error. It is no estimate for the material, whose connected share depends on the size of the piece.</p>"
     )
 
 
@@ -635,7 +726,8 @@ def _geodesic(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     heads = ["", "", "from the first plane", "from the last", "whole volume", "voxels without a path"]
     return (
         f"<h3>Mean geodesic tortuosity</h3>{_table(heads, lines)}<p class='note'>Shortest paths inside the phase by "
-        f"steps to {ours['geodesic']['neighbours']} neighbours / thickness.</p>"
+        f"steps to {ours['geodesic']['neighbours']} neighbours / thickness. Exact for this volume: every path is the "
+        "shortest there is, its steps rounded to 1/4096 of a voxel edge.</p>"
     )
 
 
@@ -764,7 +856,8 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
     ranges = ", ".join(f"{axis} {a}:{b}" for axis, (a, b) in zip(AXES, volume.get("crop") or (), strict=False))
     crop = f" Only {ranges} of the volume." if ranges else ""
     return (
-        f"{_table(heads, lines)}<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. "
+        f"{_table(heads, lines)}<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. What follows − or "
+        "+ is the solver's estimated error, always to that side; percolating shares are exact counts. "
         f"{escape(solver['name'])}: {escape(solver['method'])}; stops at {escape(solver['stop'])}.{escape(crop)}</p>"
     )
 
@@ -778,7 +871,7 @@ def _state(result: Mapping[str, Any], key: str) -> str:
         return "not converged"
     # Of D_rel it is what the upper bound may be too high, of tau what it may be too low.
     error = f" {'−' if key == 'D_rel' else '+'} {result['error'] * result[key]:.1g}" if result.get("error") else ""
-    return _number(result[key]) + (error if key in ("D_rel", "tau") else "")
+    return _number(result[key]) + error
 
 
 # ---- training ---------------------------------------------------------------------------------------------
@@ -920,6 +1013,14 @@ def _number(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.5f}" if 1e-3 <= abs(value) < 10 else f"{value:.5g}"
 
 
+def _with_error(value: float | None, error: float | None) -> str:
+    """To two digits of the error."""
+    if value is None or not error:
+        return _number(value) or "–"
+    decimals = max(0, 1 - floor(log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
 def _signed(value: float | None) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:+.2g}" if abs(value) < 1e-3 else f"{value:+.5f}"
 
@@ -927,11 +1028,7 @@ def _signed(value: float | None) -> str:
 def _plus_minus(summary: Mapping[str, Any] | None) -> str:
     if not summary or summary["mean"] is None:
         return "–"
-    mean, std = summary["mean"], summary["std"]
-    if not std:
-        return _number(mean)
-    decimals = max(0, 1 - floor(log10(std)))  # two digits of the spread
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+    return _with_error(summary["mean"], summary["std"])
 
 
 def _published(one: Mapping[str, Any]) -> str:
@@ -1059,6 +1156,7 @@ thead th { color: var(--soft); font-size: 12.5px; text-align: right; vertical-al
 thead th:first-child, thead th.left, .two thead th:nth-child(2) { text-align: left; }
 td { text-align: right; padding: 3px 10px 3px 8px; white-space: nowrap; vertical-align: top; }
 td.strong { font-weight: 650; }
+td.good { color: var(--good); } td.fair { color: var(--fair); } td.poor { color: var(--poor); }
 td.source { text-align: left; white-space: normal; min-width: 190px; font-size: 12.5px; }
 tr.first th, tr.first td { border-top: 1px solid var(--line); }
 tbody tr:hover { background: var(--tint); }

@@ -123,6 +123,40 @@ def test_the_page_shows_every_metric_beside_truth_images_and_published(finished)
     assert "89 generator steps" in text
 
 
+def test_appearance_and_the_imprint_of_the_lattice_stand_there_with_what_they_mean(finished):
+    study, _, metrics = finished
+    page = page_of(study)
+    text = text_of(page)
+    for key in ("tv1", "tv4", "area_error", "tpb_error", "fraction_error", "correlation_error"):
+        errors = [metrics[of]["appearance"]["planes"]["all"]["errors"][key] for of in ("volume", "reference")]
+        quarters = metrics["images"]["planes"]["all"]["quarters"][key]
+        shown = [*errors, np.mean(quarters), max(quarters)]
+        numbers = ["0" if v == 0 else f"{v:.5f}" if 1e-3 <= v < 10 else f"{v:.5g}" for v in shown]
+        assert " ".join(numbers) in text
+        grade = "good" if errors[0] <= max(quarters) else "fair" if errors[0] <= 2 * max(quarters) else "poor"
+        assert f"<td class='strong {grade}'>{numbers[0]}<" in page
+    assert f"Lattice imprint {metrics['low_res']['lattice_imprint']:.1%}" in text
+    assert "Matter knows nothing of the low-res lattice" in text
+    assert "the lower, the less can be told apart" in text
+    assert "alt='lattice imprint'" in page
+
+
+def test_every_table_has_errors_or_says_why_there_are_none(finished):
+    """Of a volume of 32 × 24 × 28 cubes of one size fit: there is no fit, and the page says so."""
+    study, _, metrics = finished
+    text = text_of(page_of(study))
+    for why in (
+        "fewer than eight cubes of two sizes fit", "differences from it are exact too", "so these shares have no error",
+        "Exact for this volume: every voxel is counted", "the solver's estimated error", "± standard error as a sample",
+    ):  # fmt: skip
+        assert why in text
+    for axis in "zyx":
+        chords = metrics["volume"]["statistics"]["chords"][axis]["nickel"]
+        mean, error = chords["mean_length"], chords["standard_error"]
+        assert 0.01 < error < 0.1 < mean
+        assert f" {mean:.3f} ± {error:.3f} " in text
+
+
 def test_slices_are_the_voxels_of_the_volume_and_of_the_same_region(finished):
     study, sharp, _ = finished
     shown = pictures(page_of(study))

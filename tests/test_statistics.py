@@ -6,9 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import dijkstra
+from test_metrics import dask_cluster
 
 from hpcres.metrics import geodesic as paths
 from hpcres.metrics.geodesic import Paths, geodesic, lengths_of_steps
@@ -116,6 +119,38 @@ def measured(client, tmp_path, a: np.ndarray, block=None, **options) -> Statisti
     return statistics(
         open_volume(tmp_path / "a.npy"), client=client, labels=labels, which=ALL, block=block, progress=False, **options
     )
+
+
+def test_a_worker_killed_in_mid_run_costs_a_retry_and_not_a_digit(client, tmp_path):
+    """What waits between blocks is lost with the worker that held it, and is made again from the blocks before."""
+    a = structure(6, (60, 56, 88), [0, 1, 2])
+    np.save(tmp_path / "a.npy", a)
+    volume, killed = open_volume(tmp_path / "a.npy"), []
+    chosen: dict[str, Any] = {"labels": [0, 1, 2], "which": ALL, "lags": 12, "progress": False}
+    with dask_cluster(tmp_path, 2) as (file, started), connect(str(file)) as remote:
+        remote.wait_for_workers(2, timeout=60)
+        doomed = next(at for at, worker in remote.scheduler_info()["workers"].items() if worker["name"] == "w0")
+
+        def kill_a_worker_that_holds_planes():
+            while not any("_seam" in key for key in remote.has_what([doomed])[doomed]):
+                time.sleep(0.01)
+            started["w0"].send_signal(signal.SIGKILL)
+            killed.append(remote.processing([doomed])[doomed])
+
+        killer = threading.Thread(target=kill_a_worker_that_holds_planes, daemon=True)
+        killer.start()
+        found = statistics(volume, client=remote, block=(12, 14, 11), **chosen)
+        killer.join(timeout=10)
+        assert started["w0"].wait(timeout=10) == -signal.SIGKILL
+        assert killed[0], "the worker had nothing left to do: kill it sooner"
+        assert len(remote.scheduler_info()["workers"]) == 1
+    here = statistics(volume, client=client, **chosen)
+    for name in ("s2", "fitting", "whole", "cut"):
+        for one, other in zip(getattr(found, name), getattr(here, name), strict=True):
+            assert np.array_equal(one, other)
+    assert found.connected == here.connected
+    assert [one.clusters for one in found.connected] == [plain_connected(a, label)[1] for label in (0, 1, 2)]
+    assert np.array_equal(found.s2, plain_pairs(a, [0, 1, 2], 12)[0])
 
 
 def test_layers_in_closed_form(client, tmp_path):
