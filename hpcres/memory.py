@@ -10,7 +10,7 @@ def keep_freed_memory(shared_by_threads: bool = False, large: bool = True) -> No
     """Let glibc reuse freed blocks: giving them back to the kernel costs up to half of a step in page faults.
 
     With `shared_by_threads`, what one thread frees another may use, so that many threads do not each keep their own.
-    Without `large`, blocks of 4 MiB and more are given back: where they are few, faults cost less than the holes that
+    Without `large`, blocks of 1 MiB and more are given back: where they are few, faults cost less than the holes that
     they would leave.
     """
     if sys.platform == "linux":
@@ -20,7 +20,7 @@ def keep_freed_memory(shared_by_threads: bool = False, large: bool = True) -> No
             if large:
                 libc.mallopt(mmap_max, 0)
             else:
-                libc.mallopt(mmap_threshold, 2**22)
+                libc.mallopt(mmap_threshold, 2**20)
             libc.mallopt(trim_threshold, 2**31 - 1)
             libc.mallopt(top_pad, 2**26)
             if shared_by_threads:
