@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from hpcres import __version__
@@ -336,7 +336,6 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
     has = {
         "reference": any(r.reference is not None for r in rows),
         "images": any(r.images is not None for r in rows),
-        "published": any(r.published for r in rows),
         "cubes": any(r.cubes for r in rows),
     }
     cubes = metrics["volume"].get("subvolumes") or {}
@@ -346,7 +345,6 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
     heads += ["training images (2D)"] if has["images"] else []
     heads += [f"{cubes['count']} cubes of {cubes['voxels']}³"] if has["cubes"] else []
     heads += ["same cubes, truth"] if has["cubes"] and has["reference"] else []
-    heads += ["published"] if has["published"] else []
     lines, last = [], ""
     for row in rows:
         unit = f" <small>{row.unit}</small>" if row.unit else ""
@@ -363,9 +361,10 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
             cells.append(_cell(_plus_minus(row.cubes) if row.cubes else ""))
             if has["reference"]:
                 cells.append(_cell(_plus_minus(row.reference_cubes) if row.reference_cubes else ""))
-        if has["published"]:
-            cells.append(_cell("<br>".join(_published(p) for p in row.published), "source"))
         lines.append(f"<tr class='{'first' if row.metric != last else ''}'>{''.join(cells)}</tr>")
+        if row.published:  # a line of its own: beside the rest it would be cut off
+            said = "; ".join(_published(p) for p in row.published)
+            lines.append(f"<tr><th></th><td class='source' colspan='{len(heads) - 1}'>published: {said}</td></tr>")
         last = row.metric
     notes = [
         "Specific surface: all voxel faces of a phase / volume, and × 2/3 for an isotropic surface (Crofton). "
@@ -481,11 +480,12 @@ def _appearance(metrics: Mapping[str, Any]) -> str:
             cells.append(_cell(_number(max(by_chance)) if by_chance else ""))
             lines.append(f"<tr class='{'first' if place == 0 else ''}'>{''.join(cells)}</tr>")
     shown = metrics["volume"]["appearance"]
+    cubes = f"{shown['cubes']} cube{'s' if shown['cubes'] > 1 else ''} of up to {shown['edge']}³"
     return (
         "<section><h2>Appearance</h2><p>How far the slices of this volume are from the training images. tv1 and tv4 "
         "are the share of small patterns (0 to 1) that one would have to exchange to turn one into the other: the "
         "lower, the less can be told apart by eye.</p>"
-        f"{_table(heads, lines)}<p class='note'>Slices of {shown['cubes']} cubes of up to {shown['edge']}³. The error "
+        f"{_table(heads, lines)}<p class='note'>Slices of {cubes}. The error "
         "of these numbers is chance, of which each quarter of the training images against the whole is a measure. "
         "Green: not more than the worst quarter; amber: up to twice that.</p></section>"
     )
@@ -546,10 +546,10 @@ def _plot_fractions(metrics: Mapping[str, Any]) -> str:
     axes, width = figure.add_subplot(), min(0.5, 0.8 / len(groups))
     for place, (title, colour, values) in enumerate(groups):
         at = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * width
-        bars = axes.bar(at, values, width * 0.92, color=colour, label=title, alpha=0.85)
         errors = [r.error for r in rows if r.error is not None] if place == 0 else []
-        if len(errors) == len(rows):
-            axes.errorbar(at, values, errors, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
+        line = {"ecolor": _INK, "elinewidth": 1, "capsize": 2}
+        known = errors if len(errors) == len(rows) else None
+        bars = axes.bar(at, values, width * 0.92, color=colour, label=title, alpha=0.85, yerr=known, error_kw=line)
         axes.bar_label(bars, fmt="%.3f", fontsize=7, color=_INK, padding=1)
     axes.set_xticks(range(len(rows)), [r.of for r in rows])
     axes.set_ylabel("volume fraction", fontsize=8)
@@ -557,7 +557,8 @@ def _plot_fractions(metrics: Mapping[str, Any]) -> str:
     axes.tick_params(labelsize=8)
     if len(groups) > 1:
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return _svg(figure, "phase fractions")
+    lines = "<p class='note'>Lines on the bars: the standard error of the volume as a sample of the material.</p>"
+    return _svg(figure, "phase fractions") + (lines if all(r.error is not None for r in rows) else "")
 
 
 # ---- spatial statistics -----------------------------------------------------------------------------------
@@ -650,18 +651,18 @@ def _chords(both: _Shown) -> str:
             axes.set_ylabel("share of voxels", fontsize=7)
         axes.set_xlabel(f"chord length, {short_unit(both[0][1]['length_unit'])}", fontsize=7)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    means, lines = [f"mean along {axis}" for axis in AXES], []
+    unit = short_unit(both[0][1]["length_unit"])
+    means, lines = [f"mean along {axis}, {unit}" for axis in AXES], []
     for found, _, style in both:
         for phase in phases:
             own = [found["chords"][axis][phase] for axis in AXES]
             cut = max(one["voxel_share_cut"] for one in own)
             name = phase if style == "-" else f"{phase}, truth"
             cells = "".join(_cell(_with_error(one["mean_length"], one.get("standard_error"))) for one in own)
-            lines.append(f"<tr><th>{escape(name)}</th><th></th>{cells}{_cell(f'{cut:.1%}')}</tr>")
-    unit = short_unit(both[0][1]["length_unit"])
+            lines.append(f"<tr><th>{escape(name)}</th>{cells}{_cell(f'{cut:.1%}')}</tr>")
     return (
         f"<h3>Chord lengths</h3>{_svg(figure, 'chord lengths')}"
-        f"{_table(['', unit, *means, 'cut by a face, at most'], lines)}"
+        f"{_table(['', *means, 'cut by a face, at most'], lines, 'one')}"
         "<p class='note'>Share of voxels that lie in a chord of a length, and mean length of chords ± standard error "
         "as a sample of the material, from their spread; chords side by side, which cut the same grain, count as one. "
         "Without those cut by the volume's faces, whose share is exact.</p>"
@@ -762,6 +763,9 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_xticks([sizes[0], sizes[-1], whole], [f"{s:.0f}" for s in (sizes[0], sizes[-1], whole)])
             if len(of) > 1:
                 axes.legend(fontsize=6, frameon=False, labelcolor=_INK)
@@ -917,7 +921,7 @@ def _training(path: Path) -> str:
             axes.legend(fontsize=7, frameon=False, labelcolor=_INK)
         axes.set_title(title, fontsize=8)
         axes.set_xlabel(label, fontsize=7)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     steps, time = int(columns["step"][-1]), "" if minutes is None else f" in {minutes[-1]:.1f} minutes"
     return f"<section><h2>Training</h2><p>{steps:,} generator steps{time}.</p>{_svg(figure, 'training')}</section>"
 
@@ -1074,7 +1078,7 @@ def _svg(figure: Figure, alt: str) -> str:
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(_INK)
-        axes.tick_params(colors=_INK)
+        axes.tick_params(which="both", colors=_INK)
         for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
             text.set_color(_INK)
         for offset in (axes.xaxis.offsetText, axes.yaxis.offsetText):
