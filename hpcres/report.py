@@ -368,9 +368,12 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         last = row.metric
     notes = [
         "Specific surface: all voxel faces of a phase / volume, and × 2/3 for an isotropic surface (Crofton). "
-        "Interphase area: faces between two phases / all interior faces. TPB: edges that touch three or more phases, "
-        "by length / volume, and normalised by all interior edges."
+        "Interphase area: faces between two phases / all interior faces."
     ]
+    if len(metrics["volume"]["phases"]) > 2:
+        notes.append(
+            "TPB: edges that touch three or more phases, by length / volume, and normalised by all interior edges."
+        )
     if has["error"]:
         notes.append(
             "The counts are exact; the standard error is that of the volume as a sample of the material, fitted to how "
@@ -388,7 +391,8 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
     if has["images"]:
         notes.append("Training images: shares of their in-plane faces and edges; surface × 3/2, isotropy assumed.")
     if has["cubes"]:
-        notes.append("Cubes: mean ± standard deviation over random sub-volumes, at the same places in both.")
+        where = ", at the same places in both" if has["reference"] else ""
+        notes.append(f"Cubes: mean ± standard deviation over random sub-volumes{where}.")
     if skipped := cubes.get("skipped"):
         notes.append(f"No sub-volumes: {skipped}.")
     return f"<section><h2>Metrics</h2>{_table(heads, lines)}<p class='note'>{escape(' '.join(notes))}</p></section>"
@@ -743,6 +747,7 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
     whole = float(np.prod(volume["shape"])) ** (1 / 3)
     shown = [("volume fraction", "volume_fraction"), ("specific surface", "specific_surface_faces")]
     shown += [("interphase area", "interphase_area"), ("TPB density", "tpb_density")]
+    shown = shown[: 3 if len(volume["phases"]) < 3 else None]  # two phases have no triple-phase boundary
     figure = _figure(11, 2.6)
     for place, (title, metric) in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
