@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 
 from hpcres.errors import Stopped
+
+_WAY_OUT_SECONDS = 60.0
 
 
 @contextmanager
@@ -27,20 +31,20 @@ def noted_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def ended_by_signals(what: str) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGINT raise Stopped, once, in what has nothing to save: scratch goes, nothing is written.
+    """SIGTERM, SIGUSR1 and SIGINT raise Stopped in what has nothing to save: scratch goes, nothing is written.
 
-    Those that follow are passed over to the process's end, so that nothing on the way out is broken off (in the main
-    thread only).
+    Those that follow within a minute are passed over, so that nothing on the way out is broken off, and a later one is
+    obeyed again, should the first have been raised where Python drops exceptions (in the main thread only).
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    come = False
+    come = -inf
 
     def end(number: int, _: object) -> None:
         nonlocal come
-        if not come:
-            come = True
+        if time.monotonic() - come > _WAY_OUT_SECONDS:
+            come = time.monotonic()
             raise Stopped(f"{what}: stopped by {signal.Signals(number).name}; nothing is written: run it again")
 
     # What was started to ignore a signal, as a shell's background jobs do SIGINT, goes on ignoring it.
@@ -49,5 +53,5 @@ def ended_by_signals(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in old.items() if not come else ():
+        for number, handler in old.items() if come == -inf else ():
             signal.signal(number, handler)
