@@ -34,6 +34,7 @@ OME_UNITS = {
 }  # fmt: skip
 PATCH_VOXELS = 64
 """High-res edge of one training cube; scale factors are 64/d because d low-res voxels must fill it exactly."""
+_FEWEST_LOW_RES = 2  # d: a cube of one low-res voxel would have no structure to learn from
 
 
 def _scale_factor(value: Any) -> Fraction:
@@ -42,12 +43,12 @@ def _scale_factor(value: Any) -> Fraction:
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{value!r} is not a number or a fraction; write 4, 2.5 or 16/3") from None
     low_res_edge = Fraction(PATCH_VOXELS) / scale if scale > 0 else Fraction(0)
-    if low_res_edge.denominator != 1 or not 8 <= low_res_edge <= PATCH_VOXELS:
-        fits = [Fraction(PATCH_VOXELS, d) for d in range(8, PATCH_VOXELS + 1)]
+    if low_res_edge.denominator != 1 or not _FEWEST_LOW_RES <= low_res_edge <= PATCH_VOXELS:
+        fits = [Fraction(PATCH_VOXELS, d) for d in range(_FEWEST_LOW_RES, PATCH_VOXELS + 1)]
         near = min(fits, key=lambda f: abs(f - scale))
         raise ValueError(
-            f"{value} is not 64/d with d = 8 … 64, so low-res voxels cannot fill a training cube of 64; "
-            f"the nearest is {near}"
+            f"{value} is not 64/d with d = {_FEWEST_LOW_RES} … 64, so low-res voxels cannot fill a training cube of "
+            f"64; the nearest is {near}"
         )
     return scale
 

@@ -10,12 +10,13 @@ import torch
 from hpcres.imaging import ImagingOperator, gaussian_kernel, one_hot
 from hpcres.study import Imaging
 
-SCALES = ["2", "3", "4", "8", "8/5", "16/3"]
+SCALES = ["2", "3", "4", "8", "8/5", "16/3", "64/6", "16"]
 
 
 @pytest.mark.parametrize(
     ("scale", "size", "sigma"),
-    [("4", 3, 0.8), ("8", 7, 1.4), ("3", 3, 0.8), ("16/3", 5, 1.1), ("8/5", 1, 0.5), ("7", 7, 1.4), ("2", 1, 0.5)],
+    [("4", 3, 0.8), ("8", 7, 1.4), ("3", 3, 0.8), ("16/3", 5, 1.1), ("8/5", 1, 0.5), ("7", 7, 1.4), ("2", 1, 0.5),
+     ("64/6", 11, 2.0), ("16", 15, 2.6)],
 )
 def test_blur_kernel_of_the_paper(scale, size, sigma):
     """k = ⌈s⌉ where odd, else ⌈s⌉ − 1, and σ = 0.3((k − 1)/2 − 1) + 0.8, worked out by hand."""

@@ -178,7 +178,7 @@ def test_hours_follow_the_busiest_rank():
     assert cost.core_hours == pytest.approx(cost.hours * 3 * 2)
 
 
-@pytest.mark.parametrize("scale", [Fraction(64, d) for d in (8, 9, 12, 16, 40, 63, 64)])
+@pytest.mark.parametrize("scale", [Fraction(64, d) for d in (2, 6, 8, 9, 12, 16, 40, 63, 64)])
 def test_large_volume_is_8192_voxels_at_every_scale_factor(scale):
     small = make_cost((64, 64, 64), str(scale), 1, 1)
     large = replace(small, plan=large_plan(small.plan), ranks=1024)

@@ -247,13 +247,13 @@ def cores() -> int:
 
 def operations(generator: SuperResGenerator, box: Box) -> float:
     """Floating-point operations of the convolutions for a low-res box: 2 per multiply-add."""
-    total, grid = 0.0, float(box.voxels)
+    total, grid, doubled = 0.0, float(box.voxels), [convolution for convolution, _ in generator.resizes]
     for module in generator.modules():
         if isinstance(module, torch.nn.ConvTranspose3d):
             grid *= 8
             total += 2 * grid * module.in_channels * module.out_channels * 8
         elif isinstance(module, torch.nn.Conv3d):
-            if module is generator.conv_resize:
+            if module in doubled:
                 grid *= 8
             elif module is generator.conv_last:
                 grid *= float(generator.last_scale) ** 3

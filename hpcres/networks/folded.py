@@ -86,8 +86,8 @@ def fold(generator: SuperResGenerator) -> Folded:
         stages.append(replace(joined, add_before_relu=given, add_after_relu=0 if last else None))
     if not generator.blocks:  # first + first, and relu(2 a) is 2 relu(a)
         stages[0] = replace(stages[0], weight=2 * stages[0].weight, bias=2 * stages[0].bias)
-    if generator.conv_resize is not None:
-        stages.append(stage("resize", generator.conv_resize, generator.norm_resize, "resized", 2))
+    for index, (convolution, norm) in enumerate(generator.resizes):
+        stages.append(stage(f"resize {index}", convolution, norm, "resized", 2))
     if generator.conv_transposed is not None:
         stages.append(stage("transposed", generator.conv_transposed, generator.norm_transposed, "transposed", 2))
     if generator.config["last_stage"] == "transposed":

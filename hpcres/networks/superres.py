@@ -3,7 +3,8 @@
 Channel counts follow the authors' published network: with s the scale factor and k = ⌈log2 s⌉ − 1, the first
 layers have 2^(width + k) / 2 channels and every upsampling halves them. Scale factors above 4 start with a
 trilinear ×2 and a convolution, those above 2 have a transposed convolution, and a trilinear upsampling by what
-is left (1 to 2) comes last.
+is left (1 to 2) comes last. Published are scale factors up to 8; above, every doubling more is a trilinear ×2 and a
+convolution after the first.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class SuperResGenerator(nn.Module):
     """(batch, low_res_channels + 1, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
 
     The last input channel is standard normal noise. `padding` is 'replicate' (as published) or 'zeros' (faster);
-    `last_stage` is 'resize' (as published) or 'transposed' (faster; scale factors 2, 4 and 8 only).
+    `last_stage` is 'resize' (as published) or 'transposed' (faster; scale factors 2, 4, 8, 16 and 32 only).
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class SuperResGenerator(nn.Module):
         padding: Padding = "replicate", last_stage: str = "resize",
     ) -> None:  # fmt: skip
         super().__init__()
-        if not 1 <= scale <= 8:
-            raise ValueError(f"scale factor {scale}: this network reaches 1 to 8")
+        if not 1 <= scale <= 32:
+            raise ValueError(f"scale factor {scale}: this network reaches 1 to 32")
         doublings = _doublings(scale)
         self.last_scale = scale / 2**doublings
         if last_stage == "transposed" and self.last_scale != 2:
@@ -70,11 +71,16 @@ class SuperResGenerator(nn.Module):
         self.conv_first = nn.Conv3d(low_res_channels + 1, channels, 3, padding=1, padding_mode=padding)
         self.norm_first = nn.BatchNorm3d(channels)
         self.blocks = nn.Sequential(*(ResidualBlock(channels, padding) for _ in range(residual_blocks)))
-        self.conv_resize: nn.Module | None = None
+        self.conv_resize: nn.Conv3d | None = None
+        self.conv_resize_more, self.norm_resize_more = nn.ModuleList(), nn.ModuleList()
         self.conv_transposed: nn.Module | None = None
-        if doublings == 2:
+        if doublings >= 2:
             self.conv_resize = nn.Conv3d(channels, channels // 2, 3, padding=1, padding_mode=padding)
             self.norm_resize = nn.BatchNorm3d(channels // 2)
+            channels //= 2
+        for _ in range(doublings - 2):
+            self.conv_resize_more.append(nn.Conv3d(channels, channels // 2, 3, padding=1, padding_mode=padding))
+            self.norm_resize_more.append(nn.BatchNorm3d(channels // 2))
             channels //= 2
         if doublings >= 1:
             self.conv_transposed = nn.ConvTranspose3d(channels, channels // 2, 4, stride=2, padding=1)
@@ -89,6 +95,12 @@ class SuperResGenerator(nn.Module):
         self.conv_end = nn.Conv3d(channels // 2, phases, 3, padding=1, padding_mode=padding)
 
     @property
+    def resizes(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Convolution and batch norm behind each trilinear ×2, from the coarsest grid on."""
+        first = [] if self.conv_resize is None else [(self.conv_resize, self.norm_resize)]
+        return [*first, *zip(self.conv_resize_more, self.norm_resize_more, strict=True)]
+
+    @property
     def channels_last(self) -> int:
         """Channels of the widest high-res layer: what the last upsampling takes in."""
         return self.conv_end.in_channels * 2
@@ -96,8 +108,8 @@ class SuperResGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first = functional.relu(self.norm_first(self.conv_first(x)))
         x = first + self.blocks(first)
-        if self.conv_resize is not None:
-            x = functional.relu(self.norm_resize(self.conv_resize(upsample(x, Fraction(2)))))
+        for convolution, norm in self.resizes:
+            x = functional.relu(norm(convolution(upsample(x, Fraction(2)))))
         if self.conv_transposed is not None:
             x = functional.relu(self.norm_transposed(self.conv_transposed(x)))
         if self.config["last_stage"] == "resize":
@@ -125,7 +137,7 @@ class SuperResGenerator(nn.Module):
             first, last = _linear_range(first - 1, last + 1, self.last_scale)
         if self.conv_transposed is not None:
             first, last = _transposed_range(first, last)
-        if self.conv_resize is not None:
+        for _ in self.resizes:
             first, last = _linear_range(first - 1, last + 1, Fraction(2))
         convolutions = 1 + 2 * len(self.blocks)
         return first - convolutions, last + convolutions
