@@ -151,6 +151,9 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         TRAIN, ["'ceramic' has no place"],
     ),
     "scale factor": (lambda f: None, [*TRAIN, "--set", "scale_factor=5"], ["scale_factor", "the nearest is 64/13"]),
+    "scale factor of one low-res voxel a cube": (
+        lambda f: None, [*TRAIN, "--set", "scale_factor=64"], ["scale_factor", "the nearest is 32"]
+    ),
     "scale factor of transposed end": (
         lambda f: None, [*TRAIN, "--set", "scale_factor=16/3", "--set", "network.last_stage=transposed"],
         ["use resize"],

@@ -77,7 +77,8 @@ def lively(generator: SuperResGenerator) -> SuperResGenerator:
             torch.nn.init.normal_(module.weight, std=0.15)
     generator.eval()
     with torch.inference_mode():  # every phase is to have its share, or nothing meets
-        logits = generator(torch.randn(1, generator.conv_first.in_channels, 9, 9, 9))[0].flatten(1)
+        edge = 9 if generator.scale <= 8 else 3
+        logits = generator(torch.randn(1, generator.conv_first.in_channels, edge, edge, edge))[0].flatten(1)
         spread = logits.std(1)
         generator.conv_end.weight /= spread[:, None, None, None, None]
         generator.conv_end.bias.sub_(logits.mean(1)).div_(spread)
@@ -157,7 +158,8 @@ def copy(painted, study, tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("scale", "shape", "chunk", "rank_counts"),
-    [("4", (9, 8, 7), 16, (1, 3)), ("8/5", (21, 23, 12), 16, (1, 2)), ("16/3", (100, 8, 9), 16, (1, 2))],
+    [("4", (9, 8, 7), 16, (1, 3)), ("8/5", (21, 23, 12), 16, (1, 2)), ("16/3", (100, 8, 9), 16, (1, 2)),
+     ("16", (5, 4, 3), 16, (1, 2)), ("64/6", (7, 5, 4), 32, (1, 2))],
 )
 def test_any_number_of_ranks_gives_the_same_store(scale, shape, chunk, rank_counts, tmp_path):
     path = make_study(tmp_path / "s", scale, shape, chunk=chunk)
@@ -195,7 +197,10 @@ def test_any_number_of_threads_gives_the_same_store(threads, study, painted, tmp
 
 @pytest.mark.parametrize(
     ("scale", "shape", "blocks"),
-    [("4", (9, 8, 17), 1), ("8/5", (21, 23, 31), 1), ("16/3", (7, 13, 9), 1), ("4", (9, 8, 17), 6)],
+    [
+        ("4", (9, 8, 17), 1), ("8/5", (21, 23, 31), 1), ("16/3", (7, 13, 9), 1), ("4", (9, 8, 17), 6),
+        ("16", (5, 3, 4), 1), ("64/6", (7, 4, 5), 1),
+    ],
 )
 def test_tiled_is_whole_but_for_near_ties(scale, shape, blocks, tmp_path):
     """At the true faces too, and where the halo (15 low-res voxels with six blocks) reaches beyond the next tile."""

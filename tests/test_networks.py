@@ -23,6 +23,7 @@ def random_generator(scale: str, padding: str = "replicate", last: str = "resize
         if isinstance(module, torch.nn.BatchNorm3d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.bias, 0.5, 1)  # few ReLUs that hide what they are given
     return generator
 
 
@@ -53,7 +54,7 @@ def test_tiled_with_the_derived_halo_is_whole(scale, padding, last):
 @pytest.mark.parametrize(("scale", "padding", "last"), [case for case in CASES if case[0] != "64/23"])
 def test_one_voxel_less_is_not(scale, padding, last):
     generator = random_generator(scale, padding, last)
-    assert tiled_error(generator, generator.halo_low_res - 1) > 1e-6
+    assert tiled_error(generator, generator.halo_low_res - 1) > 1e-9
 
 
 def test_default_halo_is_five_low_res_voxels_and_grows_with_blocks():

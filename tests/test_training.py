@@ -10,13 +10,18 @@ from small_training import ALONE, anisotropic, blobs, study_of
 from torch import nn
 from torch.nn import functional
 
+from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
+from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.inference.ranks import Ranks
+from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging
 from hpcres.training import adversarial
 from hpcres.training.adversarial import Models, gradient_penalty, learning_rate, train, volume_slices, voxel_loss
 from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.volumes import LabelStore
 
 
 @pytest.fixture(autouse=True)
@@ -332,6 +337,32 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path):
         stale = models.generator.eval()(given)
     assert (evaluated - trained).abs().max() < 1e-3 * trained.std()
     assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
+
+
+# ---- scale factors above the paper's ----
+
+
+@pytest.mark.parametrize(
+    ("scale", "network", "shape"),
+    [
+        ("64/6", {}, (7, 6, 8)), ("16", {"padding": "replicate"}, (4, 5, 4)),
+        ("32", {"last_stage": "transposed"}, (2, 3, 2)),
+    ],
+)
+def test_scale_factors_above_8_from_training_to_labels(scale, network, shape, tmp_path):
+    study = study_of(
+        tmp_path, volume=blobs(shape, 1), scale_factor=scale, imaging={"operator": "under-resolved"},
+        network={"width": 2, "critic_width": 4, "padding": "zeros", **network}, training={"steps": 1, "cubes": 1},
+    )  # fmt: skip
+    given = LowResCubes(study).draw(0, range(2), ALONE.device)[1]
+    assert given.shape[2:] == (64 // study.scale_factor,) * 3
+    trained = load_checkpoint(train(study).checkpoint)
+    with torch.no_grad():
+        assert trained.generator(given).shape[2:] == (64, 64, 64)
+    store = LabelStore.open(infer(open_job(study), Ranks()).store)
+    assert store.levels[0].shape == tuple(int(n * study.scale_factor) for n in shape)
+    labels = store.read(0, Box.whole(store.levels[0].shape))
+    assert labels.max() < 3
 
 
 # ---- what is refused ----

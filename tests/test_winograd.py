@@ -109,7 +109,7 @@ def test_every_block_gives_the_bits_of_the_whole(name, monkeypatch):
 def test_every_scale_factor(d):
     """64/d: the labels of the module, and of a block that begins inside."""
     scale = Fraction(64, d)
-    generator = lively(SuperResGenerator(2, 3, scale, 2))
+    generator = lively(SuperResGenerator(2, 3, scale, 2 if scale <= 8 else 3))
     n = scale.denominator + 5 if scale > 2 else scale.denominator + 12
     shape = (n, 5, 6) if scale <= 8 else (scale.denominator + 2, 2, 3)
     network, rng = WinogradNetwork(fold(generator), shape), np.random.default_rng(d)
