@@ -204,7 +204,7 @@ def test_any_number_of_threads_gives_the_same_store(threads, study, painted, tmp
 )
 def test_tiled_is_whole_but_for_near_ties(scale, shape, blocks, tmp_path):
     """At the true faces too, and where the halo (15 low-res voxels with six blocks) reaches beyond the next tile."""
-    path = make_study(tmp_path / "s", scale, shape, blocks)
+    path = make_study(tmp_path / "s", scale, shape, blocks, chunk=32 if scale == "64/6" else 16)
     study = load_study(path)
     job = open_job(study)
     generator = job.checkpoint.generator
