@@ -136,10 +136,8 @@ def find_result(volume: Volume, stage: str, path: Path, given: bool, edge: Voxel
         if given:
             raise
         return None
-    # A relative path is from where the stage was run, most likely here or beside its output.
-    places = {os.path.abspath(base / entry["path"]) for base in (Path(), path.parent)}
     file = volume.path.split(":/")[0]
-    of_it = os.path.abspath(volume.path) in places and path.stat().st_mtime >= os.stat(file).st_mtime
+    of_it = os.path.abspath(volume.path) == entry["path"] and path.stat().st_mtime >= os.stat(file).st_mtime
     return found if given or of_it else None
 
 

@@ -343,7 +343,7 @@ def tortuosity(
                 if finished is not None:
                     finished(results[-1])
     return {
-        "path": volume.path,
+        "path": os.path.abspath(volume.path),
         "shape": list(volume.shape),
         "crop": None if crop is None else [[a, b] for a, b in zip(box.start, box.stop, strict=True)],
         "voxel_size": list(lengths),
