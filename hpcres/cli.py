@@ -193,7 +193,8 @@ def convert(
             raise InputError(f"{source}: a study has its own phases and voxel size; drop --phases and --voxel-size")
         study = load_study(source, settings, output)
         groups = zip(study.low_res.phases, study.low_res.groups, strict=True)
-        names: dict[int, str] | None = {label: "+".join(group) for label, group in groups}
+        unknown = {label: f"unknown {label}" for label in study.low_res.unknown}
+        names: dict[int, str] | None = {label: "+".join(group) for label, group in groups} | unknown
         size: VoxelSize | None = study.low_res_voxel_size
         target = study.folder / "low_res.zarr"
         volume = open_volume(study.low_res.path, study.low_res.raw)

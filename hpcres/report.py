@@ -40,6 +40,7 @@ _OURS, _TRUTH, _IMAGES, _INK = "#2a7de1", "#e0862a", "#7a9a4a", "#808790"
 # Shares that call for a second look, and for doubt: fractions in points, the others relative.
 _LIMITS = {"volume fraction": (0.01, 0.02), "interphase area": (0.07, 0.15), "TPB": (0.1, 0.2), "surface": (0.07, 0.15)}
 _AGREEMENT_LIMITS = (0.98, 0.95)
+_UNKNOWN_COLOUR = np.full(3, 255.0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Sight:
     step: Fraction
     colours: np.ndarray
     values: tuple[int, ...]
+    unknown: tuple[int, ...] = ()
 
 
 def report_study(study: Study, volume: Volume) -> Path:
@@ -60,19 +62,23 @@ def report_study(study: Study, volume: Volume) -> Path:
     low_res = open_volume(study.low_res.path, study.low_res.raw)
     groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
     # Merged phases turn towards grey, so that they are not taken for one of them.
-    low_colours = np.array([colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups])
-    own = tuple(range(len(study.phases)))
+    low_colours = np.array(
+        [*(colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups), _UNKNOWN_COLOUR]
+    )
+    own, known = tuple(range(len(study.phases))), tuple(study.low_res.phases)
     sights = [
-        Sight("low-res input", low_res, study.scale_factor, low_colours, tuple(study.low_res.phases)),
+        Sight("low-res input", low_res, study.scale_factor, low_colours, known, study.low_res.unknown),
         Sight("super-resolved", volume, Fraction(1), colours, own),
     ]
     if study.reference.volume is not None and _exists(study.reference.volume):
         sights.append(Sight("ground truth", open_volume(study.reference.volume), Fraction(1), colours, own))
     size = study.high_res.voxel_size
     legend = dict(zip(study.phases, colours, strict=True))
-    for group, colour in zip(study.low_res.groups, low_colours, strict=True):
+    for group, colour in zip(study.low_res.groups, low_colours[:-1], strict=True):
         if len(group) > 1:
             legend[f"{' + '.join(group)} (low-res)"] = colour
+    if study.low_res.unknown:
+        legend["unknown (low-res)"] = low_colours[-1]
     stale = metrics is not None and _made_by(metrics["volume"].get("provenance")) != _made_by(volume.provenance)
     body = [
         _header(study.name, f"{_shape_text(volume)} voxels of {size}, scale factor {study.scale_factor}"),
@@ -274,7 +280,7 @@ def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
     stop[axis] = start[axis] + 1
     box = Box(triple(start), triple(stop)).clipped(Box.whole(sight.volume.shape))
     labels = sight.volume.read(box)
-    return PhaseMap(sight.values, sight.volume.path).index(labels).squeeze(axis)
+    return PhaseMap(sight.values, sight.volume.path, sight.unknown).index(labels).squeeze(axis)
 
 
 def _training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
@@ -410,10 +416,12 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
         lines.append(
             f"<tr><th>{escape(name)}</th>{share}{_cell(_number(fraction))}{_cell(_number(low_res['of_volume'][name]))}</tr>"
         )
+    share = low_res.get("unknown", 0.0)
+    compared = f"All but {share:.2%}, which are unknown, were compared" if share else "Every voxel was compared"
     return (
         "<section><h2>Agreement with the low-res volume</h2>"
         f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
-        "operator makes of the super-resolved volume. Every voxel was compared, so these shares have no error.</p>"
+        f"operator makes of the super-resolved volume. {compared}, so these shares have no error.</p>"
         f"{_table(heads, lines, 'one')}{_imprint(low_res)}</section>"
     )
 

@@ -200,6 +200,8 @@ class LowRes(Section):
     """TIFF, .npy, .h5:/dataset, raw (with `raw`), or OME-Zarr."""
     phases: dict[int, PhaseName | tuple[PhaseName, ...]]
     """Label in the volume → phase, or the list of phases the coarse image cannot tell apart."""
+    unknown: tuple[int, ...] = ()
+    """Labels of voxels that are damaged or masked: the generator is told nothing of them and fills them in."""
     raw: RawHeader | None = None
 
     @model_validator(mode="after")
@@ -207,6 +209,9 @@ class LowRes(Section):
         _refuse_repeated({k: v for k, names in enumerate(self.groups) for v in names})
         if len(self.phases) < 2:
             raise ValueError("phases: at least two are needed, or the volume tells the generator nothing")
+        for label in self.unknown:
+            if label in self.phases or self.unknown.count(label) > 1:
+                raise ValueError(f"unknown: label {label} is given twice, or has a phase as well; keep one")
         return self
 
     @property
@@ -266,6 +271,8 @@ class Training(Section):
     final_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the learning rate left at the end; the decay is linear over the last half."""
     gradient_penalty: Annotated[float, Field(ge=0)] = 10.0
+    masked_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Mean share of a low-res cube that a box hides from the generator, so that it learns to fill `low_res.unknown`."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4

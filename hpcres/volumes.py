@@ -538,13 +538,16 @@ def _open_multiscale(path: str, group: zarr.Group, attributes: dict[str, Any], o
 
 
 class PhaseMap:
-    """Label values of a file → their position in the list of phases."""
+    """Label values of a file → their position in the list of phases; len(values) where the label is in `unknown`."""
 
-    def __init__(self, values: Sequence[int], where: str) -> None:
-        assert len(set(values)) == len(values) < UNWRITTEN, values
+    def __init__(self, values: Sequence[int], where: str, unknown: Sequence[int] = ()) -> None:
+        every = (*values, *unknown)
+        assert len(set(every)) == len(every), every
+        assert len(values) < UNWRITTEN, values
         self.values, self.where = tuple(int(v) for v in values), where
-        self._order = np.argsort(np.array(self.values, np.int64), kind="stable")
-        self._sorted = np.array(self.values, np.int64)[self._order]
+        self._position = {int(v): min(i, len(values)) for i, v in enumerate(every)}
+        self._sorted = np.array(sorted(self._position), np.int64)
+        self._order = np.array([self._position[v] for v in sorted(self._position)])
         self._tables: dict[np.dtype, np.ndarray] = {}
 
     def index(self, array: np.ndarray) -> np.ndarray:
@@ -553,7 +556,7 @@ class PhaseMap:
             unsigned = np.dtype(f"u{array.dtype.itemsize}")
             position = self._table(array.dtype)[array.view(unsigned)]
         else:
-            place = np.searchsorted(self._sorted, array).clip(0, len(self.values) - 1)
+            place = np.searchsorted(self._sorted, array).clip(0, len(self._sorted) - 1)
             position = np.where(self._sorted[place] == array, self._order[place], UNWRITTEN).astype(np.uint8)
         unknown = position == UNWRITTEN
         if count := int(np.count_nonzero(unknown)):
@@ -571,7 +574,7 @@ class PhaseMap:
         if dtype not in self._tables:
             table = np.full(1 << 8 * dtype.itemsize, UNWRITTEN, np.uint8)
             limits = np.iinfo(dtype)
-            for position, value in enumerate(self.values):
+            for value, position in self._position.items():
                 if limits.min <= value <= limits.max:
                     table[value % len(table)] = position
             self._tables[dtype] = table

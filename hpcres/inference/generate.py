@@ -224,7 +224,7 @@ class Painter:
         assert reads.clipped(place) == reads, f"{block} reads {reads}, the tile's window is {place}"
         inner = low_res[reads.relative_to(place.start).slices]
         window = np.zeros((*inner.shape, network.channels), np.float32)
-        for channel in range(self._channels):
+        for channel in range(self._channels):  # all of them stay zero where the label is unknown
             window[..., channel] = inner == channel
         with self.timed("noise"):
             window[..., self._channels] = read_around(partial(normals, seed), reads, self.plan.low_res_shape)

@@ -87,6 +87,11 @@ class Job:
         return self.checkpoint.study.high_res.voxel_size
 
     @property
+    def phase_map(self) -> PhaseMap:
+        low_res = self.checkpoint.study.low_res
+        return PhaseMap(tuple(low_res.phases), self.low_res.path, low_res.unknown)
+
+    @property
     def seeds(self) -> list[int]:
         """Of the ensemble; the labels are the first's."""
         return [(self.seed + number) % 2**64 for number in range(self.settings.ensemble)]
@@ -156,6 +161,7 @@ def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
         ("phases", ", ".join(theirs.phases), ", ".join(study.phases)),
         ("scale factor", checkpoint.scale, study.scale_factor),
         ("low-res phases", dict(theirs.low_res.phases), dict(study.low_res.phases)),
+        ("unknown low-res labels", list(theirs.low_res.unknown), list(study.low_res.unknown)),
     ):
         if old != new:
             raise InputError(
@@ -179,7 +185,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     # Half precision is computed by torch, layer after layer into fresh memory; fp32 on a CPU in arrays that are kept.
     keep_freed_memory(shared_by_threads=True, large=job.settings.precision != "fp32")
     device = choose_device(job.device, ranks)
-    phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
+    phase_map = job.phase_map
     threads = job.settings.threads or ranks.cores
     code_chunks(threads)
     painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads, job.settings.precision)

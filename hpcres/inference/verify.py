@@ -21,7 +21,7 @@ from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journa
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.study import RawHeader, parse_boundary
-from hpcres.volumes import LabelStore, PhaseMap
+from hpcres.volumes import LabelStore
 
 MOST_FLIPS = 4e-6
 """Share of labels that rounding alone may change between two tilings in fp32; more is a seam or damage."""
@@ -170,7 +170,7 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
     `progress(done, all)` is about this rank's. InputError where the job is not the store's, or cannot be shifted.
     """
     device = choose_device(job.device, ranks)
-    phase_map = PhaseMap(tuple(job.checkpoint.study.low_res.phases), job.low_res.path)
+    phase_map = job.phase_map
     painter = Painter(
         job.checkpoint.generator, job.plan, phase_map, job.seed, device, job.settings.threads or ranks.cores,
         job.settings.precision,

@@ -1,6 +1,7 @@
 """Does the sharp volume look, through the coarse instrument, like the coarse image it was made from?
 
-`low_res` of metrics.json: path, shape, voxels_compared, phases (names of its labels, merged ones with ` + `),
+`low_res` of metrics.json: path, shape, voxels_compared, `unknown` (share of low-res voxels that low_res.unknown leaves
+out of all that compares), phases (names of its labels, merged ones with ` + `),
 volume_fraction {group: share} of the low-res volume and of the super-resolved one (`of_volume`), `agreement`
 (share of low-res voxels equal to the imaging operator applied to the volume), `confusion`
 {low-res group: {group seen in the volume: voxels}}, and what the low-res lattice left in the volume: `changed_faces`
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,9 @@ def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> tupl
         labels = torch.from_numpy(window.astype(np.int64))[None]
         seen = operator(one_hot(labels, len(study.phases)))[0].argmax(0).numpy()
     seen = seen[box.relative_to(start).slices]
-    given = PhaseMap(tuple(study.low_res.phases), low_res.path).index(low_res.open().read(box))
-    n = len(study.low_res.phases)
-    confusion = np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n).reshape(n, n)
+    given = PhaseMap(tuple(study.low_res.phases), low_res.path, study.low_res.unknown).index(low_res.open().read(box))
+    n = len(study.low_res.phases)  # what is unknown is the row after the last, and left out
+    confusion = np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n)[: n * n].reshape(n, n)
     ends = [min(size, stop * p // q) for size, stop in zip(sharp.shape, box.stop, strict=True)]
     inside = Box(triple([s * p // q for s in box.start]), triple(ends)).relative_to(triple(first))
     return confusion, changed_faces(window, inside, p)
@@ -114,10 +116,13 @@ def agreement(
     imprint = np.abs(shares - mean) / np.where(mean, mean, 1)
     names = [" + ".join(group) for group in study.low_res.groups]
     voxels = int(confusion.sum())
+    if voxels == 0:
+        raise InputError(f"{low_res.path}: every voxel is unknown, so nothing can be compared; see low_res.unknown")
     return {
         "path": low_res.path,
         "shape": list(low_res.shape),
         "voxels_compared": voxels,
+        "unknown": 1 - voxels / prod(shape),
         "phases": names,
         "volume_fraction": dict(zip(names, (confusion.sum(1) / voxels).tolist(), strict=True)),
         "of_volume": dict(zip(names, (confusion.sum(0) / voxels).tolist(), strict=True)),

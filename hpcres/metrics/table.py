@@ -149,6 +149,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     low_res = result.get("low_res")
     if low_res:
         compared = f"{low_res['voxels_compared']} low-res voxels"
+        compared += f", {low_res['unknown']:.2%} more unknown" if low_res.get("unknown") else ""
         lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
         lines.append(f"faces by position in the low-res lattice: {low_res['lattice_imprint']:.1%} from flat at most")
     lines += list(_appearance_lines(result))

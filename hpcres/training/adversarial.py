@@ -83,7 +83,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             ["step", "seconds", *judge.columns] if judge else [], first,
         )  # fmt: skip
         try:
-            for message in _opening(study, group, models, real, before):
+            for message in _opening(study, group, models, low_res, real, before):
                 journal.note(message)
             with noted_signals() as received:
                 started = time.monotonic()
@@ -163,8 +163,12 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor)
 
 
 def voxel_loss(operator: nn.Module, probabilities: Tensor, low_res: Tensor) -> Tensor:
-    """Mean squared difference between the one-hot low-res cubes and what the coarse instrument sees of the output."""
-    return functional.mse_loss(operator(probabilities), low_res)
+    """Mean squared difference between the one-hot low-res cubes and what the coarse instrument sees of the output.
+
+    A voxel without any label is unknown and adds nothing; it still counts in the mean, so that a known voxel weighs the
+    same in every cube and on every process.
+    """
+    return functional.mse_loss(operator(probabilities) * low_res.sum(1, keepdim=True), low_res)
 
 
 class Critics(nn.Module):
@@ -251,14 +255,15 @@ class Models:
         for optimizer in (self.generator_optimizer, self.critic_optimizer):
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
-        labels, given = low_res.draw(step, cubes, self.group.device)
+        labels, given = low_res.draw(step, cubes, self.group.device, 0, settings.masked_fraction)
         probabilities = self.generate(given) if settings.reuse_generated else None
         for critic_step in range(settings.critic_steps):
             if probabilities is not None:
                 seen = probabilities.detach()
             else:
                 with torch.no_grad():
-                    other = low_res.draw(step, cubes, self.group.device, 1 + critic_step)[1]
+                    kind = 1 + critic_step
+                    other = low_res.draw(step, cubes, self.group.device, kind, settings.masked_fraction)[1]
                     seen = self.generate(other, learn=False)
             draw = real.draw(step, critic_step, cubes)
             fake = self.slices(seen, draw.chosen)
@@ -310,10 +315,11 @@ class Models:
         phases = len(self.study.phases)
         painted = outcome.probabilities.argmax(1)
         seen = self.operator(one_hot(painted, phases)).argmax(1)
+        known = (outcome.labels < low_res_channels).float().mean().clamp(min=1e-9)
         values = self.group.mean(
             torch.stack(
                 [
-                    *outcome.losses, (seen == outcome.labels).float().mean(),
+                    *outcome.losses, (seen == outcome.labels).float().mean() / known,
                     *((painted == phase).float().mean() for phase in range(phases)),
                 ]
             )
@@ -497,7 +503,7 @@ def _check_writable(study: Study) -> None:
 
 
 def _opening(
-    study: Study, group: Processes, models: Models, real: RealSlices, before: Checkpoint | None
+    study: Study, group: Processes, models: Models, low_res: LowResCubes, real: RealSlices, before: Checkpoint | None
 ) -> Iterator[str]:
     counts = [sum(p.numel() for p in module.parameters()) for module in (models.generator, models.critics)]
     yield (
@@ -522,5 +528,7 @@ def _opening(
                 f"it ran on {before.training_state['processes']} processes before, now on {group.size}: the same "
                 "samples, sums rounded otherwise"
             )
+    if low_res.unknown_share:
+        yield f"{low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
     for phase in real.missing_phases():
         yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"

@@ -50,7 +50,7 @@ class Judge:
             found = generator(given).argmax(1)
             seen = self._operator(one_hot(found, phases)).argmax(1)
             right += int((seen == labels).sum())
-            voxels += labels.numel()
+            voxels += int((labels < self._low_res.channels).sum())
             painted.append(found[0].to(torch.uint8).cpu().numpy())
         kept = slice(settings.crop_voxels, PATCH_VOXELS - settings.crop_voxels)
         ours = list(planes_seen([cube[kept, kept, kept] for cube in painted], self._study.high_res).values())
@@ -58,7 +58,7 @@ class Judge:
             errors_between(mine, images, self._isotropic) for mine, images in zip(ours, self._images, strict=True)
         ]
         worst = {key: max(one[key] for one in every) for key in every[0] if all(key in one for one in every)}
-        worst["disagreement"] = 1 - right / voxels
+        worst["disagreement"] = 1 - right / max(1, voxels)
         found_tpb = {"tpb": ours[0].tpb, "tpb_images": self._images[0].tpb} if "tpb_error" in worst else {}
         score = float(np.mean([worst[key] / GOOD[key] for key in worst]))
         return {"score": score, **worst, **found_tpb}, painted[0][PATCH_VOXELS // 2]

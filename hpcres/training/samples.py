@@ -7,6 +7,7 @@ trains on the same samples and a resumed run continues them without any stored r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ class LowResCubes:
                     f"{study.low_res.path}: {size} voxels along {axis}, but a training cube needs {self.edge} at scale "
                     f"factor {study.scale_factor}; use a larger volume or a larger scale factor"
                 )
-        self._phases = PhaseMap(list(study.low_res.phases), study.low_res.path)
+        self._phases = PhaseMap(list(study.low_res.phases), study.low_res.path, study.low_res.unknown)
+        self.unknown_share = 0.0
         self._held = self._check_and_hold()
 
     def _check_and_hold(self) -> np.ndarray | None:
@@ -49,11 +51,17 @@ class LowResCubes:
         shape = self._volume.shape
         held = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= _HELD_VOXELS else None
         thick = max(1, min(self._volume.chunks[0], 2**26 // (shape[1] * shape[2])))
+        unknown = 0
         for z in range(0, shape[0], thick):
             slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
             index = self._phases.index(self._volume.read(slab))
+            unknown += int(np.count_nonzero(index == self.channels))
             if held is not None:
                 held[slab.slices] = index
+        self.unknown_share = unknown / prod(shape)
+        if self.unknown_share == 1:
+            raise InputError(f"{self._volume.path}: every voxel is unknown, so there is nothing to learn from; see "
+                             "low_res.unknown")  # fmt: skip
         return held
 
     def _labels(self, start: np.ndarray) -> np.ndarray:
@@ -63,17 +71,26 @@ class LowResCubes:
             return self._held[box.slices]
         return self._phases.index(self._volume.read(box))
 
-    def draw(self, step: int, cubes: range, device: torch.device, kind: int = 0) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, step: int, cubes: range, device: torch.device, kind: int = 0, masked_fraction: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """Labels, uint8 (cubes, d, d, d), and the generator's input, float32 (cubes, channels + 1, d, d, d).
 
-        `kind` gives independent draws of the same step.
+        `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
+        channels but the noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
         labels, noise = [], []
         for cube in cubes:
             random = _generator(self.seed, step, _CUBE, kind, cube)
             start = random.integers(0, np.array(self._volume.shape) - self.edge, endpoint=True)
-            labels.append(self._labels(start))
+            seen = self._labels(start)
             noise.append(random.standard_normal((1, *[self.edge] * 3), np.float32))
+            if masked_fraction:
+                hidden = round(self.edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
+                z, y, x = random.integers(0, self.edge - hidden, 3, endpoint=True)
+                seen = seen.copy()
+                seen[z : z + hidden, y : y + hidden, x : x + hidden] = self.channels
+            labels.append(seen)
         low_res = torch.from_numpy(np.stack(labels)).to(device)
         given = torch.from_numpy(np.stack(noise)).to(device)
         return low_res, torch.cat([one_hot(low_res, self.channels), given], dim=1)
