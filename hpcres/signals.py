@@ -53,5 +53,6 @@ def ended_by_signals(what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in old.items() if come == -inf else ():
-            signal.signal(number, handler)
+        for number, handler in old.items():
+            # All is cleared by now, and Python, as it ends, would put back what kills.
+            signal.signal(number, handler if come == -inf else signal.SIG_IGN)

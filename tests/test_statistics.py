@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -439,7 +440,8 @@ def test_a_signal_in_mid_run_leaves_nothing_behind(tmp_path, signals):
     np.save(tmp_path / "a.npy", structure(5, (120, 120, 120), [0, 1]))
     options = ("--with", "geodesic", "--output", "metrics.json", "--without", "representative", "--without", "spectrum")
     command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", *options]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background of a shell ignore it
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as run:
         while not any(tmp_path.glob("hpcres-geodesic-*")):
             assert run.poll() is None
             time.sleep(0.02)

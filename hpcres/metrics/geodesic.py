@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -353,8 +354,9 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
 @contextmanager
 def _scratch(where: Path) -> Iterator[str]:
     """A folder that is gone afterwards, also where a signal ends the run while tasks write to it or it is removed."""
-    folder = tempfile.mkdtemp(prefix="hpcres-geodesic-", dir=where)
+    folder = str(where / f"hpcres-geodesic-{secrets.token_hex(6)}")  # named before it is there, or a signal may lose it
     try:
+        os.mkdir(folder, 0o700)
         yield folder
     finally:
         try:
