@@ -244,9 +244,25 @@ def _array_volume(path: str, array: Any, flat: bool, chunks: Sequence[int] | Non
 # ---- NPY, raw, HDF5, PNG -----------------------------------------------------------------------------------
 
 
+_header = threading.Lock()
+
+
+def map_npy(path: str | Path) -> np.ndarray:
+    """The array of an NPY file, mapped. One at a time: before 3.11.5 Python may fail to parse its header where several
+    threads do so at once (cpython issue 106905)."""
+    with _header:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def read_npz(path: str | Path, *names: str) -> list[np.ndarray]:
+    """Arrays of an NPZ file, one file at a time, as `map_npy`."""
+    with _header, np.load(path, allow_pickle=False) as arrays:
+        return [arrays[name] for name in names]
+
+
 def _open_npy(path: str, flat: bool = False) -> Volume:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = map_npy(path)
     except (ValueError, EOFError, OSError) as error:
         _corrupt(path, error)
     return _array_volume(path, array, flat)

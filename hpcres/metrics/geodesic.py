@@ -53,7 +53,7 @@ from hpcres.metrics.schedule import (
     submit,
     threads_of,
 )  # fmt: skip
-from hpcres.volumes import Volume
+from hpcres.volumes import Volume, map_npy, read_npz
 
 UNIT = 4096
 """Integer length of the shortest voxel edge."""
@@ -259,7 +259,7 @@ def _relax(at: Triple, job: _Job, side: int) -> tuple[int, dict[Triple, bytes]]:
     label[inner] = index
     known, seeds = job.file(side, at, "npy"), np.zeros(0, np.int64)
     if known.exists():
-        distance[inner] = np.load(known)
+        distance[inner] = map_npy(known)
     elif (box.start, box.stop)[side][job.axis] == (0, job.shape[job.axis])[side]:
         plane: list[int | slice] = list(inner)
         plane[job.axis] = -2 if side else 1
@@ -268,9 +268,8 @@ def _relax(at: Triple, job: _Job, side: int) -> tuple[int, dict[Triple, bytes]]:
     for step, near in job.beside(at):
         rim = job.file(side, near, "rim.npz")
         if rim.exists():
-            with np.load(rim) as planes:
-                key = _key(triple([-s for s in step]))
-                halo[_place(step)], halo_label[_place(step)] = planes[f"distance{key}"], planes[f"label{key}"]
+            key, where = _key(triple([-s for s in step])), _place(step)
+            halo[where], halo_label[where] = read_npz(rim, f"distance{key}", f"label{key}")
     sweep(label, distance, halo_label, halo, seeds, job.steps, job.weights)
     found = distance[inner]
     shown: dict[str, np.ndarray] = {}
@@ -304,7 +303,7 @@ def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:
     to = []
     for side in (0, 1):
         file = job.file(side, at, "npy")
-        to.append(np.load(file) if file.exists() else np.full(box.shape, _UNREACHED))
+        to.append(map_npy(file) if file.exists() else np.full(box.shape, _UNREACHED))
     low, high = to
     found: list[dict[str, Paths]] = []
     for phase in range(len(job.labels)):
