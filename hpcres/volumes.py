@@ -248,8 +248,8 @@ _header = threading.Lock()
 
 
 def map_npy(path: str | Path) -> np.ndarray:
-    """The array of an NPY file, mapped. One at a time: before 3.11.5 Python may fail to parse its header where several
-    threads do so at once (cpython issue 106905)."""
+    """The array of an NPY file, mapped. One at a time: Python (3.11.7) now and then fails to parse its header while
+    another thread does so ("AST constructor recursion depth mismatch"; see cpython issue 106905)."""
     with _header:
         return np.load(path, mmap_mode="r", allow_pickle=False)
 

@@ -361,6 +361,7 @@ def _scratch(where: Path) -> Iterator[str]:
         try:
             _remove(folder)
         except BaseException:
+            # A first signal that comes only now; those after it are passed over.
             _remove(folder)
             raise
 

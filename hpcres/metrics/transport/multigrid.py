@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, prod
@@ -215,38 +216,40 @@ class Voxels:
         return out
 
 
-class Solver:
+class Solver(ABC):
     """Conjugate gradients; what they do to vectors is that of a subclass, where a vector is whatever it says."""
 
     to_d_rel: float
     contrast: float  # the lowest conductivity over the highest
 
+    @abstractmethod
     def vector(self) -> Any:
         """Zeros."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self, x: Any, r: Any) -> float:
         """x, the potential of a uniform volume; r, what it leaves; its energy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def precondition(self, r: Any, z: Any) -> float:
         """z = M⁻¹ r; returns r · z."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turn(self, p: Any, z: Any, beta: float) -> float:
         """p = z + β p; returns its energy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
         """x += α p, r -= α A p."""
-        raise NotImplementedError
 
+    @abstractmethod
     def energy(self, x: Any, end: float) -> float:
-        raise NotImplementedError
+        """Dissipated by x with the far face at the potential `end`, in units of one face's conductance."""
 
     @property
+    @abstractmethod
     def bytes(self) -> int:
-        raise NotImplementedError
+        """Held for a solve, vectors included."""
 
     def solve(
         self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None

@@ -56,9 +56,6 @@ class RankPlace(Place):
             found.append(pickle.loads(head, buffers=whole))
         return found
 
-    def from_first(self, value: Any) -> Any:
-        return self.comm.bcast(value)
-
     def vector(self, slabs: Sequence[Slab], kind: int) -> RankVector:
         return RankVector(self, slabs[0], kind)
 
@@ -84,6 +81,17 @@ class RankPlace(Place):
         for request in requests:
             request.Wait()
         return [got]
+
+    # Whether a slab fits was settled before any was read (`check_memory`), and nothing outlives the process.
+
+    def expect(self, kept: int, parts: int, labels: int) -> None:
+        return
+
+    def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
+        return
+
+    def finish(self) -> None:
+        return
 
     def keep_labels(self, number: int, labels: np.ndarray) -> Callable[[], np.ndarray]:
         return lambda: labels

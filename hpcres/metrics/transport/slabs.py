@@ -10,6 +10,7 @@ on, an eighth of that and less, are gathered on one rank.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,76 +151,78 @@ class Slab(Voxels):
         )  # fmt: skip
 
 
-class Place:
+class Place(ABC):
     """Where the slabs of a volume are: which are worked on here, and how vectors and sums get to others."""
 
     extents: list[Extent]
     here: Sequence[int]  # slabs that are worked on here
     first = True  # this is where levels from 2 on are, and what speaks
 
+    @abstractmethod
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
         """Each stage on every slab; a stage sees what the one before it did to a slab and its neighbours."""
-        raise NotImplementedError
 
+    @abstractmethod
     def everyone(self, values: list[Any]) -> list[Any]:
         """A value of every slab here, from everywhere, in the order of slabs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_first(self, values: list[Any]) -> list[Any] | None:
         """As `everyone`, only where `first`."""
-        raise NotImplementedError
 
-    def from_first(self, value: Any) -> Any:
-        raise NotImplementedError
-
+    @abstractmethod
     def vector(self, slabs: Sequence[Slab], kind: int) -> Any:
         """Zeros, at voxels or at parts of level 1 or 2: of(slab, planes, colours) is a slab's array with the planes of
         its neighbours refreshed, and put(slab, array) keeps its own part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hold(self, bits: list[np.ndarray]) -> None:
         """The bits of the own planes of the slabs here, for `with_neighbours`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_neighbours(self, number: int) -> np.ndarray:
         """A slab's bits with those of its neighbours, and empty planes outside."""
-        raise NotImplementedError
 
+    @abstractmethod
     def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
         """For every slab here what the slab before it, or around the periodic axis, gave as `planes`; None at the
         volume's face."""
-        raise NotImplementedError
 
+    @abstractmethod
     def keep_labels(self, number: int, labels: np.ndarray) -> Callable[[], np.ndarray]:
         """Labels of a slab and its neighbours, to be read again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expect(self, kept: int, parts: int, labels: int) -> None:
         """So many conducting voxels, parts of level 1 at most, and voxels whose labels are needed are to come."""
 
+    @abstractmethod
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
         """InputError where so many parts of level 2, in the whole volume, and bytes of bits are too much."""
 
+    @abstractmethod
     def finish(self) -> None:
         """All is done."""
 
+    @abstractmethod
     def keep_level(self, slab: Slab, level: Level) -> None:
-        raise NotImplementedError
+        """Level 1 of a slab, to be had again."""
 
+    @abstractmethod
     def level(self, slab: Slab) -> Level:
-        raise NotImplementedError
+        """What was kept of it."""
 
+    @abstractmethod
     def collect(self, vector: Any, slabs: Sequence[Slab], whole: np.ndarray | None, starts: np.ndarray) -> None:
         """Own parts of a vector at level 2, from everywhere into `whole` where `first`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spread(self, whole: np.ndarray | None, vector: Any, slabs: Sequence[Slab], starts: np.ndarray) -> None:
         """The other way round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bytes(self, slabs: Sequence[Slab]) -> int:
         """What slabs hold here, vectors included."""
-        raise NotImplementedError
 
 
 class SlabSolver(Solver):
