@@ -288,6 +288,8 @@ class Training(Section):
     keep: Literal["last", "best"] = "last"
     """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    """Compile the generator with torch.compile; needs a C++ compiler, and the first step takes a minute more."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_seconds: Annotated[float, Field(gt=0)] = 10.0
     threads: Annotated[int, Field(ge=1)] | None = None

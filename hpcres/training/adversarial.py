@@ -36,6 +36,7 @@ _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
 _MAY_CHANGE = {
     "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
+    "compile",
 }  # fmt: skip
 """Training settings that a resumed run may have different from the run it continues."""
 _MUST_FIT = {name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage")}
@@ -234,6 +235,8 @@ class Models:
         self.critics = Critics(study).to(group.device)
         group.synchronise_batch_norm(self.generator)
         self.generator.to(group.device)
+        if settings.compile:
+            _compile(self.generator, group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         self.best: dict[str, Any] | None = None
@@ -443,6 +446,24 @@ class Models:
 
 
 # ---- before and around the loop ----------------------------------------------------------------------------
+
+
+def _compile(generator: SuperResGenerator, device: torch.device) -> None:
+    """Have its forward compiled when it first runs; weights and their names stay as they are.
+
+    Only the generator's: torch.compile refuses a double backward (2.13: "does not currently support double backward"),
+    which a critic's gradient penalty is. InputError where nothing can be compiled, found out by a trial.
+    """
+    try:
+        torch.compile(lambda x: x * x + 1)(torch.ones(8, device=device))
+    except Exception as error:  # the tool chain's own, of many kinds
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"training.compile: torch.compile does not work on this machine "
+            f"({reason[0] if reason else type(error).__name__}); install a C++ compiler (g++, or name one in CXX), or "
+            "set training.compile=false"
+        ) from None
+    generator.compile(dynamic=False)
 
 
 def _take_over(module: nn.Module, state: dict[str, Tensor]) -> set[str]:

@@ -1,0 +1,84 @@
+"""training.compile: the same step, the same names, and what is said where nothing can be compiled."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from small_training import ALONE, as_rank, blobs, free_ports, study_of
+from torch._dynamo.utils import counters
+
+from hpcres.study import save_study
+from hpcres.training.adversarial import Models
+from hpcres.training.distributed import processes
+from hpcres.training.samples import LowResCubes, RealSlices
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, so torch.compile cannot work"
+)
+TRAINING = {"cubes": 2, "reuse_generated": True, "learning_rate": 1e-30}
+
+
+def small_study(folder, **training):
+    """At scale factor 2, where the generator has the fewest layers to compile."""
+    return study_of(folder, volume=blobs((34, 33, 32), 1), scale_factor=2, training=TRAINING | training)
+
+
+def step_of(study, group=ALONE):
+    """Losses, gradients, batch-norm statistics and names of weights after one step, and the generator to be saved."""
+    models, low_res = Models(study, group), LowResCubes(study)
+    outcome = models.step(
+        0, group.share(study.training.cubes), low_res, RealSlices(study, group.device), study.training.learning_rate
+    )
+    gradients = [p.grad for module in (models.generator, models.critics) for p in module.parameters()]
+    statistics = [b for b in models.generator.buffers() if b.is_floating_point()]
+    saved = [list(module.state_dict()) for module in (models.generator, models.settled(low_res))]
+    parts = [torch.cat([t.flatten() for t in tensors]) for tensors in (gradients, statistics)]
+    return group.mean(outcome.losses), parts, saved
+
+
+def assert_same(ours, theirs):
+    (losses, parts, saved), (losses_plain, parts_plain, saved_plain) = ours, theirs
+    assert losses.tolist() == pytest.approx(losses_plain.tolist(), rel=1e-4, abs=1e-6)
+    for a, b in zip(parts, parts_plain, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm()
+    assert saved == saved_plain
+
+
+@needs_compiler
+def test_a_compiled_step_is_the_plain_step(tmp_path):
+    plain = step_of(small_study(tmp_path))
+    counters.clear()
+    compiled = step_of(small_study(tmp_path, compile=True))
+    assert counters["stats"]["unique_graphs"] == 2  # the trial and the generator, whole
+    assert_same(compiled, plain)
+
+
+def ranked_step(rank, port, study, folder):
+    as_rank(rank, 2, port)
+    with processes("cpu", 1) as group:
+        torch.save(step_of(study, group), folder / f"{rank}.pt")
+        assert counters["stats"]["unique_graphs"] == 3
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_compiled_processes_are_one_plain_one(tmp_path):
+    """With gradients and batch norm over both: the collectives stand inside what is compiled. A minute and more."""
+    # Without reuse the critics' forward has no gradient, which is a graph of its own.
+    study = small_study(tmp_path, compile=True, reuse_generated=False)
+    torch.multiprocessing.spawn(ranked_step, (free_ports(1)[0], study, tmp_path), 2)
+    plain = step_of(small_study(tmp_path, reuse_generated=False))
+    for rank in range(2):
+        assert_same(torch.load(tmp_path / f"{rank}.pt"), plain)
+
+
+def test_without_a_compiler_nothing_is_written(tmp_path, hpcres):
+    study = study_of(tmp_path, training={"compile": True})
+    file = save_study(study, "mine")
+    done = hpcres("train", file, env=os.environ | {"CXX": "/bin/false"})
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "training.compile" in done.stderr
+    assert "set training.compile=false" in done.stderr
+    assert list(study.folder.iterdir()) == [file]
