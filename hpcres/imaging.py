@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import ceil
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcres.networks.resampling import area_taps, linear_taps, nearest_taps, resample
+from hpcres.networks.resampling import Taps, area_taps, linear_taps, nearest_taps, resample
 from hpcres.study import Imaging
 
 
@@ -54,9 +54,9 @@ class ImagingOperator(nn.Module):
         return 0 if self.settings.operator == "under-sampled" else len(self.kernel) // 2 + 1
 
     def forward(self, probabilities: Tensor) -> Tensor:
-        x = torch.einsum("gp,bpzyx->bgzyx", self.merge, probabilities)
+        x = self.merged(probabilities)
         sizes = [int(n / self.scale) for n in x.shape[2:]]
-        kind = linear_taps
+        kind: Callable[[int, Fraction, int], Taps] = linear_taps
         if self.settings.operator == "under-sampled":
             kind = nearest_taps
         elif self.settings.box:
@@ -68,6 +68,17 @@ class ImagingOperator(nn.Module):
         if self.settings.operator == "under-sampled":
             return x
         return functional.softmax(x * self.settings.temperature, dim=1)
+
+    def interpolated(self, low_res: Tensor) -> Tensor:
+        """(batch, groups, z, y, x) → the same in high-res voxels: linear between the places low-res voxels show, so
+        that under-sampling gives `low_res` back (at integer scale factors)."""
+        place = Fraction(0) if self.settings.operator == "under-sampled" else Fraction(1, 2)
+        z, y, x = (linear_taps(n, 1 / self.scale, int(n * self.scale), place) for n in low_res.shape[2:])
+        return resample(low_res, (z, y, x))
+
+    def merged(self, probabilities: Tensor) -> Tensor:
+        """(batch, phases, z, y, x) → (batch, groups, z, y, x)."""
+        return torch.einsum("gp,bpzyx->bgzyx", self.merge, probabilities)
 
     def _blur(self, x: Tensor) -> Tensor:
         half, channels = len(self.kernel) // 2, x.shape[1]

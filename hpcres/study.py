@@ -273,6 +273,9 @@ class Training(Section):
     gradient_penalty: Annotated[float, Field(ge=0)] = 10.0
     masked_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Mean share of a low-res cube that a box hides from the generator, so that it learns to fill `low_res.unknown`."""
+    warm_up_steps: Annotated[int, Field(ge=0)] = 0
+    """First generator steps that learn to interpolate the low-res cubes, while the critics learn as ever; none by
+    default, as published, and none after `init_from`."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4

@@ -107,3 +107,12 @@ def test_a_window_with_its_margin_gives_the_values_of_the_whole():
     part = operator(whole[:, :, 16:])
     assert torch.allclose(part[:, :, 1:], operator(whole)[:, :, 5:], atol=1e-5)
     assert not torch.allclose(part[:, :, :1], operator(whole)[:, :, 4:5], atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", ["2", "4", "8"])
+def test_under_sampling_gives_back_what_was_interpolated(scale):
+    operator = ImagingOperator(Fraction(scale), [[0], [1], [2]], Imaging(operator="under-sampled"))
+    low_res = one_hot(torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 5, 4, 6))), 3)
+    interpolated = operator.interpolated(low_res)
+    assert torch.equal(operator(interpolated), low_res)
+    assert torch.allclose(interpolated.sum(1), torch.ones(()))

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from small_training import ALONE, anisotropic, blobs, study_of
 from torch import nn
 from torch.nn import functional
@@ -207,6 +208,33 @@ def test_three_steps_of_the_anisotropic_case_against_a_reference_of_a_few_lines(
         moved += float((ours - first).detach().square().sum())
         apart += float((ours - theirs).detach().square().sum())
     assert apart < 0.15**2 * moved  # Adam's first steps are signs, and some gradients are zero but for rounding
+
+
+def test_warm_up_learns_to_interpolate(tmp_path):
+    """The generator's gradient against a loop over voxels; the critics learn as ever; then Algorithm 1 follows."""
+    for operator, place in (("under-sampled", 0.0), ("under-resolved", 0.5)):
+        more = {"critic_steps": 1, "reuse_generated": True, "cubes": 1, "warm_up_steps": 1}
+        study = study_of(tmp_path, training=more, imaging={"operator": operator})
+        models, plain = Models(study, ALONE), Models(study, ALONE)
+        low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
+        outcome = models.step(0, range(1), low_res, real, 1e-30)
+        labels, given = low_res.draw(0, range(1), ALONE.device)
+        probabilities = plain.generator(given).softmax(1)
+        known = np.stack([labels[0].numpy() == phase for phase in range(3)])
+        where = np.meshgrid(*[np.clip((np.arange(64) + place) / 4 - place, 0, 15)] * 3, indexing="ij")
+        wanted = np.stack([map_coordinates(phase.astype(float), where, order=1) for phase in known])
+        loss = -(torch.from_numpy(wanted)[None] * probabilities.double().log()).sum() / 64**3
+        assert outcome.losses[2].item() == pytest.approx(loss.item(), rel=1e-5)
+        expected = torch.autograd.grad(loss, list(plain.generator.parameters()))
+        largest = max(float(b.abs().max()) for b in expected)
+        for ours, b in zip(models.generator.parameters(), expected, strict=True):
+            assert torch.allclose(ours.grad, b, atol=1e-4 * largest)
+        plain.step(0, range(1), low_res, real, 1e-30)
+        for ours, theirs in zip(models.critics.parameters(), plain.critics.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad)
+        assert models.step(1, range(1), low_res, real, 1e-30).losses[2] != pytest.approx(loss.item(), rel=0.1)
+    models.init_from = {"path": "other"}
+    assert models.step(0, range(1), low_res, real, 1e-30).losses[2] != pytest.approx(loss.item(), rel=0.1)
 
 
 def test_learning_rate_is_constant_then_linear(tmp_path):

@@ -17,11 +17,14 @@ Taps = list[list[tuple[int, Fraction]]]
 """For every output voxel along an axis, the input voxels it sums and their weights."""
 
 
-def linear_taps(size: int, step: Fraction, outputs: int) -> Taps:
-    """Linear interpolation at voxel centres, input clamped at both ends."""
+_CENTRE = Fraction(1, 2)
+
+
+def linear_taps(size: int, step: Fraction, outputs: int, place: Fraction = _CENTRE) -> Taps:
+    """Linear interpolation, input clamped at both ends; a voxel's value is that at `place` of its edge, 0 to 1."""
     taps = []
     for i in range(outputs):
-        position = max((i + Fraction(1, 2)) * step - Fraction(1, 2), Fraction(0))
+        position = max((i + place) * step - place, Fraction(0))
         low = min(floor(position), size - 1)
         weight = position - low if low + 1 < size else Fraction(0)
         taps.append([(low, 1 - weight), (min(low + 1, size - 1), weight)])
