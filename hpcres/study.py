@@ -276,6 +276,8 @@ class Training(Section):
     warm_up_steps: Annotated[int, Field(ge=0)] = 0
     """First generator steps that learn to interpolate the low-res cubes, while the critics learn as ever; none by
     default, as published, and none after `init_from`."""
+    noise_gain: Annotated[float, Field(gt=0)] = 1.0
+    """Factor on the noise channel's first weights; above 1, volumes of other noise differ more."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4

@@ -237,6 +237,16 @@ def test_warm_up_learns_to_interpolate(tmp_path):
     assert models.step(0, range(1), low_res, real, 1e-30).losses[2] != pytest.approx(loss.item(), rel=0.1)
 
 
+def test_noise_gain_multiplies_what_the_noise_says_at_first(tmp_path):
+    plain, loud = (Models(study_of(tmp_path, training={"noise_gain": gain}), ALONE).generator for gain in (1, 3))
+    low_res, noise = torch.rand(1, 4, 8, 8, 8), torch.zeros(1, 4, 8, 8, 8)
+    noise[:, 3] = torch.randn(8, 8, 8)
+    low_res[:, 3] = 0
+    first = [[network.conv_first(x) - network.conv_first(x * 0) for x in (low_res, noise)] for network in (plain, loud)]
+    assert torch.equal(first[0][0], first[1][0])
+    assert torch.allclose(3 * first[0][1], first[1][1], atol=1e-6)
+
+
 def test_learning_rate_is_constant_then_linear(tmp_path):
     study = study_of(tmp_path, training={"learning_rate": 8e-4, "final_learning_rate": 0.25})
     assert [learning_rate(study, done) for done in (0, 0.5, 0.75, 1)] == pytest.approx([8e-4, 8e-4, 5e-4, 2e-4])

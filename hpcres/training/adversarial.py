@@ -242,6 +242,8 @@ class Models:
         settings = study.training
         torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
         self.generator = build_generator(study)
+        with torch.no_grad():
+            self.generator.conv_first.weight[:, -1] *= settings.noise_gain
         self.critics = Critics(study).to(group.device)
         group.synchronise_batch_norm(self.generator)
         self.generator.to(group.device)
