@@ -208,7 +208,7 @@ def hpcres(*arguments: str) -> None:
     print("hpcres " + " ".join(arguments), file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "hpcres", *arguments], stdout=subprocess.DEVNULL)
     if done.returncode:
-        sys.exit(f"quality.py: hpcres {arguments[0]} ended with {done.returncode}")
+        sys.exit(f"{Path(sys.argv[0]).name}: hpcres {arguments[0]} ended with {done.returncode}")
 
 
 def measured(config: Path, folder: Path, settings: Sequence[str]) -> Result:
