@@ -52,7 +52,8 @@ def systems(first: int, number: int):
         one: dict[int, float] = {1: 1.0}
         yield "blobs, sigma 1", blobs(cube, seed, 1.0, share), one, {}
         yield "blobs, sigma 2.5", blobs(cube, seed, 2.5, share), one, {}
-        yield "chi2 phantoms", chi2_field(cube, seed, gamma_squared=float(rng.uniform(0.03, 0.3)), porosity=share), {0: 1.0}, {}  # noqa: E501
+        gamma_squared = float(rng.uniform(0.03, 0.3))
+        yield "chi2 phantoms", chi2_field(cube, seed, gamma_squared=gamma_squared, porosity=share), {0: 1.0}, {}
         yield "separators", separator(cube, seed, feature_voxels=float(rng.uniform(3, 8)), porosity=share), {0: 1.0}, {}
         yield "tubes", tubes(cube, seed), one, {}
         yield "random, near the threshold", (rng.random(cube) < rng.uniform(0.32, 0.36)).astype(np.uint8), one, {}
