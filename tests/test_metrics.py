@@ -369,24 +369,39 @@ def test_a_worker_killed_in_mid_run_costs_a_retry_and_not_a_digit(client, tmp_pa
     assert found == count_volume(volume, client=client, progress=False) == plain_counts(a)
 
 
+WAITS = "open('counting', 'w'), time.sleep(60)"
+
+
+@contextmanager
+def metrics_whose_workers(act: str, folder: Path, workers: int, monkeypatch, *options: str):
+    """(hpcres metrics, scheduler file, processes by name); a worker that counts a block does `act` instead."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    (folder / "preload.py").write_text(
+        "import os, time\nfrom hpcres.metrics import counts\n"
+        f"os.chdir({str(folder)!r})\ncounts.count_inner = lambda *_: ({act})\n"
+    )
+    np.save(folder / "a.npy", np.zeros((8, 8, 8), np.uint8))
+    with dask_cluster(folder, workers, "--preload", str(folder / "preload.py")) as (file, started):
+        command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", "--scheduler", str(file), "--output", "m.json"]
+        yield subprocess.Popen(
+            [*command, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ), file, started
+
+
+def wait_until_counting(run: subprocess.Popen, folder: Path) -> None:
+    while not (folder / "counting").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("dies", ["worker", "scheduler"])
 def test_workers_that_keep_dying_and_a_lost_scheduler_end_the_command_with_one_line(tmp_path, monkeypatch, dies):
     """Every worker that counts a block is killed in the act; or it waits there until the scheduler is killed."""
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    act = "os.kill(os.getpid(), 9)" if dies == "worker" else "open('counting', 'w'), time.sleep(60)"
-    (tmp_path / "preload.py").write_text(
-        "import os, time\nfrom hpcres.metrics import counts\n"
-        f"os.chdir({str(tmp_path)!r})\ncounts.count_inner = lambda *_: ({act})\n"
-    )
-    np.save(tmp_path / "a.npy", np.zeros((8, 8, 8), np.uint8))
-    with dask_cluster(tmp_path, 2, "--preload", str(tmp_path / "preload.py")) as (file, started):
-        command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", "--scheduler", str(file), "--output", "m.json"]
-        run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    act = "os.kill(os.getpid(), 9)" if dies == "worker" else WAITS
+    with metrics_whose_workers(act, tmp_path, 2, monkeypatch) as (run, _, started):
         if dies == "scheduler":
-            while not (tmp_path / "counting").exists():
-                assert run.poll() is None
-                time.sleep(0.05)
+            wait_until_counting(run, tmp_path)
             started["scheduler"].kill()
         said = run.communicate(timeout=100)
     assert (run.returncode, said[0], said[1].count("\n")) == (3, "", 1), said
@@ -396,18 +411,8 @@ def test_workers_that_keep_dying_and_a_lost_scheduler_end_the_command_with_one_l
 
 def test_a_run_whose_workers_are_all_gone_says_so_and_ends(tmp_path, monkeypatch):
     """The only worker is killed while it counts, and nothing starts another: a line, then the end after 4 seconds."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    (tmp_path / "preload.py").write_text(
-        "import os, time\nfrom hpcres.metrics import counts\n"
-        f"os.chdir({str(tmp_path)!r})\ncounts.count_inner = lambda *_: (open('counting', 'w'), time.sleep(60))\n"
-    )
-    np.save(tmp_path / "a.npy", np.zeros((8, 8, 8), np.uint8))
-    with dask_cluster(tmp_path, 1, "--preload", str(tmp_path / "preload.py")) as (file, started):
-        command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", "--scheduler", str(file), "--output", "m.json"]
-        run = subprocess.Popen([*command, "--worker-wait", "4"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        while not (tmp_path / "counting").exists():
-            assert run.poll() is None
-            time.sleep(0.05)
+    with metrics_whose_workers(WAITS, tmp_path, 1, monkeypatch, "--worker-wait", "4") as (run, file, started):
+        wait_until_counting(run, tmp_path)
         started["w0"].kill()
         first, last = run.communicate(timeout=60)[1].splitlines()
     assert "no worker is left, waited " in first
