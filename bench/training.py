@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -28,13 +29,13 @@ from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.samples import LowResCubes, RealSlices
 
+_FAST = yaml.safe_load((Path(__file__).resolve().parent.parent / "configs" / "fast.yaml").read_text())
+_OF_THE_RUN = ("minutes", "quality_steps", "keep", "warm_up_steps")
 FAST = {
-    "network": {"width": 5, "critic_width": 7, "padding": "zeros", "last_stage": "transposed"},
-    "training": {
-        "cubes": 2, "slices_per_axis": 8, "critic_steps": 2, "reuse_generated": True, "learning_rate": 7e-4,
-        "adam_betas": [0.5, 0.99], "ema": 0.995, "precision": "bf16",
-    },
-}  # fmt: skip
+    "network": _FAST["network"],
+    "training": {key: value for key, value in _FAST["training"].items() if key not in _OF_THE_RUN},
+}
+"""The recipe of a step; not how long a run is, nor steps that only its beginning has."""
 CHANGES = {
     "compiled": ("training", {"compile": True}),
     "fp32, no channels_last_3d": ("training", {"precision": "fp32"}),
