@@ -304,8 +304,8 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            # Early on, a long average would still hold the first weights.
-            decay = min(settings.ema, (1 + step) / (10 + step))
+            # Over a third of the steps so far, since a longer average would still hold the first weights.
+            decay = min(settings.ema, (1 + step) / (4 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
