@@ -14,7 +14,7 @@ from hpcres.metrics.appearance import errors_between, images_by_plane, look
 from hpcres.study import load_study, save_study
 from hpcres.training.adversarial import Models, train
 from hpcres.training.events import Events, crc32c
-from hpcres.training.quality import GOOD, Judge
+from hpcres.training.quality import GOOD, Judge, typical_cubes
 from hpcres.training.samples import LowResCubes
 
 
@@ -141,3 +141,21 @@ def test_keeping_the_best_needs_judging(tmp_path):
     file = save_study(study_of(tmp_path), "mine")
     with pytest.raises(InputError, match="quality_steps"):
         load_study(file, ["training.keep=best"])
+
+
+def test_judged_cubes_have_the_fractions_of_the_volume(tmp_path):
+    """A volume of which a tenth is unlike the rest, so that most sets of two cubes are off."""
+    labels = blobs((40, 40, 40), 1)
+    labels[:, :, :8] = 2
+    study = study_of(tmp_path, volume=labels)
+    low_res = LowResCubes(study)
+    cubes = typical_cubes(low_res, 2)
+    of_all = np.bincount(labels.ravel(), minlength=3) / labels.size
+
+    def off(cubes):
+        drawn = low_res.draw(0, cubes, ALONE.device, 2**31 + 1)[0].numpy()
+        return np.abs(np.bincount(drawn.ravel(), minlength=3) / drawn.size - of_all).max()
+
+    every = [off(range(2 * k, 2 * k + 2)) for k in range(32)]
+    assert len(cubes) == 2
+    assert off(cubes) < 0.05 < np.median(every)

@@ -44,6 +44,8 @@ class LowResCubes:
                 )
         self._phases = PhaseMap(list(study.low_res.phases), study.low_res.path, study.low_res.unknown)
         self.unknown_share = 0.0
+        self.fractions = np.zeros(self.channels)
+        """Of the known voxels, by channel."""
         self._held = self._check_and_hold()
 
     def _check_and_hold(self) -> np.ndarray | None:
@@ -51,17 +53,18 @@ class LowResCubes:
         shape = self._volume.shape
         held = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= _HELD_VOXELS else None
         thick = max(1, min(self._volume.chunks[0], 2**26 // (shape[1] * shape[2])))
-        unknown = 0
+        voxels = np.zeros(self.channels + 1, np.int64)
         for z in range(0, shape[0], thick):
             slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
             index = self._phases.index(self._volume.read(slab))
-            unknown += int(np.count_nonzero(index == self.channels))
+            voxels += np.bincount(index.ravel(), minlength=self.channels + 1)
             if held is not None:
                 held[slab.slices] = index
-        self.unknown_share = unknown / prod(shape)
+        self.unknown_share = int(voxels[-1]) / prod(shape)
         if self.unknown_share == 1:
             raise InputError(f"{self._volume.path}: every voxel is unknown, so there is nothing to learn from; see "
                              "low_res.unknown")  # fmt: skip
+        self.fractions = voxels[:-1] / voxels[:-1].sum()
         return held
 
     def _labels(self, start: np.ndarray) -> np.ndarray:
