@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,4 +27,7 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, slices: Tensor) -> Tensor:
-        return self.layers(slices).flatten()
+        features = self.layers[:-1](slices)
+        # Values are tens and their differences tenths, which half precision would round away.
+        with torch.autocast(slices.device.type, enabled=False):
+            return self.layers[-1](features.float()).flatten()

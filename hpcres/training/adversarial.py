@@ -283,7 +283,8 @@ class Models:
             draw = real.draw(step, critic_step, cubes)
             fake = self.slices(seen, draw.chosen)
             self.critic_optimizer.zero_grad()
-            wasserstein, penalty = self._critics(draw.real, fake, draw.mix)
+            with self._autocast():
+                wasserstein, penalty = self._critics(draw.real, fake, draw.mix)
             # Each critic has its own loss; their sum, since Adam's ε sees the size of a gradient.
             (len(self.critics.critics) * (settings.gradient_penalty * penalty - wasserstein)).backward()
             self.critic_optimizer.step()
@@ -295,7 +296,8 @@ class Models:
         if step < settings.warm_up_steps and self.init_from is None:
             loss = interpolation_loss(self.operator, probabilities, known)
         else:
-            loss = -self.critics.score(self.slices(probabilities, real.choose(step, cubes)))
+            with self._autocast():
+                loss = -self.critics.score(self.slices(probabilities, real.choose(step, cubes)))
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -313,12 +315,17 @@ class Models:
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
         """Phase probabilities, float32 (cubes, phases, 64, 64, 64), with batch norm in training mode."""
-        low = self.study.training.precision == "bf16"
-        if low:  # faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient)
+        if self.study.training.precision == "bf16":
+            # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(self.group.device.type, torch.bfloat16, enabled=low):
+        with self._autocast():
             logits = (self._generator if learn else self.generator)(given)
         return functional.softmax(logits.float(), dim=1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.group.device.type, torch.bfloat16, enabled=self.study.training.precision == "bf16"
+        )
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
         """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones."""
