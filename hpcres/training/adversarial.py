@@ -306,8 +306,9 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            # Over a third of the steps so far, since a longer average would still hold the first weights.
-            decay = min(settings.ema, (1 + step) / (4 + step))
+            # Over two thirds of the steps so far at most: a longer average would still hold the first weights, and a
+            # shorter one has teeth of single voxels that come and go with the game (docs/training.md).
+            decay = min(settings.ema, (1 + step) / (2.5 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
