@@ -55,7 +55,7 @@ def build_generator(study: Study) -> SuperResGenerator:
     net = study.network
     try:
         return SuperResGenerator(
-            len(study.low_res.phases), len(study.phases), study.scale_factor, net.width, net.residual_blocks,
+            len(study.low_res.groups), len(study.phases), study.scale_factor, net.width, net.residual_blocks,
             net.padding, net.last_stage,
         )  # fmt: skip
     except ValueError as error:
@@ -119,7 +119,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     study = Study.model_validate_json(content["study"])
     assert config.pop("family") == "superres"
     generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})
-    if config["phases"] != len(study.phases) or config["low_res_channels"] != len(study.low_res.phases):
+    if config["phases"] != len(study.phases) or config["low_res_channels"] != len(study.low_res.groups):
         raise InputError(
             f"{path}: the network has {config['phases']} phases but its study {len(study.phases)}; the file was "
             "changed by hand, train again"

@@ -186,18 +186,20 @@ def convert(
     With phases, the labels of the store are 0, 1, 2, … in their order; without, the values are kept.
     """
     from hpcres.volumes import convert as convert_volume
-    from hpcres.volumes import open_volume
+    from hpcres.volumes import open_low_res, open_volume
 
     if _is_study(source):
         if phases or voxel_size:
             raise InputError(f"{source}: a study has its own phases and voxel size; drop --phases and --voxel-size")
         study = load_study(source, settings, output)
+        if study.low_res.channels:
+            raise InputError(f"{source}: low_res.channels are probabilities, and a store holds labels; name one volume")
         groups = zip(study.low_res.phases, study.low_res.groups, strict=True)
         unknown = {label: f"unknown {label}" for label in study.low_res.unknown}
         names: dict[int, str] | None = {label: "+".join(group) for label, group in groups} | unknown
         size: VoxelSize | None = study.low_res_voxel_size
         target = study.folder / "low_res.zarr"
-        volume = open_volume(study.low_res.path, study.low_res.raw)
+        volume = open_low_res(study.low_res)
     else:
         if output is None:
             raise InputError(f"{source}: no place to write to; give --output NAME.zarr")
@@ -286,7 +288,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     """
     from hpcres.checkpoint import build_generator, load_checkpoint
     from hpcres.inference.plan import describe, estimate
-    from hpcres.volumes import open_volume
+    from hpcres.volumes import open_low_res
 
     given = [study, *(f"--set={setting}" for setting in settings), *([f"--output={output}"] if output else [])]
     if tiles is not None:
@@ -294,7 +296,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     loaded = load_study(study, settings, output)
     trained = loaded.checkpoint_path.exists()
     generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
-    volume = open_volume(loaded.low_res.path, loaded.low_res.raw)
+    volume = open_low_res(loaded.low_res)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
     click.echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
 
@@ -304,14 +306,16 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
 @_study_options
 @_tiles
 @click.option("--checkpoint", metavar="PATH", help="The study's by default.")
-@click.option("--low-res", metavar="PATH", help="The study's by default.")
+@click.option(
+    "--low-res", metavar="PATH", multiple=True, help="The study's by default; of probabilities once for each channel."
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the noise; the study's by default.")
 @click.option("--ensemble", metavar="K", type=click.IntRange(1, 255), help="Paint K seeds; see below.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), help="The study's by default.")
 @_overwrite
 def infer(
     study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, checkpoint: str | None,
-    low_res: str | None, seed: int | None, ensemble: int | None, device: str | None, overwrite: bool,
+    low_res: tuple[str, ...], seed: int | None, ensemble: int | None, device: str | None, overwrite: bool,
 ) -> None:  # fmt: skip
     """Paint the high-res volume, tile by tile over MPI ranks; a stopped run goes on where it was.
 

@@ -11,12 +11,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcres.networks.resampling import Taps, area_taps, linear_taps, nearest_taps, resample
-from hpcres.study import Imaging
+from hpcres.study import Imaging, Study
 
 
 def one_hot(labels: Tensor, channels: int) -> Tensor:
-    """(batch, z, y, x) integer labels → float32 (batch, channels, z, y, x)."""
+    """(batch, z, y, x) integer labels → float32 (batch, channels, z, y, x); probabilities are that already."""
+    if labels.is_floating_point():
+        return labels
     return torch.stack([labels == channel for channel in range(channels)], dim=1).float()
+
+
+def likeliest(low_res: Tensor) -> Tensor:
+    """Labels (batch, z, y, x): those given, or of probabilities (batch, channels, z, y, x) the largest, the first of
+    equals, and the number of channels where all are 0."""
+    if not low_res.is_floating_point():
+        return low_res
+    return torch.where(low_res.amax(1) > 0, low_res.argmax(1), low_res.shape[1])
 
 
 def gaussian_kernel(scale: Fraction, settings: Imaging) -> Tensor:
@@ -29,24 +39,34 @@ def gaussian_kernel(scale: Fraction, settings: Imaging) -> Tensor:
 
 
 class ImagingOperator(nn.Module):
-    """Phase probabilities (batch, phases, z, y, x) → low-res (batch, groups, ⌊z/s⌋, …), near one-hot.
+    """Phase probabilities (batch, phases, z, y, x) → low-res (batch, groups, ⌊z/s⌋, …), near one-hot, or as they are
+    where the coarse image has `fractions` itself.
 
     `groups[c]` lists the phase indices behind low-res channel c: phases the coarse image cannot tell apart.
-    Under-resolved: blur, linear downsampling (or binning), softmax at low temperature; under-sampled: nearest.
+    Under-resolved: blur, linear downsampling (or binning), softmax at low temperature but for fractions;
+    under-sampled: nearest.
     A window of a volume gives the volume's values where it starts at a multiple of p voxels (scale p/q) and
     `margin_voxels` away from its cut faces.
     """
 
     kernel: Tensor
 
-    def __init__(self, scale: Fraction, groups: Sequence[Sequence[int]], settings: Imaging) -> None:
+    def __init__(
+        self, scale: Fraction, groups: Sequence[Sequence[int]], settings: Imaging, fractions: bool = False
+    ) -> None:
         super().__init__()
-        self.scale, self.settings = scale, settings
+        self.scale, self.settings, self.fractions = scale, settings, fractions
         merge = torch.zeros(len(groups), 1 + max(max(g) for g in groups))
         for channel, group in enumerate(groups):
             merge[channel, list(group)] = 1
         self.register_buffer("merge", merge)
         self.register_buffer("kernel", gaussian_kernel(scale, settings))
+
+    @classmethod
+    def of(cls, study: Study) -> ImagingOperator:
+        """What made the study's low-res volume from phases in the study's order."""
+        groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
+        return cls(study.scale_factor, groups, study.imaging, bool(study.low_res.channels))
 
     @property
     def margin_voxels(self) -> int:
@@ -65,7 +85,7 @@ class ImagingOperator(nn.Module):
             x = self._blur(x)
         z, y, x_ = (kind(n, self.scale, m) for n, m in zip(x.shape[2:], sizes, strict=True))
         x = resample(x, (z, y, x_))
-        if self.settings.operator == "under-sampled":
+        if self.settings.operator == "under-sampled" or self.fractions:
             return x
         return functional.softmax(x * self.settings.temperature, dim=1)
 

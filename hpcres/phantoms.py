@@ -177,9 +177,10 @@ def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.nda
 
 
 def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> list[Path]:
-    """Write `<output>/phantom/`: truth.zarr, low_res.zarr (the truth through the study's imaging operator) and
-    slices of another realisation, so that training never sees the truth: slices.tif of an isotropic material, else
-    slices_zy.tif, slices_zx.tif and slices_yx.tif. The folder appears when it is complete. Returns the paths.
+    """Write `<output>/phantom/`: truth.zarr, low_res.zarr (the truth through the study's imaging operator; for a study
+    of probabilities low_res_0.tif, low_res_1.tif, …, one for each channel) and slices of another realisation, so that
+    training never sees the truth: slices.tif of an isotropic material, else slices_zy.tif, slices_zx.tif and
+    slices_yx.tif. The folder appears when it is complete. Returns the paths.
     """
     phantom, folder = _checked(study, overwrite)
     say = progress or (lambda _: None)
@@ -200,17 +201,29 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
             array_volume(truth, f"{phantom.kind} phantom"), temporary / "truth.zarr",
             phases=dict(enumerate(study.phases)), voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
         )  # fmt: skip
-        say("low_res.zarr")
+        say("low_res")
         coarse, voxel = _imaged(truth, study), study.low_res_voxel_size
-        names = {label: "+".join(group) for label, group in enumerate(study.low_res.groups)}
-        convert(
-            array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
-            voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
-        )  # fmt: skip
+        if study.low_res.channels:
+            for name, fractions in zip(_low_res_files(study), coarse, strict=True):
+                write_images(temporary / name, fractions)
+        else:
+            names = {label: "+".join(group) for label, group in enumerate(study.low_res.groups)}
+            convert(
+                array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
+                voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
+            )  # fmt: skip
         move_into_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return [folder / name for name in ("truth.zarr", "low_res.zarr", *_slice_files(study).values())]
+    return [folder / name for name in _files(study)]
+
+
+def _files(study: Study) -> list[str]:
+    return ["truth.zarr", *_low_res_files(study), *_slice_files(study).values()]
+
+
+def _low_res_files(study: Study) -> list[str]:
+    return [f"low_res_{channel}.tif" for channel in range(len(study.low_res.channels))] or ["low_res.zarr"]
 
 
 def _slice_files(study: Study) -> dict[int, str]:
@@ -230,16 +243,16 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
                          f"({', '.join(study.phases)}); name {due}")  # fmt: skip
     if phantom.kind == "separator" and study.high_res.isotropic:
         raise InputError("phantom.kind: separator is anisotropic, high_res.isotropic is true; set it to false")
-    if list(study.low_res.phases) != list(range(len(study.low_res.phases))):
+    if study.low_res.labels != tuple(range(len(study.low_res.labels))):
         raise InputError(f"low_res.phases: labels {', '.join(map(str, study.low_res.phases))}, but low_res.zarr of a "
                          f"phantom has 0 … {len(study.low_res.phases) - 1}; write these")  # fmt: skip
     if phantom.kind != "chi2" and phantom.feature_voxels < _FINEST_VOXELS:
         raise InputError(f"phantom.feature_voxels: {phantom.feature_voxels} is below {_FINEST_VOXELS} voxels, where "
                          "the lattice shows; make it larger")  # fmt: skip
-    made = {str(folder / name) for name in ("truth.zarr", "low_res.zarr", *_slice_files(study).values())}
+    made = {str(folder / name) for name in _files(study)}
     for key, path in (
-        *(("high_res.images", image.path) for image in study.high_res.images), ("low_res.path", study.low_res.path),
-        ("reference.volume", study.reference.volume),
+        *(("high_res.images", image.path) for image in study.high_res.images),
+        *(("low_res", path) for path in study.low_res.paths), ("reference.volume", study.reference.volume),
     ):  # fmt: skip
         if path and Path(path).parent == folder and path not in made:
             raise InputError(f"{key}: phantom makes no {Path(path).name}; use one of "
@@ -284,28 +297,31 @@ def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
 
 
 def _imaged(truth: np.ndarray, study: Study) -> np.ndarray:
-    """Low-res labels of the truth, block by block: only a block is ever one-hot."""
+    """Low-res labels of the truth (z, y, x), uint8, or fractions (channel, z, y, x), float32, block by block: only a
+    block is ever one-hot."""
     import torch
 
     from hpcres.imaging import ImagingOperator, one_hot
 
     scale, phases = study.scale_factor, len(study.phases)
     p, q = scale.numerator, scale.denominator
-    groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
-    operator = ImagingOperator(scale, groups, study.imaging)
+    operator = ImagingOperator.of(study)
     margin = -(-operator.margin_voxels // p)
     shape = [int(n / scale) for n in truth.shape]
-    coarse = np.empty(shape, np.uint8)
+    coarse: np.ndarray = np.empty(shape, np.uint8)
+    if operator.fractions:
+        coarse = np.empty((len(study.low_res.channels), *shape), np.float32)
     edge = max(1, _BLOCK_VOXELS // p)
     # Blocks are counted in repeats of the sampling pattern: p high-res voxels, q low-res ones.
     for block in blocks([-(-n // q) for n in shape], (edge,) * 3):
         first = [max(a - margin, 0) for a in block.start]
         window = truth[tuple(slice(a * p, (b + margin) * p) for a, b in zip(first, block.stop, strict=True))]
         with torch.no_grad():
-            seen = operator(one_hot(torch.from_numpy(window)[None], phases)).argmax(1)[0].numpy()
-        inside = tuple(slice((a - f) * q, (b - f) * q) for a, b, f in zip(block.start, block.stop, first, strict=True))
-        place = tuple(slice(a * q, b * q) for a, b in zip(block.start, block.stop, strict=True))
-        coarse[place] = seen[inside]
+            imaged = operator(one_hot(torch.from_numpy(window)[None], phases))[0]
+        seen = (imaged if operator.fractions else imaged.argmax(0)).numpy()
+        inside = [slice((a - f) * q, (b - f) * q) for a, b, f in zip(block.start, block.stop, first, strict=True)]
+        z, y, x = (slice(a * q, b * q) for a, b in zip(block.start, block.stop, strict=True))
+        coarse[..., z, y, x] = seen[(..., *inside)]
     return coarse
 
 

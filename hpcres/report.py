@@ -32,7 +32,7 @@ from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics.named import Named
 from hpcres.metrics.table import Row, metric_rows, pair_name, short_unit, size_text
 from hpcres.study import Study, VoxelSize
-from hpcres.volumes import PHASE_COLOURS, PhaseMap, Volume, open_volume, read_images
+from hpcres.volumes import PHASE_COLOURS, PhaseMap, Volume, likeliest, open_low_res, open_volume, read_images
 
 _SLICE_VOXELS = 256
 """Largest edge of a slice shown, in high-res voxels; larger volumes show their middle."""
@@ -59,15 +59,16 @@ def report_study(study: Study, volume: Volume) -> Path:
     """report.html of a study, from labels.zarr and whatever metrics.json, transport.json, training.csv there is."""
     metrics, transport = _read_json(study.metrics_path), _read_json(study.transport_path)
     colours = _palette(len(study.phases))
-    low_res = open_volume(study.low_res.path, study.low_res.raw)
+    low_res = open_low_res(study.low_res)
     groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
     # Merged phases turn towards grey, so that they are not taken for one of them.
     low_colours = np.array(
         [*(colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups), _UNKNOWN_COLOUR]
     )
-    own, known = tuple(range(len(study.phases))), tuple(study.low_res.phases)
+    own, known = tuple(range(len(study.phases))), study.low_res.labels
+    given = "low-res input" + ", likeliest phase" * bool(low_res.parts)
     sights = [
-        Sight("low-res input", low_res, study.scale_factor, low_colours, known, study.low_res.unknown),
+        Sight(given, low_res, study.scale_factor, low_colours, known, study.low_res.unknown),
         Sight("super-resolved", volume, Fraction(1), colours, own),
     ]
     if study.reference.volume is not None and _exists(study.reference.volume):
@@ -77,7 +78,7 @@ def report_study(study: Study, volume: Volume) -> Path:
     for group, colour in zip(study.low_res.groups, low_colours[:-1], strict=True):
         if len(group) > 1:
             legend[f"{' + '.join(group)} (low-res)"] = colour
-    if study.low_res.unknown:
+    if study.low_res.unknown or low_res.parts:
         legend["unknown (low-res)"] = low_colours[-1]
     stale = metrics is not None and _made_by(metrics["volume"].get("provenance")) != _made_by(volume.provenance)
     body = [
@@ -279,8 +280,8 @@ def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
     stop = [ceil(b / sight.step) for b in region.stop]
     stop[axis] = start[axis] + 1
     box = Box(triple(start), triple(stop)).clipped(Box.whole(sight.volume.shape))
-    labels = sight.volume.read(box)
-    return PhaseMap(sight.values, sight.volume.path, sight.unknown).index(labels).squeeze(axis)
+    low_res = PhaseMap(sight.values, sight.volume.path, sight.unknown).index(sight.volume.read(box))
+    return likeliest(low_res).squeeze(axis)
 
 
 def _training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
@@ -416,12 +417,14 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
         lines.append(
             f"<tr><th>{escape(name)}</th>{share}{_cell(_number(fraction))}{_cell(_number(low_res['of_volume'][name]))}</tr>"
         )
+    off = ", ".join(f"{escape(name)} {value:.4f}" for name, value in low_res.get("fraction_difference", {}).items())
+    off = f"<p>Mean difference of fractions in low-res voxels: {off}.</p>" if off else ""
     share = low_res.get("unknown", 0.0)
     compared = f"All but {share:.2%}, which are unknown, were compared" if share else "Every voxel was compared"
     return (
         "<section><h2>Agreement with the low-res volume</h2>"
         f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
-        f"operator makes of the super-resolved volume. {compared}, so these shares have no error.</p>"
+        f"operator makes of the super-resolved volume. {compared}, so these shares have no error.</p>{off}"
         f"{_table(heads, lines, 'one')}{_imprint(low_res)}</section>"
     )
 
@@ -960,7 +963,7 @@ def _study_facts(
     facts = {
         "study": study.name,
         "volume": os.path.abspath(volume.path),
-        "low-res volume": study.low_res.path,
+        "low-res volume": ", ".join(study.low_res.paths),
         "training images": ", ".join(image.path for image in study.high_res.images),
         "ground truth": study.reference.volume or "none",
         "imaging operator": study.imaging.operator,

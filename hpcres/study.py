@@ -150,7 +150,7 @@ class RawHeader(Section):
     """What a headerless file does not say."""
 
     shape: tuple[int, int, int]
-    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32"] = "uint8"
+    dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"] = "uint8"
     byte_order: Literal["little", "big"] = "little"
     offset_bytes: Annotated[int, Field(ge=0)] = 0
 
@@ -175,7 +175,7 @@ class HighRes(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> HighRes:
-        _refuse_repeated(self.phases)
+        _refuse_repeated(list(self.phases.values()))
         if len(self.phases) < 2:
             raise ValueError("phases: at least two are needed to have anything to resolve")
         if len(self.phases) > 16:
@@ -195,20 +195,42 @@ class HighRes(Section):
         return self
 
 
-class LowRes(Section):
+class LowResChannel(Section):
+    """The probability of a phase, or of phases the coarse image cannot tell apart, in every low-res voxel."""
+
     path: str
+    """As of labels; floats 0 … 1, uint8 0 … 255 or uint16 0 … 65535."""
+    phases: PhaseName | tuple[PhaseName, ...]
+    raw: RawHeader | None = None
+
+
+class LowRes(Section):
+    """A volume of labels, `path` and `phases`, or `channels` of probabilities."""
+
+    path: str | None = None
     """TIFF, .npy, .h5:/dataset, raw (with `raw`), or OME-Zarr."""
-    phases: dict[int, PhaseName | tuple[PhaseName, ...]]
+    phases: dict[int, PhaseName | tuple[PhaseName, ...]] = {}
     """Label in the volume → phase, or the list of phases the coarse image cannot tell apart."""
+    channels: tuple[LowResChannel, ...] = ()
+    """Probabilities in place of labels; a voxel where all are 0 is unknown."""
     unknown: tuple[int, ...] = ()
     """Labels of voxels that are damaged or masked: the generator is told nothing of them and fills them in."""
     raw: RawHeader | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> LowRes:
-        _refuse_repeated({k: v for k, names in enumerate(self.groups) for v in names})
-        if len(self.phases) < 2:
-            raise ValueError("phases: at least two are needed, or the volume tells the generator nothing")
+        if self.channels:
+            if given := [key for key in ("path", "phases", "unknown", "raw") if getattr(self, key)]:
+                raise ValueError(
+                    f"{given[0]} is of a label volume, channels are probabilities, and both are given; keep one of "
+                    "them (a voxel where all channels are 0 is unknown)"
+                )
+        elif self.path is None:
+            raise ValueError("no volume; give path and phases of one of labels, or channels of probabilities")
+        _refuse_repeated([name for names in self.groups for name in names])
+        if len(self.groups) < 2:
+            what = "channels" if self.channels else "phases"
+            raise ValueError(f"{what}: at least two are needed, or the volume tells the generator nothing")
         for label in self.unknown:
             if label in self.phases or self.unknown.count(label) > 1:
                 raise ValueError(f"unknown: label {label} is given twice, or has a phase as well; keep one")
@@ -217,11 +239,38 @@ class LowRes(Section):
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The phases behind each low-res channel, in the order of the file."""
-        return tuple((v,) if isinstance(v, str) else v for v in self.phases.values())
+        every = [channel.phases for channel in self.channels] or self.phases.values()
+        return tuple((v,) if isinstance(v, str) else v for v in every)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Of each group, in the volume; of probabilities its place."""
+        return tuple(range(len(self.channels))) or tuple(self.phases)
+
+    @property
+    def holds(self) -> str:
+        return "probabilities" if self.channels else "labels"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(channel.path for channel in self.channels) or (str(self.path),)
+
+    def at(self, paths: Sequence[str], raw: Sequence[RawHeader | None]) -> LowRes:
+        """The same of other files; InputError where there must be more or fewer of them."""
+        if len(paths) != len(self.paths):
+            due = "one file of labels" if not self.channels else (
+                f"a file for each of {len(self.channels)} channels ({'; '.join(' + '.join(g) for g in self.groups)})"
+            )
+            raise InputError(f"{', '.join(paths)}: the network was trained on {self.holds}; give {due}")
+        if not self.channels:
+            return self.model_copy(update={"path": paths[0], "raw": raw[0]})
+        every = zip(self.channels, paths, raw, strict=True)
+        return self.model_copy(
+            update={"channels": tuple(c.model_copy(update={"path": p, "raw": r}) for c, p, r in every)}
+        )
 
 
-def _refuse_repeated(phases: dict[Any, str]) -> None:
-    names = list(phases.values())
+def _refuse_repeated(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"phases: {name!r} is named twice; give every label a phase of its own")
@@ -548,11 +597,17 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key, except maps of labels to phases, which belong together."""
+    """Sections are merged key by key, except maps of labels to phases, which belong together; labels and
+    probabilities as the low-res volume take each other's place."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict) and key != "phases":
-            value = _merged(base[key], value)
+            before = base[key]
+            if key == "low_res" and "channels" in value:
+                before = {}
+            elif key == "low_res" and "path" in value:
+                before = {name: item for name, item in before.items() if name != "channels"}
+            value = _merged(before, value)
         merged[key] = value
     return merged
 
@@ -607,7 +662,8 @@ def _override(raw: dict[str, Any], setting: str) -> None:
 
 
 _PATH_KEYS = {
-    ("low_res", "path"), ("high_res", "images", "path"), ("reference", "volume"), ("training", "init_from"),
+    ("low_res", "path"), ("low_res", "channels", "path"), ("high_res", "images", "path"), ("reference", "volume"),
+    ("training", "init_from"),
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from PIL import Image
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Triple, blocks, triple, wrapped
-from hpcres.study import OME_UNITS, RawHeader
+from hpcres.study import OME_UNITS, LowRes, RawHeader
 
 Spacing = tuple[float, float, float]
 UNWRITTEN = 255
@@ -50,7 +50,8 @@ _READS = "reads .tif, .npy, .h5:/dataset, .zarr, and .raw with its header in the
 
 @dataclass(frozen=True)
 class Volume:
-    """A lazily read label volume of any format. It pickles as its path and may be read from many threads."""
+    """A lazily read volume of any format: labels, or probabilities. It pickles as its path and may be read from many
+    threads."""
 
     path: str
     shape: Triple
@@ -66,9 +67,12 @@ class Volume:
     provenance: dict[str, Any] = field(default_factory=dict)
     raw: RawHeader | None = None
     _read_unwritten: Callable[[Box], np.ndarray] | None = field(default=None, repr=False)
+    parts: tuple[Volume, ...] = ()
+    """Of `probabilities`, the volume of each channel."""
 
     def read(self, box: Box) -> np.ndarray:
-        """The voxels of `box`, (z, y, x) in the file's integer type; InputError where the file is damaged."""
+        """The voxels of `box`, (z, y, x) in the file's type, or float32 (z, y, x, channel) of probabilities; InputError
+        where the file is damaged."""
         return self._inside(self._read, box)
 
     def read_unwritten(self, box: Box) -> np.ndarray:
@@ -83,11 +87,13 @@ class Volume:
             raise InputError(f"{self.path}: {box} leaves the volume of {_times(self.shape)} voxels; ask inside it")
         return np.ascontiguousarray(read(box))
 
-    def stamp(self) -> tuple[int, int, int]:
+    def stamp(self) -> tuple[int, ...]:
         """What changes when the file is replaced or written to; InputError where it is gone.
 
         Of a zarr it is the file that describes it: chunks are not looked at one by one.
         """
+        if self.parts:
+            return tuple(number for part in self.parts for number in part.stamp())
         parts = _hdf5_parts(self.path)
         place = Path(parts[0] if parts else self.path)
         place = next((place / name for name in _ZARR_FILES if (place / name).is_file()), place)
@@ -97,13 +103,22 @@ class Volume:
             raise InputError(f"{self.path}: has gone ({error.strerror}); put it back") from None
         return status.st_ino, status.st_size, status.st_mtime_ns
 
-    def __reduce__(self) -> tuple[Callable[..., Volume], tuple[str, RawHeader | None]]:
-        return open_volume, (self.path, self.raw)
+    def __reduce__(self) -> tuple[Callable[..., Volume], tuple[Any, ...]]:
+        if self.parts:
+            return probabilities, (self.parts,)
+        return open_volume, (self.path, self.raw, self.dtype.kind == "f")
 
 
-def open_volume(path: str | Path, raw: RawHeader | None = None) -> Volume:
-    """Open `x.zarr`, `x.zarr/array`, `x.tif`, `x.npy`, `x.h5:/dataset`, or a raw file with its header."""
-    path = str(path)
+def open_volume(path: str | Path, raw: RawHeader | None = None, grey: bool = False) -> Volume:
+    """Open `x.zarr`, `x.zarr/array`, `x.tif`, `x.npy`, `x.h5:/dataset`, or a raw file with its header.
+
+    Floats are refused unless `grey`.
+    """
+    volume = _open(str(path), raw)
+    return volume if grey else _of_labels(volume)
+
+
+def _open(path: str, raw: RawHeader | None) -> Volume:
     if raw is not None:
         return _open_raw(path, raw)
     if _hdf5_parts(path):
@@ -125,7 +140,7 @@ def read_around(read: Callable[[Box], np.ndarray], box: Box, shape: Triple) -> n
     pieces = [(place, read(source)) for source, place in wrapped(box, shape)]
     if len(pieces) == 1:
         return pieces[0][1]
-    window = np.empty(box.shape, pieces[0][1].dtype)
+    window = np.empty((*box.shape, *pieces[0][1].shape[3:]), pieces[0][1].dtype)
     for place, part in pieces:
         window[place.slices] = part
     return window
@@ -147,12 +162,12 @@ def read_images(path: str | Path) -> np.ndarray:
         return _read_png(path)
     else:
         raise InputError(f"{path}: {suffix or 'no suffix'} is no image format that hpcres knows; use .tif or .png")
-    return volume.read(Box.whole(volume.shape))
+    return _of_labels(volume).read(Box.whole(volume.shape))
 
 
 def array_volume(labels: np.ndarray, name: str) -> Volume:
     """A volume over an array (z, y, x) in memory; `name` stands where a file has its path. It does not pickle."""
-    return _array_volume(name, labels, False)
+    return _of_labels(_array_volume(name, labels, False))
 
 
 def write_images(path: str | Path, stack: np.ndarray) -> None:
@@ -182,11 +197,17 @@ def _corrupt(path: str, why: object) -> NoReturn:
     raise InputError(f"{path}: truncated or corrupt ({' '.join(str(why).split())[:160]}); copy or write it again")
 
 
-def _label_dtype(path: str, dtype: np.dtype) -> np.dtype:
+def _of_labels(volume: Volume) -> Volume:
+    if volume.dtype.kind == "f":
+        raise InputError(
+            f"{volume.path}: has {volume.dtype} grey values where labels are due; segment it first, one integer a phase"
+        )
+    return volume
+
+
+def _voxel_dtype(path: str, dtype: np.dtype) -> np.dtype:
     """The type that voxels are handed out in: the file's own, native byte order, bits as uint8."""
-    if dtype.kind == "f":
-        raise InputError(f"{path}: has {dtype} grey values where labels are due; segment it first, one integer a phase")
-    if dtype.kind not in "iub":
+    if dtype.kind not in "iubf":
         raise InputError(f"{path}: holds {dtype}, not integer labels; save it as uint8")
     return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
 
@@ -221,7 +242,7 @@ def _spacing(values: Sequence[float]) -> Spacing | None:
 
 def _array_volume(path: str, array: Any, flat: bool, chunks: Sequence[int] | None = None, **more: Any) -> Volume:
     """A volume of anything that has shape and dtype and is sliced like an array."""
-    dtype, shape = _label_dtype(path, np.dtype(array.dtype)), _zyx(path, array.shape, flat)
+    dtype, shape = _voxel_dtype(path, np.dtype(array.dtype)), _zyx(path, array.shape, flat)
     lead = (0,) * max(0, len(array.shape) - 3)
     pages = array.base if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else None
 
@@ -375,7 +396,7 @@ def _open_tiff(path: str, flat: bool = False) -> Volume:
         tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB,
     ):  # fmt: skip
         _refuse_colour(path)
-    dtype = _label_dtype(path, key.dtype)
+    dtype = _voxel_dtype(path, key.dtype)
     if "C" in series[0].axes:
         raise InputError(f"{path}: has channels (axes {series[0].axes}) where z, y, x are due; save one channel")
     shapes = {tuple(one.shape) for one in series}
@@ -550,6 +571,79 @@ def _open_multiscale(path: str, group: zarr.Group, attributes: dict[str, Any], o
     )  # fmt: skip
 
 
+# ---- the low-res volume of a study -------------------------------------------------------------------------
+
+
+_ONE = {"u1": 255, "u2": 65535}
+"""What stands for a probability of 1."""
+_SUM_OFF = 0.02
+"""By how much probabilities of a voxel may miss 1, besides the rounding of many channels to uint8."""
+
+
+def open_low_res(low_res: LowRes) -> Volume:
+    """The labels, or the probabilities, that a study's generator is to be given."""
+    if low_res.channels:
+        return probabilities([open_volume(each.path, each.raw, grey=True) for each in low_res.channels])
+    assert low_res.path is not None
+    return open_volume(low_res.path, low_res.raw)
+
+
+def probabilities(parts: Sequence[Volume]) -> Volume:
+    """A volume of float32 (z, y, x, channel) from a file for each channel: floats 0 … 1, uint8 / 255 or uint16 / 65535.
+
+    They are divided by their sum, which must be 1 within 2 %; where all are 0, nothing is known of the voxel.
+    InputError for files of different shapes or other types, and on reading for values that are no probabilities.
+    """
+    first, path = parts[0], ", ".join(part.path for part in parts)
+    for part in parts:
+        if part.shape != first.shape:
+            raise InputError(f"{part.path}: has {_times(part.shape)} voxels, {first.path} {_times(first.shape)}; "
+                             "channels are of one volume, cut them alike")  # fmt: skip
+        if part.dtype.kind != "f" and part.dtype.str[1:] not in _ONE:
+            raise InputError(f"{part.path}: holds {part.dtype}, which is no probability; save floats 0 … 1, uint8 "
+                             "0 … 255 or uint16 0 … 65535")  # fmt: skip
+    most_off = max(_SUM_OFF, len(parts) / (2 * 255) + 1e-4)
+
+    def at(box: Box, bad: np.ndarray) -> str:
+        place = np.argwhere(bad)[0]
+        z, y, x = (int(a + b) for a, b in zip(place, box.start, strict=True))
+        more = int(np.count_nonzero(bad)) - 1
+        return f"at voxel z {z}, y {y}, x {x}" + (f" (and {more} more near it)" if more else "")
+
+    def read(box: Box) -> np.ndarray:
+        found = np.empty((*box.shape, len(parts)), np.float32)
+        total = np.zeros(box.shape, np.float32)
+        for channel, part in enumerate(parts):
+            here = found[..., channel]
+            with np.errstate(over="ignore"):
+                here[...] = part.read(box)
+            here /= np.float32(_ONE.get(part.dtype.str[1:], 1))
+            if (bad := ~(here >= -1e-6)).any():
+                value = here[bad][0]
+                raise InputError(f"{part.path}: {value:.4g} {at(box, bad)} is no probability; correct it, or make all "
+                                 "channels 0 where nothing is known")  # fmt: skip
+            np.maximum(here, 0, out=here)
+            total += here
+        known = total > 0
+        if (bad := known & ~(np.abs(total - 1) <= most_off)).any():
+            raise InputError(f"{path}: probabilities {at(box, bad)} add up to {total[bad][0]:.4g}, not 1; give each "
+                             "phase its channel, as floats 0 … 1, uint8 0 … 255 or uint16 0 … 65535")  # fmt: skip
+        np.divide(found, total[..., None], out=found, where=known[..., None])
+        return found
+
+    return Volume(
+        path, first.shape, np.dtype(np.float32), first.chunks, read, first.voxel_size, first.unit, parts=tuple(parts)
+    )
+
+
+def likeliest(low_res: np.ndarray) -> np.ndarray:
+    """uint8 positions (z, y, x) of what PhaseMap.index gives: of probabilities the largest, the first of equals, and
+    the number of channels where nothing is known."""
+    if low_res.dtype.kind != "f":
+        return low_res
+    return np.where(low_res.any(-1), low_res.argmax(-1), low_res.shape[-1]).astype(np.uint8)
+
+
 # ---- labels ------------------------------------------------------------------------------------------------
 
 
@@ -566,8 +660,17 @@ class PhaseMap:
         self._order = np.array([self._position[v] for v in sorted(self._position)])
         self._tables: dict[np.dtype, np.ndarray] = {}
 
+    @classmethod
+    def of(cls, low_res: LowRes, where: str) -> PhaseMap:
+        return cls(low_res.labels, where, low_res.unknown)
+
     def index(self, array: np.ndarray) -> np.ndarray:
-        """uint8 positions, in the shape of `array`; InputError naming the first label that has no phase."""
+        """uint8 positions, in the shape of `array`; InputError naming the first label that has no phase.
+
+        Probabilities (z, y, x, channel) have their channels by position and are given back.
+        """
+        if array.dtype.kind == "f":
+            return array
         if array.dtype.itemsize <= 2:
             unsigned = np.dtype(f"u{array.dtype.itemsize}")
             position = self._table(array.dtype)[array.view(unsigned)]

@@ -102,6 +102,19 @@ def low_res(path: str, **more) -> Callable[[Path], object]:
     return lambda folder: study_with(folder, lambda s: s["low_res"].update(path=path, **more))
 
 
+def channels(*values: np.ndarray, **more) -> Callable[[Path], object]:
+    """Probabilities of pore, nickel and ceramic in place of the labels."""
+
+    def write(folder: Path) -> None:
+        names = ("pore", "nickel", "ceramic")
+        for name, array in zip(names, values, strict=True):
+            np.save(folder / f"{name}.npy", array)
+        every = [{"path": f"{name}.npy", "phases": name} for name in names]
+        study_with(folder, lambda s: s.update(low_res={"channels": every, **more}))
+
+    return write
+
+
 def both(*changes: Callable[[Path], object]) -> Callable[[Path], object]:
     return lambda folder: [change(folder) for change in changes]
 
@@ -124,6 +137,8 @@ def nan_weight(content: dict) -> None:
 
 
 VOLUME = np.zeros((20, 18, 17), np.uint8)
+THIRD = np.full((20, 18, 17), 1 / 3)
+THIRDS = channels(THIRD, THIRD, THIRD)
 RGB = np.zeros((20, 18, 17, 3), np.uint8)
 TRAIN, INFER = ["train", "--overwrite"], ["infer", "--overwrite"]
 
@@ -189,6 +204,34 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "HDF5 wrong dataset": (both(hdf5, low_res("low.h5:/label")), TRAIN, ["low.h5", "scan/labels"]),
     "raw of another size": (
         both(text("low.raw", "x" * 999), low_res("low.raw", raw={"shape": [10, 10, 10]})), TRAIN, ["999", "1000"],
+    ),
+    "no low-res volume": (
+        lambda f: study_with(f, lambda s: s.update(low_res={})), TRAIN, ["low_res", "no volume", "channels"],
+    ),
+    "labels and probabilities": (
+        channels(THIRD, THIRD, THIRD, path="low.tif", phases=PHASES), TRAIN, ["low_res", "both are given", "keep one"],
+    ),
+    "unknown labels of probabilities": (
+        channels(THIRD, THIRD, THIRD, unknown=[9]), TRAIN, ["low_res", "unknown is of a label volume", "0 is unknown"],
+    ),
+    "channel without a phase": (
+        both(THIRDS, lambda f: study_with(f, lambda s: s["low_res"]["channels"][1].pop("phases"))),
+        TRAIN, ["low_res.channels.1.phases", "is required"],
+    ),
+    "channels that miss a phase": (
+        both(THIRDS, lambda f: study_with(f, lambda s: s["low_res"]["channels"].pop())),
+        TRAIN, ["'ceramic' has no place"],
+    ),
+    "channels of different shapes": (
+        channels(THIRD, THIRD, THIRD[1:]), TRAIN, ["ceramic.npy", "19 × 18 × 17", "20 × 18 × 17", "cut them alike"],
+    ),
+    "channel missing": (
+        both(THIRDS, lambda f: (f / "nickel.npy").unlink()), TRAIN, ["nickel.npy", "no such file"],
+    ),
+    "probabilities NaN": (channels(THIRD, THIRD * np.nan, THIRD), TRAIN, ["nickel.npy", "nan", "z 0, y 0, x 0"]),
+    "probabilities off": (channels(THIRD, THIRD, THIRD * 2), TRAIN, ["add up to 1.333, not 1", "ceramic.npy"]),
+    "probabilities of a network of labels": (
+        THIRDS, INFER, ["checkpoint.pt", "labels", "probabilities", "train anew"],
     ),
     "high-res missing": (lambda f: (f / "slice.tif").unlink(), TRAIN, ["slice.tif", "no such file"]),
     "high-res float": (image("slice.tif", np.zeros((96, 96), np.float32)), TRAIN, ["slice.tif", "float"]),

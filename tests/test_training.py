@@ -348,7 +348,7 @@ def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monk
         assert (windows == cube).all(axis=1).any()
     assert torch.equal(held[1][:, :3].argmax(1), held[0].long())
     assert abs(float(held[1][:, 3].std()) - 1) < 0.05
-    monkeypatch.setattr("hpcres.training.samples._HELD_VOXELS", 100)
+    monkeypatch.setattr("hpcres.training.samples._HELD_BYTES", 100)
     lazy = LowResCubes(study)
     assert lazy._held is None
     assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])

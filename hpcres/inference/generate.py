@@ -1,4 +1,4 @@
-"""From a window of low-res labels to the high-res labels of a tile, block by block, a thread a block."""
+"""From a window of the low-res volume to the high-res labels of a tile, block by block, a thread a block."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Network(Protocol):
     """A generator in a form that labels any high-res box from the low-res window it reads."""
 
     channels: int
-    """Of a window: one-hot labels, the noise, and zeros up to here."""
+    """Of a window: one-hot labels or probabilities, the noise, and zeros up to here."""
     weight_bytes: int
     together: int
     """How many blocks a thread paints at a time."""
@@ -153,7 +153,8 @@ class Painter:
     ) -> np.ndarray:
         """uint8 labels (z, y, x) of tile.write, and of `more` voxels (0 or 1) beyond its + sides inside the volume.
 
-        `read` gives low-res labels as the file has them; `seed` is the painter's own by default.
+        `read` gives low-res labels as the file has them, or probabilities (z, y, x, channel); `seed` is the painter's
+        own by default.
         """
         with self.timed("read"):
             low_res = self._phase_map.index(read_around(read, tile.read, self.plan.low_res_shape))
@@ -223,9 +224,9 @@ class Painter:
         reads = network.reads(block)
         assert reads.clipped(place) == reads, f"{block} reads {reads}, the tile's window is {place}"
         inner = low_res[reads.relative_to(place.start).slices]
-        window = np.zeros((*inner.shape, network.channels), np.float32)
-        for channel in range(self._channels):  # all of them stay zero where the label is unknown
-            window[..., channel] = inner == channel
+        window = np.zeros((*reads.shape, network.channels), np.float32)
+        for channel in range(self._channels):  # all of them are zero where nothing is known
+            window[..., channel] = inner == channel if inner.ndim == 3 else inner[..., channel]
         with self.timed("noise"):
             window[..., self._channels] = read_around(partial(normals, seed), reads, self.plan.low_res_shape)
         return window, reads, block

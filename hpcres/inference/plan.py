@@ -90,14 +90,16 @@ def estimate(
 
 def _cost(study: Study, generator: SuperResGenerator, plan: TilePlan, threads: int) -> tuple[int, int, float]:
     """The longest edge of a block, a rank's bytes, and voxels per second, from a trial."""
-    phase_map = PhaseMap(tuple(study.low_res.phases), "trial")
+    phase_map = PhaseMap(study.low_res.labels, "trial")
     use = min(threads, cores())
     painter = Painter(generator, plan, phase_map, study.seed, torch.device("cpu"), use)
     try:
         tile_blocks = painter.blocks_of(plan.tiles[0].write)
         edge = max(max(block.shape) for block in tile_blocks)
         volumes = 1 if study.inference.ensemble == 1 else 3  # the first seed's labels, another's, how many agree
-        labels = max(t.read.voxels + volumes * t.write.voxels for t in plan.tiles)
+        # Labels as bytes, or float32 probabilities as they are read and divided.
+        read_bytes = 8 * len(study.low_res.channels) or 1
+        labels = max(read_bytes * t.read.voxels + volumes * t.write.voxels for t in plan.tiles)
         in_flight = max(2, -(-threads // len(tile_blocks)))
         # The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed.
         held = painter.network.weight_bytes + threads * painter.network.block_bytes(edge) + (in_flight + 1) * labels
@@ -116,12 +118,14 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     """Output voxels per second of painting the first block again and again, on as many threads as a rank would."""
     write = painter.blocks_of(painter.plan.tiles[0].write)[0]
     tile = replace(painter.plan.tiles[0], read=painter.network.reads(write), write=write)
-    values = np.array(list(study.low_res.phases))
+    values, channels = np.array(study.low_res.labels), len(study.low_res.channels)
     rng = np.random.default_rng(0)
-    labels = rng.choice(values, tile.read.shape)
+    low_res = rng.choice(values, tile.read.shape)
+    if channels:
+        low_res = rng.random((*tile.read.shape, channels), np.float32)
 
     def read(box: Box) -> np.ndarray:
-        return labels[Box.whole(box.shape).slices]
+        return low_res[Box.whole(box.shape).slices]
 
     painter.paint(tile, read)  # compiles, and takes its memory
     started, done = time.monotonic(), 0

@@ -54,7 +54,7 @@ from hpcres.volumes import (
     Volume,
     clear_leftovers,
     code_chunks,
-    open_volume,
+    open_low_res,
     refuse_existing,
 )
 
@@ -88,8 +88,7 @@ class Job:
 
     @property
     def phase_map(self) -> PhaseMap:
-        low_res = self.checkpoint.study.low_res
-        return PhaseMap(tuple(low_res.phases), self.low_res.path, low_res.unknown)
+        return PhaseMap.of(self.checkpoint.study.low_res, self.low_res.path)
 
     @property
     def seeds(self) -> list[int]:
@@ -125,25 +124,29 @@ def plan_job(checkpoint_scale: Fraction, halo_low_res: int, low_res: Volume, set
 
 
 def open_job(
-    study: Study | None, *, checkpoint: str | None = None, low_res: str | None = None, output: str | None = None,
-    tiles: str | None = None, seed: int | None = None, device: str | None = None, command: str = "",
-    raw: RawHeader | None = None, inference: Mapping[str, Any] | None = None,
+    study: Study | None, *, checkpoint: str | None = None, low_res: str | Sequence[str] | None = None,
+    output: str | None = None, tiles: str | None = None, seed: int | None = None, device: str | None = None,
+    command: str = "", raw: Sequence[RawHeader | None] = (), inference: Mapping[str, Any] | None = None,
 ) -> Job:  # fmt: skip
     """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree.
 
-    `raw` is the header of a `low_res` without one; `inference` holds settings that go before the study's.
+    `low_res` is a volume of labels, or one of probabilities for each channel; `raw` the headers of those without one;
+    `inference` holds settings that go before the study's.
     """
     if study is None:
         if checkpoint is None or low_res is None or output is None:
             raise InputError("infer: without a study, --checkpoint, --low-res and --output are needed; give all three")
         loaded = load_checkpoint(checkpoint)
         basis, store = loaded.study, Path(output)
-        volume = open_volume(low_res, raw)
     else:
         loaded = load_checkpoint(checkpoint or study.checkpoint_path)
         _refuse_other_study(loaded, study)
         basis, store = study, study.labels_path
-        volume = open_volume(low_res or study.low_res.path, study.low_res.raw if low_res is None else raw)
+    source = basis.low_res
+    if low_res:
+        paths = [low_res] if isinstance(low_res, str) else low_res
+        source = source.at(paths, raw or [None] * len(paths))
+    volume = open_low_res(source)
     settings = basis.inference.model_copy(update=dict(inference or {}))
     if tiles is not None:
         try:
@@ -160,6 +163,8 @@ def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
     for what, old, new in (
         ("phases", ", ".join(theirs.phases), ", ".join(study.phases)),
         ("scale factor", checkpoint.scale, study.scale_factor),
+        ("a low-res volume of", theirs.low_res.holds, study.low_res.holds),
+        ("low-res channels", theirs.low_res.groups, study.low_res.groups) if study.low_res.channels else
         ("low-res phases", dict(theirs.low_res.phases), dict(study.low_res.phases)),
         ("unknown low-res labels", list(theirs.low_res.unknown), list(study.low_res.unknown)),
     ):
@@ -497,7 +502,9 @@ def _existing_provenance(output: Path) -> dict[str, Any]:
 
 def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]:
     """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
-    digest = hashlib.sha256(f"{job.low_res.shape} {sorted(job.checkpoint.study.low_res.phases.items())}".encode())
+    low_res = job.checkpoint.study.low_res
+    phases: Any = low_res.groups if low_res.channels else sorted(low_res.phases.items())
+    digest = hashlib.sha256(f"{job.low_res.shape} {phases}".encode())
     slab = max(1, 2**18 // (job.low_res.shape[1] * job.low_res.shape[2]))  # small, because malloc keeps the hole
     for box in blocks(job.low_res.shape, triple([slab, *job.low_res.shape[1:]])):
         digest.update(phase_map.index(job.low_res.read(box)).tobytes())
@@ -511,9 +518,12 @@ def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]
 
 
 def _origin(job: Job) -> dict[str, Any]:
+    files = job.low_res.parts or (job.low_res,)
+    raw = [part.raw.model_dump() if part.raw else None for part in files]
     return {
-        "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()), "low_res": job.low_res.path,
-        "raw": job.low_res.raw.model_dump() if job.low_res.raw else None,
+        "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()),
+        "low_res": [part.path for part in files] if job.low_res.parts else job.low_res.path,
+        "raw": raw if job.low_res.parts else raw[0],
         "step": job.checkpoint.step, "halo_low_res": job.plan.halo_low_res, "codec": job.settings.codec,
         "precision": job.settings.precision,
         "tiles": list(job.plan.grid), "versions": {**job.checkpoint.versions, "hpcres": __version__,

@@ -108,10 +108,11 @@ def repair_job(path: Path, command: str = "") -> Job:
     provenance = LabelStore.open(path).provenance
     if provenance.get("stage") != "infer":
         raise InputError(f"{path}: not made by hpcres infer, so there is nothing to paint it from; convert it again")
-    raw = provenance["raw"]
+    headers = provenance["raw"] if isinstance(provenance["raw"], list) else [provenance["raw"]]
     job = open_job(
         None, checkpoint=provenance["checkpoint"], low_res=provenance["low_res"], output=str(path),
-        seed=provenance["seed"], device="auto", command=command, raw=RawHeader(**raw) if raw else None,
+        seed=provenance["seed"], device="auto", command=command,
+        raw=[RawHeader(**header) if header else None for header in headers],
         inference={
             "tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"],
             "boundary": parse_boundary(provenance["boundary"]), "precision": provenance["precision"],

@@ -4,7 +4,9 @@
 out of all that compares), phases (names of its labels, merged ones with ` + `),
 volume_fraction {group: share} of the low-res volume and of the super-resolved one (`of_volume`), `agreement`
 (share of low-res voxels equal to the imaging operator applied to the volume), `confusion`
-{low-res group: {group seen in the volume: voxels}}, and what the low-res lattice left in the volume: `changed_faces`
+{low-res group: {group seen in the volume: voxels}}. Of probabilities, labels are the likeliest groups and
+fractions the means, and there is `fraction_difference` {group: mean over low-res voxels of |probability − what the
+operator sees|}. And what the low-res lattice left in the volume: `changed_faces`
 {axis: [share of faces along it that part two phases, by their position modulo p]} at scale factor p/q, position 0
 where a group of q low-res voxels begins, and `lattice_imprint`, the largest departure of one from its axis's mean,
 as a share of that mean. Matter knows nothing of the lattice, so these are flat but for chance.
@@ -28,20 +30,14 @@ from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Study
-from hpcres.volumes import PhaseMap, Volume
+from hpcres.volumes import PhaseMap, Volume, likeliest
 
 _BLOCK_HIGH_RES = 128
 
 
-def groups_of(study: Study) -> list[list[int]]:
-    """Positions in `study.phases` behind each low-res label."""
-    return [[study.phases.index(name) for name in group] for group in study.low_res.groups]
-
-
 @lru_cache(maxsize=4)
 def _operator(study_json: str) -> ImagingOperator:
-    study = Study.model_validate_json(study_json)
-    return ImagingOperator(study.scale_factor, groups_of(study), study.imaging)
+    return ImagingOperator.of(Study.model_validate_json(study_json))
 
 
 def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
@@ -64,9 +60,12 @@ def changed_faces(window: np.ndarray, own: Box, period: int) -> np.ndarray:
     return found
 
 
-def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64, and the faces of
-    the high-res voxels inside it as `changed_faces` counts them."""
+def _compare(
+    box: Box, low_res: Source, volume: Source, study_json: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64, the faces of the
+    high-res voxels inside it as `changed_faces` counts them, and with probabilities (3, group), float64: sums over the
+    known voxels of what is given, what is seen, and their absolute difference."""
     study = Study.model_validate_json(study_json)
     operator, sharp = _operator(study_json), volume.open()
     p, q = study.scale_factor.numerator, study.scale_factor.denominator
@@ -81,14 +80,18 @@ def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> tupl
     window = sharp.read(Box(first, triple(last)))
     with torch.inference_mode():
         labels = torch.from_numpy(window.astype(np.int64))[None]
-        seen = operator(one_hot(labels, len(study.phases)))[0].argmax(0).numpy()
-    seen = seen[box.relative_to(start).slices]
-    given = PhaseMap(tuple(study.low_res.phases), low_res.path, study.low_res.unknown).index(low_res.open().read(box))
-    n = len(study.low_res.phases)  # what is unknown is the row after the last, and left out
+        imaged = operator(one_hot(labels, len(study.phases)))[0]
+        seen = imaged.argmax(0).numpy()[box.relative_to(start).slices]
+    known = PhaseMap.of(study.low_res, low_res.path).index(low_res.open().read(box))
+    given, sums = likeliest(known), None
+    if known.ndim == 4:
+        fractions = np.moveaxis(imaged.numpy(), 0, 3)[box.relative_to(start).slices] * known.any(-1, keepdims=True)
+        sums = np.stack([x.sum((0, 1, 2), dtype=float) for x in (known, fractions, abs(known - fractions))])
+    n = len(study.low_res.groups)  # what is unknown is the row after the last, and left out
     confusion = np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n)[: n * n].reshape(n, n)
     ends = [min(size, stop * p // q) for size, stop in zip(sharp.shape, box.stop, strict=True)]
     inside = Box(triple([s * p // q for s in box.start]), triple(ends)).relative_to(triple(first))
-    return confusion, changed_faces(window, inside, p)
+    return confusion, changed_faces(window, inside, p), sums
 
 
 def agreement(
@@ -98,7 +101,7 @@ def agreement(
     due = high_res_shape(low_res.shape, study.scale_factor)
     if volume.shape != due:
         raise InputError(
-            f"{volume.path}: has {volume.shape} voxels, but {study.low_res.path} at scale factor {study.scale_factor} "
+            f"{volume.path}: has {volume.shape} voxels, but {low_res.path} at scale factor {study.scale_factor} "
             f"makes {due}; measure the volume made from it"
         )
     q = study.scale_factor.denominator
@@ -109,7 +112,7 @@ def agreement(
         study_json=study.model_dump_json(),
     )  # fmt: skip
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
-    confusions, faces = zip(*client.gather(tasks), strict=True)
+    confusions, faces, sums = zip(*client.gather(tasks), strict=True)
     confusion, (changed, every) = sum(confusions), sum(faces)
     shares = changed / np.maximum(every, 1)
     mean = shares.mean(1, keepdims=True)
@@ -118,14 +121,19 @@ def agreement(
     voxels = int(confusion.sum())
     if voxels == 0:
         raise InputError(f"{low_res.path}: every voxel is unknown, so nothing can be compared; see low_res.unknown")
+    fractions, difference = (confusion.sum(1) / voxels, confusion.sum(0) / voxels), {}
+    if low_res.parts:
+        given, seen, off = sum(sums) / voxels
+        fractions, difference = (given, seen), {"fraction_difference": dict(zip(names, off.tolist(), strict=True))}
     return {
         "path": low_res.path,
         "shape": list(low_res.shape),
         "voxels_compared": voxels,
         "unknown": 1 - voxels / prod(shape),
         "phases": names,
-        "volume_fraction": dict(zip(names, (confusion.sum(1) / voxels).tolist(), strict=True)),
-        "of_volume": dict(zip(names, (confusion.sum(0) / voxels).tolist(), strict=True)),
+        "volume_fraction": dict(zip(names, fractions[0].tolist(), strict=True)),
+        "of_volume": dict(zip(names, fractions[1].tolist(), strict=True)),
+        **difference,
         "agreement": float(np.trace(confusion) / voxels),
         "confusion": {
             a: dict(zip(names, map(int, row), strict=True)) for a, row in zip(names, confusion, strict=True)

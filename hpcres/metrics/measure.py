@@ -45,7 +45,7 @@ from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, s
 from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Metrics, Study, SubVolumes, VoxelSize
-from hpcres.volumes import PhaseMap, Volume, open_volume, read_images
+from hpcres.volumes import PhaseMap, Volume, open_low_res, open_volume, read_images
 
 SCHEMA = "hpcres metrics 1"
 OPEN = (False, False, False)
@@ -213,7 +213,7 @@ def measure_study(
     """metrics.json of a study: the volume (its `periodic` axes z, y, x), its reference, the training images and the
     low-res agreement."""
     reference = None if study.reference.volume is None else open_volume(study.reference.volume)
-    low_res = open_volume(study.low_res.path, study.low_res.raw)
+    low_res = open_low_res(study.low_res)
     within = None
     if reference is not None:
         within = [min(a, b) for a, b in zip(volume.shape, reference.shape, strict=True)]

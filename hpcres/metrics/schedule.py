@@ -27,7 +27,7 @@ from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
 from hpcres.study import RawHeader
-from hpcres.volumes import Volume, open_volume
+from hpcres.volumes import Volume, open_volume, probabilities
 
 BLOCK_BYTES = 64 * 2**20
 _SLAB_BYTES = 16 * 2**20
@@ -150,11 +150,14 @@ class Source:
 
     path: str
     raw: RawHeader | None = None
+    parts: tuple[Source, ...] = ()
+    """Of probabilities, a file for each channel."""
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
     def of(cls, volume: Volume) -> Source:
-        return cls(os.path.abspath(volume.path), volume.raw)
+        path = volume.path if volume.parts else os.path.abspath(volume.path)
+        return cls(path, volume.raw, tuple(cls.of(part) for part in volume.parts))
 
     def open(self) -> Volume:
         return _opened(self)
@@ -163,6 +166,8 @@ class Source:
 @lru_cache(maxsize=8)
 def _opened(source: Source) -> Volume:
     keep_freed_memory(shared_by_threads=True)  # slab after slab lands in the same pages
+    if source.parts:
+        return probabilities([open_volume(part.path, part.raw, grey=True) for part in source.parts])
     return open_volume(source.path, source.raw)
 
 

@@ -151,6 +151,9 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         compared = f"{low_res['voxels_compared']} low-res voxels"
         compared += f", {low_res['unknown']:.2%} more unknown" if low_res.get("unknown") else ""
         lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
+        if off := low_res.get("fraction_difference"):
+            each = ", ".join(f"{name} {value:.4f}" for name, value in off.items())
+            lines.append(f"fractions in low-res voxels differ by {each} in the mean")
         lines.append(f"faces by position in the low-res lattice: {low_res['lattice_imprint']:.1%} from flat at most")
     lines += list(_appearance_lines(result))
     for one in result.get("published") or ():

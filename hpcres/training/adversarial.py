@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.critic import Critic
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.signals import noted_signals
@@ -164,7 +164,8 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor)
 
 
 def voxel_loss(operator: nn.Module, probabilities: Tensor, low_res: Tensor) -> Tensor:
-    """Mean squared difference between the one-hot low-res cubes and what the coarse instrument sees of the output.
+    """Mean squared difference between the low-res cubes, one-hot or probabilities, and what the coarse instrument sees
+    of the output.
 
     A voxel without any label is unknown and adds nothing; it still counts in the mean, so that a known voxel weighs the
     same in every cube and on every process.
@@ -226,7 +227,7 @@ _COLUMNS = [
 @dataclass(frozen=True)
 class Outcome:
     """One step of this process's share: Wasserstein distance, gradient penalty, generator loss and voxel loss in
-    `losses`, and what the generator made of its cubes."""
+    `losses`, and what the generator made of its cubes, of which `labels`, or probabilities, were known."""
 
     losses: Tensor
     finite: bool
@@ -254,9 +255,7 @@ class Models:
         self.best: dict[str, Any] | None = None
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
-        phases = study.phases
-        groups = [[phases.index(name) for name in names] for names in study.low_res.groups]
-        self.operator = ImagingOperator(study.scale_factor, groups, study.imaging).to(group.device)
+        self.operator = ImagingOperator.of(study).to(group.device)
         self._generator = group.parallel(self.generator)
         self._critics = group.parallel(self.critics)
         self.generator_optimizer, self.critic_optimizer = (
@@ -341,11 +340,12 @@ class Models:
         phases = len(self.study.phases)
         painted = outcome.probabilities.argmax(1)
         seen = self.operator(one_hot(painted, phases)).argmax(1)
-        known = (outcome.labels < low_res_channels).float().mean().clamp(min=1e-9)
+        labels = likeliest(outcome.labels)
+        known = (labels < low_res_channels).float().mean().clamp(min=1e-9)
         values = self.group.mean(
             torch.stack(
                 [
-                    *outcome.losses, (seen == outcome.labels).float().mean() / known,
+                    *outcome.losses, (seen == labels).float().mean() / known,
                     *((painted == phase).float().mean() for phase in range(phases)),
                 ]
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.metrics.appearance import errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import PATCH_VOXELS, Study
@@ -36,8 +36,8 @@ def typical_cubes(low_res: LowResCubes, count: int) -> range:
     voxels = np.zeros((_DRAWS, low_res.channels))
     for k, cubes in enumerate(sets):
         for cube in cubes:
-            labels = low_res.draw(0, range(cube, cube + 1), cpu, _JUDGED)[0].numpy().ravel()
-            voxels[k] += np.bincount(labels, minlength=low_res.channels)[: low_res.channels]
+            known = one_hot(low_res.draw(0, range(cube, cube + 1), cpu, _JUDGED)[0], low_res.channels)
+            voxels[k] += known.sum((0, 2, 3, 4), dtype=torch.float64).numpy()
     shares = voxels / np.maximum(1, voxels.sum(axis=1, keepdims=True))
     return sets[int(np.abs(shares - low_res.fractions).max(axis=1).argmin())]
 
@@ -64,7 +64,8 @@ class Judge:
         phases, settings = len(self._study.phases), self._study.training
         painted, right, voxels = [], 0, 0
         for cube in self._cubes:
-            labels, given = self._low_res.draw(0, range(cube, cube + 1), device, _JUDGED)
+            low_res, given = self._low_res.draw(0, range(cube, cube + 1), device, _JUDGED)
+            labels = likeliest(low_res)
             found = generator(given).argmax(1)
             seen = self._operator(one_hot(found, phases)).argmax(1)
             right += int((seen == labels).sum())

@@ -17,10 +17,11 @@ from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
 from hpcres.imaging import one_hot
 from hpcres.study import PATCH_VOXELS, Study
-from hpcres.volumes import PhaseMap, open_volume, read_images
+from hpcres.volumes import PhaseMap, open_low_res, read_images
 
-_HELD_VOXELS = 2**29
-"""Low-res volumes up to this size are held in memory, a byte a voxel; larger ones are read cube by cube."""
+_HELD_BYTES = 2**29
+"""Low-res volumes up to this size are held in memory, a byte a voxel or four a probability; larger ones are read by
+the cube."""
 _CUBE, _CRITIC, _CHOICE = range(3)
 
 
@@ -33,16 +34,16 @@ class LowResCubes:
 
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
-        self.channels = len(study.low_res.phases)
+        self.channels = len(study.low_res.groups)
         self.edge = int(PATCH_VOXELS / study.scale_factor)
-        self._volume = open_volume(study.low_res.path, study.low_res.raw)
+        self._volume = open_low_res(study.low_res)
         for axis, size in zip(AXES, self._volume.shape, strict=True):
             if size < self.edge:
                 raise InputError(
-                    f"{study.low_res.path}: {size} voxels along {axis}, but a training cube needs {self.edge} at scale "
+                    f"{self._volume.path}: {size} voxels along {axis}, but a training cube needs {self.edge} at scale "
                     f"factor {study.scale_factor}; use a larger volume or a larger scale factor"
                 )
-        self._phases = PhaseMap(list(study.low_res.phases), study.low_res.path, study.low_res.unknown)
+        self._phases = PhaseMap.of(study.low_res, self._volume.path)
         self.unknown_share = 0.0
         self.fractions = np.zeros(self.channels)
         """Of the known voxels, by channel."""
@@ -51,13 +52,18 @@ class LowResCubes:
     def _check_and_hold(self) -> np.ndarray | None:
         """Look at every voxel once, slab by slab, so that an unknown label stops the run before it starts."""
         shape = self._volume.shape
-        held = np.empty(shape, np.uint8) if np.prod(shape, dtype=np.int64) <= _HELD_VOXELS else None
-        thick = max(1, min(self._volume.chunks[0], 2**26 // (shape[1] * shape[2])))
-        voxels = np.zeros(self.channels + 1, np.int64)
+        kind, each = (np.float32, (self.channels,)) if self._volume.parts else (np.uint8, ())
+        held_bytes = prod((*shape, *each)) * np.dtype(kind).itemsize
+        held = np.empty((*shape, *each), kind) if held_bytes <= _HELD_BYTES else None
+        thick = max(1, min(self._volume.chunks[0], 2**26 // prod((*shape[1:], *each))))
+        voxels = np.zeros(self.channels + 1)
         for z in range(0, shape[0], thick):
             slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
             index = self._phases.index(self._volume.read(slab))
-            voxels += np.bincount(index.ravel(), minlength=self.channels + 1)
+            if index.ndim == 3:
+                voxels += np.bincount(index.ravel(), minlength=self.channels + 1)
+            else:
+                voxels += *index.sum((0, 1, 2), dtype=float), np.count_nonzero(~index.any(3))
             if held is not None:
                 held[slab.slices] = index
         self.unknown_share = int(voxels[-1]) / prod(shape)
@@ -67,7 +73,7 @@ class LowResCubes:
         self.fractions = voxels[:-1] / voxels[:-1].sum()
         return held
 
-    def _labels(self, start: np.ndarray) -> np.ndarray:
+    def _cube(self, start: np.ndarray) -> np.ndarray:
         corner = start.tolist()
         box = Box(triple(corner), triple([c + self.edge for c in corner]))
         if self._held is not None:
@@ -77,24 +83,25 @@ class LowResCubes:
     def draw(
         self, step: int, cubes: range, device: torch.device, kind: int = 0, masked_fraction: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Labels, uint8 (cubes, d, d, d), and the generator's input, float32 (cubes, channels + 1, d, d, d).
+        """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
+        and the generator's input, float32 (cubes, channels + 1, d, d, d).
 
         `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
         channels but the noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
-        labels, noise = [], []
+        known, noise = [], []
         for cube in cubes:
             random = _generator(self.seed, step, _CUBE, kind, cube)
             start = random.integers(0, np.array(self._volume.shape) - self.edge, endpoint=True)
-            seen = self._labels(start)
+            seen = self._cube(start)
             noise.append(random.standard_normal((1, *[self.edge] * 3), np.float32))
             if masked_fraction:
                 hidden = round(self.edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
                 z, y, x = random.integers(0, self.edge - hidden, 3, endpoint=True)
                 seen = seen.copy()
-                seen[z : z + hidden, y : y + hidden, x : x + hidden] = self.channels
-            labels.append(seen)
-        low_res = torch.from_numpy(np.stack(labels)).to(device)
+                seen[z : z + hidden, y : y + hidden, x : x + hidden] = 0 if seen.ndim == 4 else self.channels
+            known.append(seen if seen.ndim == 3 else np.moveaxis(seen, 3, 0))
+        low_res = torch.from_numpy(np.stack(known)).to(device)
         given = torch.from_numpy(np.stack(noise)).to(device)
         return low_res, torch.cat([one_hot(low_res, self.channels), given], dim=1)
 
