@@ -332,7 +332,8 @@ class Training(Section):
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the averaged generator that is saved; 0 saves the generator itself."""
+    """Decay of the averaged generator that is saved, less in the first 1.5 / (1 − ema) steps; 0 saves the generator
+    itself."""
     settling_cubes: Annotated[int, Field(ge=1)] = 32
     """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved."""
     quality_steps: Annotated[int, Field(ge=1)] | None = None

@@ -305,8 +305,8 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            # Over two thirds of the steps so far at most: a longer average would still hold the first weights, and a
-            # shorter one has teeth of single voxels that come and go with the game (docs/training.md).
+            # A step's weight in the average grows as its square root, until `ema` is reached. A shorter average has
+            # teeth of single voxels, which come and go with the game; a longer one still holds the first weights.
             decay = min(settings.ema, (1 + step) / (2.5 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
