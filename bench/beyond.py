@@ -4,6 +4,7 @@
     python bench/beyond.py scale          a phantom at scale factor 16 beside its truth
     python bench/beyond.py init-from      training that begins with another material's weights
     python bench/beyond.py unknown        damaged low-res voxels, filled in
+    python bench/beyond.py probabilities  phase fractions in place of labels as the low-res volume
 
 periodic needs HPCRES_DATA, or --data FOLDER. --keep FOLDER keeps everything and goes on where an earlier call stopped;
 init-from and unknown share what they keep. --set SECTION.KEY=VALUE changes the recipe of every training.
@@ -19,11 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from quality import CONFIGS, hpcres, measured, worst_fraction
+from quality import CONFIGS, hpcres, measured, tpb_error, worst_area, worst_fraction
 from scipy.ndimage import distance_transform_edt
 
 from hpcres.geometry import Box
-from hpcres.metrics.agreement import groups_of
 from hpcres.study import Study, load_study
 from hpcres.volumes import PhaseMap, open_volume
 
@@ -53,8 +53,8 @@ def coarse(study: Study) -> np.ndarray:
 def channels(study: Study, labels: np.ndarray) -> np.ndarray:
     """Low-res channel that each high-res label belongs to."""
     table = np.zeros(len(study.phases), np.uint8)
-    for channel, phases in enumerate(groups_of(study)):
-        table[phases] = channel
+    for channel, names in enumerate(study.low_res.groups):
+        table[[study.phases.index(name) for name in names]] = channel
     return table[labels]
 
 
@@ -62,7 +62,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)) + "\n"
 
 
-# ---- the four measurements ----------------------------------------------------------------------------------
+# ---- the five measurements ----------------------------------------------------------------------------------
 
 
 def periodic(keep: Path, options: argparse.Namespace) -> str:
@@ -162,7 +162,49 @@ def unknown(keep: Path, options: argparse.Namespace) -> str:
     return table(["inside the boxes", phases, "labels as in the truth", "low-res groups", "last score"], rows)
 
 
-# ---- what two of them share ---------------------------------------------------------------------------------
+def probabilities(keep: Path, options: argparse.Namespace) -> str:
+    """A phantom with all phases told apart, given by its likeliest phases and by its fractions (box means)."""
+    phases = load_study(PHANTOM).phases
+    labels = ", ".join(f"{label}: {name}" for label, name in enumerate(phases))
+    by_labels = f"{{path: '${{output}}/phantom/low_res.zarr', phases: {{{labels}}}}}"
+    files = (f"{{path: '${{output}}/phantom/low_res_{k}.tif', phases: {name}}}" for k, name in enumerate(phases))
+    by_fractions = f"{{channels: [{', '.join(files)}]}}"
+    firmer = ["training.voxel_weight=50", "training.voxel_threshold=0.0005"]
+    rows = []
+    for name, low_res, more in (
+        ("labels", by_labels, []), ("probabilities", by_fractions, []),
+        ("probabilities, voxel_weight 50, voxel_threshold 0.0005", by_fractions, firmer),
+    ):  # fmt: skip
+        folder = keep / f"from-{name.split(',')[0]}{'-firmer' if more else ''}-{options.steps}-steps"
+        settings = [f"low_res={low_res}", "imaging.box=true", *small(options), *by_steps(options.steps), *more]
+        if not (folder / "phantom").exists():
+            hpcres("phantom", str(PHANTOM), f"--output={folder}", *as_options(settings))
+        for stage in ("train", "infer"):
+            hpcres(stage, str(PHANTOM), f"--output={folder}", *as_options(settings))
+        found = measured(PHANTOM, folder, as_options(settings))
+        ours, truth = (whole(path) for path in (folder / "labels.zarr", folder / "phantom" / "truth.zarr"))
+        of_ours, of_truth = (block_fractions(labels, len(phases)) for labels in (ours, truth))
+        off = " / ".join(f"{value:.3f}" for value in np.abs(of_ours - of_truth).mean(axis=(1, 2, 3)))
+        same = (of_ours.argmax(0) == of_truth.argmax(0)).mean()
+        errors = [worst_area("reference")(found), tpb_error(found), found["low_res"]["lattice_imprint"]]
+        rows.append([
+            name, f"{same:.1%}", off, f"{(ours == truth).mean():.1%}", f"{worst_fraction('reference')(found):.3f}",
+            *(f"{error:.1%}" for error in errors),
+        ])  # fmt: skip
+    heads = [
+        "from", "likeliest phases agree", f"fractions of low-res voxels off, {' / '.join(phases)}", "accuracy",
+        "phase fractions", "areas", "TPB", "imprint",
+    ]  # fmt: skip
+    return table(heads, rows)
+
+
+def block_fractions(labels: np.ndarray, phases: int, edge: int = 4) -> np.ndarray:
+    """(phase, z, y, x): shares of blocks of edge³ voxels."""
+    shape = [part for n in labels.shape for part in (n // edge, edge)]
+    return np.stack([(labels == phase).reshape(shape).mean(axis=(1, 3, 5)) for phase in range(phases)])
+
+
+# ---- what three of them share ---------------------------------------------------------------------------------
 
 
 def small(options: argparse.Namespace) -> list[str]:
@@ -209,15 +251,19 @@ def main() -> None:
     one.add_argument("--voxels", type=int, default=192, help="edge of the phantom")
     one.add_argument("--minutes", type=float, default=4.0)
     one.add_argument("--steps", type=int, help="train so many, whatever time they take")
-    for name in ("init-from", "unknown"):
+    for name in ("init-from", "unknown", "probabilities"):
         one = cases.add_parser(name, parents=[common])
         one.add_argument("--voxels", type=int, default=128, help="edge of the phantoms")
-        one.add_argument("--steps", type=int, default=120, help="of the target")
-        one.add_argument("--other-steps", type=int, default=400, help="of the material that it begins from")
+        one.add_argument("--steps", type=int, default=400 if name == "probabilities" else 120, help="of the target")
+        if name != "probabilities":
+            one.add_argument("--other-steps", type=int, default=400, help="of the material that it begins from")
     options = parser.parse_args()
     if getattr(options, "data", None):
         os.environ["HPCRES_DATA"] = options.data
-    run = {"periodic": periodic, "scale": scale, "init-from": init_from, "unknown": unknown}[options.case]
+    run = {
+        "periodic": periodic, "scale": scale, "init-from": init_from, "unknown": unknown,
+        "probabilities": probabilities,
+    }[options.case]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="hpcres-beyond-") as temporary:
         keep = (options.keep or Path(temporary)).resolve()
         keep.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ import ast
 import os
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,13 @@ def test_unset_variable_names_the_key(monkeypatch):
     with pytest.raises(InputError, match=r"low_res.path|high_res.images.path"):
         load_study(ROOT / "configs" / "case1-cathode.yaml")
     assert "HPCRES_DATA" not in os.environ
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
+def test_what_the_benchmarks_import_is_there(script):
+    """They run by hand only, so nothing else would say that a name they use has gone."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "hpcres":
+            module = import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}"), alias.name
