@@ -329,6 +329,9 @@ class Training(Section):
     """Factor on the noise channel's first weights; above 1, volumes of other noise differ more."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
+    lattice_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the square by which the share of faces between two phases differs with the position in the low-res
+    lattice; none by default, as published."""
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0

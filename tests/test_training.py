@@ -19,7 +19,16 @@ from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging
 from hpcres.training import adversarial
-from hpcres.training.adversarial import Models, gradient_penalty, learning_rate, train, volume_slices, voxel_loss
+from hpcres.training.adversarial import (
+    Models,
+    face_shares,
+    gradient_penalty,
+    lattice_loss,
+    learning_rate,
+    train,
+    volume_slices,
+    voxel_loss,
+)
 from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes import LabelStore
@@ -235,6 +244,42 @@ def test_warm_up_learns_to_interpolate(tmp_path):
         assert models.step(1, range(1), low_res, real, 1e-30).losses[2] != pytest.approx(loss.item(), rel=0.1)
     models.init_from = {"path": "other"}
     assert models.step(0, range(1), low_res, real, 1e-30).losses[2] != pytest.approx(loss.item(), rel=0.1)
+
+
+def test_lattice_loss_of_blocks_of_stripes_and_of_what_knows_no_lattice():
+    """Copied low-res voxels have all faces at one position of four; a wave of another period has them everywhere."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 2, (1, 12, 12, 12))
+    blocks = one_hot(torch.from_numpy(coarse.repeat(4, 1).repeat(4, 2).repeat(4, 3)), 2)
+    shares = face_shares(blocks, 4)
+    for axis in range(3):
+        faces = np.diff(coarse, axis=axis + 1) != 0
+        assert shares[axis].tolist() == pytest.approx([0, 0, 0, faces.mean()], abs=1e-6)
+    assert lattice_loss(shares) == pytest.approx((3 * 1 + 9) / 4)
+    fine = one_hot(torch.from_numpy(random.integers(0, 2, (4, 49, 49, 49))), 2)
+    assert face_shares(fine, 4) == pytest.approx(torch.full((3, 4), 0.5), abs=0.01)
+    assert lattice_loss(face_shares(fine, 4)) < 1e-4
+    unsure = torch.full((1, 2, 9, 9, 9), 0.5)  # two draws from it are apart half of the time
+    assert face_shares(unsure, 4) == pytest.approx(torch.full((3, 4), 0.5))
+
+
+def test_lattice_loss_joins_the_generators(tmp_path):
+    """What the step adds is weight × loss of the cropped cubes, value and gradient."""
+    plain, more = (
+        study_of(tmp_path, training={"warm_up_steps": 1, "crop_voxels": 8, "lattice_weight": weight})
+        for weight in (0, 5e4)
+    )
+    low_res, real = LowResCubes(plain), RealSlices(plain, ALONE.device)
+    found = []
+    for study in (plain, more):
+        models = Models(study, ALONE)
+        outcome = models.step(0, range(2), low_res, real, 1e-30)
+        found.append((outcome.losses[2].item(), torch.cat([p.grad.flatten() for p in models.generator.parameters()])))
+    inner = models.generate(low_res.draw(0, range(2), ALONE.device)[1])[..., 8:56, 8:56, 8:56]
+    loss = 5e4 * lattice_loss(face_shares(inner, 4))
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(models.generator.parameters()))])
+    assert found[1][0] - found[0][0] == pytest.approx(loss.item(), rel=1e-4)
+    assert (found[1][1] - found[0][1] - slope).norm() < 1e-4 * slope.norm()
 
 
 def test_noise_gain_multiplies_what_the_noise_says_at_first(tmp_path):

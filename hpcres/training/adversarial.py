@@ -183,6 +183,29 @@ def interpolation_loss(operator: ImagingOperator, probabilities: Tensor, low_res
     return -(operator.interpolated(low_res) * seen.log()).sum(1).mean()
 
 
+def face_shares(probabilities: Tensor, period: int) -> Tensor:
+    """(axis, position): expected share of faces along z, y, x that part two phases, by their position modulo `period`.
+
+    The expectation is over independent draws of both voxels' phases from `probabilities` (cubes, phases, z, y, x).
+    """
+    shares = []
+    for axis in (2, 3, 4):
+        whole = (probabilities.shape[axis] - 1) // period * period
+        voxels = probabilities.movedim(axis, 0)
+        parted = 1 - (voxels[:whole] * voxels[1 : whole + 1]).sum(2)  # (face along the axis, cube, …)
+        shares.append(parted.unflatten(0, (-1, period)).mean(dim=(0, *range(2, parted.ndim + 1))))
+    return torch.stack(shares)
+
+
+def lattice_loss(shares: Tensor) -> Tensor:
+    """Mean square of how far `face_shares` are off flat, as a share of their axis's mean.
+
+    Matter knows nothing of the low-res lattice; a generator that puts its interfaces midway between low-res voxels
+    shows it.
+    """
+    return (shares / shares.mean(1, keepdim=True) - 1).square().mean()
+
+
 class Critics(nn.Module):
     """One critic for slices in all three planes of an isotropic material, else one for each plane."""
 
@@ -300,6 +323,8 @@ class Models:
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
+        if settings.lattice_weight:
+            loss = loss + settings.lattice_weight * self._lattice(probabilities)
         # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
         (slope,) = torch.autograd.grad(loss, probabilities)
         probabilities.backward(slope)
@@ -321,6 +346,19 @@ class Models:
         with self._autocast():
             logits = (self._generator if learn else self.generator)(given)
         return functional.softmax(logits.float(), dim=1)
+
+    def _lattice(self, probabilities: Tensor) -> Tensor:
+        """The whole batch's lattice loss, with the gradient of this process's share of it.
+
+        The loss is no mean over cubes, so its slope is taken at the batch's own face shares: processes together then
+        follow the gradient that one would.
+        """
+        kept = slice(self.study.training.crop_voxels, PATCH_VOXELS - self.study.training.crop_voxels)
+        shares = face_shares(probabilities[:, :, kept, kept, kept], self.study.scale_factor.numerator)
+        of_all = self.group.mean(shares).requires_grad_()
+        loss = lattice_loss(of_all)
+        (slope,) = torch.autograd.grad(loss, of_all)
+        return loss.detach() + (slope * (shares - shares.detach())).sum()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
