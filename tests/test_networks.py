@@ -89,3 +89,18 @@ def test_paper_widths():
     generator = SuperResGenerator(2, 3, Fraction(8))
     assert [generator.conv_first.out_channels, generator.conv_resize.out_channels] == [512, 256]
     assert [generator.conv_transposed.out_channels, generator.conv_last.out_channels] == [128, 64]
+
+
+def test_critic_values_keep_their_digits_in_half_precision():
+    """Values of tens whose differences, tenths, are the loss: bf16 would round them to quarters."""
+    torch.manual_seed(0)
+    critic = Critic(3, 56, 7)
+    with torch.no_grad():
+        critic.layers[-1].bias += 40
+    slices = torch.rand(48, 3, 56, 56)
+    exact = critic(slices)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = critic(slices)
+    assert ours.dtype == torch.float32
+    assert (ours - exact).abs().max() < 0.1 * (exact - 40).abs().max()
+    assert ours.bfloat16().float().unique().numel() < ours.unique().numel()

@@ -21,6 +21,7 @@ from hpcres.study import Imaging
 from hpcres.training import adversarial
 from hpcres.training.adversarial import (
     Models,
+    average_decay,
     face_shares,
     gradient_penalty,
     lattice_loss,
@@ -259,6 +260,7 @@ def test_lattice_loss_of_blocks_of_stripes_and_of_what_knows_no_lattice():
     fine = one_hot(torch.from_numpy(random.integers(0, 2, (4, 49, 49, 49))), 2)
     assert face_shares(fine, 4) == pytest.approx(torch.full((3, 4), 0.5), abs=0.01)
     assert lattice_loss(face_shares(fine, 4)) < 1e-4
+    assert face_shares(fine, 64).shape == (3, 48)  # at scale factor 64/7, say
     unsure = torch.full((1, 2, 9, 9, 9), 0.5)  # two draws from it are apart half of the time
     assert face_shares(unsure, 4) == pytest.approx(torch.full((3, 4), 0.5))
 
@@ -295,6 +297,21 @@ def test_noise_gain_multiplies_what_the_noise_says_at_first(tmp_path):
 def test_learning_rate_is_constant_then_linear(tmp_path):
     study = study_of(tmp_path, training={"learning_rate": 8e-4, "final_learning_rate": 0.25})
     assert [learning_rate(study, done) for done in (0, 0.5, 0.75, 1)] == pytest.approx([8e-4, 8e-4, 5e-4, 2e-4])
+
+
+def test_weights_in_the_average_grow_as_the_square_root_until_ema_is_reached():
+    def weights(ema, steps):
+        decays = [average_decay(ema, step) for step in range(steps)]
+        return np.array([1 - decay for decay in decays]) * np.append(np.cumprod(decays[::-1])[-2::-1], 1), decays
+
+    found, decays = weights(0.99999, 4000)
+    assert found.sum() + np.prod(decays) == pytest.approx(1)
+    assert np.prod(decays) < 1e-4  # of the first weights
+    for early, late in ((200, 800), (999, 3996)):
+        assert found[late] == pytest.approx(2 * found[early], rel=0.01)
+    short, _ = weights(0.99, 4000)
+    assert short[-1] == pytest.approx(0.01)
+    assert short[-100] == pytest.approx(0.01 * 0.99**99)
 
 
 # ---- samples ----

@@ -142,6 +142,16 @@ def learning_rate(study: Study, done: float) -> float:
     return settings.learning_rate * (1 - decay)
 
 
+def average_decay(ema: float, step: int) -> float:
+    """What the averaged generator keeps of itself at `step`, from 0.
+
+    Until `ema` is reached a step's weight in the average grows as its square root (a power function, as in Karras 2024).
+    A shorter average has teeth of single voxels, which come and go with the game; a longer one still holds the first
+    weights.
+    """
+    return min(ema, (1 + step) / (2.5 + step))
+
+
 # ---- the losses --------------------------------------------------------------------------------------------
 
 
@@ -186,14 +196,15 @@ def interpolation_loss(operator: ImagingOperator, probabilities: Tensor, low_res
 def face_shares(probabilities: Tensor, period: int) -> Tensor:
     """(axis, position): expected share of faces along z, y, x that part two phases, by their position modulo `period`.
 
-    The expectation is over independent draws of both voxels' phases from `probabilities` (cubes, phases, z, y, x).
+    The expectation is over independent draws of both voxels' phases from `probabilities` (cubes, phases, z, y, x). Of a
+    period beyond the cubes' edge there are the positions that they have.
     """
     shares = []
     for axis in (2, 3, 4):
-        whole = (probabilities.shape[axis] - 1) // period * period
         voxels = probabilities.movedim(axis, 0)
-        parted = 1 - (voxels[:whole] * voxels[1 : whole + 1]).sum(2)  # (face along the axis, cube, …)
-        shares.append(parted.unflatten(0, (-1, period)).mean(dim=(0, *range(2, parted.ndim + 1))))
+        parted = 1 - (voxels[:-1] * voxels[1:]).sum(2)  # (face along the axis, cube, two other axes)
+        place = torch.arange(len(parted), device=parted.device) % period
+        shares.append(torch.stack([parted[place == k].mean() for k in range(min(period, len(parted)))]))
     return torch.stack(shares)
 
 
@@ -313,7 +324,7 @@ class Models:
         if probabilities is None:
             probabilities = self.generate(given)
         self.generator_optimizer.zero_grad()
-        known = one_hot(labels, low_res.channels)
+        known = given[:, :-1]
         voxel = voxel_loss(self.operator, probabilities, known)
         if step < settings.warm_up_steps and self.init_from is None:
             loss = interpolation_loss(self.operator, probabilities, known)
@@ -330,9 +341,7 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            # A step's weight in the average grows as its square root, until `ema` is reached. A shorter average has
-            # teeth of single voxels, which come and go with the game; a longer one still holds the first weights.
-            decay = min(settings.ema, (1 + step) / (2.5 + step))
+            decay = average_decay(settings.ema, step)
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
