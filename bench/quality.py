@@ -9,9 +9,9 @@ stopped. --steps N trains N steps whatever the clock says, which is what to comp
 --set SECTION.KEY=VALUE changes the recipe. Nothing is chosen by the truth: training keeps the generator with the best
 score by the images and the low-res volume (training/quality.py). --picture FILE.png shows slices of the first seed.
 
-One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation. Beside it
-nearest and trilinear upsampling, and what a quarter of every image is from the whole (mean of the four; for figures
-that are differences from the images).
+One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation of several.
+Beside it nearest and trilinear upsampling, and what a quarter of every image is from the whole (mean of the four; for
+figures that are differences from the images).
 """
 
 from __future__ import annotations
@@ -277,19 +277,20 @@ def upsampled(config: Path, folder: Path, how: str, settings: Sequence[str]) -> 
 
 
 def table(title: str, figures: Sequence[Figure], runs: dict[str, Result], beside: dict[str, Result]) -> str:
-    heads = ["figure", "bar", "met", *runs, "mean ± std", *beside]
+    several = len(runs) > 1
+    heads = ["figure", "bar", "met", *runs, *(["mean ± std"] if several else []), *beside]
     lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for figure in figures:
         values = [figure.of(result) for result in runs.values()]
         if any(value is None for value in values):
             continue
         text = [f"{value:{figure.form}}" for value in values]
-        spread = f" ± {statistics.stdev(values):{figure.form}}" if len(values) > 1 else ""
+        if several:
+            text.append(f"{statistics.mean(values):{figure.form}} ± {statistics.stdev(values):{figure.form}}")
         met = "" if figure.bar is None else "yes" if all(map(figure.met, values)) else "**no**"
         others = [figure.of(result) for result in beside.values()]
         others_text = ["" if value is None else f"{value:{figure.form}}" for value in others]
-        mean = f"{statistics.mean(values):{figure.form}}{spread}"
-        lines.append("| " + " | ".join([figure.name, figure.bar_text, met, *text, mean, *others_text]) + " |")
+        lines.append("| " + " | ".join([figure.name, figure.bar_text, met, *text, *others_text]) + " |")
     return "\n".join(lines)
 
 
