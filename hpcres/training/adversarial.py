@@ -145,7 +145,7 @@ def learning_rate(study: Study, done: float) -> float:
 def average_decay(ema: float, step: int) -> float:
     """What the averaged generator keeps of itself at `step`, from 0.
 
-    Until `ema` is reached a step's weight in the average grows as its square root (a power function, as in Karras 2024).
+    Until `ema` is reached a step's weight in the average grows as its square root (a power function, Karras 2024).
     A shorter average has teeth of single voxels, which come and go with the game; a longer one still holds the first
     weights.
     """
