@@ -40,7 +40,7 @@ def save_step(study, group, path):
 @pytest.mark.parametrize(("material", "size"), [("isotropic", 2), ("anisotropic", 3)])
 def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(tmp_path, material, size):
     if material == "isotropic":
-        training = {"cubes": 4, "reuse_generated": True, "critic_steps": 1, "lattice_weight": 3}
+        training = {"cubes": 4, "reuse_generated": True, "critic_steps": 1, "lattice_weight": 300}
         # A threshold between the processes' own voxel losses, just below the batch's, which decides.
         of_batch = save_step(study_of(tmp_path, training=training), ALONE, tmp_path / "1-0.pt")
         study = study_of(tmp_path, training=training | {"voxel_threshold": of_batch * 0.9999})
