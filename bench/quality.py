@@ -131,6 +131,8 @@ def d_rel_error(phase: str) -> Callable[[Result], float | None]:
     """The direction that is furthest off, of those in which the true volume percolates."""
 
     def of(result: Result) -> float | None:
+        if "transport" not in result:
+            return None
         ours, truth = (
             {one["direction"]: one["D_rel"] for one in result["transport"][volume]["results"] if one["phase"] == phase}
             for volume in ("volume", "reference")
@@ -378,6 +380,13 @@ def main() -> None:
                     beside[how] = upsampled(config, folder, how, [f"--set={text}" for text in data])
                 quarters = {plane: entry["quarters"] for plane, entry in one["images"]["planes"].items()}
                 beside["a quarter"] = {"quarters": quarters}
+            else:
+                truth, solved = one["reference"], one["transport"]["reference"]
+                images = one["images"] | {"appearance": truth["appearance"]}
+                beside["the slices"] = {"volume": images, "reference": truth}
+                for other in list(runs.values())[1:2]:
+                    transport = {"volume": other["transport"]["reference"], "reference": solved}
+                    beside["another truth"] = {"volume": other["reference"], "reference": truth, "transport": transport}
             figures = figures_of(options.case, options.minutes, scale, list(one["volume"]["volume_fraction"]))
             print(table(title, figures, runs, beside), end="\n\n", flush=True)
 
