@@ -2,15 +2,19 @@
 
     python bench/inference.py                       widths 5 and 8 at scale factor 8, one rank and two (7 minutes)
     python bench/inference.py --sizes 512 1024 1920 the small network on growing volumes (half an hour)
+    python bench/inference.py --forms               each form of the network beside the plain module (2 minutes)
+    python bench/inference.py --forms configs/demo.yaml     the same of a trained network and its low-res volume
 
 The network is the paper's with random weights, the input a chi² phantom, the store real. The direct bound is the rate
 at which one core multiplies fp32 matrices of 2048² (torch), measured before and after, over the operations that the
-layers' convolutions take per output voxel.
+layers' convolutions take per output voxel. Forms paint one window on one core, in memory; a time is the lesser of two,
+in processor seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -18,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -146,6 +151,54 @@ def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[st
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def forms(path: str | Path, most: int) -> Iterator[str]:
+    """A row for each form that labels a corner of a study's volume, `most`³ voxels where there are, on one core."""
+    import torch
+
+    from hpcres.checkpoint import load_checkpoint
+    from hpcres.geometry import Box
+    from hpcres.inference.winograd import Memory, WinogradNetwork
+    from hpcres.memory import keep_freed_memory
+    from hpcres.networks.folded import fold
+    from hpcres.networks.polyphase import Polyphase
+    from hpcres.noise import normals
+    from hpcres.study import load_study
+    from hpcres.volumes import PhaseMap, open_volume
+
+    torch.set_num_threads(1)
+    keep_freed_memory()  # for all of them: otherwise page faults are what is compared
+    study = load_study(path)
+    volume, generator = open_volume(study.low_res.path), load_checkpoint(study.checkpoint_path).generator
+    q = study.scale_factor.denominator
+    low = Box.whole([min(int(most / study.scale_factor), n) // q * q for n in volume.shape])
+    whole = Box.whole([int(n * study.scale_factor) for n in low.shape])
+    index = PhaseMap.of(study.low_res, study.low_res.path).index(volume.read(low))
+    winograd, memory = WinogradNetwork(fold(generator), low.shape), Memory()
+    fp32, bf16 = (Polyphase(fold(generator), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    window, channels = np.zeros((*low.shape, winograd.channels), np.float32), len(study.low_res.labels)
+    window[..., :channels] = index[..., None] == np.arange(channels)
+    window[..., channels] = normals(study.seed, low)
+    maps = torch.from_numpy(window[..., : channels + 1].transpose(3, 0, 1, 2)[None].copy())
+    ways: dict[str, Callable[[], np.ndarray]] = {
+        "module": lambda: generator(maps).argmax(1)[0].numpy(),
+        "polyphase, fp32": lambda: fp32.labels(maps)[0].numpy(),
+        "polyphase, bf16": lambda: bf16.labels(maps)[0].numpy(),
+        "Winograd, fp32": lambda: winograd.labels(window, low, whole, memory),
+    }
+    slowest = 0.0
+    with torch.inference_mode():
+        exact = copy.deepcopy(generator).double()(maps.double()).argmax(1)[0].numpy()
+        for name, way in ways.items():
+            spent = []
+            for _ in range(2):
+                began = time.process_time()
+                labels = way()
+                spent.append(time.process_time() - began)
+            slowest = slowest or min(spent)
+            differ = f"{np.mean(labels != exact):.2g}" if np.ptp(exact) else "there is one label only"
+            yield f"| {name} | {exact.size / min(spent) / 1e6:.3g} M | {slowest / min(spent):.1f} | {differ} |"
+
+
 def row(scale: int, width: int, edge: int, ranks: int, found: dict[str, float], more: str) -> str:
     write = max(0.0, found["write"] - found["compress"])
     shares = [found["read"], found["noise"], found["network"], found["count"], found["compress"], write]
@@ -164,9 +217,20 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=8, choices=(2, 4, 8))
     parser.add_argument("--widths", type=int, nargs="*", default=[5, 8])
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--forms", nargs="?", const="", metavar="STUDY", help="of a trained study, else random weights")
     options = parser.parse_args()
     if options.rank:
         rank(options.rank)
+        return
+    if options.forms is not None:
+        heads = "form | voxels/s | × the module | share of labels that are not the module's in double precision"
+        for width in options.widths[: 1 if options.forms else None]:
+            edge = 128 if width <= 6 else 64
+            with tempfile.TemporaryDirectory(prefix="hpcres-bench-") as folder:
+                path = options.forms or prepare(Path(folder), options.scale, width, edge, edge)
+                print(f"\n{options.forms or f'width {width}'}\n\n| {heads} |\n|" + "---|" * 4, flush=True)
+                for line in forms(path, 160):
+                    print(line, flush=True)
         return
     heads = [
         "width", "scale", "output", "ranks", "voxels/s", "direct bound", "ratio", "GFLOP/s a core", "read", "noise",
