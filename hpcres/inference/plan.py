@@ -18,7 +18,7 @@ from hpcres.study import Study
 from hpcres.volumes import PhaseMap, pyramid
 
 COMPRESSION = 10
-"""zstd 3 with bitshuffle on label volumes: about 11 times smaller (512³ electrode, docs/design.md)."""
+"""zstd 3 with bitshuffle on label volumes: 9 to 10 times smaller at 1024³ (docs/metrics.md, `store`)."""
 LARGE_VOXELS = 8192
 """Edge of the output that every plan also tells the cost of; whole low-res voxels at every scale factor 64/d."""
 _LARGE_RANKS, _LARGE_TILE_VOXELS = 1024, 512
