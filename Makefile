@@ -10,14 +10,15 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference bench-metrics bench-quality clean
+.PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
-	@echo "make demo    the main job on a phantom, about 8 minutes on two cores; ends with results/demo/report.html"
+	@echo "make demo    the main job on a phantom, 4 minutes on two idle cores once set up; ends with results/demo/report.html"
 	@echo "make test    the tests"
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
+	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
 	@echo "make bench-quality     the quality bars, three seeds each, ten hours"
 	@echo "make lint types test-slurm test-kills clean"
 
@@ -78,6 +79,7 @@ test-slurm: .venv/tested
 bench-inference: .venv/tested
 	python bench/inference.py
 	python bench/inference.py --sizes 512 1024 1920
+	python bench/inference.py --forms
 
 # The table goes into docs/metrics.md.
 bench-metrics: .venv/tested
