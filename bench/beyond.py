@@ -25,7 +25,8 @@ from scipy.ndimage import distance_transform_edt
 
 from hpcres.geometry import Box
 from hpcres.study import Study, load_study
-from hpcres.volumes import PhaseMap, open_volume
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import PhaseMap
 
 ANODE, PHANTOM = CONFIGS / "case3-sofc-small.yaml", CONFIGS / "demo.yaml"
 UNKNOWN = 255

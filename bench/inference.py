@@ -110,7 +110,7 @@ def compress_seconds(store: Path) -> float:
     import numcodecs
 
     from hpcres.geometry import Box
-    from hpcres.volumes import LabelStore
+    from hpcres.volumes.stores import LabelStore
 
     labels = LabelStore.open(store).read(0, Box.whole((64, 64, 64)))
     codec = numcodecs.Blosc("zstd", 3, numcodecs.Blosc.BITSHUFFLE)

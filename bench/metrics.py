@@ -32,7 +32,7 @@ import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from hpcres.metrics.measure import count_volume
 from hpcres.metrics.schedule import connect
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 with connect(threads=1) as client:
     volume = open_volume(sys.argv[1])
     count_volume(volume, client=client, labels=range(len(volume.phases)), progress=False)
@@ -46,7 +46,7 @@ import os, sys, time
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.statistics import statistics
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 with connect(threads=1) as client:
     for path in (sys.argv[1], sys.argv[1], sys.argv[2]):  # the first one small: compiled, and the rest imported
         volume, began = open_volume(path), time.process_time()
@@ -61,7 +61,7 @@ print(seconds, next(line.split()[1] for line in open("/proc/self/status") if lin
 
 def mirrored(part: np.ndarray, edge: int):
     """A volume that repeats `part` with its mirror images, read without being held."""
-    from hpcres.volumes import Volume
+    from hpcres.volumes.volume import Volume
 
     both = part
     for axis in range(3):
@@ -98,7 +98,7 @@ def rates(path: Path) -> tuple[float, float]:
     from hpcres.geometry import blocks
     from hpcres.metrics.measure import count_volume
     from hpcres.metrics.schedule import block_shape, block_voxels, connect, slabs
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     volume, array = open_volume(path), zarr.open_array(path / "0", mode="r")
     parts = blocks(volume.shape, block_shape(volume.shape, volume.chunks, block_voxels(volume.shape, 1, 1)))
@@ -154,7 +154,8 @@ def main() -> None:
 
     from hpcres.geometry import Box
     from hpcres.metrics import counts
-    from hpcres.volumes import convert, open_volume
+    from hpcres.volumes.convert import convert
+    from hpcres.volumes.formats import open_volume
 
     if arguments.volume:
         given = open_volume(arguments.volume)

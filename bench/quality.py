@@ -34,7 +34,11 @@ import numpy as np
 
 from hpcres.geometry import Box
 from hpcres.study import Study, load_study
-from hpcres.volumes import PHASE_COLOURS, LabelStore, PhaseMap, array_volume, convert, open_volume, read_images
+from hpcres.volumes.convert import convert
+from hpcres.volumes.formats import open_volume, read_images
+from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap
+from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.volume import array_volume
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SEEDS_PAINTED = 2

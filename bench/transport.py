@@ -38,7 +38,7 @@ def solve_alone(settings: dict) -> None:
     """One solve in a process of its own; prints a JSON line."""
     from hpcres.geometry import Box
     from hpcres.metrics.transport import solve
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     edge, label = settings["edge"], settings["label"]
     if settings["blobs"]:
@@ -97,7 +97,7 @@ def solve_store(settings: dict) -> None:
     """One solve of a store, as `hpcres tortuosity` does it; each rank prints a JSON line."""
     from hpcres.inference.ranks import join_ranks
     from hpcres.metrics.transport import tortuosity
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     volume, said = open_volume(settings["store"]), []
     with join_ranks() as ranks:
@@ -164,7 +164,7 @@ def compare_blocks() -> None:
     import tifffile
 
     from hpcres.metrics.transport import tortuosity
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     electrode = tifffile.imread(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
     volumes = [("electrode.tiff", electrode, ("0", "85", "170"))]

@@ -185,8 +185,9 @@ def convert(
 
     With phases, the labels of the store are 0, 1, 2, … in their order; without, the values are kept.
     """
-    from hpcres.volumes import convert as convert_volume
-    from hpcres.volumes import open_low_res, open_volume
+    from hpcres.volumes.convert import convert as convert_volume
+    from hpcres.volumes.formats import open_volume
+    from hpcres.volumes.phases import open_low_res
 
     if _is_study(source):
         if phases or voxel_size:
@@ -288,7 +289,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     """
     from hpcres.checkpoint import build_generator, load_checkpoint
     from hpcres.inference.plan import describe, estimate
-    from hpcres.volumes import open_low_res
+    from hpcres.volumes.phases import open_low_res
 
     given = [study, *(f"--set={setting}" for setting in settings), *([f"--output={output}"] if output else [])]
     if tiles is not None:
@@ -453,7 +454,7 @@ def metrics(
     from hpcres.metrics.table import metrics_text
     from hpcres.signals import ended_by_signals
     from hpcres.study import SubVolumes
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     command, (z, y, x) = _command_line(), (axis in periodic for axis in "zyx")
     if _is_study(source):
@@ -545,7 +546,7 @@ def tortuosity(
     from hpcres.metrics.table import transport_text
     from hpcres.metrics.transport import BLOCK_VOXELS, SCHEMA, describe
     from hpcres.metrics.transport import tortuosity as solve
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     study = load_study(source, settings, output) if _is_study(source) else None
     if study is None:
@@ -683,7 +684,7 @@ def report(
     --transport say; without the former the volume is measured on the way.
     """
     from hpcres.report import find_result, report_study, report_volume
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     if _is_study(source):
         if voxel_size:
@@ -720,7 +721,7 @@ def report(
 
 
 def _study_volume(study: Study) -> Any:
-    from hpcres.volumes import open_volume
+    from hpcres.volumes.formats import open_volume
 
     if not study.labels_path.exists():
         raise InputError(f"{study.labels_path}: not there yet; run hpcres infer first")

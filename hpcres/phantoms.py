@@ -20,7 +20,10 @@ from scipy.special import ndtri
 from hpcres import __version__
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, blocks, triple
-from hpcres.volumes import array_volume, convert, move_into_place, temporary_beside, write_images
+from hpcres.volumes.convert import convert
+from hpcres.volumes.files import move_into_place, temporary_beside
+from hpcres.volumes.tiff import write_images
+from hpcres.volumes.volume import array_volume
 
 if TYPE_CHECKING:
     from hpcres.study import Phantom, Study

@@ -32,7 +32,9 @@ from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics.named import Named
 from hpcres.metrics.table import Row, metric_rows, pair_name, short_unit, size_text
 from hpcres.study import Study, VoxelSize
-from hpcres.volumes import PHASE_COLOURS, PhaseMap, Volume, likeliest, open_low_res, open_volume, read_images
+from hpcres.volumes.formats import open_volume, read_images
+from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap, likeliest, open_low_res
+from hpcres.volumes.volume import Volume
 
 _SLICE_VOXELS = 256
 """Largest edge of a slice shown, in high-res voxels; larger volumes show their middle."""

@@ -22,7 +22,8 @@ from hpcres.inference.verify import repair_job
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.study import load_study, save_study
-from hpcres.volumes import LabelStore, PhaseMap
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.stores import LabelStore
 
 SEED = 2**40 + 7
 AXES = [axes for axes in product((False, True), repeat=3) if any(axes)]

@@ -38,7 +38,9 @@ from hpcres.metrics.named import Named, described
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.study import load_study
-from hpcres.volumes import AgreementStore, LabelStore, PhaseMap, coarsen_by_mean
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.pyramid import coarsen_by_mean
+from hpcres.volumes.stores import AgreementStore, LabelStore
 
 MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -116,7 +118,7 @@ def with_fault(folder: Path, fault: str) -> list[str]:
     script = folder / "faulty.py"
     script.write_text(
         "import errno, os, time\nfrom hpcres import cli\nfrom hpcres.errors import InputError\n"
-        "from hpcres.inference import generate, run\nfrom hpcres.volumes import LabelStore\n"
+        "from hpcres.inference import generate, run\nfrom hpcres.volumes.stores import LabelStore\n"
         "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', 0))\n"
         "paint, write = generate.Painter.paint, LabelStore.write\n" + fault + "\ncli.main()\n"
     )

@@ -20,7 +20,7 @@ from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.inference.verify import find_faults
 from hpcres.study import load_study
-from hpcres.volumes import LabelStore
+from hpcres.volumes.stores import LabelStore
 
 SEEDS = 2
 SETTINGS = [f"inference.ensemble={SEEDS}"]

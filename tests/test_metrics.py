@@ -28,7 +28,7 @@ from hpcres.metrics.measure import count_volume, measure, measure_study, write_j
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
 from hpcres.study import Study, SubVolumes
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 
 DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
 real = pytest.mark.skipif(not (DATA / "electrode.tiff").exists(), reason="needs $HPCRES_DATA")
@@ -282,7 +282,7 @@ def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
 
 
 def test_blocks_that_cannot_be_read_are_listed_and_nothing_is_returned(client, tmp_path):
-    from hpcres.volumes import LabelStore
+    from hpcres.volumes.stores import LabelStore
 
     store = LabelStore.create(
         tmp_path / "half.zarr", (32, 16, 16), shard=(16, 16, 16), chunk_voxels=16, voxel_size=1.0, unit="voxel",

@@ -18,7 +18,7 @@ from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.metrics.counts import count, finalize
 from hpcres.phantoms import chi2_field, make_phantom, separator, three_phase
 from hpcres.study import Study
-from hpcres.volumes import open_volume, read_images
+from hpcres.volumes.formats import open_volume, read_images
 
 
 def chi2_pair_probability(porosity: float, correlation: float) -> float:

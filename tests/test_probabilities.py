@@ -32,7 +32,9 @@ from hpcres.noise import normals
 from hpcres.study import load_study, save_study
 from hpcres.training.adversarial import Models, train, voxel_loss
 from hpcres.training.samples import LowResCubes, RealSlices
-from hpcres.volumes import LabelStore, open_low_res, open_volume, probabilities
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import open_low_res, probabilities
+from hpcres.volumes.stores import LabelStore
 
 NAMES = tuple(LABELS.values())
 

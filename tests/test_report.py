@@ -23,7 +23,9 @@ from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
 from hpcres.report import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes, VoxelSize
-from hpcres.volumes import PHASE_COLOURS, LabelStore, open_volume
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import PHASE_COLOURS
+from hpcres.volumes.stores import LabelStore
 
 SHAPE = (32, 24, 28)
 

@@ -29,7 +29,7 @@ from hpcres.metrics.schedule import connect
 from hpcres.metrics.spectrum import radial_magnitude, spectrum
 from hpcres.metrics.statistics import Statistics, described, measure_statistics, statistics
 from hpcres.study import Metrics, Representative
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 
 ALL = ("correlations", "chords", "connectivity")
 

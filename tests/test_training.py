@@ -32,7 +32,7 @@ from hpcres.training.adversarial import (
 )
 from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices
-from hpcres.volumes import LabelStore
+from hpcres.volumes.stores import LabelStore
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from hpcres.metrics.transport import check_memory, parse_crop, solve, solve_phas
 from hpcres.metrics.transport.multigrid import pack, unpacked
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 
 DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
 real = pytest.mark.skipif(not (DATA / "electrode.tiff").exists(), reason="needs $HPCRES_DATA")

@@ -24,7 +24,7 @@ from hpcres.metrics.transport import solve, solve_phase, tortuosity
 from hpcres.metrics.transport.device import DeviceSystem, _Window, check_device_memory
 from hpcres.metrics.transport.multigrid import pack
 from hpcres.metrics.transport.threads import Threads
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 
 DEVICES = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(min(1, torch.cuda.device_count())))]
 INSULATED = (False, False, False)

@@ -21,7 +21,7 @@ from hpcres.metrics.transport.multigrid import planes_of_unit
 from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, ScratchPlace
 from hpcres.metrics.transport.slabs import cut, solve_in_slabs
 from hpcres.metrics.transport.threads import Threads
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 
 TINY = 16 << 20
 
@@ -171,7 +171,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from hpcres.metrics.transport import tortuosity
-from hpcres.volumes import open_volume
+from hpcres.volumes.formats import open_volume
 def solved(path, limit):
     return tortuosity(open_volume(path), only=("1",), directions="z", memory=limit, threads=1,
         scratch=Path(sys.argv[3]), say=lambda line: print(line, flush=True))["results"][0]["D_rel"]

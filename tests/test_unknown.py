@@ -25,7 +25,9 @@ from hpcres.study import load_study
 from hpcres.training.adversarial import Models, train, voxel_loss
 from hpcres.training.quality import Judge, typical_cubes
 from hpcres.training.samples import LowResCubes, RealSlices
-from hpcres.volumes import LabelStore, PhaseMap, open_volume
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.stores import LabelStore
 
 DAMAGED = 200
 

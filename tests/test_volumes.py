@@ -15,23 +15,17 @@ import tifffile
 import zarr
 from PIL import Image
 
-from hpcres import volumes
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, triple
 from hpcres.study import RawHeader
-from hpcres.volumes import (
-    UNWRITTEN,
-    AgreementStore,
-    LabelStore,
-    PhaseMap,
-    Volume,
-    array_volume,
-    coarsen_by_mode,
-    convert,
-    open_volume,
-    read_images,
-    write_images,
-)
+from hpcres.volumes import convert as converting
+from hpcres.volumes.convert import convert
+from hpcres.volumes.formats import open_volume, read_images
+from hpcres.volumes.phases import UNWRITTEN, PhaseMap
+from hpcres.volumes.pyramid import coarsen_by_mode
+from hpcres.volumes.stores import AgreementStore, LabelStore
+from hpcres.volumes.tiff import write_images
+from hpcres.volumes.volume import Volume, array_volume
 
 SHAPE = (21, 50, 67)
 
@@ -631,7 +625,7 @@ def test_convert_streams_and_maps(tmp_path, monkeypatch):
     assert store.volume.phases == ("pore", "active", "binder")
     assert max(box.voxels for box in read) == 32 * 130 * 300
     assert sum(box.voxels for box in read) == array.size
-    monkeypatch.setattr(volumes, "_SLAB_BYTES", 1000)
+    monkeypatch.setattr(converting, "_SLAB_BYTES", 1000)
     read.clear()
     again = convert(source, tmp_path / "p.zarr", phases={-1: "p", 85: "a", 300: "b"}, chunk_voxels=16)
     assert max(box.voxels for box in read) == 32 * 32 * 300

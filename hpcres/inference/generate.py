@@ -22,7 +22,8 @@ from hpcres.networks.folded import fold
 from hpcres.networks.polyphase import Polyphase, paint_batches
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
-from hpcres.volumes import PhaseMap, read_around
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.volume import read_around
 
 BLOCK_BYTES = 1536 * 2**20
 """What a thread may take for the maps of its block."""

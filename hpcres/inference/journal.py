@@ -24,7 +24,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.metrics import counts
 from hpcres.metrics.counts import Counts
-from hpcres.volumes import AgreementStore, LabelStore
+from hpcres.volumes.stores import AgreementStore, LabelStore
 
 _HELD = (errno.EAGAIN, errno.EACCES)  # local file systems say the one, some NFS the other
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)

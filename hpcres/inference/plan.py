@@ -15,7 +15,8 @@ from hpcres.inference.generate import Painter, cores, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
-from hpcres.volumes import PhaseMap, pyramid
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.pyramid import pyramid
 
 COMPRESSION = 10
 """zstd 3 with bitshuffle on label volumes: 9 to 10 times smaller at 1024³ (docs/metrics.md, `store`)."""

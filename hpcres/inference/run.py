@@ -47,16 +47,10 @@ from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described, spread
 from hpcres.signals import noted_signals
 from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
-from hpcres.volumes import (
-    AgreementStore,
-    LabelStore,
-    PhaseMap,
-    Volume,
-    clear_leftovers,
-    code_chunks,
-    open_low_res,
-    refuse_existing,
-)
+from hpcres.volumes.files import clear_leftovers, refuse_existing
+from hpcres.volumes.phases import PhaseMap, open_low_res
+from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
+from hpcres.volumes.volume import Volume
 
 _IDENTITY = (
     "weights_sha256", "input_sha256", "seed", "ensemble", "scale_factor", "boundary",

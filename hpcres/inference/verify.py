@@ -21,7 +21,7 @@ from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journa
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.study import RawHeader, parse_boundary
-from hpcres.volumes import LabelStore
+from hpcres.volumes.stores import LabelStore
 
 MOST_FLIPS = 4e-6
 """Share of labels that rounding alone may change between two tilings in fp32; more is a seam or damage."""

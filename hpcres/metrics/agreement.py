@@ -30,7 +30,8 @@ from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Study
-from hpcres.volumes import PhaseMap, Volume, likeliest
+from hpcres.volumes.phases import PhaseMap, likeliest
+from hpcres.volumes.volume import Volume
 
 _BLOCK_HIGH_RES = 128
 

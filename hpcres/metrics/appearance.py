@@ -29,7 +29,9 @@ from hpcres.geometry import Box, blocks
 from hpcres.metrics import counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import HighRes
-from hpcres.volumes import PhaseMap, Volume, read_images
+from hpcres.volumes.formats import read_images
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.volume import Volume
 
 _LAGS = 16
 _RARE = 1e-3

@@ -53,7 +53,8 @@ from hpcres.metrics.schedule import (
     submit,
     threads_of,
 )  # fmt: skip
-from hpcres.volumes import Volume, map_npy, read_npz
+from hpcres.volumes.formats import map_npy, read_npz
+from hpcres.volumes.volume import Volume
 
 UNIT = 4096
 """Integer length of the shortest voxel edge."""

@@ -45,7 +45,9 @@ from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, s
 from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Metrics, Study, SubVolumes, VoxelSize
-from hpcres.volumes import PhaseMap, Volume, open_low_res, open_volume, read_images
+from hpcres.volumes.formats import open_volume, read_images
+from hpcres.volumes.phases import PhaseMap, open_low_res
+from hpcres.volumes.volume import Volume
 
 SCHEMA = "hpcres metrics 1"
 OPEN = (False, False, False)

@@ -32,7 +32,7 @@ from hpcres.metrics import counts
 from hpcres.metrics.counts import Counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Representative
-from hpcres.volumes import Volume
+from hpcres.volumes.volume import Volume
 
 LEAST_CUBES = 8
 """Fewer cells of a size say little of its spread, and what they say is biased by the volume they share."""

@@ -27,7 +27,9 @@ from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
 from hpcres.study import RawHeader
-from hpcres.volumes import Volume, open_volume, probabilities
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import probabilities
+from hpcres.volumes.volume import Volume
 
 BLOCK_BYTES = 64 * 2**20
 _SLAB_BYTES = 16 * 2**20

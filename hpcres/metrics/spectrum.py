@@ -22,7 +22,7 @@ from distributed import Client
 from hpcres.geometry import AXES, Box, triple
 from hpcres.metrics import counts
 from hpcres.metrics.schedule import Source, follow, submit
-from hpcres.volumes import Volume
+from hpcres.volumes.volume import Volume
 
 
 def radial_magnitude(

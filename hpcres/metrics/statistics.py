@@ -38,7 +38,7 @@ from hpcres.metrics.representative import Curve, representative
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, threads_of
 from hpcres.metrics.spectrum import spectrum
 from hpcres.study import Metrics
-from hpcres.volumes import Volume
+from hpcres.volumes.volume import Volume
 
 BLOCK_VOXELS = 2**23
 """Large enough for what a task costs, and small enough that what a block turns into is of no account."""

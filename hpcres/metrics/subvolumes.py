@@ -21,7 +21,7 @@ from hpcres.metrics.counts import Counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.metrics.transport import Solution, solve_phase
 from hpcres.study import SubVolumes
-from hpcres.volumes import Volume
+from hpcres.volumes.volume import Volume
 
 
 @dataclass(frozen=True)

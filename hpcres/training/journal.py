@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from hpcres.training.events import Events
-from hpcres.volumes import PHASE_COLOURS
+from hpcres.volumes.phases import PHASE_COLOURS
 
 _FLOAT = "{:.6g}"
 _SHOWN_ROWS = 10

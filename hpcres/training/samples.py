@@ -17,7 +17,8 @@ from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
 from hpcres.imaging import one_hot
 from hpcres.study import PATCH_VOXELS, Study
-from hpcres.volumes import PhaseMap, open_low_res, read_images
+from hpcres.volumes.formats import read_images
+from hpcres.volumes.phases import PhaseMap, open_low_res
 
 _HELD_BYTES = 2**29
 """Low-res volumes up to this size are held in memory, a byte a voxel or four a probability; larger ones are read by

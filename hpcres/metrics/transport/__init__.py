@@ -38,7 +38,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
-from hpcres.volumes import Volume
+from hpcres.volumes.volume import Volume
 
 SCHEMA = "hpcres transport 2"
 DEFAULT_RTOL = 1e-3

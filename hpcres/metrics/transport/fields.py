@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcres.geometry import Triple
 from hpcres.metrics.transport.multigrid import Voxels
-from hpcres.volumes import FieldStore
+from hpcres.volumes.stores import FieldStore
 
 FIELD_PLANES = 64  # of a chunk, which only one rank may write
 

@@ -26,7 +26,7 @@ from hpcres.metrics.transport.ranked import RankPlace
 from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
 from hpcres.metrics.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
 from hpcres.metrics.transport.threads import Threads
-from hpcres.volumes import Volume
+from hpcres.volumes.volume import Volume
 
 
 class SlabVolume:

@@ -1,0 +1,94 @@
+"""Any volume into a label store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from hpcres.errors import InputError
+from hpcres.geometry import blocks
+from hpcres.volumes.files import move_into_place, refuse_existing, temporary_beside
+from hpcres.volumes.phases import UNWRITTEN, PhaseMap
+from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.volume import Volume
+
+_SLAB_BYTES = 2**30
+
+
+def convert(
+    source: Volume, output: str | Path, *, phases: Mapping[int, str] | None = None,
+    voxel_size: float | Sequence[float] | None = None, unit: str | None = None, chunk_voxels: int | None = None,
+    codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any] | None = None, overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelStore:  # fmt: skip
+    """Stream any readable volume into a label store, shard row by shard row (at most 1 GiB at a time).
+
+    phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. By default those that the
+    source itself names; where it names none, the values are kept, and must lie in 0 … 254.
+    voxel_size, unit: those of the source where not given, else 1 voxel.
+    progress(done, all): shards. The store appears at `output` when it is complete.
+    """
+    output = Path(output)
+    refuse_existing(output, overwrite)
+    if voxel_size is None and source.voxel_size is not None:
+        voxel_size, unit = source.voxel_size, source.unit
+    chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
+    shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
+    if phases is None and source.phases:
+        phases = dict(enumerate(source.phases))
+    phase_map = PhaseMap(tuple(phases), source.path) if phases else None
+    names: Sequence[str] = tuple(phases.values()) if phases else ()
+    temporary = temporary_beside(output)
+    try:
+        store = LabelStore.create(
+            temporary, source.shape, shard=shard, chunk_voxels=chunk,
+            voxel_size=1.0 if voxel_size is None else voxel_size, unit=unit or "voxel", phases=names, codec=codec,
+            provenance={"source": source.path, **(provenance or {})},
+        )  # fmt: skip
+        done, total = 0, sum(len(store.shard_boxes(level)) for level in range(len(store.levels)))
+        edges = store.levels[0].shard
+        row = (edges[0], edges[1], source.shape[2])
+        slab = (edges[0], *source.shape[1:])
+        seen: set[int] = set()
+        for block in blocks(source.shape, slab if prod(slab) * source.dtype.itemsize <= _SLAB_BYTES else row):
+            labels = source.read(block)
+            if phase_map is not None:
+                labels = phase_map.index(labels)
+            else:
+                labels = _kept(source.path, labels)
+                seen.update(np.flatnonzero(np.bincount(labels.ravel(), minlength=UNWRITTEN)).tolist())
+            for shard_box in store.shards_in(0, block):
+                store.write(0, shard_box, labels[shard_box.relative_to(block.start).slices])
+                done += 1
+                if progress:
+                    progress(done, total)
+        for level in range(1, len(store.levels)):
+            for shard_box in store.shard_boxes(level):
+                store.write_coarser(level, shard_box)
+                done += 1
+                if progress:
+                    progress(done, total)
+        if phase_map is None:
+            store.name_labels(dict.fromkeys(sorted(seen)))
+        move_into_place(temporary, output)
+    except OSError as error:
+        error.filename = str(output)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return LabelStore.open(output)
+
+
+def _kept(path: str, labels: np.ndarray) -> np.ndarray:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= UNWRITTEN:
+        raise InputError(
+            f"{path}: label {low if low < 0 else high} does not fit a store of 0 … 254; map the labels with "
+            f"--phases, for example --phases \"{low}=pore,{high}=solid\""
+        )
+    return labels.astype(np.uint8, copy=False)

@@ -1,0 +1,347 @@
+"""Stores of our own: OME-Zarr images of labels and of shares, with a pyramid, written shard by shard; float fields."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import zarr
+import zarr.codecs
+import zarr.storage
+
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import AXES, Box, Triple, blocks, triple
+from hpcres.volumes.files import move_into_place, refuse_existing, temporary_beside
+from hpcres.volumes.formats import open_volume, zarr_node
+from hpcres.volumes.phases import PHASE_COLOURS, UNWRITTEN
+from hpcres.volumes.pyramid import coarsen_by_mean, coarsen_by_mode, pyramid
+from hpcres.volumes.volume import Spacing, Volume, corrupt, spacing_of, times, zyx
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """One pyramid level: voxels per axis, voxels per shard, and voxel edge lengths in the store's unit."""
+
+    shape: Triple
+    shard: Triple
+    voxel_size: Spacing
+
+
+def code_chunks(at_once: int) -> None:
+    """Let zarr compress or decompress that many chunks of a shard at once in this process, instead of ten.
+
+    Each takes twice a chunk's bytes, and ten threads make nothing faster on one core.
+    """
+    zarr.config.set({"async.concurrency": at_once})
+
+
+class LabelStore:
+    """An OME-Zarr 0.5 label image on Zarr v3, sharded, with a pyramid by mode: labels 0, 1, 2, … as uint8.
+
+    A write owns whole shards, and a shard is one file: writers in different processes need no locks, and a file
+    that is there is whole. What was never written reads as 255. Pickles as its path.
+    """
+
+    unwritten = UNWRITTEN
+    kind, method = "labels", "mode of 2×2×2 blocks"
+    coarsen: Callable[[np.ndarray], np.ndarray] = staticmethod(coarsen_by_mode)
+
+    def __init__(self, path: str | Path, group: zarr.Group) -> None:
+        self.path = Path(path)
+        ome: Any = group.attrs["ome"]
+        self._arrays: list[Any] = []
+        self.levels: list[LevelInfo] = []
+        for dataset in ome["multiscales"][0]["datasets"]:
+            array = group[dataset["path"]]
+            assert isinstance(array, zarr.Array)
+            self._arrays.append(array.with_config({"write_empty_chunks": True}))
+            z, y, x = dataset["coordinateTransformations"][0]["scale"]
+            self.levels.append(LevelInfo(triple(array.shape), triple(array.shards or array.chunks), (z, y, x)))
+        self.chunk: Triple = triple(self._arrays[0].chunks)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, shape: Sequence[int], *, shard: Sequence[int], chunk_voxels: int,
+        voxel_size: float | Sequence[float], unit: str, phases: Sequence[str],
+        codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any], overwrite: bool = False,
+    ) -> Self:  # fmt: skip
+        """Write the metadata of all levels beside `path` and rename it into place; no voxel is written yet.
+
+        shape, shard: z, y, x voxels; shard is a multiple of the inner chunk's edge `chunk_voxels`.
+        voxel_size: edge length in `unit` (an OME unit name), one or three. A store that is there already is an
+        InputError unless `overwrite`, which removes it last of all.
+        """
+        path, shape = Path(path), triple(shape)
+        refuse_existing(path, overwrite)
+        zyx(str(path), shape, False)
+        if any(edge % chunk_voxels or edge < 1 for edge in shard):
+            raise InputError(f"{path}: shard {times(triple(shard))} is not whole chunks of {chunk_voxels}³ voxels")
+        edges = (voxel_size,) * 3 if isinstance(voxel_size, int | float) else tuple(voxel_size)
+        spacing = spacing_of(edges)
+        if spacing is None:
+            raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
+        temporary = temporary_beside(path)
+        try:
+            cls._write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
+            move_into_place(temporary, path)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a store of ours; InputError for anything else."""
+        group, attributes = zarr_node(str(path), "r+" if os.access(path, os.W_OK) else "r")
+        if not isinstance(group, zarr.Group) or not {"hpcres", "ome"} <= set(attributes):
+            raise InputError(f"{path}: is no label store of hpcres; make one with hpcres convert or hpcres infer")
+        try:
+            found: Any = attributes["ome"]
+            if (other := found["multiscales"][0]["name"]) != cls.kind:
+                raise InputError(f"{path}: holds {other} where {cls.kind} are due; name the other store")
+            return cls(path, group)
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AssertionError) as error:
+            corrupt(str(path), f"metadata: {error!r}")
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        return type(self).open, (self.path,)
+
+    @property
+    def volume(self) -> Volume:
+        """Level 0 as a Volume, which refuses to read what was never written."""
+        return open_volume(self.path)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return dict(self._attributes()["hpcres"])
+
+    def write(self, level: int, box: Box, labels: np.ndarray) -> None:
+        """Write whole shards: `labels` uint8 (z, y, x) of `box`, which starts and ends where shards do.
+
+        InputError where it does not. Values are none of `unwritten`.
+        """
+        here = self.levels[level]
+        assert labels.shape == box.shape, (labels.shape, box)
+        assert labels.dtype == np.uint8, labels.dtype
+        assert self.unwritten in (0, 255), self.unwritten  # so that no mask as large as the labels is needed
+        assert self.unwritten not in (labels.min(), labels.max()), f"{self.unwritten} means unwritten"
+        whole = Box.whole(here.shape)
+        for axis, start, stop, edge, end in zip(AXES, box.start, box.stop, here.shard, whole.stop, strict=True):
+            cut = start if start % edge else stop if stop % edge and stop != end else None
+            if cut is not None or stop > end or start == stop:
+                first = (start if cut is None else cut) // edge * edge
+                what = f"cuts shard {first}:{min(first + edge, end)}" if cut is not None else f"is not inside 0:{end}"
+                raise InputError(
+                    f"{self.path}: tile writes {axis} {start}:{stop}, which {what}; use --tiles with a multiple of "
+                    f"{edge} voxels per tile"
+                )
+        # A shard that is written again is written from nothing: zarr would merge it with one that may be damaged.
+        for shard in self.shards_in(level, box):
+            self.shard_path(level, shard).unlink(missing_ok=True)
+        self._arrays[level][box.slices] = labels
+
+    def read(self, level: int, box: Box) -> np.ndarray:
+        """uint8 (z, y, x); `unwritten` where nothing was."""
+        try:
+            return np.asarray(self._arrays[level][box.slices])
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            corrupt(f"{self.path}: level {level}, {box}", error)
+
+    def shard_boxes(self, level: int) -> list[Box]:
+        """The box of every shard of a level, z-major, clipped at the volume's end."""
+        return blocks(self.levels[level].shape, self.levels[level].shard)
+
+    def shards_in(self, level: int, box: Box) -> list[Box]:
+        """The box of every shard that `box` touches, z-major, clipped at the volume's end."""
+        edges = self.levels[level].shard
+        starts = product(*(range(a // e * e, b, e) for a, b, e in zip(box.start, box.stop, edges, strict=True)))
+        whole = Box.whole(self.levels[level].shape)
+        return [Box(triple(s), triple([a + e for a, e in zip(s, edges, strict=True)])).clipped(whole) for s in starts]
+
+    def shard_path(self, level: int, box: Box) -> Path:
+        """The file of the shard that starts where `box` starts."""
+        index = [start // edge for start, edge in zip(box.start, self.levels[level].shard, strict=True)]
+        return self.path / str(level) / "c" / "/".join(map(str, index))
+
+    def is_written(self, level: int, box: Box) -> bool:
+        """Whether every shard that `box` touches has its file."""
+        return all(self.shard_path(level, shard).is_file() for shard in self.shards_in(level, box))
+
+    def shards_below(self, level: int, box: Box) -> list[Box]:
+        """The shards of `level` - 1 that a shard of `level` ≥ 1 is made from."""
+        return self.shards_in(level - 1, self._finer(level, box))
+
+    def write_coarser(self, level: int, box: Box) -> None:
+        """Write one shard of `level` ≥ 1 from the level below, by `coarsen`; Unfinished where that has gaps.
+
+        Needs the memory of one shard and of a chunk.
+        """
+        assert level >= 1, level
+        finer = self._finer(level, box)
+        if not self.is_written(level - 1, finer):
+            missing = [b for b in self.shards_in(level - 1, finer) if not self.is_written(level - 1, b)]
+            raise Unfinished(
+                f"{self.path}: level {level}, {box}: {len(missing)} shards of level {level - 1} are missing, the first "
+                f"is {missing[0]}; run hpcres verify --repair"
+            )
+        labels = np.empty(box.shape, np.uint8)
+        for part in blocks(box.shape, triple([-(-n // 2) for n in self.chunk])):  # each of one finer chunk
+            place = Box(
+                triple([a + o for a, o in zip(part.start, box.start, strict=True)]),
+                triple([b + o for b, o in zip(part.stop, box.start, strict=True)]),
+            )
+            labels[part.slices] = self.coarsen(self.read(level - 1, self._finer(level, place)))
+        self.write(level, box, labels)
+
+    def set_provenance(self, **items: Any) -> None:
+        """Add to the attribute `hpcres`; the metadata file is replaced as a whole. One process at a time."""
+        metadata = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
+        metadata["attributes"]["hpcres"].update(items)
+        self._replace_metadata(metadata)
+
+    def name_labels(self, phases: Mapping[int, str | None]) -> None:
+        """Say which labels there are, and what they are called where that is known."""
+        metadata = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
+        metadata["attributes"]["ome"]["image-label"] = _image_label(phases)
+        self._replace_metadata(metadata)
+
+    def _replace_metadata(self, metadata: dict[str, Any]) -> None:
+        temporary = temporary_beside(self.path / "zarr.json")
+        temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+        os.replace(temporary, self.path / "zarr.json")
+
+    def _attributes(self) -> dict[str, Any]:
+        return json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+
+    def _finer(self, level: int, box: Box) -> Box:
+        """The voxels of level - 1 under a box of `level`."""
+        return Box(triple([2 * a for a in box.start]), triple([2 * b for b in box.stop])).clipped(
+            Box.whole(self.levels[level - 1].shape)
+        )
+
+    @classmethod
+    def _write_template(
+        cls, path: Path, shape: Triple, shard: Triple, chunk: int, spacing: Spacing, unit: str, phases: Sequence[str],
+        codec: Literal["zstd", "lz4"], provenance: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
+        for axis in axes:
+            axis |= {"unit": unit} if unit != "voxel" else {}
+        levels = pyramid(shape)
+        datasets: list[dict[str, Any]] = []
+        for level, (_, step) in enumerate(levels):
+            edges = [v * s for v, s in zip(spacing, step, strict=True)]
+            # The centre of a coarse voxel is the centre of the fine ones under it.
+            centre = [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]
+            placed = [{"type": "scale", "scale": edges}, {"type": "translation", "translation": centre}]
+            datasets.append({"path": str(level), "coordinateTransformations": placed})
+        multiscale = {"name": cls.kind, "axes": axes, "datasets": datasets, "type": cls.method}
+        attributes = {
+            "ome": {"version": "0.5", "multiscales": [multiscale], **cls._look(phases)},
+            "hpcres": dict(provenance),
+        }
+        group = zarr.create_group(zarr.storage.LocalStore(path), zarr_format=3, attributes=attributes)
+        level_of = {"zstd": 3, "lz4": 5}
+        blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=level_of[codec], shuffle="bitshuffle")
+        for level, (extent, _) in enumerate(levels):
+            group.create_array(
+                str(level), shape=extent, dtype="uint8", chunks=(chunk,) * 3, fill_value=cls.unwritten,
+                compressors=blosc,
+                shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),
+                dimension_names=tuple(AXES), config={"write_empty_chunks": True},
+            )  # fmt: skip
+
+    @classmethod
+    def _look(cls, phases: Sequence[str]) -> dict[str, Any]:
+        return {"image-label": _image_label(dict(enumerate(phases)))}
+
+
+class AgreementStore(LabelStore):
+    """The same for an image of shares: 255 times the share, which is never 0, so that 0 is what was never written.
+
+    Its pyramid is by mean, and it is no label image.
+    """
+
+    unwritten = 0
+    kind, method = "agreement", "mean of 2×2×2 blocks"
+    coarsen = staticmethod(coarsen_by_mean)
+
+    @classmethod
+    def _look(cls, phases: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+
+class FieldStore:
+    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x); NaN where none is.
+
+    It appears at `path` when the block of `with` ends without an error. Attributes say spacing, unit and what it is.
+    Several processes may write it: shared(make) is what `make` gives on the first of them, on every one.
+    """
+
+    def __init__(
+        self, path: str | Path, shape: Triple, attributes: Mapping[str, Any], overwrite: bool = False,
+        shared: Callable[[Callable[[], Any]], Any] | None = None,
+    ) -> None:  # fmt: skip
+        refuse_existing(path, overwrite)
+        self.path, self.shape = Path(path), shape
+        self._shared = shared or (lambda make: make())
+        self._attributes = dict(attributes)
+
+    def __enter__(self) -> Self:
+        def make() -> Path:
+            temporary = temporary_beside(self.path)
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            zarr.create_group(zarr.storage.LocalStore(temporary), zarr_format=3, attributes=self._attributes)
+            return temporary
+
+        self._temporary: Path = self._shared(make)
+        self._group = zarr.open_group(zarr.storage.LocalStore(self._temporary), mode="r+")
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        def finish() -> None:
+            move_into_place(self._temporary, self.path)
+
+        try:
+            if kind is None:
+                self._shared(lambda: None)  # when all have written
+                self._shared(finish)
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def add(self, name: str, components: int | None = None) -> zarr.Array:
+        """An array to be written in slabs of whole 64 planes."""
+        self._shared(lambda: self._create(name, components) and None)
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def _create(self, name: str, components: int | None) -> zarr.Array:
+        first: tuple[int, ...] = () if components is None else (components,)
+        chunks = (*((1,) * len(first)), *(min(64, n) for n in self.shape))
+        return self._group.create_array(
+            name, shape=(*first, *self.shape), dtype="float32", chunks=chunks, fill_value=float("nan"),
+            compressors=zarr.codecs.BloscCodec(typesize=4, cname="zstd", clevel=1, shuffle="shuffle"),
+            dimension_names=(*(("component",) * len(first)), *AXES),
+        )  # fmt: skip
+
+
+def _image_label(phases: Mapping[int, str | None]) -> dict[str, Any]:
+    colours = [
+        {"label-value": label, "rgba": [*PHASE_COLOURS[place % len(PHASE_COLOURS)], 255]}
+        for place, label in enumerate(phases)
+    ]
+    named = [{"label-value": label, "name": name} for label, name in phases.items() if name is not None]
+    return {"colors": colours, **({"properties": named} if named else {})}
