@@ -163,7 +163,8 @@ def forms(path: str | Path, most: int) -> Iterator[str]:
     from hpcres.networks.polyphase import Polyphase
     from hpcres.noise import normals
     from hpcres.study import load_study
-    from hpcres.volumes import PhaseMap, open_volume
+    from hpcres.volumes.formats import open_volume
+    from hpcres.volumes.phases import PhaseMap
 
     torch.set_num_threads(1)
     keep_freed_memory()  # for all of them: otherwise page faults are what is compared
