@@ -18,8 +18,8 @@ from PIL import Image
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, triple
 from hpcres.study import RawHeader
+from hpcres.volumes import convert as converting
 from hpcres.volumes.convert import convert
-from hpcres.volumes.convert import convert as converting
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
 from hpcres.volumes.pyramid import coarsen_by_mode
