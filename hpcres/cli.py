@@ -683,7 +683,7 @@ def report(
     --output metrics.json` and `hpcres tortuosity VOLUME --output transport.json` left beside it or where --metrics and
     --transport say; without the former the volume is measured on the way.
     """
-    from hpcres.report import find_result, report_study, report_volume
+    from hpcres.report.write import find_result, report_study, report_volume
     from hpcres.volumes.formats import open_volume
 
     if _is_study(source):

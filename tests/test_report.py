@@ -21,7 +21,7 @@ from hpcres.metrics.measure import header, measure, measure_study, write_json
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
-from hpcres.report import find_result, report_study, report_volume
+from hpcres.report.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes, VoxelSize
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS
@@ -175,7 +175,7 @@ def test_slices_are_the_voxels_of_the_volume_and_of_the_same_region(finished):
 
 
 def test_large_volumes_show_their_middle_from_a_whole_coarse_voxel_on(finished, monkeypatch):
-    import hpcres.report as module
+    from hpcres.report import slices as module
 
     monkeypatch.setattr(module, "_SLICE_VOXELS", 20)
     study, sharp, _ = finished

@@ -1,0 +1,136 @@
+"""Slices of volumes side by side: the same region of each, at the same magnification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from html import escape
+from math import ceil, floor, log10
+from pathlib import Path
+
+import numpy as np
+
+from hpcres.geometry import AXES, Box, Triple, triple
+from hpcres.report import page
+from hpcres.study import Study
+from hpcres.volumes.formats import read_images
+from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap, likeliest
+from hpcres.volumes.volume import Volume
+
+_SLICE_VOXELS = 256
+"""Largest edge of a slice shown, in high-res voxels; larger volumes show their middle."""
+UNKNOWN_COLOUR = np.full(3, 255.0)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A volume as the slices show it: how to name it, its voxel edge in high-res voxels, colours of its labels."""
+
+    title: str
+    volume: Volume
+    step: Fraction
+    colours: np.ndarray
+    values: tuple[int, ...]
+    unknown: tuple[int, ...] = ()
+
+
+def slices_section(
+    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: float, unit: str,
+    crop: tuple[str, str, int] | None,
+) -> str:  # fmt: skip
+    """A grid of images: a row per plane, a column per volume, all of the same physical region; then the crop,
+    as picture, caption and columns."""
+    main = next(s for s in sights if s.step == 1)
+    middle = [n // 2 for n in main.volume.shape]
+    planes, pictures, shown_edge = [], [], 0
+    for axis in range(3):
+        sides = [a for a in range(3) if a != axis]
+        start, stop = list(middle), [m + 1 for m in middle]
+        for a in sides:
+            # From whole coarse voxels on, so that every column shows the same region.
+            period = sights[0].step.numerator
+            start[a] = max(0, main.volume.shape[a] - _SLICE_VOXELS) // 2 // period * period
+            stop[a] = min(start[a] + _SLICE_VOXELS // period * period, main.volume.shape[a])
+        region = Box(triple(start), triple(stop))
+        shown_edge = region.shape[sides[1]]
+        plane = "".join(AXES[a] for a in sides)
+        planes.append(f"{AXES[axis]} = {middle[axis]}<br><small>{plane}</small>")
+        for sight in sights:
+            picture, alt = page.picture(_slice(sight, region, axis), sight.colours), f"{sight.title}, {plane} plane"
+            bar = _scale_bar(shown_edge, voxel, unit)
+            pictures.append(f"<div class='slice'><img alt='{escape(alt)}' src='{picture}'>{bar}</div>")
+    if len(sights) == 1:  # one volume: its planes side by side
+        cells = ["<div></div>", *(f"<div class='plane'>{plane}</div>" for plane in planes), "<div></div>", *pictures]
+    else:
+        cells = ["<div></div>", *(f"<div class='head'>{escape(sight.title)}</div>" for sight in sights)]
+        for row, plane in enumerate(planes):
+            cells += [f"<div class='plane'>{plane}</div>", *pictures[row * len(sights) : (row + 1) * len(sights)]]
+    swatches = "".join(
+        f"<span><i style='background:rgb({','.join(str(int(c)) for c in colour)})'></i>{escape(name)}</span>"
+        for name, colour in legend.items()
+    )
+    columns = len(sights) if len(sights) > 1 else len(planes)
+    kind = "grid" if len(sights) > 1 else "grid single"
+    grid = f"<div class='{kind}' style='--columns:{columns}'>{''.join(cells)}</div>"
+    whole = all(n <= _SLICE_VOXELS for n in main.volume.shape)
+    where = "Whole planes through the middle" if whole else f"The middle {shown_edge} voxels of the middle planes"
+    where += ", the same region in every column" if len(sights) > 1 else ""
+    training = ""
+    if crop is not None:
+        picture, caption, edge = crop
+        training = (
+            f"<div class='training'><div class='slice'><img alt='training image' src='{picture}'>"
+            f"{_scale_bar(edge, voxel, unit)}</div><p>{caption}</p></div>"
+        )
+    return (
+        f"<section><h2>Slices</h2><p class='legend'>{swatches}</p>{grid}"
+        f"<p class='note'>{where}; rows run along the first of the two axes named.</p>"
+        f"{training}</section>"
+    )
+
+
+def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
+    """The labels of a high-res region one voxel thin along `axis`, as positions (row, column) of the sight's voxels."""
+    start = [floor(a / sight.step) for a in region.start]
+    stop = [ceil(b / sight.step) for b in region.stop]
+    stop[axis] = start[axis] + 1
+    box = Box(triple(start), triple(stop)).clipped(Box.whole(sight.volume.shape))
+    low_res = PhaseMap(sight.values, sight.volume.path, sight.unknown).index(sight.volume.read(box))
+    return likeliest(low_res).squeeze(axis)
+
+
+def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
+    """Picture, caption and columns of the middle of the first high-res image; None where it is not there."""
+    image = study.high_res.images[0]
+    if not exists(image.path):
+        return None
+    first = PhaseMap(tuple(study.high_res.phases), image.path).index(read_images(image.path)[:1])[0]
+    edges = [min(_SLICE_VOXELS, max(shape), n) for n in first.shape]
+    at = [(n - e) // 2 for n, e in zip(first.shape, edges, strict=True)]
+    part = first[at[0] : at[0] + edges[0], at[1] : at[1] + edges[1]]
+    caption = (
+        f"<b>High-res training image</b> at the same magnification: the middle {edges[0]} × {edges[1]} pixels of "
+        f"{escape(Path(image.path).name)} ({first.shape[0]} × {first.shape[1]}). The super-resolved slices above "
+        "should look as if cut from the same material."
+    )
+    return page.picture(part, colours), caption, edges[1]
+
+
+def palette(count: int) -> np.ndarray:
+    return np.array([PHASE_COLOURS[i % len(PHASE_COLOURS)] for i in range(count)], float)
+
+
+def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
+    """A bar of a round length, at most a third of the image."""
+    longest = shown_voxels * voxel / 3
+    power = 10.0 ** floor(log10(longest))
+    length = max(step * power for step in (1, 2, 5) if step * power <= longest * (1 + 1e-9))
+    text, share = f"{length:g} {unit}", 100 * length / (shown_voxels * voxel)
+    if unit == "nm" and length >= 1000:
+        text = f"{length / 1000:g} µm"
+    return f"<div class='bar' style='width:{share:.2f}%'></div><div class='bartext'>{text}</div>"
+
+
+def exists(path: str) -> bool:
+    return Path(path.split(":/")[0]).exists()
