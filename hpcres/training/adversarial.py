@@ -362,8 +362,7 @@ class Models:
         The loss is no mean over cubes, so its slope is taken at the batch's own face shares: processes together then
         follow the gradient that one would.
         """
-        kept = slice(self.study.training.crop_voxels, PATCH_VOXELS - self.study.training.crop_voxels)
-        shares = face_shares(probabilities[:, :, kept, kept, kept], self.study.scale_factor.numerator)
+        shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
         of_all = self.group.mean(shares).requires_grad_()
         loss = lattice_loss(of_all)
         (slope,) = torch.autograd.grad(loss, of_all)
@@ -376,13 +375,18 @@ class Models:
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
         """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones."""
-        kept = slice(self.study.training.crop_voxels, PATCH_VOXELS - self.study.training.crop_voxels)
-        inner = probabilities[:, :, kept, kept, kept]
+        inner = self._inner(probabilities)
         return [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
+
+    def _inner(self, cubes: Tensor) -> Tensor:
+        """(…, z, y, x) without the outermost voxels, which no critic sees."""
+        kept = slice(self.study.training.crop_voxels, PATCH_VOXELS - self.study.training.crop_voxels)
+        return cubes[..., kept, kept, kept]
 
     @torch.no_grad()
     def report(self, outcome: Outcome, low_res_channels: int) -> dict[str, float]:
-        """Means over all processes of the losses, phase fractions and agreement with the low-res cubes."""
+        """Means over all processes of the losses, phase fractions (of what the critics see) and agreement with the
+        low-res cubes."""
         settings = self.study.training
         phases = len(self.study.phases)
         painted = outcome.probabilities.argmax(1)
@@ -393,7 +397,7 @@ class Models:
             torch.stack(
                 [
                     *outcome.losses, (seen == labels).float().mean() / known,
-                    *((painted == phase).float().mean() for phase in range(phases)),
+                    *((self._inner(painted) == phase).float().mean() for phase in range(phases)),
                 ]
             )
         ).tolist()  # fmt: skip
