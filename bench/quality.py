@@ -11,7 +11,8 @@ score by the images and the low-res volume (training/quality.py). --picture FILE
 
 One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation of several.
 Beside it nearest and trilinear upsampling, and what a quarter of every image is from the whole (mean of the four; for
-figures that are differences from the images).
+figures that are differences from the images). For a phantom: how far the first seed's slices are from its truth, which
+is what can be known of it, and how far the second seed's truth is from the first's.
 """
 
 from __future__ import annotations

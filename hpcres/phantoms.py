@@ -7,7 +7,6 @@ than the volume, so that opposite faces are independent. Lengths are voxels, arr
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from math import exp, log, pi, prod, sqrt
 from pathlib import Path
@@ -21,7 +20,7 @@ from hpcres import __version__
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, blocks, triple
 from hpcres.volumes.convert import convert
-from hpcres.volumes.files import move_into_place, temporary_beside
+from hpcres.volumes.files import made_whole
 from hpcres.volumes.tiff import write_images
 from hpcres.volumes.volume import array_volume
 
@@ -187,11 +186,10 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
     """
     phantom, folder = _checked(study, overwrite)
     say = progress or (lambda _: None)
-    temporary = temporary_beside(folder)
     labels_of = np.array(list(study.high_res.phases), np.int32)
     label_type = np.min_scalar_type(int(labels_of.max())) if labels_of.min() >= 0 else np.dtype(np.int32)
     provenance = {"phantom": phantom.model_dump(mode="json"), "seed": study.seed, "hpcres_version": __version__}
-    try:
+    with made_whole(folder) as temporary:
         temporary.mkdir(parents=True)
         for axis, name in _slice_files(study).items():
             say(name)
@@ -215,9 +213,6 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
                 array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
                 voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
             )  # fmt: skip
-        move_into_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [folder / name for name in _files(study)]
 
 

@@ -254,16 +254,16 @@ def _appearance(metrics: Mapping[str, Any]) -> str:
 
 
 def _distributions(metrics: Mapping[str, Any]) -> str:
-    rows = [row for row in metric_rows(metrics) if row.cubes]
+    rows = [(row, row.cubes["values"]) for row in metric_rows(metrics) if row.cubes]
     fractions = _plot_fractions(metrics)
     if not rows:
         return f"<section><h2>Phase fractions</h2>{fractions}</section>"
     columns = 4
     lines = -(-len(rows) // columns)
     figure = page.figure(11, 2.1 * lines)
-    for place, row in enumerate(rows, 1):
+    for place, (row, values) in enumerate(rows, 1):
         axes = figure.add_subplot(lines, columns, place)
-        ours = np.array(row.cubes["values"])  # type: ignore[index]
+        ours = np.array(values)
         theirs = np.array(row.reference_cubes["values"]) if row.reference_cubes else None
         both = ours if theirs is None else np.concatenate([ours, theirs])
         bins = np.linspace(both.min(), both.max() + 1e-12, 15).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import blocks
-from hpcres.volumes.files import move_into_place, refuse_existing, temporary_beside
+from hpcres.volumes.files import made_whole, refuse_existing
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import Volume
@@ -43,8 +42,7 @@ def convert(
         phases = dict(enumerate(source.phases))
     phase_map = PhaseMap(tuple(phases), source.path) if phases else None
     names: Sequence[str] = tuple(phases.values()) if phases else ()
-    temporary = temporary_beside(output)
-    try:
+    with made_whole(output) as temporary:
         store = LabelStore.create(
             temporary, source.shape, shard=shard, chunk_voxels=chunk,
             voxel_size=1.0 if voxel_size is None else voxel_size, unit=unit or "voxel", phases=names, codec=codec,
@@ -75,12 +73,6 @@ def convert(
                     progress(done, total)
         if phase_map is None:
             store.name_labels(dict.fromkeys(sorted(seen)))
-        move_into_place(temporary, output)
-    except OSError as error:
-        error.filename = str(output)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return LabelStore.open(output)
 
 

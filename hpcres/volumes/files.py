@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hpcres.errors import InputError
@@ -30,6 +32,26 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
 def temporary_beside(path: Path) -> Path:
     """A name in the same folder, hidden and of this thread alone, to be renamed to `path` when it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
+
+
+@contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """Where to make a file or folder, which is moved to `path` when the block ends well and removed when it does not.
+
+    An error of the file system then names `path`, not the place beside it that nobody asked for.
+    """
+    temporary = temporary_beside(path)
+    try:
+        yield temporary
+        move_into_place(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def clear_leftovers(path: Path) -> None:

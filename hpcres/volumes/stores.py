@@ -18,7 +18,7 @@ import zarr.storage
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Triple, blocks, triple
-from hpcres.volumes.files import move_into_place, refuse_existing, temporary_beside
+from hpcres.volumes.files import made_whole, move_into_place, refuse_existing, temporary_beside
 from hpcres.volumes.formats import open_volume, zarr_node
 from hpcres.volumes.phases import PHASE_COLOURS, UNWRITTEN
 from hpcres.volumes.pyramid import coarsen_by_mean, coarsen_by_mode, pyramid
@@ -87,15 +87,8 @@ class LabelStore:
         spacing = spacing_of(edges)
         if spacing is None:
             raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
-        temporary = temporary_beside(path)
-        try:
+        with made_whole(path) as temporary:
             cls._write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
-            move_into_place(temporary, path)
-        except OSError as error:
-            error.filename = str(path)
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return cls.open(path)
 
     @classmethod

@@ -20,7 +20,7 @@ import tifffile
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.study import OME_UNITS
-from hpcres.volumes.files import move_into_place, temporary_beside
+from hpcres.volumes.files import made_whole
 from hpcres.volumes.volume import (
     Spacing,
     Volume,
@@ -83,12 +83,8 @@ def open_tiff(path: str, flat: bool = False) -> Volume:
 def write_images(path: str | Path, stack: np.ndarray) -> None:
     """Write slices (slice, row, column) as a deflated TIFF stack, whole or not at all."""
     path = Path(path)
-    temporary = temporary_beside(path)
-    try:
+    with made_whole(path) as temporary:
         tifffile.imwrite(temporary, stack, compression="zlib", photometric="minisblack", metadata={"axes": "QYX"})
-        move_into_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Pages:
