@@ -176,11 +176,11 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 0.92
 .training .slice { grid-column: 2; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
-th { text-align: left; font-weight: 500; padding: 3px 10px 3px 0; vertical-align: top; }
+th { text-align: left; font-weight: 500; padding: 3px 6px 3px 0; vertical-align: top; }
 thead th { color: var(--soft); font-size: 12.5px; text-align: right; vertical-align: bottom;
   border-bottom: 1px solid var(--line); }
 thead th:first-child, thead th.left, .two thead th:nth-child(2) { text-align: left; }
-td { text-align: right; padding: 3px 10px 3px 8px; white-space: nowrap; vertical-align: top; }
+td { text-align: right; padding: 3px 6px 3px 6px; white-space: nowrap; vertical-align: top; }
 td.strong { font-weight: 650; }
 td.good { color: var(--good); } td.fair { color: var(--fair); } td.poor { color: var(--poor); }
 td.source { text-align: left; white-space: normal; min-width: 190px; font-size: 12.5px; }
