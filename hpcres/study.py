@@ -341,7 +341,7 @@ class Training(Section):
     """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved."""
     quality_steps: Annotated[int, Field(ge=1)] | None = None
     """Generator steps between two judgements by what a user has (docs/training.md); none by default, as published."""
-    quality_cubes: Annotated[int, Field(ge=1)] = 8
+    quality_cubes: Annotated[int, Field(ge=1)] = 16
     """Cubes of 64³ that are judged, always the same."""
     keep: Literal["last", "best"] = "last"
     """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""

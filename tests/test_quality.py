@@ -2,6 +2,8 @@
 
 import csv
 import struct
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
 from hpcres.metrics.appearance import errors_between, images_by_plane, look
 from hpcres.study import load_study, save_study
+from hpcres.training import samples
 from hpcres.training.adversarial import Models, train
 from hpcres.training.events import Events, crc32c
-from hpcres.training.quality import GOOD, Judge, typical_cubes
+from hpcres.training.quality import GOOD, Judge
 from hpcres.training.samples import LowResCubes
+from hpcres.volumes.phases import open_low_res
 
 
 def test_what_is_seen_of_stacks_is_what_brute_force_counts():
@@ -143,19 +147,42 @@ def test_keeping_the_best_needs_judging(tmp_path):
         load_study(file, ["training.keep=best"])
 
 
-def test_judged_cubes_have_the_fractions_of_the_volume(tmp_path):
-    """A volume of which a tenth is unlike the rest, so that most sets of two cubes are off."""
+def content(labels, phases=3):
+    """Phase fractions and interphase areas as shares of all faces, of what is known, by brute force."""
+    known = labels < phases
+    sides = [(labels.take(range(1, n), axis), labels.take(range(n - 1), axis)) for axis, n in enumerate(labels.shape)]
+    faces = np.concatenate([np.sort(np.stack([a.ravel(), b.ravel()]), axis=0) for a, b in sides], axis=1)
+    faces = faces[:, faces[1] < phases]
+    areas = [((faces[0] == a) & (faces[1] == b)).mean() for a, b in combinations(range(phases), 2)]
+    return np.array([*((labels[known] == phase).mean() for phase in range(phases)), *areas])
+
+
+def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path):
+    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both."""
     labels = blobs((40, 40, 40), 1)
     labels[:, :, :8] = 2
-    study = study_of(tmp_path, volume=labels)
-    low_res = LowResCubes(study)
-    cubes = typical_cubes(low_res, 2)
-    of_all = np.bincount(labels.ravel(), minlength=3) / labels.size
+    low_res = LowResCubes(study_of(tmp_path, volume=labels))
+    chosen = low_res.typical(4, 7)
+    assert len(set(chosen)) == 4
+    assert chosen == low_res.typical(4, 7) != low_res.typical(4, 8)
 
     def off(cubes):
-        drawn = low_res.draw(0, cubes, ALONE.device, 2**31 + 1)[0].numpy()
-        return np.abs(np.bincount(drawn.ravel(), minlength=3) / drawn.size - of_all).max()
+        drawn = [content(cube) for cube in low_res.draw(0, cubes, ALONE.device, 7)[0].numpy()]
+        return np.abs(np.mean(drawn, axis=0) / content(labels) - 1).max()
 
-    every = [off(range(2 * k, 2 * k + 2)) for k in range(32)]
-    assert len(cubes) == 2
-    assert off(cubes) == min(every) < 0.05 < np.median(every)
+    every = [off(range(4 * k, 4 * k + 4)) for k in range(12)]
+    assert off(chosen) < 0.3 * min(every)
+    assert off(chosen) < 0.05 < np.median(every)
+
+
+@pytest.mark.parametrize("planes", [1, 7, 40])
+def test_what_cubes_are_compared_with_is_the_volume_however_it_is_read(tmp_path, monkeypatch, planes):
+    labels = blobs((40, 20, 19), 3)
+    labels[5:9, 3:, 8:] = 9
+    given = {"path": str(tmp_path / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}, "unknown": [9]}
+    study = study_of(tmp_path, volume=labels, low_res=given)
+    monkeypatch.setattr(samples, "open_low_res", lambda asked: replace(open_low_res(asked), chunks=(planes, 20, 19)))
+    low_res = LowResCubes(study)
+    labels[labels == 9] = 3
+    assert low_res._content == pytest.approx(content(labels))
+    assert low_res.unknown_share == pytest.approx((labels == 3).mean())

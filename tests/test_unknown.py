@@ -23,7 +23,7 @@ from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
 from hpcres.study import load_study
 from hpcres.training.adversarial import Models, train, voxel_loss
-from hpcres.training.quality import Judge, typical_cubes
+from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
@@ -163,7 +163,7 @@ def test_training_on_a_damaged_volume_says_so_and_judges_what_is_known(tmp_path,
     share = (np.load(tmp_path / "low.npy") == DAMAGED).mean()
     assert f"{share:.2%} of the low-res volume is unknown" in capfd.readouterr().err
     low_res, models = LowResCubes(study), Models(study, ALONE)
-    labels = low_res.draw(0, typical_cubes(low_res, 1), ALONE.device, 2**31 + 1)[0][0].numpy()
+    labels = low_res.draw(0, low_res.typical(1, 2**31 + 1), ALONE.device, 2**31 + 1)[0][0].numpy()
     known = labels < 3
     assert 0 < known.mean() < 1
 

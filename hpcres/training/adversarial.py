@@ -424,10 +424,10 @@ class Models:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over all batches
         generator.train()
-        batch, count = self.study.training.cubes // self.group.size, self.study.training.settling_cubes
-        for start in range(0, count, batch):
-            given = low_res.draw(0, range(start, min(start + batch, count)), self.group.device, _SETTLING)[1]
-            generator(given)
+        batch = self.study.training.cubes // self.group.size
+        typical = low_res.typical(self.study.training.settling_cubes, _SETTLING)
+        for start in range(0, len(typical), batch):
+            generator(low_res.draw(0, typical[start : start + batch], self.group.device, _SETTLING)[1])
         return generator.eval()
 
     def refuse_broken_weights(self, step: int) -> None:

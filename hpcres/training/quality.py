@@ -1,8 +1,8 @@
 """How good a generator is, by what its user has: the high-res images and the low-res volume, never a truth.
 
-A few fixed cubes, typical of the volume, are generated and their slices compared with the images (metrics.appearance),
-and through the imaging operator with the low-res cubes they were made from. The score is the mean of all errors, each
-in units of what counts as good; lower is better.
+A few fixed cubes, together typical of the volume, are generated and their slices compared with the images
+(metrics.appearance), and through the imaging operator with the low-res cubes they were made from. The score is the mean
+of all errors, each in units of what counts as good; lower is better.
 """
 
 from __future__ import annotations
@@ -23,23 +23,6 @@ GOOD = {
 """The error of each kind that adds 1 to the sum whose mean is the score."""
 _JUDGED = 2**31 + 1
 """Kind of draw for the cubes that are judged (samples.LowResCubes.draw)."""
-_DRAWS = 32
-"""So many sets of cubes are drawn, of which one is judged."""
-
-
-def typical_cubes(low_res: LowResCubes, count: int) -> range:
-    """Which `count` cubes to judge: of several draws the one whose low-res phase fractions are most like the volume's.
-
-    Else a generator would be blamed for what its few cubes are: their fractions can be several points off the volume's.
-    """
-    cpu, sets = torch.device("cpu"), [range(k * count, (k + 1) * count) for k in range(_DRAWS)]
-    voxels = np.zeros((_DRAWS, low_res.channels))
-    for k, cubes in enumerate(sets):
-        for cube in cubes:
-            known = one_hot(low_res.draw(0, range(cube, cube + 1), cpu, _JUDGED)[0], low_res.channels)
-            voxels[k] += known.sum((0, 2, 3, 4), dtype=torch.float64).numpy()
-    shares = voxels / np.maximum(1, voxels.sum(axis=1, keepdims=True))
-    return sets[int(np.abs(shares - low_res.fractions).max(axis=1).argmin())]
 
 
 class Judge:
@@ -47,7 +30,7 @@ class Judge:
 
     def __init__(self, study: Study, low_res: LowResCubes, operator: ImagingOperator) -> None:
         self._study, self._low_res, self._operator = study, low_res, operator
-        self._cubes = typical_cubes(low_res, study.training.quality_cubes)
+        self._cubes = low_res.typical(study.training.quality_cubes, _JUDGED)
         self._isotropic, phases = study.high_res.isotropic, len(study.phases)
         self._images = [look(stacks, phases) for stacks in images_by_plane(study.high_res).values()]
 
@@ -64,7 +47,7 @@ class Judge:
         phases, settings = len(self._study.phases), self._study.training
         painted, right, voxels = [], 0, 0
         for cube in self._cubes:
-            low_res, given = self._low_res.draw(0, range(cube, cube + 1), device, _JUDGED)
+            low_res, given = self._low_res.draw(0, [cube], device, _JUDGED)
             labels = likeliest(low_res)
             found = generator(given).argmax(1)
             seen = self._operator(one_hot(found, phases)).argmax(1)
