@@ -53,6 +53,7 @@ class LowResCubes:
         self._content = np.zeros(0)
         """`_shares` of the whole volume."""
         self._held = self._check_and_hold()
+        self._typical: dict[tuple[int, int], list[int]] = {}
 
     def _check_and_hold(self) -> np.ndarray | None:
         """Look at every voxel once, slab by slab, so that an unknown label stops the run before it starts."""
@@ -109,6 +110,11 @@ class LowResCubes:
         Else a generator is blamed for what a few cubes are: fractions of eight drawn at random can be several points
         off the volume's, areas a tenth. Exchanges one cube after the other for a better one until there is none.
         """
+        if (count, kind) not in self._typical:
+            self._typical[count, kind] = self._exchanged(count, kind)
+        return self._typical[count, kind]
+
+    def _exchanged(self, count: int, kind: int) -> list[int]:
         found = [self._count(self._cube(self._start(0, kind, cube)[1]))[:2] for cube in range(_CANDIDATES * count)]
         off = np.array([self._shares(*one) for one in found]) - self._content
         off /= np.maximum(off.std(axis=0), 1e-12)
