@@ -89,12 +89,13 @@ class LowResCubes:
         else:
             labels = np.where(index.any(3), index.argmax(3), self.channels).astype(np.uint8)
             voxels = np.array([*index.sum((0, 1, 2), dtype=float), np.count_nonzero(labels == self.channels)])
-        sides = [(np.moveaxis(labels, axis, 0)[1:], np.moveaxis(labels, axis, 0)[:-1]) for axis in range(3)]
+        coded = labels * (np.uint8(kinds) if kinds <= 16 else np.uint16(kinds))
+        sides = [(coded[1:], labels[:-1]), (coded[:, 1:], labels[:, :-1]), (coded[:, :, 1:], labels[:, :, :-1])]
         if before is not None:
-            sides.append((labels[:1], before[None]))
+            sides.append((coded[:1], before[None]))
         faces = np.zeros(kinds**2)
         for one, other in sides:
-            faces += np.bincount((one * np.uint16(kinds) + other).ravel(), minlength=kinds**2)
+            faces += np.bincount((one + other).ravel(), minlength=kinds**2)
         return voxels, faces.reshape(kinds, kinds), labels[-1]
 
     def _shares(self, voxels: np.ndarray, faces: np.ndarray) -> np.ndarray:
