@@ -337,6 +337,9 @@ class Training(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay of the averaged generator that is saved, less in the first 1.5 / (1 − ema) steps; 0 saves the generator
     itself."""
+    fixed_statistics: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The last share of the run, in which the generator's batch norm no longer depends on the batch and the average
+    begins anew; none by default, as published."""
     settling_cubes: Annotated[int, Field(ge=1)] = 32
     """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved."""
     quality_steps: Annotated[int, Field(ge=1)] | None = None

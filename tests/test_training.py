@@ -440,6 +440,49 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path):
     assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
 
 
+def test_fixed_statistics_train_what_will_be_painted(tmp_path):
+    study = study_of(tmp_path, training={"cubes": 4, "ema": 0.5})
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    given = low_res.draw(9, range(4), ALONE.device)[1]
+    for step in range(2):
+        models.step(step, range(4), low_res, real, 0.02)
+    assert not torch.allclose(models.generate(given)[:1], models.generate(given[:1]))  # a batch's own statistics
+    models.fix_statistics(2, low_res)
+    fixed = {name: value.clone() for name, value in models.generator.named_buffers()}
+    for average, weight in zip(models.average, models.generator.parameters(), strict=True):
+        assert torch.equal(average, weight)
+    first = [w.detach().clone() for w in models.generator.parameters()]
+    models.step(2, range(4), low_res, real, 0.02)
+    assert torch.allclose(models.generate(given)[:1], models.generate(given[:1]), atol=1e-6)
+    for start, now, average in zip(first, models.generator.parameters(), models.average, strict=True):
+        assert torch.allclose(average, start.lerp(now, 0.6), atol=1e-7)  # as a step 0: 1 − 1 / 2.5
+    saved = models.settled(low_res)
+    assert not saved.training
+    for name, value in saved.named_buffers():
+        assert torch.equal(value, fixed[name])
+        assert torch.equal(value, dict(models.generator.named_buffers())[name])
+    for ours, theirs in zip(saved.parameters(), models.average, strict=True):
+        assert torch.equal(ours, theirs)
+    models.average = None
+    with torch.no_grad():
+        painted = functional.softmax(models.settled(low_res)(given), dim=1)
+    assert torch.allclose(painted, models.generate(given), atol=1e-6)
+
+
+def test_statistics_are_fixed_for_the_last_share_of_a_run(tmp_path, monkeypatch):
+    fixed, plain = [], Models.fix_statistics
+
+    def noted(self, step, low_res):
+        fixed.append(step)
+        plain(self, step, low_res)
+
+    monkeypatch.setattr(Models, "fix_statistics", noted)
+    train(study_of(tmp_path, training={"steps": 4, "fixed_statistics": 0.5}))
+    assert fixed == [2]
+    train(study_of(tmp_path, training={"steps": 2}), overwrite=True)
+    assert fixed == [2]
+
+
 # ---- scale factors above the paper's ----
 
 

@@ -91,7 +91,10 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                 reported = saved = paged = seconds = seconds_before
                 done = 0.0
                 for step in range(first, settings.steps):
-                    rate = learning_rate(study, max(step / settings.steps, seconds / budget))
+                    begun = max(step / settings.steps, seconds / budget)
+                    rate = learning_rate(study, begun)
+                    if models.fixed_from is None and begun >= 1 - settings.fixed_statistics:
+                        models.fix_statistics(step, low_res)
                     outcome = models.step(step, cubes, low_res, real, rate)
                     stop, broken, seconds = group.largest(
                         bool(received), not outcome.finite, seconds_before + time.monotonic() - started
@@ -286,6 +289,8 @@ class Models:
             _compile(self.generator, group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
+        self.fixed_from: int | None = None
+        """The step from which the generator's batch norm has fixed statistics."""
         self.best: dict[str, Any] | None = None
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
@@ -341,14 +346,28 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            decay = average_decay(settings.ema, step)
+            decay = average_decay(settings.ema, step - (self.fixed_from or 0))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
+    def fix_statistics(self, step: int, low_res: LowResCubes) -> None:
+        """From `step` on the generator is trained as it will paint: each batch is normalised alike, by the statistics
+        its present weights have on typical cubes. Its average begins anew.
+
+        Until then a batch's own statistics hold its phase fractions in place, and what is painted without them has
+        others than what the critics saw.
+        """
+        self.average, before = None, self.average
+        self.generator.load_state_dict(self.settled(low_res).state_dict())
+        self.generator.eval()
+        if before is not None:
+            self.average = [w.detach().clone() for w in self.generator.parameters()]
+        self.fixed_from = step
+
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
-        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), with batch norm in training mode."""
+        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), by batch norm over the batch, or as it is fixed."""
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
@@ -411,20 +430,25 @@ class Models:
 
     @torch.no_grad()
     def settled(self, low_res: LowResCubes) -> SuperResGenerator:
-        """The generator to save: averaged weights, and the batch-norm statistics these weights have on fixed cubes.
+        """The generator to save: averaged weights, and the batch-norm statistics these weights have on typical cubes
+        where they are not fixed.
 
         Running statistics belong to weights of many steps; with averaged weights they can be far off.
         """
         generator = build_generator(self.study).to(self.group.device)
+        if self.fixed_from is not None:
+            generator.load_state_dict(self.generator.state_dict())
         weights = self.generator.parameters() if self.average is None else self.average
         for ours, theirs in zip(generator.parameters(), weights, strict=True):
             ours.copy_(theirs)
+        if self.fixed_from is not None:
+            return generator.eval()
         norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm3d)]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over all batches
         generator.train()
-        batch = self.study.training.cubes // self.group.size
+        batch = self.study.training.cubes  # as many as a step's statistics are of, on however many processes
         typical = low_res.typical(self.study.training.settling_cubes, _SETTLING)
         for start in range(0, len(typical), batch):
             generator(low_res.draw(0, typical[start : start + batch], self.group.device, _SETTLING)[1])
@@ -461,7 +485,7 @@ class Models:
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "seconds": seconds, "processes": self.group.size, "best": self.best,
+            "seconds": seconds, "processes": self.group.size, "best": self.best, "fixed_from": self.fixed_from,
         }  # fmt: skip
         save_checkpoint(
             self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state,
@@ -512,7 +536,9 @@ class Models:
         self.critics.load_state_dict(state["critics"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.best = state.get("best")
+        self.best, self.fixed_from = state.get("best"), state.get("fixed_from")
+        if self.fixed_from is not None:
+            self.generator.eval()
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)
