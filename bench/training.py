@@ -41,7 +41,7 @@ CHANGES = {
     "fp32, no channels_last_3d": ("training", {"precision": "fp32"}),
     "generator width 6": ("network", {"width": 6}),
     "critic width 8": ("network", {"critic_width": 8}),
-    "padding zeros": ("network", {"padding": "zeros"}),
+    "padding replicate": ("network", {"padding": "replicate"}),
     "last stage resize": ("network", {"last_stage": "resize"}),
     "all slices": ("training", {"slices_per_axis": None}),
     "a generator forward for each critic step": ("training", {"reuse_generated": False}),
