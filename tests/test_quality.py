@@ -148,12 +148,11 @@ def test_keeping_the_best_needs_judging(tmp_path):
 
 
 def content(labels, phases=3):
-    """Phase fractions and interphase areas as shares of all faces, of what is known, by brute force."""
+    """Phase fractions of what is known, and interphase areas as shares of as much of all faces, by brute force."""
     known = labels < phases
     sides = [(labels.take(range(1, n), axis), labels.take(range(n - 1), axis)) for axis, n in enumerate(labels.shape)]
     faces = np.concatenate([np.sort(np.stack([a.ravel(), b.ravel()]), axis=0) for a, b in sides], axis=1)
-    faces = faces[:, faces[1] < phases]
-    areas = [((faces[0] == a) & (faces[1] == b)).mean() for a, b in combinations(range(phases), 2)]
+    areas = [((faces[0] == a) & (faces[1] == b)).mean() / known.mean() for a, b in combinations(range(phases), 2)]
     return np.array([*((labels[known] == phase).mean() for phase in range(phases)), *areas])
 
 

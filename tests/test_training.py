@@ -19,18 +19,9 @@ from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging
 from hpcres.training import adversarial
-from hpcres.training.adversarial import (
-    Models,
-    average_decay,
-    face_shares,
-    gradient_penalty,
-    lattice_loss,
-    learning_rate,
-    train,
-    volume_slices,
-    voxel_loss,
-)
+from hpcres.training.adversarial import Models, average_decay, learning_rate, train
 from hpcres.training.distributed import Processes
+from hpcres.training.losses import face_shares, gradient_penalty, lattice_loss, volume_slices, voxel_loss
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.stores import LabelStore
 

@@ -22,7 +22,8 @@ from hpcres.metrics.agreement import agreement
 from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
 from hpcres.study import load_study
-from hpcres.training.adversarial import Models, train, voxel_loss
+from hpcres.training.adversarial import Models, train
+from hpcres.training.losses import voxel_loss
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.formats import open_volume

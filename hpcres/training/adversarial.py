@@ -21,22 +21,23 @@ from torch.nn import functional
 from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
-from hpcres.networks.critic import Critic
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.signals import noted_signals
 from hpcres.study import PATCH_VOXELS, Study, save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
+from hpcres.training.losses import Critics, face_shares, interpolation_loss, lattice_loss, volume_slices, voxel_loss
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
+_SETTLED_AT_ONCE = 8
 _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
 _MAY_CHANGE = {
     "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
-    "compile",
+    "compile", "fixed_statistics",
 }  # fmt: skip
 """Training settings that a resumed run may have different from the run it continues."""
 _MUST_FIT = {name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage")}
@@ -153,104 +154,6 @@ def average_decay(ema: float, step: int) -> float:
     weights.
     """
     return min(ema, (1 + step) / (2.5 + step))
-
-
-# ---- the losses --------------------------------------------------------------------------------------------
-
-
-def volume_slices(volume: Tensor, axis: int, chosen: Tensor | None = None) -> Tensor:
-    """Slices normal to `axis` (0 z, 1 y, 2 x) of (cubes, phases, z, y, x): (cubes · slices, phases, rows, columns).
-
-    `chosen`, (cubes, slices), picks slices of each cube; rows and columns are the other axes in the order z, y, x.
-    """
-    if chosen is not None:
-        volume = torch.stack([cube.index_select(axis + 1, pick) for cube, pick in zip(volume, chosen, strict=True)])
-    return volume.movedim(axis + 2, 1).flatten(0, 1)
-
-
-def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
-    """Mean of (‖∇D(x̂)‖₂ − 1)² over x̂ = mix · real + (1 − mix) · fake, one weight a slice."""
-    weight = mix.view(-1, 1, 1, 1)
-    between = (weight * real + (1 - weight) * fake).requires_grad_()
-    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    return (slope.flatten(1).norm(dim=1) - 1).square().mean()
-
-
-def voxel_loss(operator: nn.Module, probabilities: Tensor, low_res: Tensor) -> Tensor:
-    """Mean squared difference between the low-res cubes, one-hot or probabilities, and what the coarse instrument sees
-    of the output.
-
-    A voxel without any label is unknown and adds nothing; it still counts in the mean, so that a known voxel weighs the
-    same in every cube and on every process.
-    """
-    return functional.mse_loss(operator(probabilities) * low_res.sum(1, keepdim=True), low_res)
-
-
-def interpolation_loss(operator: ImagingOperator, probabilities: Tensor, low_res: Tensor) -> Tensor:
-    """Cross-entropy of the output, phases merged as the coarse image has them, with the low-res cubes interpolated.
-
-    What a warm-up minimises: an adversarial game begun from an interpolation need not find the low-res volume again
-    (as Ledig 2017, 3.2, begins SRGAN from a network trained on the mean square). Unknown voxels add nothing.
-    """
-    seen = operator.merged(probabilities).clamp(min=1e-6)
-    return -(operator.interpolated(low_res) * seen.log()).sum(1).mean()
-
-
-def face_shares(probabilities: Tensor, period: int) -> Tensor:
-    """(axis, position): expected share of faces along z, y, x that part two phases, by their position modulo `period`.
-
-    The expectation is over independent draws of both voxels' phases from `probabilities` (cubes, phases, z, y, x). Of a
-    period beyond the cubes' edge there are the positions that they have.
-    """
-    shares = []
-    for axis in (2, 3, 4):
-        voxels = probabilities.movedim(axis, 0)
-        parted = 1 - (voxels[:-1] * voxels[1:]).sum(2)  # (face along the axis, cube, two other axes)
-        place = torch.arange(len(parted), device=parted.device) % period
-        shares.append(torch.stack([parted[place == k].mean() for k in range(min(period, len(parted)))]))
-    return torch.stack(shares)
-
-
-def lattice_loss(shares: Tensor) -> Tensor:
-    """Mean square of how far `face_shares` are off flat, as a share of their axis's mean.
-
-    Matter knows nothing of the low-res lattice; a generator that puts its interfaces midway between low-res voxels
-    shows it.
-    """
-    return (shares / shares.mean(1, keepdim=True) - 1).square().mean()
-
-
-class Critics(nn.Module):
-    """One critic for slices in all three planes of an isotropic material, else one for each plane."""
-
-    def __init__(self, study: Study) -> None:
-        super().__init__()
-        edge = PATCH_VOXELS - 2 * study.training.crop_voxels
-        count = 1 if study.high_res.isotropic else 3
-        self.critics = nn.ModuleList(
-            Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count)
-        )
-
-    def _groups(self, slices: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(slices))] if len(self.critics) == 1 else list(slices)
-
-    def score(self, slices: Sequence[Tensor]) -> Tensor:
-        """Mean over the planes of the mean critic value; `slices` by normal axis z, y, x, as many for each."""
-        values = [critic(x).mean() for critic, x in zip(self.critics, self._groups(slices), strict=True)]
-        return torch.stack(values).mean()
-
-    def forward(self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Estimated Wasserstein distance and gradient penalty, means over the planes.
-
-        Both come from one forward, so that their sum is one backward, as DistributedDataParallel needs.
-        """
-        distances, penalties = [], []
-        groups = zip(self.critics, self._groups(real), self._groups(fake), self._groups(mix), strict=True)
-        for critic, ours, theirs, weights in groups:
-            of_real, of_fake = critic(torch.cat([ours, theirs])).split([len(ours), len(theirs)])
-            distances.append(of_real.mean() - of_fake.mean())
-            penalties.append(gradient_penalty(critic, ours, theirs, weights))
-        return torch.stack(distances).mean(), torch.stack(penalties).mean()
 
 
 # ---- the step ----------------------------------------------------------------------------------------------
@@ -436,10 +339,8 @@ class Models:
         Running statistics belong to weights of many steps; with averaged weights they can be far off.
         """
         generator = build_generator(self.study).to(self.group.device)
-        if self.fixed_from is not None:
-            generator.load_state_dict(self.generator.state_dict())
-        weights = self.generator.parameters() if self.average is None else self.average
-        for ours, theirs in zip(generator.parameters(), weights, strict=True):
+        generator.load_state_dict(self.generator.state_dict())
+        for ours, theirs in zip(generator.parameters(), self.average or generator.parameters(), strict=True):
             ours.copy_(theirs)
         if self.fixed_from is not None:
             return generator.eval()
@@ -448,7 +349,8 @@ class Models:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over all batches
         generator.train()
-        batch = self.study.training.cubes  # as many as a step's statistics are of, on however many processes
+        # As many as a step's statistics are of, on however many processes, but no more than one of them can hold.
+        batch = min(self.study.training.cubes, _SETTLED_AT_ONCE)
         typical = low_res.typical(self.study.training.settling_cubes, _SETTLING)
         for start in range(0, len(typical), batch):
             generator(low_res.draw(0, typical[start : start + batch], self.group.device, _SETTLING)[1])

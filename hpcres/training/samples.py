@@ -6,7 +6,7 @@ trains on the same samples and a resumed run continues them without any stored r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -18,9 +18,10 @@ from torch import Tensor
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
 from hpcres.imaging import one_hot
+from hpcres.metrics.counts import Counts, add, count, count_inner, count_rim
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.formats import read_images
-from hpcres.volumes.phases import PhaseMap, open_low_res
+from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
 
 _HELD_BYTES = 2**29
 """Low-res volumes up to this size are held in memory, a byte a voxel or four a probability; larger ones are read by
@@ -62,68 +63,52 @@ class LowResCubes:
         held_bytes = prod((*shape, *each)) * np.dtype(kind).itemsize
         held = np.empty((*shape, *each), kind) if held_bytes <= _HELD_BYTES else None
         thick = max(1, min(self._volume.chunks[0], 2**26 // prod((*shape[1:], *each))))
-        voxels, faces = np.zeros(self.channels + 1), np.zeros((self.channels + 1,) * 2)
-        last = None
-        for z in range(0, shape[0], thick):
-            slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
-            index = self._phases.index(self._volume.read(slab))
-            in_slab, faces_in_slab, last = self._count(index, last)
-            voxels, faces = voxels + in_slab, faces + faces_in_slab
-            if held is not None:
-                held[slab.slices] = index
-        self.unknown_share = int(voxels[-1]) / prod(shape)
+
+        def slabs() -> Iterator[np.ndarray]:
+            for z in range(0, shape[0], thick):
+                slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
+                index = self._phases.index(self._volume.read(slab))
+                if held is not None:
+                    held[slab.slices] = index
+                yield likeliest(index)
+
+        inner, rim = count_inner(slabs())
+        found = add(inner, count_rim(rim, {}))
+        self.unknown_share = found.voxels.get(self.channels, 0) / prod(shape)
         if self.unknown_share == 1:
             raise InputError(f"{self._volume.path}: every voxel is unknown, so there is nothing to learn from; see "
                              "low_res.unknown")  # fmt: skip
-        self._content = self._shares(voxels, faces)
+        self._content = self._shares(found)
         return held
 
-    def _count(self, index: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Voxels by channel, faces by the channels on both sides, and the last plane's labels; unknown comes last.
+    def _shares(self, found: Counts) -> np.ndarray:
+        """Known voxels by channel, as shares of all known; faces between two channels, as shares of as much of all
+        faces as of the voxels is known."""
+        voxels = np.array([found.voxels.get(channel, 0) for channel in range(self.channels)])
+        between = [sum(found.faces.get(pair, (0,))) for pair in combinations(range(self.channels), 2)]
+        known = max(1, voxels.sum())
+        return np.concatenate([voxels, np.array(between) * sum(found.voxels.values()) / sum(found.all_faces)]) / known
 
-        Faces with the plane `before` count, too. Of probabilities voxels are sums, and faces are of the likeliest.
-        """
-        kinds = self.channels + 1
-        if index.ndim == 3:
-            labels, voxels = index, np.bincount(index.ravel(), minlength=kinds).astype(float)
-        else:
-            labels = np.where(index.any(3), index.argmax(3), self.channels).astype(np.uint8)
-            voxels = np.array([*index.sum((0, 1, 2), dtype=float), np.count_nonzero(labels == self.channels)])
-        coded = labels * (np.uint8(kinds) if kinds <= 16 else np.uint16(kinds))
-        sides = [(coded[1:], labels[:-1]), (coded[:, 1:], labels[:, :-1]), (coded[:, :, 1:], labels[:, :, :-1])]
-        if before is not None:
-            sides.append((coded[:1], before[None]))
-        faces = np.zeros(kinds**2)
-        for one, other in sides:
-            faces += np.bincount((one + other).ravel(), minlength=kinds**2)
-        return voxels, faces.reshape(kinds, kinds), labels[-1]
-
-    def _shares(self, voxels: np.ndarray, faces: np.ndarray) -> np.ndarray:
-        """Of `_count`: known voxels by channel, then known faces between two channels, as shares of all."""
-        known = faces[:-1, :-1]
-        between = [known[a, b] + known[b, a] for a, b in combinations(range(self.channels), 2)]
-        return np.array([*(voxels[:-1] / max(1.0, voxels[:-1].sum())), *(np.array(between) / max(1.0, known.sum()))])
-
-    def typical(self, count: int, kind: int) -> list[int]:
-        """Which `count` cubes of step 0 and `kind` to draw so that together they are most like the volume, in phase
+    def typical(self, cubes: int, kind: int) -> list[int]:
+        """Which `cubes` cubes of step 0 and `kind` to draw so that together they are most like the volume, in phase
         fractions and in interphase areas.
 
         Else a generator is blamed for what a few cubes are: fractions of eight drawn at random can be several points
         off the volume's, areas a tenth. Exchanges one cube after the other for a better one until there is none.
         """
-        if (count, kind) not in self._typical:
-            self._typical[count, kind] = self._exchanged(count, kind)
-        return self._typical[count, kind]
+        if (cubes, kind) not in self._typical:
+            self._typical[cubes, kind] = self._exchanged(cubes, kind)
+        return self._typical[cubes, kind]
 
-    def _exchanged(self, count: int, kind: int) -> list[int]:
-        found = [self._count(self._cube(self._start(0, kind, cube)[1]))[:2] for cube in range(_CANDIDATES * count)]
-        off = np.array([self._shares(*one) for one in found]) - self._content
+    def _exchanged(self, cubes: int, kind: int) -> list[int]:
+        found = [count(likeliest(self._cube(self._start(0, kind, cube)[1]))) for cube in range(_CANDIDATES * cubes)]
+        off = np.array([self._shares(one) for one in found]) - self._content
         off /= np.maximum(off.std(axis=0), 1e-12)
-        chosen = list(range(count))
+        chosen = list(range(cubes))
         least, better = np.square(off[chosen].sum(axis=0)).sum(), True
         while better:
             better = False
-            for place in range(count):
+            for place in range(cubes):
                 others = chosen[:place] + chosen[place + 1 :]
                 sums = np.square(off[others].sum(axis=0) + off).sum(axis=1)
                 sums[others] = np.inf
