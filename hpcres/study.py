@@ -312,6 +312,9 @@ class Training(Section):
     """Cubes of 64³ per step, over all processes."""
     slices_per_axis: Annotated[int, Field(ge=1)] | None = None
     """Random slices per cube and axis shown to the critic; all 56 by default."""
+    planes_apart: bool = False
+    """Of an isotropic material, a critic for each plane, so that the slices of each look like the images by themselves
+    and no direction differs; as published one for all planes together. An anisotropic material has three anyway."""
     critic_steps: Annotated[int, Field(ge=1)] = 5
     reuse_generated: bool = False
     """One generator forward serves the critic steps and the generator step."""

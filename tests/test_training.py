@@ -21,7 +21,14 @@ from hpcres.study import Imaging
 from hpcres.training import adversarial
 from hpcres.training.adversarial import Models, average_decay, learning_rate, train
 from hpcres.training.distributed import Processes
-from hpcres.training.losses import face_shares, gradient_penalty, lattice_loss, volume_slices, voxel_loss
+from hpcres.training.losses import (
+    Critics,
+    face_shares,
+    gradient_penalty,
+    lattice_loss,
+    volume_slices,
+    voxel_loss,
+)
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.stores import LabelStore
 
@@ -141,6 +148,26 @@ def test_one_step_against_a_reference_of_a_few_lines(tmp_path):
             assert torch.allclose(a, b, atol=2e-5 * largest)
         slopes[threshold] = expected[0]
     assert not torch.allclose(slopes[0.0], slopes[1e9], rtol=0.1)
+
+
+@pytest.mark.parametrize("planes_apart", [False, True])
+def test_only_a_critic_for_each_plane_sees_what_their_mixture_hides(tmp_path, planes_apart):
+    """Images of stripes along rows as often as along columns, against volumes that are layered along y: their slices
+    normal to z and to x are those stripes, each in one plane; a third plane has one colour and is the same in both."""
+    critics = Critics(study_of(tmp_path, training={"planes_apart": planes_apart}))
+    optimizer = torch.optim.Adam(critics.parameters(), 1e-3, (0.5, 0.9))
+    layers = (torch.arange(56) // 7 % 2).expand(56, 56)
+    across, along, flat = (one_hot(labels[None], 3) for labels in (layers, layers.T, torch.zeros_like(layers)))
+    mixed, plain = torch.cat([across, along]), torch.cat([flat, flat])
+    real = mixed, plain, mixed
+    fake = torch.cat([along, along]), plain, torch.cat([across, across])
+    random = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        distance, penalty = critics(real, fake, [torch.rand(2, generator=random) for _ in range(3)])
+        optimizer.zero_grad()
+        (10 * penalty - distance).backward()
+        optimizer.step()
+    assert distance > 2 if planes_apart else abs(distance) < 1e-3
 
 
 def seen_by_the_coarse_instrument(volume):

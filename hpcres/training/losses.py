@@ -79,12 +79,17 @@ def lattice_loss(shares: Tensor) -> Tensor:
 
 
 class Critics(nn.Module):
-    """One critic for slices in all three planes of an isotropic material, else one for each plane."""
+    """One critic for slices in all three planes of an isotropic material, else, or with `planes_apart`, one for each.
+
+    One for all holds the mixture of the planes only, which can be right where no plane is: with rows and columns in the
+    order z, y, x a structure stretched along z shows along rows and one along x along columns, but one along y along
+    rows in one plane and along columns in another, so that nothing holds y.
+    """
 
     def __init__(self, study: Study) -> None:
         super().__init__()
         edge = PATCH_VOXELS - 2 * study.training.crop_voxels
-        count = 1 if study.high_res.isotropic else 3
+        count = 1 if study.high_res.isotropic and not study.training.planes_apart else 3
         self.critics = nn.ModuleList(
             Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count)
         )
