@@ -128,6 +128,15 @@ def relative_fraction(plane: str) -> Callable[[Result], float | None]:
     return of
 
 
+def directions_apart(result: Result) -> float | None:
+    """How much interphase areas of the volume differ between z, y and x: the pair of phases that is worst."""
+    counted = at(result, "volume", "counts")
+    if counted is None:
+        return None
+    shares = np.array(list(counted["faces"].values())) / counted["all_faces"]
+    return float((np.ptp(shares, axis=1) / shares.mean(axis=1)).max())
+
+
 def tpb_error(result: Result) -> float | None:
     return abs(result["volume"]["tpb"]["normalised"] / result["reference"]["tpb"]["normalised"] - 1)
 
@@ -176,6 +185,7 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
                    ".1%"),
             *(Figure(f"interphase area {a} – {b}", of_volume("volume", "interphase_area", f"{a}|{b}"))
               for k, a in enumerate(phases) for b in phases[k + 1 :]),
+            Figure("interphase areas, directions apart", directions_apart, form=".1%"),
             Figure("normalised TPB", of_volume("volume", "tpb", "normalised"), (low, high), ".5f"),
             Figure("low-res agreement", agreement, None if long else above(0.995), ".2%"),
             Figure("tv1", seen("tv1"), below(0.03 if long else 0.04)),
@@ -189,6 +199,7 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
             Figure("interphase areas, worst", worst_area("reference"), below(0.05), ".1%"),
             Figure("normalised TPB, difference", tpb_error, below(0.05), ".1%"),
             *(Figure(f"D_rel of {name}, worst direction", d_rel_error(name), below(0.10), ".1%") for name in phases),
+            Figure("interphase areas, directions apart", directions_apart, form=".1%"),
             Figure("low-res agreement", agreement, above(0.98) if scale == "4" else None, ".2%"),
             Figure("tv1 against the slices", seen("tv1")), Figure("tv4 against the slices", seen("tv4")),
             Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),

@@ -101,7 +101,7 @@ class LowResCubes:
         return self._typical[cubes, kind]
 
     def _exchanged(self, cubes: int, kind: int) -> list[int]:
-        found = [count(likeliest(self._cube(self._start(0, kind, cube)[1]))) for cube in range(_CANDIDATES * cubes)]
+        found = [count(likeliest(self._cube(self.start(0, kind, cube)[1]))) for cube in range(_CANDIDATES * cubes)]
         off = np.array([self._shares(one) for one in found]) - self._content
         off /= np.maximum(off.std(axis=0), 1e-12)
         chosen = list(range(cubes))
@@ -116,7 +116,7 @@ class LowResCubes:
                     chosen[place], least, better = int(sums.argmin()), sums.min(), True
         return sorted(chosen)
 
-    def _start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
+    def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
         """Where a cube is drawn, and the state of chance after that."""
         random = _generator(self.seed, step, _CUBE, kind, cube)
         return random, random.integers(0, np.array(self._volume.shape) - self.edge, endpoint=True)
@@ -139,7 +139,7 @@ class LowResCubes:
         """
         known, noise = [], []
         for cube in cubes:
-            random, start = self._start(step, kind, cube)
+            random, start = self.start(step, kind, cube)
             seen = self._cube(start)
             noise.append(random.standard_normal((1, *[self.edge] * 3), np.float32))
             if masked_fraction:
