@@ -458,6 +458,15 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path):
     assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
 
 
+def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
+    study = study_of(tmp_path, training={"cubes": 64, "settling_cubes": 20})
+    models, low_res, at_once = Models(study, ALONE), LowResCubes(study), []
+    draw = low_res.draw
+    monkeypatch.setattr(low_res, "draw", lambda *args: at_once.append(len(args[1])) or draw(*args))
+    models.settled(low_res)
+    assert at_once == [8, 8, 4]
+
+
 def test_fixed_statistics_train_what_will_be_painted(tmp_path):
     study = study_of(tmp_path, training={"cubes": 4, "ema": 0.5})
     models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
