@@ -3,8 +3,8 @@
     python bench/cubes.py configs/case3-sofc-small.yaml --output FOLDER    a finished run: labels.zarr and its low-res
 
 Generators are judged, and batch-norm statistics taken, on a few cubes (training/samples.LowResCubes.typical). Which, is
-decided by the low-res volume alone; here the same cubes are cut from the painted volume, 40 draws of each kind, and root
-mean squares of what they are off the whole volume are shown: fractions absolute, areas and TPB relative.
+decided by the low-res volume alone; here the same cubes are cut from the painted volume, 40 draws of each kind, and
+root mean squares of what they are off the whole volume are shown: fractions absolute, areas and TPB relative.
 """
 
 from __future__ import annotations
