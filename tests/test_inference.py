@@ -280,17 +280,21 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
     path = make_study(tmp_path / "s", "4", (9, 8, 7))
     slowly = (
         "def slowly(self, tile, read, **how):\n"
-        "    if tile.index > 1: time.sleep(60)\n"
+        "    if tile.index > 1: time.sleep(600)\n"
         "    return paint(self, tile, read, **how)\n"
         "generate.Painter.paint = slowly"
     )
     environment = {**os.environ, **MPI, "SLURM_JOB_ID": "4711"}
     arguments = ["mpirun", "-n", "2", *with_fault(tmp_path, slowly), "infer", str(path)]
-    first = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
+    said = tmp_path / "stderr"
+    with said.open("w") as stderr:
+        first = subprocess.Popen(arguments, env=environment, stderr=stderr)
     store = path.parent / "out/labels.zarr"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while len(read_journal(store)) < 2 and time.monotonic() < deadline:
+        assert first.poll() is None, said.read_text()
         time.sleep(0.02)
+    assert len(read_journal(store)) == 2, said.read_text()
     before, ours = store_bytes(store), descendants(first.pid)
     second = mpirun(2, *command(path, "infer"))
     assert second.returncode == 2, second.stderr
