@@ -508,6 +508,8 @@ def test_statistics_are_fixed_for_the_last_share_of_a_run(tmp_path, monkeypatch)
     assert fixed == [2]
     train(study_of(tmp_path, training={"steps": 2}), overwrite=True)
     assert fixed == [2]
+    train(study_of(tmp_path, training={"steps": 4, "fixed_statistics": 0.5}))  # a finished run may go on so
+    assert fixed == [2, 2]
 
 
 # ---- scale factors above the paper's ----
