@@ -214,6 +214,14 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "unknown labels of probabilities": (
         channels(THIRD, THIRD, THIRD, unknown=[9]), TRAIN, ["low_res", "unknown is of a label volume", "0 is unknown"],
     ),
+    "unknown voxels beside 16 phases": (
+        both(
+            low_res("low.tif", phases={k: f"p{k}" for k in range(16)}, unknown=[16]),
+            lambda f: study_with(f, lambda s: s["high_res"].update(phases={k: f"p{k}" for k in range(16)})),
+            image("low.tif", (np.arange(6120).reshape(20, 18, 17) % 17).astype(np.uint8), photometric="minisblack"),
+        ),
+        TRAIN, ["low.tif", "unknown voxels beside 16", "merge two groups in low_res.phases"],
+    ),
     "channel without a phase": (
         both(THIRDS, lambda f: study_with(f, lambda s: s["low_res"]["channels"][1].pop("phases"))),
         TRAIN, ["low_res.channels.1.phases", "is required"],

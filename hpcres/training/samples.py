@@ -18,7 +18,7 @@ from torch import Tensor
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
 from hpcres.imaging import one_hot
-from hpcres.metrics.counts import Counts, add, count, count_inner, count_rim
+from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
@@ -70,7 +70,13 @@ class LowResCubes:
                 index = self._phases.index(self._volume.read(slab))
                 if held is not None:
                     held[slab.slices] = index
-                yield likeliest(index)
+                labels = likeliest(index)
+                if self.channels == MAX_PHASES and (labels == self.channels).any():
+                    raise InputError(
+                        f"{self._volume.path}: unknown voxels beside {self.channels} groups of phases, but at most "
+                        f"{MAX_PHASES} labels, unknown among them, can be counted; merge two groups in low_res.phases"
+                    )
+                yield labels
 
         inner, rim = count_inner(slabs())
         found = add(inner, count_rim(rim, {}))
