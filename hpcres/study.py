@@ -335,6 +335,11 @@ class Training(Section):
     lattice_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the square by which the share of faces between two phases differs with the position in the low-res
     lattice; none by default, as published."""
+    pattern_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the difference between the shares of 2 × 2 label patterns in generated slices, over the last ten steps
+    or so, and in the images; none by default, as published, and none during the warm-up."""
+    pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 4)
+    """How far apart the pixels of such a pattern are: each spacing has patterns of its own."""
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0

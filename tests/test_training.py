@@ -26,6 +26,8 @@ from hpcres.training.losses import (
     face_shares,
     gradient_penalty,
     lattice_loss,
+    pattern_loss,
+    pattern_shares,
     volume_slices,
     voxel_loss,
 )
@@ -300,6 +302,99 @@ def test_lattice_loss_joins_the_generators(tmp_path):
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(models.generator.parameters()))])
     assert found[1][0] - found[0][0] == pytest.approx(loss.item(), rel=1e-4)
     assert (found[1][1] - found[0][1] - slope).norm() < 1e-4 * slope.norm()
+
+
+def counted_patterns(stack, spacing, phases=3):
+    """Share of each pattern, window by window."""
+    found = np.zeros((phases,) * 4)
+    for image in stack:
+        for row, column in np.ndindex(image.shape[0] - spacing, image.shape[1] - spacing):
+            found[tuple(image[row : row + spacing + 1 : spacing, column : column + spacing + 1 : spacing].ravel())] += 1
+    return found
+
+
+def test_pattern_shares_are_those_counted_window_by_window():
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 9, 10, 11)))
+    slices = [volume_slices(one_hot(labels, 3), axis) for axis in range(3)]
+    shares = pattern_shares(slices, (1, 4)).reshape(2, 3, 81)
+    for k, spacing in enumerate((1, 4)):
+        for axis in range(3):
+            counts = sum(counted_patterns(np.moveaxis(cube, axis, 0), spacing) for cube in labels.numpy())
+            assert shares[k, axis].numpy() == pytest.approx((counts / counts.sum()).ravel(), abs=1e-6)
+    # Of what is unsure, the mean over draws; of independent pixels the product of their probabilities.
+    unsure = torch.tensor([0.5, 0.3, 0.2]).view(1, 3, 1, 1).expand(4, 3, 9, 9)
+    p = np.array([0.5, 0.3, 0.2])
+    independent = np.einsum("a,b,c,d->abcd", p, p, p, p).ravel()
+    assert pattern_shares([unsure], (2,))[0].numpy() == pytest.approx(independent, rel=1e-5)
+
+
+@pytest.mark.parametrize("augment", [True, "mirrors", False])
+def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, augment):
+    """Two images of different sizes, one for two planes with its rows along z, so that it is turned over for zx."""
+    side, top = blobs((2, 60, 71), 3), blobs((1, 66, 64), 4)
+    np.save(tmp_path / "side.npy", side)
+    np.save(tmp_path / "top.npy", top)
+    images = [
+        {"path": str(tmp_path / "side.npy"), "planes": ["zy", "xz"], "augment": augment},
+        {"path": str(tmp_path / "top.npy"), "planes": ["yx", "xz"], "augment": augment},
+    ]
+    study = study_of(tmp_path, images, {"isotropic": False}, training={"pattern_spacings": [3, 1]})
+    ways = {True: range(8), "mirrors": (0, 2, 4, 6), False: (0,)}[augment]
+
+    def seen(stack, spacing, turned):
+        found = 0
+        for way in ways:
+            one = np.rot90(stack, way // 2 if augment is True else (way // 4) * 2, (1, 2))
+            one = one[:, :, ::-1] if way % (2 if augment is True else 4) else one
+            found = found + counted_patterns(one.swapaxes(1, 2) if turned else one, spacing)
+        return found
+
+    patterns = RealSlices(study, ALONE.device).patterns.numpy().reshape(2, 3, 81)
+    for k, spacing in enumerate((3, 1)):
+        zx = seen(side, spacing, True) + seen(top, spacing, True)
+        for axis, counts in enumerate((seen(top, spacing, False), zx, seen(side, spacing, False))):
+            assert patterns[k, axis] == pytest.approx((counts / counts.sum()).ravel(), abs=1e-6)
+
+
+def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts():
+    images = torch.tensor([[0.9, 0.098, 0.002, 0.0]])
+    assert pattern_loss(images, images) == 0
+    for place, share in enumerate(images[0, :3]):
+        off = images.clone()
+        off[0, place] *= 1.01
+        assert pattern_loss(off, images).item() == pytest.approx(0.01**2 * share.item() / 2.01, rel=1e-3)
+    lacked = torch.tensor([[0.0, 0.0, 0.0, 1e-6]], requires_grad=True)
+    (slope,) = torch.autograd.grad(pattern_loss(images + lacked, images), lacked)
+    assert slope[0].tolist() == pytest.approx([0, 0, 0, 1], abs=1e-6)
+
+
+def test_pattern_loss_joins_the_generators_after_the_warm_up(tmp_path):
+    """What a step adds is weight × loss, its slope taken at the running mean, of the slices that the critics see."""
+    more = {"critic_steps": 1, "reuse_generated": True, "warm_up_steps": 1}
+    with_it = study_of(tmp_path, training=more | {"pattern_weight": 2e3})
+    low_res, real = LowResCubes(with_it), RealSlices(with_it, ALONE.device)
+    found = []
+    for study in (study_of(tmp_path, training=more), with_it):
+        models = Models(study, ALONE)
+        losses = [models.step(step, range(2), low_res, real, 1e-30).losses[2].item() for step in range(3)]
+        found.append((losses, torch.cat([p.grad.flatten() for p in models.generator.parameters()])))
+    assert found[0][0][0] == found[1][0][0]
+
+    def shares(step):
+        painted = models.generate(low_res.draw(step, range(2), ALONE.device)[1])
+        return pattern_shares(models.slices(painted, real.choose(step, range(2))), (1, 4))
+
+    with torch.no_grad():
+        first = shares(1)
+    last = shares(2)
+    mean = (0.9 * first + 0.1 * last.detach()).requires_grad_()
+    assert found[1][0][1] - found[0][0][1] == pytest.approx(2e3 * pattern_loss(first, real.patterns).item(), rel=1e-4)
+    loss = 2e3 * pattern_loss(mean, real.patterns)
+    assert found[1][0][2] - found[0][0][2] == pytest.approx(loss.item(), rel=1e-4)
+    (slope,) = torch.autograd.grad(loss, mean)
+    added = torch.autograd.grad((slope * last).sum(), list(models.generator.parameters()))
+    expected = torch.cat([g.flatten() for g in added])
+    assert (found[1][1] - found[0][1] - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_noise_gain_multiplies_what_the_noise_says_at_first(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,24 @@ from hpcres.signals import noted_signals
 from hpcres.study import PATCH_VOXELS, Study, save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
-from hpcres.training.losses import Critics, face_shares, interpolation_loss, lattice_loss, volume_slices, voxel_loss
+from hpcres.training.losses import (
+    Critics,
+    face_shares,
+    interpolation_loss,
+    lattice_loss,
+    pattern_loss,
+    pattern_shares,
+    volume_slices,
+    voxel_loss,
+)
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
 _SETTLED_AT_ONCE = 8
+_NEWEST = 0.1
+"""Weight of the newest step in the running mean of pattern shares."""
 _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
 _MAY_CHANGE = {
@@ -194,6 +205,8 @@ class Models:
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         self.fixed_from: int | None = None
         """The step from which the generator's batch norm has fixed statistics."""
+        self.patterns: Tensor | None = None
+        """Running mean of the shares of patterns in generated slices."""
         self.best: dict[str, Any] | None = None
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
@@ -237,8 +250,11 @@ class Models:
         if step < settings.warm_up_steps and self.init_from is None:
             loss = interpolation_loss(self.operator, probabilities, known)
         else:
+            slices = self.slices(probabilities, real.choose(step, cubes))
             with self._autocast():
-                loss = -self.critics.score(self.slices(probabilities, real.choose(step, cubes)))
+                loss = -self.critics.score(slices)
+            if settings.pattern_weight:
+                loss = loss + settings.pattern_weight * self._patterns(slices, real)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -279,16 +295,19 @@ class Models:
         return functional.softmax(logits.float(), dim=1)
 
     def _lattice(self, probabilities: Tensor) -> Tensor:
-        """The whole batch's lattice loss, with the gradient of this process's share of it.
-
-        The loss is no mean over cubes, so its slope is taken at the batch's own face shares: processes together then
-        follow the gradient that one would.
-        """
         shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
-        of_all = self.group.mean(shares).requires_grad_()
-        loss = lattice_loss(of_all)
-        (slope,) = torch.autograd.grad(loss, of_all)
-        return loss.detach() + (slope * (shares - shares.detach())).sum()
+        return _loss_at(self.group.mean(shares), lattice_loss, shares)
+
+    def _patterns(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor:
+        """Loss of the shares of patterns in the slices of late.
+
+        Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the
+        parts of the volume are.
+        """
+        shares = pattern_shares(slices, real.pattern_spacings)
+        now = self.group.mean(shares)
+        self.patterns = now if self.patterns is None else self.patterns.lerp(now, _NEWEST)
+        return _loss_at(self.patterns, lambda found: pattern_loss(found, real.patterns), shares)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -388,6 +407,7 @@ class Models:
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "seconds": seconds, "processes": self.group.size, "best": self.best, "fixed_from": self.fixed_from,
+            "patterns": self.patterns,
         }  # fmt: skip
         save_checkpoint(
             self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state,
@@ -439,11 +459,24 @@ class Models:
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.best, self.fixed_from = state.get("best"), state.get("fixed_from")
+        self.patterns = state.get("patterns")
         if self.fixed_from is not None:
             self.generator.eval()
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)
+
+
+def _loss_at(means: Tensor, loss_of: Callable[[Tensor], Tensor], shares: Tensor) -> Tensor:
+    """`loss_of(means)`, with the gradient of this process's `shares`, of which `means` are over all processes.
+
+    A loss that is no mean over cubes has its slope taken at what all processes have, so that together they follow the
+    gradient that one would.
+    """
+    at = means.clone().requires_grad_()
+    loss = loss_of(at)
+    (slope,) = torch.autograd.grad(loss, at)
+    return loss.detach() + (slope * (shares - shares.detach())).sum()
 
 
 # ---- before and around the loop ----------------------------------------------------------------------------

@@ -78,6 +78,32 @@ def lattice_loss(shares: Tensor) -> Tensor:
     return (shares / shares.mean(1, keepdim=True) - 1).square().mean()
 
 
+def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int]) -> Tensor:
+    """(spacing · axis, phases⁴): expected share of each label pattern of 2 × 2 pixels `spacing` apart, in `slices` by
+    normal axis z, y, x.
+
+    A pattern's place is its four labels, read row by row, as digits. The expectation is over independent draws of all
+    pixels' phases.
+    """
+    shares = []
+    for apart in spacings:
+        for some in slices:
+            pairs = (some[:, :, None, :, :-apart] * some[:, None, :, :, apart:]).flatten(1, 2)
+            upper, lower = pairs[:, :, :-apart].flatten(2), pairs[:, :, apart:].flatten(2)
+            # Summed slice by slice: one sum over all of them would lose a digit and a half.
+            shares.append((upper @ lower.mT).mean(0).flatten() / upper.shape[2])
+    return torch.stack(shares)
+
+
+def pattern_loss(shares: Tensor, images: Tensor) -> Tensor:
+    """How far `pattern_shares` s are off those of the images, t: Σ (s − t)² / (s + t), the mean over spacings and axes.
+
+    Near t it is half the square of the relative error times t, so that rare patterns count, as the corners where three
+    phases meet do; and a pattern that the images lack is pushed away with slope 1, however rare it is.
+    """
+    return ((shares - images).square() / (shares + images).clamp(min=1e-12)).sum(1).mean()
+
+
 class Critics(nn.Module):
     """One critic for slices in all three planes of an isotropic material, else, or with `planes_apart`, one for each.
 

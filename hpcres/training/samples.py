@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import prod
 
@@ -180,6 +181,7 @@ class RealSlices:
         self.seed, self.phases = study.seed, len(study.phases)
         self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
         self.slices_per_axis = study.training.slices_per_axis
+        self.pattern_spacings = study.training.pattern_spacings
         if self.slices_per_axis is not None and self.slices_per_axis > self.edge:
             raise InputError(
                 f"training.slices_per_axis: {self.slices_per_axis} of only {self.edge} slices per axis that are left "
@@ -222,6 +224,29 @@ class RealSlices:
         """Share of each phase in all images together."""
         counts = torch.bincount(self._pixels, minlength=self.phases).cpu().numpy()
         return counts / counts.sum()
+
+    @cached_property
+    def patterns(self) -> Tensor:
+        """What losses.pattern_shares would say of the images, mirrored and rotated as their patches are."""
+        found = []
+        for apart in self.pattern_spacings:
+            for table in self._tables:
+                together = torch.zeros((self.phases,) * 4, dtype=torch.float64, device=self._pixels.device)
+                for offset, rows, columns, mirrors, rotations in table.tolist():
+                    image = self._pixels[offset : offset + rows * columns].view(rows, columns).long()
+                    upper, lower = image[:-apart], image[apart:]
+                    place = torch.zeros_like(upper[:, apart:])
+                    for pixel in (upper[:, :-apart], upper[:, apart:], lower[:, :-apart], lower[:, apart:]):
+                        place = place * self.phases + pixel
+                    seen = torch.bincount(place.flatten(), minlength=together.numel()).view(together.shape).double()
+                    if mirrors:
+                        seen = (seen + seen.permute(1, 0, 3, 2)) / 2
+                        seen = (seen + seen.permute(2, 3, 0, 1)) / 2
+                    if rotations:
+                        seen = (seen + seen.permute(0, 2, 1, 3)) / 2
+                    together += seen
+                found.append((together / together.sum()).flatten().float())
+        return torch.stack(found)
 
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
         """The draws of one critic step for these cubes."""
