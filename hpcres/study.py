@@ -337,8 +337,9 @@ class Training(Section):
     lattice; none by default, as published."""
     pattern_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the difference between the shares of 2 × 2 label patterns in generated slices, over the last ten steps
-    or so, and in the images; none by default, as published, and none during the warm-up."""
-    pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 4)
+    or so, and in the images; it grows as the learning rate falls. None by default, as published, and none during the
+    warm-up."""
+    pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 2, 4, 8)
     """How far apart the pixels of such a pattern are: each spacing has patterns of its own."""
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""

@@ -369,9 +369,10 @@ def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts(
 
 
 def test_pattern_loss_joins_the_generators_after_the_warm_up(tmp_path):
-    """What a step adds is weight × loss, its slope taken at the running mean, of the slices that the critics see."""
-    more = {"critic_steps": 1, "reuse_generated": True, "warm_up_steps": 1}
-    with_it = study_of(tmp_path, training=more | {"pattern_weight": 2e3})
+    """What a step adds is weight × loss, its slope taken at the running mean, of the slices that the critics see as
+    labels; at half the learning rate it is twice the weight."""
+    more = {"critic_steps": 1, "reuse_generated": True, "warm_up_steps": 1, "learning_rate": 2e-30}
+    with_it = study_of(tmp_path, training=more | {"pattern_weight": 1e3, "pattern_spacings": [1, 4]})
     low_res, real = LowResCubes(with_it), RealSlices(with_it, ALONE.device)
     found = []
     for study in (study_of(tmp_path, training=more), with_it):
@@ -382,7 +383,8 @@ def test_pattern_loss_joins_the_generators_after_the_warm_up(tmp_path):
 
     def shares(step):
         painted = models.generate(low_res.draw(step, range(2), ALONE.device)[1])
-        return pattern_shares(models.slices(painted, real.choose(step, range(2))), (1, 4))
+        labels = one_hot(painted.argmax(1), 3) + painted - painted.detach()
+        return pattern_shares(models.slices(labels, real.choose(step, range(2))), (1, 4))
 
     with torch.no_grad():
         first = shares(1)

@@ -28,6 +28,7 @@ from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
 from hpcres.training.losses import (
     Critics,
+    as_labels,
     face_shares,
     interpolation_loss,
     lattice_loss,
@@ -254,7 +255,10 @@ class Models:
             with self._autocast():
                 loss = -self.critics.score(slices)
             if settings.pattern_weight:
-                loss = loss + settings.pattern_weight * self._patterns(slices, real)
+                # At a high rate the generator of a step has more small features than its average, which is what will
+                # paint; as the rate falls they become one, and then it should have the patterns of the images.
+                weight = settings.pattern_weight * settings.learning_rate / rate
+                loss = loss + weight * self._patterns(slices, real)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -299,12 +303,12 @@ class Models:
         return _loss_at(self.group.mean(shares), lattice_loss, shares)
 
     def _patterns(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor:
-        """Loss of the shares of patterns in the slices of late.
+        """Loss of the shares of patterns in the slices of late, as labels.
 
         Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the
         parts of the volume are.
         """
-        shares = pattern_shares(slices, real.pattern_spacings)
+        shares = pattern_shares([as_labels(some) for some in slices], real.pattern_spacings)
         now = self.group.mean(shares)
         self.patterns = now if self.patterns is None else self.patterns.lerp(now, _NEWEST)
         return _loss_at(self.patterns, lambda found: pattern_loss(found, real.patterns), shares)

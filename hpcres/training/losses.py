@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcres.imaging import ImagingOperator
+from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.networks.critic import Critic
 from hpcres.study import PATCH_VOXELS, Study
 
@@ -76,6 +76,12 @@ def lattice_loss(shares: Tensor) -> Tensor:
     shows it.
     """
     return (shares / shares.mean(1, keepdim=True) - 1).square().mean()
+
+
+def as_labels(probabilities: Tensor) -> Tensor:
+    """The likeliest phases of (slices, phases, rows, columns), one-hot, with the gradient of the probabilities (straight
+    through, Bengio 2013): what is painted is counted, not what was almost painted."""
+    return one_hot(probabilities.argmax(1), probabilities.shape[1]) + probabilities - probabilities.detach()
 
 
 def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int]) -> Tensor:
