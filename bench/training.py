@@ -43,6 +43,7 @@ CHANGES = {
     "critic width 8": ("network", {"critic_width": 8}),
     "padding replicate": ("network", {"padding": "replicate"}),
     "last stage resize": ("network", {"last_stage": "resize"}),
+    "no label patterns": ("training", {"pattern_weight": 0}),
     "all slices": ("training", {"slices_per_axis": None}),
     "a generator forward for each critic step": ("training", {"reuse_generated": False}),
     "five critic steps": ("training", {"critic_steps": 5}),

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }
 img { max-width: 100% } figure { display: inline-block; margin: 0 12px 12px 0 } figcaption { font-size: 12px }
-figure img { width: 196px; image-rendering: pixelated } table { border-collapse: collapse }
-td, th { padding: 2px 10px; text-align: right; font-variant-numeric: tabular-nums } .best { font-weight: 600 }"""
+figure img { width: 196px; image-rendering: pixelated } table { border-collapse: collapse; font-size: 13px }
+td, th { padding: 2px 7px; text-align: right; font-variant-numeric: tabular-nums } .best { font-weight: 600 }"""
 _MOST_SLICES = 15
 
 
@@ -37,7 +37,7 @@ def write_page(folder: Path, title: str) -> Path:
         names = list(judged)
         lines = [
             f"<tr class='{'best' if row == best else ''}'>"
-            + "".join(f"<td>{judged[name][row]:.5g}</td>" for name in names) + "</tr>"
+            + "".join(f"<td>{_short(judged[name][row])}</td>" for name in names) + "</tr>"
             for row in sorted({best, *range(max(0, len(judged["step"]) - 10), len(judged["step"]))})
         ]  # fmt: skip
         heads = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
@@ -63,6 +63,10 @@ def write_page(folder: Path, title: str) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return target
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
 def _columns(path: Path) -> dict[str, np.ndarray]:
