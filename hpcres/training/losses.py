@@ -79,8 +79,10 @@ def lattice_loss(shares: Tensor) -> Tensor:
 
 
 def as_labels(probabilities: Tensor) -> Tensor:
-    """The likeliest phases of (slices, phases, rows, columns), one-hot, with the gradient of the probabilities (straight
-    through, Bengio 2013): what is painted is counted, not what was almost painted."""
+    """The likeliest phases of (slices, phases, rows, columns), one-hot, with the gradient of the probabilities.
+
+    Straight through (Bengio 2013), so that what is painted is counted, not what was almost painted.
+    """
     return one_hot(probabilities.argmax(1), probabilities.shape[1]) + probabilities - probabilities.detach()
 
 
