@@ -18,7 +18,7 @@ from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging
-from hpcres.training import adversarial
+from hpcres.training import adversarial, samples
 from hpcres.training.adversarial import Models, average_decay, learning_rate, train
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
@@ -329,7 +329,7 @@ def test_pattern_shares_are_those_counted_window_by_window():
 
 
 @pytest.mark.parametrize("augment", [True, "mirrors", False])
-def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, augment):
+def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, monkeypatch, augment):
     """Two images of different sizes, one for two planes with its rows along z, so that it is turned over for zx."""
     side, top = blobs((2, 60, 71), 3), blobs((1, 66, 64), 4)
     np.save(tmp_path / "side.npy", side)
@@ -339,6 +339,7 @@ def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path,
         {"path": str(tmp_path / "top.npy"), "planes": ["yx", "xz"], "augment": augment},
     ]
     study = study_of(tmp_path, images, {"isotropic": False}, training={"pattern_spacings": [3, 1]})
+    monkeypatch.setattr(samples, "_BAND_PIXELS", 700)
     ways = {True: range(8), "mirrors": (0, 2, 4, 6), False: (0,)}[augment]
 
     def seen(stack, spacing, turned):
@@ -354,6 +355,10 @@ def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path,
         zx = seen(side, spacing, True) + seen(top, spacing, True)
         for axis, counts in enumerate((seen(top, spacing, False), zx, seen(side, spacing, False))):
             assert patterns[k, axis] == pytest.approx((counts / counts.sum()).ravel(), abs=1e-6)
+    isotropic = study_of(tmp_path, [{"path": str(tmp_path / "top.npy"), "augment": augment}])
+    patterns = RealSlices(isotropic, ALONE.device).patterns.numpy().reshape(4, 3, 81)
+    counts = seen(top, 8, False)
+    assert patterns[3] == pytest.approx(np.tile((counts / counts.sum()).ravel(), (3, 1)), abs=1e-6)
 
 
 def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts():

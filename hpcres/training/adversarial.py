@@ -463,7 +463,8 @@ class Models:
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.best, self.fixed_from = state.get("best"), state.get("fixed_from")
-        self.patterns = state.get("patterns")
+        if (patterns := state.get("patterns")) is not None:
+            self.patterns = patterns.to(self.group.device)
         if self.fixed_from is not None:
             self.generator.eval()
         if self.average is not None:

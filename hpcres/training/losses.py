@@ -98,7 +98,6 @@ def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int]) -> Tensor:
         for some in slices:
             pairs = (some[:, :, None, :, :-apart] * some[:, None, :, :, apart:]).flatten(1, 2)
             upper, lower = pairs[:, :, :-apart].flatten(2), pairs[:, :, apart:].flatten(2)
-            # Summed slice by slice: one sum over all of them would lose a digit and a half.
             shares.append((upper @ lower.mT).mean(0).flatten() / upper.shape[2])
     return torch.stack(shares)
 

@@ -27,6 +27,8 @@ from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
 _HELD_BYTES = 2**29
 """Low-res volumes up to this size are held in memory, a byte a voxel or four a probability; larger ones are read by
 the cube."""
+_BAND_PIXELS = 2**24
+"""Images are counted by bands of so many pixels, each of which takes 16 bytes."""
 _CUBE, _CRITIC, _CHOICE = range(3)
 _CANDIDATES = 12
 """For each of a set of typical cubes so many are drawn."""
@@ -187,7 +189,7 @@ class RealSlices:
                 f"training.slices_per_axis: {self.slices_per_axis} of only {self.edge} slices per axis that are left "
                 f"after the crop; use at most {self.edge}, or leave it out for all"
             )
-        isotropic = study.high_res.isotropic
+        self._isotropic = isotropic = study.high_res.isotropic
         phases = PhaseMap(list(study.high_res.phases), "")
         pixels: list[np.ndarray] = []
         tables: list[list[tuple[int, int, int, bool, bool]]] = [[], [], []]
@@ -228,25 +230,33 @@ class RealSlices:
     @cached_property
     def patterns(self) -> Tensor:
         """What losses.pattern_shares would say of the images, mirrored and rotated as their patches are."""
+        tables = self._tables[:1] if self._isotropic else self._tables
         found = []
         for apart in self.pattern_spacings:
-            for table in self._tables:
-                together = torch.zeros((self.phases,) * 4, dtype=torch.float64, device=self._pixels.device)
-                for offset, rows, columns, mirrors, rotations in table.tolist():
-                    image = self._pixels[offset : offset + rows * columns].view(rows, columns).long()
-                    upper, lower = image[:-apart], image[apart:]
-                    place = torch.zeros_like(upper[:, apart:])
-                    for pixel in (upper[:, :-apart], upper[:, apart:], lower[:, :-apart], lower[:, apart:]):
-                        place = place * self.phases + pixel
-                    seen = torch.bincount(place.flatten(), minlength=together.numel()).view(together.shape).double()
-                    if mirrors:
-                        seen = (seen + seen.permute(1, 0, 3, 2)) / 2
-                        seen = (seen + seen.permute(2, 3, 0, 1)) / 2
-                    if rotations:
-                        seen = (seen + seen.permute(0, 2, 1, 3)) / 2
-                    together += seen
-                found.append((together / together.sum()).flatten().float())
-        return torch.stack(found)
+            found += [self._patterns_of(table, apart) for table in tables] * (3 // len(tables))
+        return torch.stack(found).to(self._pixels.device)
+
+    def _patterns_of(self, images: np.ndarray, apart: int) -> Tensor:
+        together = torch.zeros((self.phases,) * 4, dtype=torch.float64)
+        for offset, rows, columns, mirrors, rotations in images.tolist():
+            image = self._pixels[offset : offset + rows * columns].view(rows, columns)
+            seen = torch.zeros(self.phases**4, dtype=torch.int64)
+            band = max(1, _BAND_PIXELS // columns)
+            for top in range(0, rows - apart, band):
+                upper = image[top : min(top + band, rows - apart)]
+                lower = image[top + apart : min(top + band, rows - apart) + apart]
+                place = torch.zeros_like(upper[:, apart:], dtype=torch.int32)
+                for pixel in (upper[:, :-apart], upper[:, apart:], lower[:, :-apart], lower[:, apart:]):
+                    place = place * self.phases + pixel
+                seen += torch.bincount(place.flatten(), minlength=len(seen)).cpu()
+            windows = seen.view(together.shape).double()
+            if mirrors:
+                windows = (windows + windows.permute(1, 0, 3, 2)) / 2
+                windows = (windows + windows.permute(2, 3, 0, 1)) / 2
+            if rotations:
+                windows = (windows + windows.permute(0, 2, 1, 3)) / 2
+            together += windows
+        return (together / together.sum()).flatten().float()
 
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
         """The draws of one critic step for these cubes."""
