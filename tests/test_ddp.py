@@ -42,9 +42,10 @@ def save_step(study, group, path):
 @pytest.mark.parametrize(("material", "size"), [("isotropic", 2), ("anisotropic", 3), ("fixed", 2)])
 def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(tmp_path, material, size):
     if material != "anisotropic":
-        # The pattern loss's slopes are alike all over a cube: with a large weight the convolutions' own sums over its
-        # voxels lose digits, 1e-6 of a gradient for each 0.5 of the weight.
-        training = {"cubes": 4, "reuse_generated": True, "critic_steps": 1, "lattice_weight": 300, "pattern_weight": 2}
+        # With a large pattern weight the last convolution's gradient, and no other, is off by more than the bound, 3e-5
+        # at 30: its slopes are alike all over a cube, and their sum over all voxels loses digits.
+        training = {"cubes": 4, "reuse_generated": True, "critic_steps": 1}
+        training |= {"lattice_weight": 300, "pattern_weight": 0.5}
         if material == "fixed":
             training |= {"fixed_statistics": 0.5, "settling_cubes": 4, "planes_apart": True}
         # Of some seeds' 16 million values one is within rounding of a ReLU's kink, which changes 1e-4; not of seed 1's.
