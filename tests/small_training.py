@@ -44,6 +44,20 @@ def study_of(folder, images=None, high_res=None, volume=None, **more):
     )  # fmt: skip
 
 
+def one_image(folder, pixels, **image):
+    np.save(folder / "one.npy", pixels)
+    return {"path": str(folder / "one.npy"), **image}
+
+
+def counted_patterns(stack, spacing, phases=3):
+    """How often each pattern is in slices (slice, row, column), window by window."""
+    found = np.zeros((phases,) * 4)
+    for image in stack:
+        for row, column in np.ndindex(image.shape[0] - spacing, image.shape[1] - spacing):
+            found[tuple(image[row : row + spacing + 1 : spacing, column : column + spacing + 1 : spacing].ravel())] += 1
+    return found
+
+
 def anisotropic(folder, **training):
     np.save(folder / "side.npy", blobs((2, 60, 70), 3))
     np.save(folder / "top.npy", blobs((1, 64, 64), 4))

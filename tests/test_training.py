@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
-from small_training import ALONE, anisotropic, blobs, study_of
+from small_training import ALONE, anisotropic, blobs, counted_patterns, one_image, study_of
 from torch import nn
 from torch.nn import functional
 
@@ -18,7 +18,7 @@ from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging
-from hpcres.training import adversarial, samples
+from hpcres.training import adversarial
 from hpcres.training.adversarial import Models, average_decay, learning_rate, train
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
@@ -304,15 +304,6 @@ def test_lattice_loss_joins_the_generators(tmp_path):
     assert (found[1][1] - found[0][1] - slope).norm() < 1e-4 * slope.norm()
 
 
-def counted_patterns(stack, spacing, phases=3):
-    """Share of each pattern, window by window."""
-    found = np.zeros((phases,) * 4)
-    for image in stack:
-        for row, column in np.ndindex(image.shape[0] - spacing, image.shape[1] - spacing):
-            found[tuple(image[row : row + spacing + 1 : spacing, column : column + spacing + 1 : spacing].ravel())] += 1
-    return found
-
-
 def test_pattern_shares_are_those_counted_window_by_window():
     labels = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 9, 10, 11)))
     slices = [volume_slices(one_hot(labels, 3), axis) for axis in range(3)]
@@ -326,39 +317,6 @@ def test_pattern_shares_are_those_counted_window_by_window():
     p = np.array([0.5, 0.3, 0.2])
     independent = np.einsum("a,b,c,d->abcd", p, p, p, p).ravel()
     assert pattern_shares([unsure], (2,))[0].numpy() == pytest.approx(independent, rel=1e-5)
-
-
-@pytest.mark.parametrize("augment", [True, "mirrors", False])
-def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, monkeypatch, augment):
-    """Two images of different sizes, one for two planes with its rows along z, so that it is turned over for zx."""
-    side, top = blobs((2, 60, 71), 3), blobs((1, 66, 64), 4)
-    np.save(tmp_path / "side.npy", side)
-    np.save(tmp_path / "top.npy", top)
-    images = [
-        {"path": str(tmp_path / "side.npy"), "planes": ["zy", "xz"], "augment": augment},
-        {"path": str(tmp_path / "top.npy"), "planes": ["yx", "xz"], "augment": augment},
-    ]
-    study = study_of(tmp_path, images, {"isotropic": False}, training={"pattern_spacings": [3, 1]})
-    monkeypatch.setattr(samples, "_BAND_PIXELS", 700)
-    ways = {True: range(8), "mirrors": (0, 2, 4, 6), False: (0,)}[augment]
-
-    def seen(stack, spacing, turned):
-        found = 0
-        for way in ways:
-            one = np.rot90(stack, way // 2 if augment is True else (way // 4) * 2, (1, 2))
-            one = one[:, :, ::-1] if way % (2 if augment is True else 4) else one
-            found = found + counted_patterns(one.swapaxes(1, 2) if turned else one, spacing)
-        return found
-
-    patterns = RealSlices(study, ALONE.device).patterns.numpy().reshape(2, 3, 81)
-    for k, spacing in enumerate((3, 1)):
-        zx = seen(side, spacing, True) + seen(top, spacing, True)
-        for axis, counts in enumerate((seen(top, spacing, False), zx, seen(side, spacing, False))):
-            assert patterns[k, axis] == pytest.approx((counts / counts.sum()).ravel(), abs=1e-6)
-    isotropic = study_of(tmp_path, [{"path": str(tmp_path / "top.npy"), "augment": augment}])
-    patterns = RealSlices(isotropic, ALONE.device).patterns.numpy().reshape(4, 3, 81)
-    counts = seen(top, 8, False)
-    assert patterns[3] == pytest.approx(np.tile((counts / counts.sum()).ravel(), (3, 1)), abs=1e-6)
 
 
 def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts():
@@ -432,108 +390,6 @@ def test_weights_in_the_average_grow_as_the_square_root_until_ema_is_reached():
     short, _ = weights(0.99, 4000)
     assert short[-1] == pytest.approx(0.01)
     assert short[-100] == pytest.approx(0.01 * 0.99**99)
-
-
-# ---- samples ----
-
-
-def one_image(folder, pixels, **image):
-    np.save(folder / "one.npy", pixels)
-    return {"path": str(folder / "one.npy"), **image}
-
-
-def patches(study, draws=60, axis=0):
-    """Distinct patches as label bytes, and all of them."""
-    real = RealSlices(study, ALONE.device)
-    cut = [real.draw(step, 0, range(2)).real[axis].argmax(1).numpy().astype(np.uint8) for step in range(draws)]
-    return {patch.tobytes() for patch in np.concatenate(cut)}, np.concatenate(cut)
-
-
-def test_augmentation_gives_the_eight_mirrors_and_rotations(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 3, (1, 56, 56), np.uint8)
-    turned = [np.rot90(p, k) for p in (pixels[0], pixels[0].T) for k in range(4)]
-    expected = {np.ascontiguousarray(p).tobytes() for p in turned}
-    assert len(expected) == 8
-    assert patches(study_of(tmp_path, [one_image(tmp_path, pixels)]))[0] == expected
-    assert patches(study_of(tmp_path, [one_image(tmp_path, pixels, augment=False)]))[0] == {pixels[0].tobytes()}
-    mirrors = {np.ascontiguousarray(pixels[0][::i, ::j]).tobytes() for i in (1, -1) for j in (1, -1)}
-    assert patches(study_of(tmp_path, [one_image(tmp_path, pixels, augment="mirrors")]))[0] == mirrors
-
-
-def test_planes_of_one_image_can_allow_different_turns(tmp_path):
-    pixels = np.random.default_rng(1).integers(0, 3, (1, 56, 56), np.uint8)
-    image = one_image(tmp_path, pixels)
-    images = [image | {"planes": ["zy"], "augment": True}, image | {"planes": ["zx"], "augment": "mirrors"},
-              image | {"planes": ["yx"]}]  # fmt: skip
-    study = study_of(tmp_path, images, {"isotropic": False})
-    assert [len(patches(study, 30, axis)[0]) for axis in (2, 1, 0)] == [8, 4, 1]
-
-
-def test_patches_are_whole_windows_of_their_image(tmp_path):
-    pixels = blobs((2, 60, 75), 5)
-    windows = {
-        np.ascontiguousarray(image[r : r + 56, c : c + 56]).tobytes()
-        for image in pixels for r in range(5) for c in range(20)
-    }  # fmt: skip
-    found, _ = patches(study_of(tmp_path, [one_image(tmp_path, pixels, augment=False)]), draws=300)
-    assert found <= windows
-    assert len(found) > 0.99 * len(windows)
-
-
-def test_images_are_drawn_in_proportion_to_their_area(tmp_path):
-    np.save(tmp_path / "small.npy", np.zeros((1, 60, 60), np.uint8))
-    np.save(tmp_path / "large.npy", np.ones((3, 60, 120), np.uint8))
-    images = [{"path": str(tmp_path / name)} for name in ("small.npy", "large.npy")]
-    _, found = patches(study_of(tmp_path, images), draws=200)
-    share = float((found[:, 0, 0] == 1).mean())
-    assert share == pytest.approx(6 / 7, abs=4 * (6 / 49 / len(found)) ** 0.5)
-
-
-@pytest.mark.parametrize(("plane", "axis", "varies"), [
-    ("zy", 2, 0), ("yz", 2, 1), ("zx", 1, 0), ("xz", 1, 1), ("yx", 0, 0), ("xy", 0, 1)
-])  # fmt: skip
-def test_an_image_goes_to_the_critic_of_its_normal_with_rows_and_columns_in_order(tmp_path, plane, axis, varies):
-    """The image varies along its rows; in the patch that is the direction of its first letter."""
-    rows = np.broadcast_to(np.arange(60)[:, None] // 20, (1, 60, 64)).astype(np.uint8)
-    np.save(tmp_path / "flat.npy", np.zeros((1, 64, 64), np.uint8))
-    others = [p for p in ("yx", "zx", "zy") if set(p) != set(plane)]
-    images = [one_image(tmp_path, rows, planes=[plane]), {"path": str(tmp_path / "flat.npy"), "planes": others}]
-    study = study_of(tmp_path, images, {"isotropic": False})
-    for normal in range(3):
-        found = patches(study, 3, normal)[1]
-        assert (found.std(axis=1 + varies).min() > 0) == (normal == axis)
-        assert found.std(axis=2 - varies).max() == 0
-
-
-def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path):
-    study = study_of(tmp_path)
-    low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
-    whole = low_res.draw(7, range(4), ALONE.device)
-    parts = [low_res.draw(7, share, ALONE.device) for share in (range(2), range(2, 4))]
-    assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
-    slices = real.draw(7, 1, range(4))
-    parts = [real.draw(7, 1, share) for share in (range(2), range(2, 4))]
-    for axis in range(3):
-        for name in ("chosen", "real", "mix"):
-            cut = torch.cat([getattr(part, name)[axis] for part in parts])
-            assert torch.equal(getattr(slices, name)[axis], cut)
-    assert not torch.equal(whole[1], low_res.draw(8, range(4), ALONE.device)[1])
-    assert not torch.equal(slices.mix[0], real.draw(7, 0, range(4)).mix[0])
-
-
-def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monkeypatch):
-    study = study_of(tmp_path)
-    volume = np.load(tmp_path / "low.npy")
-    held = LowResCubes(study).draw(0, range(8), ALONE.device)
-    windows = np.lib.stride_tricks.sliding_window_view(volume, (16, 16, 16)).reshape(-1, 16**3)
-    for cube in held[0].numpy().reshape(8, -1):
-        assert (windows == cube).all(axis=1).any()
-    assert torch.equal(held[1][:, :3].argmax(1), held[0].long())
-    assert abs(float(held[1][:, 3].std()) - 1) < 0.05
-    monkeypatch.setattr("hpcres.training.samples._HELD_BYTES", 100)
-    lazy = LowResCubes(study)
-    assert lazy._held is None
-    assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])
 
 
 # ---- the saved generator ----
