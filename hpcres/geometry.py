@@ -1,8 +1,8 @@
 """Boxes, and the plan of tiles: integers in, boxes out. No I/O, no arrays.
 
 Axes are z, y, x. A low-res voxel of scale factor p/q (lowest terms) is p/q high-res voxels wide, so q low-res
-voxels are exactly p high-res ones; tiles therefore start at multiples of q low-res voxels. On a periodic axis of n
-voxels index i stands for voxel i mod n, so boxes there may reach below 0 and beyond n.
+voxels are exactly p high-res ones; tiles therefore start at multiples of q low-res voxels. On an axis without ends,
+periodic or mirror, index i of n voxels stands for another of them, so boxes there may reach below 0 and beyond n.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise, product
 from math import prod
+from typing import Literal
 
 from hpcres.errors import InputError
 
 Triple = tuple[int, int, int]
 Periodic = tuple[bool, bool, bool]
+Boundary = Literal["replicate", "periodic", "mirror"]
+"""Beyond an axis of n voxels: nothing, so that each layer of a network repeats its own outermost ones; voxel i mod n at
+index i; or the volume's mirror image, voxel −1 − i at i < 0 and 2n − 1 − i at i ≥ n, and so on."""
+Boundaries = tuple[Boundary, Boundary, Boundary]
+REPLICATE: Boundaries = ("replicate", "replicate", "replicate")
+MIRROR: Boundaries = ("mirror", "mirror", "mirror")
 AXES = "zyx"
 
 
@@ -99,19 +106,32 @@ def following(boxes: Sequence[Box], shape: Sequence[int], periodic: Periodic) ->
     return found
 
 
-def wrapped(box: Box, shape: Sequence[int]) -> list[tuple[Box, Box]]:
-    """A box of a periodic volume cut where it wraps: (box inside the volume, its place in `box`) pieces, z-major.
+@dataclass(frozen=True)
+class Piece:
+    """Part of a box that reaches beyond its volume: where it is inside the volume, and its place in the box, along
+    whose axes `steps` (1 or −1) it lies as it is or back to front."""
 
-    A box longer than the volume wraps several times. One that lies inside gives itself.
+    source: Box
+    place: Box
+    steps: Triple
+
+
+def pieces_of(box: Box, shape: Sequence[int], boundaries: Boundaries) -> list[Piece]:
+    """A box cut where it leaves the volume or comes back to it, z-major.
+
+    One longer than the volume does so several times. One that lies inside is its only piece.
     """
-    runs: list[list[tuple[int, int, int]]] = []
-    for start, stop, n in zip(box.start, box.stop, shape, strict=True):
-        cuts = [start, *range((start // n + 1) * n, stop, n), stop]
-        runs.append([(a % n, a - start, b - a) for a, b in pairwise(cuts)])
+    runs: list[list[tuple[int, int, int, int]]] = []
+    for start, stop, n, boundary in zip(box.start, box.stop, shape, boundaries, strict=True):
+        assert boundary != "replicate" or 0 <= start <= stop <= n, box
+        runs.append([])
+        for a, b in pairwise([start, *range((start // n + 1) * n, stop, n), stop]):
+            back = boundary == "mirror" and a // n % 2 == 1
+            runs[-1].append(((-b if back else a) % n, a - start, b - a, -1 if back else 1))
     pieces = []
     for run in product(*runs):
-        source, place, length = (triple(part) for part in zip(*run, strict=True))
-        pieces.append((_sized(source, length), _sized(place, length)))
+        source, place, length, steps = (triple(part) for part in zip(*run, strict=True))
+        pieces.append(Piece(_sized(source, length), _sized(place, length), steps))
     return pieces
 
 
@@ -123,8 +143,8 @@ def _sized(start: Triple, shape: Triple) -> Box:
 class Tile:
     """One unit of inference, of storage and of recovery: a tile is a shard is a file.
 
-    `core` and `read` are low-res boxes (`read` holds the halo; it ends where the volume ends, and goes on around it
-    on a periodic axis), `write` is the high-res box the tile owns.
+    `core` and `read` are low-res boxes (`read` holds the halo; it ends where the volume ends, and goes on beyond on an
+    axis without ends), `write` is the high-res box the tile owns.
     """
 
     index: int
@@ -144,8 +164,13 @@ class TilePlan:
     chunk_voxels: int
     tile_voxels: Triple
     grid: Triple
-    periodic: Periodic
+    boundaries: Boundaries
     tiles: tuple[Tile, ...]
+
+    @property
+    def endless(self) -> tuple[bool, bool, bool]:
+        z, y, x = (boundary != "replicate" for boundary in self.boundaries)
+        return z, y, x
 
     @property
     def halo_overhead(self) -> float:
@@ -166,19 +191,21 @@ class TilePlan:
         whole = Box.whole(self.low_res_shape)
         return [
             _tile(i, _sized(triple(start), shape).clipped(whole), self.low_res_shape, self.shape, self.scale,
-                  self.halo_low_res, self.periodic)
+                  self.halo_low_res, self.boundaries)
             for i, start in enumerate(product(*starts))
         ]  # fmt: skip
 
 
 def _tile(
-    index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int, periodic: Periodic
-) -> Tile:
+    index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int,
+    boundaries: Boundaries,
+) -> Tile:  # fmt: skip
     p, q = scale.numerator, scale.denominator
     # The start of a window is rounded down to a multiple of q, where interpolation weights repeat; its end is free.
     before = -(-halo_low_res // q) * q
-    around = triple([n + before * wraps for n, wraps in zip(low_res_shape, periodic, strict=True)])
-    read = core.grown(before, halo_low_res, Box(triple([-before * wraps for wraps in periodic]), around))
+    beyond = [0 if boundary == "replicate" else before for boundary in boundaries]
+    around = Box(triple([-b for b in beyond]), triple([n + b for n, b in zip(low_res_shape, beyond, strict=True)]))
+    read = core.grown(before, halo_low_res, around)
     start = triple([s // q * p for s in core.start])
     write = Box(start, triple([-(-e * p // q) for e in core.stop])).clipped(Box.whole(shape))
     return Tile(index, core, read, write)
@@ -191,9 +218,9 @@ def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:
 
 def plan_tiles(
     low_res_shape: Sequence[int], scale: Fraction, tiles: Sequence[int], halo_low_res: int, chunk_voxels: int,
-    periodic: Periodic = (False, False, False),
+    boundaries: Boundaries = REPLICATE,
 ) -> TilePlan:  # fmt: skip
-    """Cut a low-res volume into at most `tiles` tiles per axis. InputError for what cannot be cut, or not wrap.
+    """Cut a low-res volume into at most `tiles` tiles per axis. InputError for what cannot be cut, or not be periodic.
 
     A tile is a whole number of storage chunks (`chunk_voxels`, high-res voxels per edge), so the grid can come
     out coarser than asked; the plan's `grid` says what it is.
@@ -210,20 +237,21 @@ def plan_tiles(
     shape = high_res_shape(low_res_shape, scale)
     if min(shape) < 1:
         raise InputError(f"low-res volume {tuple(low_res_shape)}: empty at scale factor {scale}; check its axes")
-    for axis, n, wraps in zip(AXES, low_res_shape, periodic, strict=True):
-        if wraps and n % q:
+    for axis, n, boundary in zip(AXES, low_res_shape, boundaries, strict=True):
+        if boundary == "periodic" and n % q:
             raise InputError(
                 f"inference.boundary: periodic along {axis} with {n} low-res voxels, which are no whole number of "
-                f"high-res ones at scale factor {scale}; give it a multiple of {q}, or use replicate there"
+                f"high-res ones at scale factor {scale}; give it a multiple of {q}, or use mirror or replicate there"
             )
     core_edge = triple([-(-n // t // chunk_low_res) * chunk_low_res for n, t in zip(low_res_shape, tiles, strict=True)])
     cores = blocks(low_res_shape, core_edge)
     return TilePlan(
         triple(low_res_shape), shape, scale, halo_low_res, chunk_voxels,
         triple([e // q * p for e in core_edge]),
-        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]), periodic,
+        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]), boundaries,
         tuple(
-            _tile(i, core, triple(low_res_shape), shape, scale, halo_low_res, periodic) for i, core in enumerate(cores)
+            _tile(i, core, triple(low_res_shape), shape, scale, halo_low_res, boundaries)
+            for i, core in enumerate(cores)
         ),
     )  # fmt: skip
 

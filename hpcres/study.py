@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from hpcres.errors import InputError
+from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
 
 OME_UNITS = {
     "nm": "nanometer", "um": "micrometer", "µm": "micrometer", "μm": "micrometer", "mm": "millimeter",
@@ -103,11 +104,9 @@ Voxel = Annotated[VoxelSize, PlainValidator(parse_voxel_size), PlainSerializer(s
 Grid = Annotated[tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(
     lambda v: "x".join(map(str, v))
 )]  # fmt: skip
-Boundary = Literal["replicate", "periodic"]
-Boundaries = Annotated[
-    tuple[Boundary, Boundary, Boundary], PlainValidator(lambda v: parse_boundary(v)),
-    PlainSerializer(lambda v: dict(zip("zyx", v, strict=True))),
-]  # fmt: skip
+BoundarySetting = Annotated[
+    Boundaries, PlainValidator(lambda v: parse_boundary(v)), PlainSerializer(lambda v: dict(zip("zyx", v, strict=True)))
+]
 Plane = Literal["zy", "zx", "yx", "yz", "xz", "xy"]
 """Rows and columns of an image: `zx` is a slice normal to y whose rows run along z."""
 Device = Literal["auto", "cpu", "cuda"]
@@ -126,7 +125,7 @@ def parse_grid(value: Any) -> tuple[int, int, int]:
     return z, y, x
 
 
-def parse_boundary(value: Any) -> tuple[Boundary, Boundary, Boundary]:
+def parse_boundary(value: Any) -> Boundaries:
     """`periodic` for all axes, `{z: periodic}` with replicate for the others, or three words for z, y, x."""
     words: Any = (value,) * 3 if isinstance(value, str) else value
     if isinstance(value, dict):
@@ -137,7 +136,7 @@ def parse_boundary(value: Any) -> tuple[Boundary, Boundary, Boundary]:
         raise ValueError(f"{value!r} is neither one word nor one an axis; write periodic or {{z: periodic}}")
     for word in words:
         if word not in get_args(Boundary):
-            raise ValueError(f"{word!r} is no boundary; use {' or '.join(get_args(Boundary))}")
+            raise ValueError(f"{word!r} is no boundary; use one of {', '.join(get_args(Boundary))}")
     z, y, x = words
     return z, y, x
 
@@ -341,6 +340,9 @@ class Training(Section):
     warm-up."""
     pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 2, 4, 8)
     """How far apart the pixels of such a pattern are: each spacing has patterns of its own."""
+    surroundings: Annotated[int, Field(ge=0, le=8)] = 0
+    """Low-res voxels around each training cube that the generator sees and nothing is asked of, so that no padding is
+    near what the critics see; a multiple of q where the scale factor is p/q. None by default, as published."""
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -371,25 +373,26 @@ class Training(Section):
             raise ValueError("keep: best, but nothing is judged; set quality_steps")
         return self
 
+    @property
+    def boundaries(self) -> Boundaries:
+        """What suits a network trained so beyond the faces of a volume."""
+        return MIRROR if self.surroundings else REPLICATE
+
 
 class Inference(Section):
     tiles: Grid = (2, 2, 2)
     chunk_voxels: Literal[16, 32, 64, 128] | None = None
     """Inner chunk of the store; 128, or 64 where the volume is below 512³."""
-    boundary: Boundaries = ("replicate", "replicate", "replicate")
-    """What lies beyond the volume, z, y, x: its outermost voxels again, or its other side. Given as `periodic` for all
-    axes or as `{z: periodic}`."""
+    boundary: BoundarySetting | None = None
+    """What lies beyond the volume, z, y, x: its outermost voxels again (`replicate`, as published), its other side
+    (`periodic`) or its mirror image (`mirror`). One for all axes or as `{z: periodic}`, where the others replicate; by
+    default mirror for a network trained with surroundings, which has never seen a face, else replicate."""
     codec: Literal["zstd", "lz4"] = "zstd"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Half precision is faster, above all on GPUs, and changes labels; infer says how many."""
     ensemble: Annotated[int, Field(ge=1, le=255)] = 1
     """Seeds to paint, from the study's on: labels of the first, the share of seeds that agree, and metrics of all."""
     threads: Annotated[int, Field(ge=1)] | None = None
-
-    @property
-    def periodic(self) -> tuple[bool, bool, bool]:
-        z, y, x = (word == "periodic" for word in self.boundary)
-        return z, y, x
 
 
 class SubVolumes(Section):
@@ -514,6 +517,11 @@ class Study(Section):
                     f"low_res.phases: {name!r} has no place, so the generator could not put it anywhere; list it "
                     f"with the phase it cannot be told from, as [{named[0]}, {name}]"
                 )
+        if (around := self.training.surroundings) % (q := self.scale_factor.denominator):
+            raise ValueError(
+                f"training.surroundings: {around} low-res voxels are no whole number of high-res ones at scale factor "
+                f"{self.scale_factor}; use a multiple of {q}"
+            )
         return self
 
     @property
@@ -524,6 +532,11 @@ class Study(Section):
     @property
     def low_res_voxel_size(self) -> VoxelSize:
         return self.high_res.voxel_size.times(self.scale_factor)
+
+    @property
+    def surrounding_voxels(self) -> int:
+        """High-res voxels that a training cube's surroundings become on each of its sides."""
+        return int(self.training.surroundings * self.scale_factor)
 
     @property
     def folder(self) -> Path:

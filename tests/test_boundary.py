@@ -1,4 +1,8 @@
-"""Periodic axes have no face: output shifted around such an axis is the output of the shifted input."""
+"""Axes without ends have no face: any tiling of such a volume is the endless one's stretch of it.
+
+Around a periodic axis the output of a shifted input is the shifted output; a mirror's is that of the volume and its
+mirror image, repeated.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from test_inference import lively, make_study, paint_alone
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError
-from hpcres.geometry import Box, plan_tiles
+from hpcres.geometry import REPLICATE, Boundaries, Box, plan_tiles
 from hpcres.inference import generate
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.run import open_job
@@ -26,14 +30,23 @@ from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
 
 SEED = 2**40 + 7
-AXES = [axes for axes in product((False, True), repeat=3) if any(axes)]
+WORDS = {"r": "replicate", "p": "periodic", "m": "mirror"}
 CASES = {
     "4": ("4", (9, 3, 7), 1), "8/5": ("8/5", (20, 15, 10), 1), "16/3": ("16/3", (6, 3, 6), 1),
-    "far": ("4", (5, 2, 4), 6),
+    "odd": ("8/5", (7, 13, 5), 1), "far": ("4", (5, 2, 4), 6),
 }  # fmt: skip
-"""Scale factor, low-res shape, residual blocks; the halo of the last, 15, wraps seven times around two voxels."""
-_FEWER = [(False, True, False), (False, True, True), (True, False, False), (True, True, True)]
-WRAPS = {"4": AXES, "8/5": _FEWER, "16/3": _FEWER, "far": _FEWER[:1]}
+"""Scale factor, low-res shape, residual blocks; the halo of the last, 15, wraps seven times around two voxels. The odd
+one's first axes end within a high-res voxel."""
+_FEWER = ["rpr", "rpp", "prr", "ppp", "rmr", "mmm", "pmr", "mrp"]
+WRAPS = {
+    "4": ["".join(axes) for axes in product("rp", repeat=3) if "p" in axes] + ["mrr", "rmr", "rrm", "mmm", "mpr"],
+    "8/5": _FEWER, "16/3": _FEWER, "odd": ["mmm", "mrr", "rmp"], "far": ["rpr", "rmr"],
+}  # fmt: skip
+
+
+def boundaries_of(letters: str) -> Boundaries:
+    z, y, x = (WORDS[letter] for letter in letters)
+    return z, y, x
 
 
 def make_case(name: str) -> tuple[SuperResGenerator, np.ndarray, np.ndarray]:
@@ -46,12 +59,12 @@ def make_case(name: str) -> tuple[SuperResGenerator, np.ndarray, np.ndarray]:
 
 
 def paint(
-    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, periodic: tuple[bool, bool, bool],
+    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, boundaries: Boundaries,
     tiles: tuple[int, int, int], block_voxels: int, monkeypatch,
 ) -> np.ndarray:  # fmt: skip
     """The high-res labels, tile by tile, with `noise` in place of the seed's."""
     monkeypatch.setattr(generate, "normals", lambda seed, box: noise[box.slices])
-    plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, periodic)
+    plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, boundaries)
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = block_voxels
     out = np.full(plan.shape, 255, np.uint8)
@@ -63,13 +76,18 @@ def paint(
 
 
 def reference(
-    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, periodic: tuple[bool, bool, bool]
+    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, boundaries: Boundaries
 ) -> np.ndarray:
-    """The logits (phase, z, y, x) of the whole volume in one piece, repeated by numpy beyond its periodic faces."""
+    """The logits (phase, z, y, x) of the whole volume in one piece, repeated by numpy beyond faces that are no end."""
     p, q = generator.scale.numerator, generator.scale.denominator
     beyond = -(-(generator.halo_low_res + 2) // q) * q
-    pad = [(beyond * wraps,) * 2 for wraps in periodic]
-    channels = [np.pad(field, pad, mode="wrap") for field in (labels == 0, labels == 1, noise)]
+    pad = [(beyond * (boundary != "replicate"),) * 2 for boundary in boundaries]
+    channels = []
+    for channel in (labels == 0, labels == 1, noise):
+        for axis, boundary in enumerate(boundaries):
+            along = [(0, 0)] * axis + [pad[axis]] + [(0, 0)] * (2 - axis)
+            channel = np.pad(channel, along, mode="wrap" if boundary == "periodic" else "symmetric")
+        channels.append(channel)
     with torch.inference_mode():
         logits = generator(torch.from_numpy(np.stack(channels).astype(np.float32))[None])[0].numpy()
     inside = [
@@ -87,31 +105,39 @@ def assert_same(painted: np.ndarray, logits: np.ndarray) -> None:
     assert not differ.any() or (best[-1] - best[-2])[differ].max() < 1e-5 * np.abs(logits).max()
 
 
-@pytest.mark.parametrize(
-    ("name", "periodic"), [(name, axes) for name, all_axes in WRAPS.items() for axes in all_axes],
-    ids=lambda v: v if isinstance(v, str) else "".join("-p"[wraps] for wraps in v),
-)  # fmt: skip
-def test_any_tiling_is_the_endless_volume_and_moves_with_its_input(name, periodic, monkeypatch):
+@pytest.mark.parametrize(("name", "letters"), [(name, letters) for name in WRAPS for letters in WRAPS[name]])
+def test_any_tiling_is_the_endless_volume_and_moves_with_its_input(name, letters, monkeypatch):
     generator, labels, noise = make_case(name)
-    p, q = generator.scale.numerator, generator.scale.denominator
-    logits = reference(generator, labels, noise, periodic)
-    faces = reference(generator, labels, noise, (False,) * 3)
+    p, q, boundaries = generator.scale.numerator, generator.scale.denominator, boundaries_of(letters)
+    logits = reference(generator, labels, noise, boundaries)
+    faces = reference(generator, labels, noise, REPLICATE)
     assert (logits.argmax(0) != faces.argmax(0)).mean() > 1e-3  # the boundary matters here
     for tiles, block_voxels in (((1, 1, 1), 64), ((3, 3, 3), 16)):
-        assert_same(paint(generator, labels, noise, periodic, tiles, block_voxels, monkeypatch), logits)
-    # Shifts by whole high-res voxels, so by q low-res ones, another number of them on each axis.
-    steps = [(axis + 1) * wraps for axis, wraps in enumerate(periodic)]
+        assert_same(paint(generator, labels, noise, boundaries, tiles, block_voxels, monkeypatch), logits)
+    # Shifts by whole high-res voxels, so by q low-res ones, another number of them on each periodic axis.
+    steps = [(axis + 1) * (boundary == "periodic") for axis, boundary in enumerate(boundaries)]
     moved = [np.roll(field, [q * n for n in steps], (0, 1, 2)) for field in (labels, noise)]
-    shifted = paint(generator, *moved, periodic, (1, 2, 3), 32, monkeypatch)
+    shifted = paint(generator, *moved, boundaries, (1, 2, 3), 32, monkeypatch)
     assert_same(shifted, np.roll(logits, [p * n for n in steps], (1, 2, 3)))
 
 
-def test_noise_beyond_a_periodic_face_is_that_of_the_voxel_it_stands_for(monkeypatch):
-    """The seed's own noise, unpatched: the low-res index modulo the axis."""
+@pytest.mark.parametrize(("name", "letters"), [("4", "mmm"), ("8/5", "mrm"), ("16/3", "pmr"), ("far", "rmr")])
+def test_a_mirrored_volume_is_half_of_one_periodic_with_its_image(name, letters, monkeypatch):
+    generator, *fields = make_case(name)
+    mirrored = paint(generator, *fields, boundaries_of(letters), (2, 1, 2), 16, monkeypatch)
+    for axis in (axis for axis, letter in enumerate(letters) if letter == "m"):
+        fields = [np.concatenate([field, np.flip(field, axis)], axis) for field in fields]
+    whole = paint(generator, *fields, boundaries_of(letters.replace("m", "p")), (1, 2, 2), 32, monkeypatch)
+    assert (whole[tuple(slice(n) for n in mirrored.shape)] == mirrored).all()
+
+
+@pytest.mark.parametrize("boundary", ["periodic", "mirror"])
+def test_noise_beyond_a_face_is_that_of_the_voxel_it_stands_for(boundary, monkeypatch):
+    """The seed's own noise, unpatched."""
     generator, labels, noise = make_case("4")
-    expected = paint(generator, labels, noise, (True,) * 3, (2, 2, 2), 16, monkeypatch)
+    expected = paint(generator, labels, noise, (boundary,) * 3, (2, 2, 2), 16, monkeypatch)
     monkeypatch.undo()
-    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), halo_of(generator), 16, (True,) * 3)
+    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), halo_of(generator), 16, (boundary,) * 3)
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = 16
     for tile in plan.tiles:
@@ -130,20 +156,20 @@ def study(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("periodic", (True, True, True)), ("replicate", (False, False, False)), ("{z: periodic}", (True, False, False)),
-        ("{x: periodic, y: replicate}", (False, False, True)), ("[replicate, periodic, periodic]", (False, True, True)),
+        ("periodic", "ppp"), ("replicate", "rrr"), ("mirror", "mmm"), ("{z: periodic}", "prr"),
+        ("{x: periodic, y: mirror}", "rmp"), ("[replicate, periodic, periodic]", "rpp"),
     ],
 )  # fmt: skip
 def test_boundary_is_a_word_or_one_an_axis(given, expected, study, tmp_path):
     loaded = load_study(study, [f"inference.boundary={given}"], str(tmp_path))
-    assert loaded.inference.periodic == expected
+    assert loaded.inference.boundary == boundaries_of(expected)
     assert load_study(save_study(loaded, "infer")) == loaded
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("mirror", "'mirror' is no boundary; use replicate or periodic"), ("{w: periodic}", "'w' is no axis"),
+        ("wall", "'wall' is no boundary; use one of replicate, periodic, mirror"), ("{w: periodic}", "'w' is no axis"),
         ("[periodic, periodic]", "neither one word nor one an axis"), ("{z: 3}", "3 is no boundary"), ("1", "1 is nei"),
     ],
 )  # fmt: skip
@@ -153,7 +179,7 @@ def test_other_boundaries_are_refused_in_words(given, words, study):
 
 
 def test_a_periodic_axis_must_end_with_a_high_res_voxel(study):
-    with pytest.raises(InputError, match=r"periodic along y with 7 low-res voxels.*multiple of 3, or use replicate"):
+    with pytest.raises(InputError, match=r"periodic along y with 7 low-res voxels.*multiple of 3, or use mirror or"):
         open_job(load_study(study, ["inference.boundary=periodic"]))
 
 
@@ -172,11 +198,23 @@ def test_boundary_belongs_to_the_store(study, tmp_path, hpcres):
     with pytest.raises(InputError, match=r"was painted with boundary .*periodic.* this job has .*--overwrite"):
         paint_alone(study, tmp_path / "open")
     (store / "0/c/0/0/1").unlink()
-    assert repair_job(store).plan.periodic == (True, False, True)
+    assert repair_job(store).plan.boundaries == ("periodic", "replicate", "periodic")
     assert hpcres("verify", store, "--repair").returncode == 0
     assert (LabelStore.open(store).read(0, whole) == labels).all()
     loaded = load_checkpoint(study.parent / "out/checkpoint.pt")
     taught = tmp_path / "checkpoint.pt"
     save_checkpoint(taught, generator=loaded.generator, study=load_study(periodic), step=1)
     alone = open_job(None, checkpoint=str(taught), low_res=str(study.parent / "low.npy"), output=str(tmp_path / "x"))
-    assert alone.plan.periodic == (True, False, True)
+    assert alone.plan.boundaries == ("periodic", "replicate", "periodic")
+
+
+def test_a_network_trained_with_surroundings_paints_with_a_mirror_unless_told_otherwise(study, tmp_path):
+    loaded, low_res = load_checkpoint(study.parent / "out/checkpoint.pt"), str(study.parent / "low.npy")
+    for around, boundary, expected in ((0, None, "rrr"), (3, None, "mmm"), (3, "{z: periodic}", "prr")):
+        settings = [f"training.surroundings={around}", *([f"inference.boundary={boundary}"] if boundary else [])]
+        taught, used = tmp_path / f"{around}.pt", load_study(study, settings)
+        save_checkpoint(taught, generator=loaded.generator, study=used, step=1)
+        alone = open_job(None, checkpoint=str(taught), low_res=low_res, output=str(tmp_path / "x"))
+        # A study that does not say leaves it to the checkpoint, whatever it would train.
+        by_study = open_job(load_study(study, settings[1:]), checkpoint=str(taught))
+        assert alone.plan.boundaries == by_study.plan.boundaries == boundaries_of(expected)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, blocks, plan_tiles, tiles_of_rank, wrapped
+from hpcres.geometry import Box, Piece, blocks, pieces_of, plan_tiles, tiles_of_rank
 
 edges = st.integers(1, 40)
 scales = st.sampled_from([Fraction(64, d) for d in range(2, 65)])
+any_boundaries = st.tuples(*[st.sampled_from(["replicate", "periodic", "mirror"])] * 3)
 
 
 @settings(max_examples=80, deadline=None)
@@ -68,43 +69,54 @@ def test_impossible_plans_are_refused_in_words(tiles, chunk, words):
 @settings(max_examples=80, deadline=None)
 @given(
     st.tuples(edges, edges, edges), scales, st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 60),
-    st.tuples(*[st.booleans()] * 3),
+    any_boundaries,
 )  # fmt: skip
-def test_periodic_windows_hold_the_whole_halo(lengths, scale, tiles, halo, periodic):
-    """Each tile's window, put together from its pieces, is that stretch of a volume repeated without end."""
+def test_windows_hold_the_whole_halo_beyond_a_face_that_is_no_end(lengths, scale, tiles, halo, boundaries):
     q = scale.denominator
-    low_res_shape = [-(-n // q) * q for n in lengths]
-    plan = plan_tiles(low_res_shape, scale, tiles, halo, 64, periodic)
+    low_res_shape = [-(-n // q) * q if b == "periodic" else n for n, b in zip(lengths, boundaries, strict=True)]
+    plan = plan_tiles(low_res_shape, scale, tiles, halo, 64, boundaries)
+    assert plan.endless == tuple(b != "replicate" for b in boundaries)
     before = -(-halo // q) * q
     for tile in plan.tiles:
         for axis, n in enumerate(low_res_shape):
             start, stop = tile.core.start[axis] - before, tile.core.stop[axis] + halo
-            expected = (start, stop) if periodic[axis] else (max(start, 0), min(stop, n))
+            expected = (start, stop) if plan.endless[axis] else (max(start, 0), min(stop, n))
             assert (tile.read.start[axis], tile.read.stop[axis]) == expected
 
 
 @settings(max_examples=200, deadline=None)
-@given(*[st.tuples(*[st.integers(*range_)] * 3) for range_ in ((1, 6), (-25, 25), (1, 20))])
-def test_wrapped_pieces_are_the_volume_repeated(shape, start, extent):
+@given(*[st.tuples(*[st.integers(*range_)] * 3) for range_ in ((1, 6), (-25, 25), (1, 20))], any_boundaries)
+def test_pieces_are_the_volume_repeated_or_mirrored_without_end(shape, start, extent, boundaries):
     volume = np.arange(np.prod(shape)).reshape(shape)
-    box = Box(start, tuple(a + n for a, n in zip(start, extent, strict=True)))
-    window = np.full(extent, -1)
-    for source, place in wrapped(box, shape):
-        assert source.clipped(Box.whole(shape)) == source
-        assert (window[place.slices] == -1).all()
-        window[place.slices] = volume[source.slices]
-    index = np.ix_(*(np.arange(a, a + n) % m for a, n, m in zip(start, extent, shape, strict=True)))
-    assert (window == volume[index]).all()
+    stop = [a + n for a, n in zip(start, extent, strict=True)]
+    for axis, boundary in enumerate(boundaries):
+        if boundary == "replicate":  # the window ends where the volume does
+            start = (*start[:axis], 0, *start[axis + 1 :])
+            stop[axis] = shape[axis]
+    box = Box(start, tuple(stop))
+    window = np.full(box.shape, -1)
+    for piece in pieces_of(box, shape, boundaries):
+        assert piece.source.clipped(Box.whole(shape)) == piece.source
+        assert (window[piece.place.slices] == -1).all()
+        window[piece.place.slices] = volume[piece.source.slices][tuple(slice(None, None, s) for s in piece.steps)]
+    beyond = {"replicate": 0, "periodic": 45, "mirror": 45}
+    for axis, boundary in enumerate(boundaries):
+        pad = [(0, 0)] * 3
+        pad[axis] = (beyond[boundary],) * 2
+        volume = np.pad(volume, pad, mode="wrap" if boundary == "periodic" else "symmetric")
+    where = [slice(a + beyond[kind], b + beyond[kind]) for a, b, kind in zip(start, stop, boundaries, strict=True)]
+    assert (window == volume[tuple(where)]).all()
 
 
-def test_a_box_inside_is_one_piece():
+@pytest.mark.parametrize("boundary", ["replicate", "periodic", "mirror"])
+def test_a_box_inside_is_one_piece(boundary):
     box = Box((0, 2, 3), (4, 5, 6))
-    assert wrapped(box, (4, 5, 6)) == [(box, box.relative_to(box.start))]
+    assert pieces_of(box, (4, 5, 6), (boundary,) * 3) == [Piece(box, box.relative_to(box.start), (1, 1, 1))]
 
 
 def test_periodic_length_must_be_whole_high_res_voxels():
     with pytest.raises(InputError, match=r"periodic along y with 31 low-res voxels.*multiple of 5"):
-        plan_tiles((30, 31, 31), Fraction(8, 5), (1, 1, 1), 5, 64, (False, True, False))
+        plan_tiles((30, 31, 31), Fraction(8, 5), (1, 1, 1), 5, 64, ("replicate", "periodic", "mirror"))
 
 
 @settings(max_examples=80, deadline=None)

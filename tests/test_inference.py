@@ -544,7 +544,7 @@ def refuse_other_numbers(store: Path) -> None:
         ("16/3", (6, 9, 9), "3x3x3"),
     ],
 )
-@pytest.mark.parametrize("boundary", ["replicate", "periodic"])
+@pytest.mark.parametrize("boundary", ["replicate", "periodic", "mirror"])
 def test_the_store_knows_its_numbers_when_the_last_tile_lands(scale, shape, tiles, boundary, tmp_path):
     path = make_study(tmp_path / "s", scale, shape)
     job = open_job(load_study(path, [f"inference.boundary={boundary}"]), tiles=tiles)

@@ -75,11 +75,18 @@ def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path)
     def painted(volume):
         return lambda given: torch.stack([torch.from_numpy(volume == i) for i in range(3)])[None].float()
 
-    smooth, slice_ = judge.judge(painted(blobs((64, 64, 64), 8)), ALONE.device)
+    volume = blobs((64, 64, 64), 8)
+    smooth, slice_ = judge.judge(painted(volume), ALONE.device)
     rough, _ = judge.judge(painted(np.random.default_rng(0).integers(0, 3, (64, 64, 64))), ALONE.device)
     assert list(smooth) == judge.columns
     assert slice_.shape == (64, 64)
     assert smooth["score"] < 0.5 * rough["score"]
+    # What a generator makes of surroundings is not looked at.
+    study = study.model_copy(update={"training": study.training.model_copy(update={"surroundings": 1})})
+    judge = Judge(study, LowResCubes(study), Models(study, ALONE).operator)
+    again, same = judge.judge(painted(np.pad(volume, 4, constant_values=2)), ALONE.device)
+    assert (same == slice_).all()
+    assert again == smooth
 
 
 def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):
@@ -156,11 +163,13 @@ def content(labels, phases=3):
     return np.array([*((labels[known] == phase).mean() for phase in range(phases)), *areas])
 
 
-def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path):
-    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both."""
+@pytest.mark.parametrize("around", [0, 4])
+def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path, around):
+    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both; of their surroundings
+    nothing is asked."""
     labels = blobs((40, 40, 40), 1)
     labels[:, :, :8] = 2
-    low_res = LowResCubes(study_of(tmp_path, volume=labels))
+    low_res = LowResCubes(study_of(tmp_path, volume=labels, training={"surroundings": around}))
     chosen = low_res.typical(4, 7)
     assert len(set(chosen)) == 4
     assert chosen == low_res.typical(4, 7) != low_res.typical(4, 8)

@@ -94,19 +94,31 @@ def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path):
     assert not torch.equal(slices.mix[0], real.draw(7, 0, range(4)).mix[0])
 
 
-def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monkeypatch):
-    study = study_of(tmp_path)
-    volume = np.load(tmp_path / "low.npy")
+@pytest.mark.parametrize("around", [0, 2])
+def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monkeypatch, around):
+    """The generator sees `around` voxels more on each side than are known, beyond the volume its mirror image."""
+    volume, edge = blobs((20, 16, 21), 1), 16 + 2 * around
+    study = study_of(tmp_path, volume=volume, training={"surroundings": around})
     held = LowResCubes(study).draw(0, range(8), ALONE.device)
-    windows = np.lib.stride_tricks.sliding_window_view(volume, (16, 16, 16)).reshape(-1, 16**3)
-    for cube in held[0].numpy().reshape(8, -1):
+    assert held[0].shape == (8, 16, 16, 16)
+    assert held[1].shape == (8, 4, edge, edge, edge)
+    beyond = np.pad(volume, around, mode="symmetric")
+    windows = np.lib.stride_tricks.sliding_window_view(beyond, (edge, edge, edge)).reshape(-1, edge**3)
+    seen = held[1][:, :3].argmax(1)
+    for cube in seen.numpy().reshape(8, -1):
         assert (windows == cube).all(axis=1).any()
-    assert torch.equal(held[1][:, :3].argmax(1), held[0].long())
+    inner = slice(around, around + 16)
+    assert torch.equal(seen[:, inner, inner, inner], held[0].long())
     assert abs(float(held[1][:, 3].std()) - 1) < 0.05
     monkeypatch.setattr("hpcres.training.samples._HELD_BYTES", 100)
     lazy = LowResCubes(study)
     assert lazy._held is None
     assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])
+
+
+def test_surroundings_of_no_whole_high_res_voxels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"surroundings: 3 low-res .* at scale factor 64/25; use a multiple of 25"):
+        study_of(tmp_path, training={"surroundings": 3}, scale_factor="64/25")
 
 
 @pytest.mark.parametrize("augment", [True, "mirrors", False])

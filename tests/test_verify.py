@@ -213,7 +213,7 @@ def test_plan_is_that_of_the_job(study, monkeypatch):
     job = open_job(loaded)
     cost, large = plan.estimate(loaded, job.checkpoint.generator, job.low_res.shape, 2)
     assert cost.plan == job.plan
-    assert large.plan.periodic == (False, True, False)
+    assert large.plan.boundaries == ("replicate", "periodic", "replicate")
     assert large.threads == cost.threads
     assert large.block_voxels == 256 > cost.block_voxels
     # Three tiles and their windows; the network's maps are those of a block, which is smaller in the small volume.

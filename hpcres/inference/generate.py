@@ -23,7 +23,7 @@ from hpcres.networks.polyphase import Polyphase, paint_batches
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.volumes.phases import PhaseMap
-from hpcres.volumes.volume import read_around
+from hpcres.volumes.volume import read_beyond
 
 BLOCK_BYTES = 1536 * 2**20
 """What a thread may take for the maps of its block."""
@@ -73,11 +73,11 @@ class TorchNetwork:
         """The box's own low-res voxels and the network's halo; its start is where interpolation weights repeat."""
         p, q = self._plan.scale.numerator, self._plan.scale.denominator
         axes = []
-        for a, b, n, wraps in zip(
-            write.start, write.stop, self._plan.low_res_shape, self._plan.periodic, strict=True
+        for a, b, n, endless in zip(
+            write.start, write.stop, self._plan.low_res_shape, self._plan.endless, strict=True
         ):
             start, stop = a // p * q - -(-self._halo // q) * q, -(-b * q // p) + self._halo
-            axes.append((start, stop) if wraps else (max(start, 0), min(stop, n)))
+            axes.append((start, stop) if endless else (max(start, 0), min(stop, n)))
         return Box(triple([start for start, _ in axes]), triple([stop for _, stop in axes]))
 
     def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
@@ -112,7 +112,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def network_of(generator: SuperResGenerator, plan: TilePlan, device: torch.device, precision: str = "fp32") -> Network:
     """The form that suits a device and a float format."""
     if device.type == "cpu" and precision == "fp32":
-        return WinogradNetwork(fold(generator), plan.low_res_shape, plan.periodic)
+        return WinogradNetwork(fold(generator), plan.low_res_shape, plan.endless)
     return TorchNetwork(generator, plan, device, precision)
 
 
@@ -158,7 +158,7 @@ class Painter:
         own by default.
         """
         with self.timed("read"):
-            low_res = self._phase_map.index(read_around(read, tile.read, self.plan.low_res_shape))
+            low_res = self._phase_map.index(self._beyond(read, tile.read))
         box = tile.write.grown(0, more, Box.whole(self.plan.shape))
         labels = np.empty(box.shape, np.uint8)
         chosen = self.seed if seed is None else seed
@@ -177,7 +177,7 @@ class Painter:
         compared = differ = 0
         middle = len(self.plan.tiles) // 2
         for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
-            low_res = self._phase_map.index(read_around(read, tile.read, self.plan.low_res_shape))
+            low_res = self._phase_map.index(self._beyond(read, tile.read))
             for block in self.blocks_of(tile.write):
                 if compared >= _SAMPLE_VOXELS:
                     return compared, differ
@@ -186,6 +186,9 @@ class Painter:
                 compared += ours.size
                 differ += int(np.count_nonzero(ours != exact.paint([part], memory)[0]))
         return compared, differ
+
+    def _beyond(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
+        return read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries)
 
     def _warm_up(self) -> None:
         """Compile the kernels, or fetch them from where an earlier process has left them, before the clock starts."""
@@ -229,7 +232,7 @@ class Painter:
         for channel in range(self._channels):  # all of them are zero where nothing is known
             window[..., channel] = inner == channel if inner.ndim == 3 else inner[..., channel]
         with self.timed("noise"):
-            window[..., self._channels] = read_around(partial(normals, seed), reads, self.plan.low_res_shape)
+            window[..., self._channels] = self._beyond(partial(normals, seed), reads)
         return window, reads, block
 
     @contextmanager

@@ -78,7 +78,8 @@ def estimate(
     shape = high_res_shape(low_res_shape, study.scale_factor)
     chunk = chunk_edge(shape, study.scale_factor, settings)
     plan = plan_tiles(
-        low_res_shape, study.scale_factor, settings.tiles, halo_of(generator), chunk, settings.periodic
+        low_res_shape, study.scale_factor, settings.tiles, halo_of(generator), chunk,
+        settings.boundary or study.training.boundaries,
     )
     threads = settings.threads or study.cluster.cores_per_rank
     whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
@@ -112,7 +113,7 @@ def _cost(study: Study, generator: SuperResGenerator, plan: TilePlan, threads: i
 def large_plan(plan: TilePlan) -> TilePlan:
     """Tiles of 512³ for an output of LARGE_VOXELS per edge, with the scale factor, halo and boundary of `plan`."""
     edge, tiles = int(LARGE_VOXELS / plan.scale), LARGE_VOXELS // _LARGE_TILE_VOXELS
-    return plan_tiles((edge,) * 3, plan.scale, (tiles,) * 3, plan.halo_low_res, 128, plan.periodic)
+    return plan_tiles((edge,) * 3, plan.scale, (tiles,) * 3, plan.halo_low_res, 128, plan.boundaries)
 
 
 def _trial(study: Study, painter: Painter, threads: int) -> float:

@@ -108,12 +108,13 @@ def chunk_edge(shape: Sequence[int], scale: Fraction, settings: Inference) -> in
     return settings.chunk_voxels or (128 if min(shape) >= 512 else 64)
 
 
-def plan_job(checkpoint_scale: Fraction, halo_low_res: int, low_res: Volume, settings: Inference) -> TilePlan:
-    """The tiles of a low-res volume, with the halo of the loaded network."""
-    shape = [int(n * checkpoint_scale) for n in low_res.shape]
+def plan_job(checkpoint: Checkpoint, low_res: Volume, settings: Inference) -> TilePlan:
+    """The tiles of a low-res volume, with the halo of the loaded network, and its boundary where none is set."""
+    scale = checkpoint.scale
+    shape = [int(n * scale) for n in low_res.shape]
     return plan_tiles(
-        low_res.shape, checkpoint_scale, settings.tiles, halo_low_res, chunk_edge(shape, checkpoint_scale, settings),
-        settings.periodic,
+        low_res.shape, scale, settings.tiles, halo_of(checkpoint.generator), chunk_edge(shape, scale, settings),
+        settings.boundary or checkpoint.study.training.boundaries,
     )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def open_job(
             settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
         except ValueError as error:
             raise InputError(f"--tiles: {error}") from None
-    plan = plan_job(loaded.scale, halo_of(loaded.generator), volume, settings)
+    plan = plan_job(loaded, volume, settings)
     chosen = basis.seed if seed is None else seed
     return Job(loaded, volume, store, plan, chosen, settings, device or basis.device, command)
 
@@ -505,7 +506,7 @@ def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]
     return {
         "weights_sha256": job.checkpoint.sha256, "input_sha256": digest.hexdigest(), "seed": job.seed,
         "ensemble": len(job.seeds), "scale_factor": str(job.plan.scale),
-        "boundary": dict(zip(AXES, job.settings.boundary, strict=True)),
+        "boundary": dict(zip(AXES, job.plan.boundaries, strict=True)),
         "tile_voxels": list(job.plan.tile_voxels),
         "chunk_voxels": job.plan.chunk_voxels, "arithmetic": painter.arithmetic,
     }  # fmt: skip

@@ -222,7 +222,7 @@ def _away_from_faces(plan: TilePlan, box: Box) -> list[np.ndarray]:
         place, edge = np.arange(box.start[axis], box.stop[axis]), plan.tile_voxels[axis]
         far = np.ones(place.size, bool)
         # The ends of a periodic axis are a face between its last tile and its first.
-        for face in (*range(edge, n, edge), *((0, n) if plan.periodic[axis] else ())):
+        for face in (*range(edge, n, edge), *((0, n) if plan.boundaries[axis] == "periodic" else ())):
             far &= (place < face - reach) | (place >= face + reach)
         away.append(far)
     return away

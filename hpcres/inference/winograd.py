@@ -92,7 +92,7 @@ class Axis:
 def axis_of(
     kind: str, scale: Fraction, padding: str, start: int, stop: int, input_length: int | None
 ) -> Axis:
-    """The cells that cover outputs [start, stop); `input_length` is None along an axis without ends (periodic)."""
+    """The cells that cover outputs [start, stop); `input_length` is None along an axis without ends."""
     end = None if input_length is None else floor(input_length * scale)
     first, last = start // 4, -(-stop // 4)
     rows = []
@@ -492,8 +492,8 @@ def _aligned(size: int) -> np.ndarray:
 class WinogradNetwork:
     """A folded generator that turns low-res windows into labels; shared by all threads of a process."""
 
-    def __init__(self, folded: Folded, low_res_shape: Sequence[int], periodic: Sequence[bool] = (False,) * 3) -> None:
-        self._ends = [None if around else n for n, around in zip(low_res_shape, periodic, strict=True)]
+    def __init__(self, folded: Folded, low_res_shape: Sequence[int], endless: Sequence[bool] = (False,) * 3) -> None:
+        self._ends = [None if beyond else n for n, beyond in zip(low_res_shape, endless, strict=True)]
         *stages, end = folded.stages
         self._layers = [_layer_of(stage) for stage in stages]
         self._end = end
@@ -556,7 +556,7 @@ class WinogradNetwork:
         return "winograd fp32"
 
     def reads(self, write: Box) -> Box:
-        """The low-res box (reaching around periodic axes) that the labels of a high-res box depend on."""
+        """The low-res box (reaching beyond axes without ends) that the labels of a high-res box depend on."""
         axes = [self._axes(a, write.start[a], write.stop[a])[0].reads for a in range(3)]
         return Box(triple([r.start for r in axes]), triple([r.stop for r in axes]))
 

@@ -23,7 +23,7 @@ from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.signals import noted_signals
-from hpcres.study import PATCH_VOXELS, Study, save_study
+from hpcres.study import Study, save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
 from hpcres.training.losses import (
@@ -38,7 +38,7 @@ from hpcres.training.losses import (
     voxel_loss,
 )
 from hpcres.training.quality import Judge
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.samples import LowResCubes, RealSlices, middle
 
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
@@ -246,7 +246,7 @@ class Models:
         if probabilities is None:
             probabilities = self.generate(given)
         self.generator_optimizer.zero_grad()
-        known = given[:, :-1]
+        known = one_hot(labels, low_res.channels)
         voxel = voxel_loss(self.operator, probabilities, known)
         if step < settings.warm_up_steps and self.init_from is None:
             loss = interpolation_loss(self.operator, probabilities, known)
@@ -290,13 +290,14 @@ class Models:
         self.fixed_from = step
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
-        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), by batch norm over the batch, or as it is fixed."""
+        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), of cubes `given` with their surroundings, by batch
+        norm over the batch, or as it is fixed."""
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
         with self._autocast():
             logits = (self._generator if learn else self.generator)(given)
-        return functional.softmax(logits.float(), dim=1)
+        return functional.softmax(middle(logits, self.study.surrounding_voxels).float(), dim=1)
 
     def _lattice(self, probabilities: Tensor) -> Tensor:
         shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
@@ -325,8 +326,7 @@ class Models:
 
     def _inner(self, cubes: Tensor) -> Tensor:
         """(…, z, y, x) without the outermost voxels, which no critic sees."""
-        kept = slice(self.study.training.crop_voxels, PATCH_VOXELS - self.study.training.crop_voxels)
-        return cubes[..., kept, kept, kept]
+        return middle(cubes, self.study.training.crop_voxels)
 
     @torch.no_grad()
     def report(self, outcome: Outcome, low_res_channels: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.metrics.appearance import errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import PATCH_VOXELS, Study
-from hpcres.training.samples import LowResCubes
+from hpcres.training.samples import LowResCubes, middle
 
 GOOD = {
     "fraction_error": 0.01, "area_error": 0.07, "tpb_error": 0.15, "correlation_error": 0.01, "disagreement": 0.005,
@@ -49,13 +49,13 @@ class Judge:
         for cube in self._cubes:
             low_res, given = self._low_res.draw(0, [cube], device, _JUDGED)
             labels = likeliest(low_res)
-            found = generator(given).argmax(1)
+            found = middle(generator(given), self._study.surrounding_voxels).argmax(1)
             seen = self._operator(one_hot(found, phases)).argmax(1)
             right += int((seen == labels).sum())
             voxels += int((labels < self._low_res.channels).sum())
-            painted.append(found[0].to(torch.uint8).cpu().numpy())
-        kept = slice(settings.crop_voxels, PATCH_VOXELS - settings.crop_voxels)
-        ours = list(planes_seen([cube[kept, kept, kept] for cube in painted], self._study.high_res).values())
+            painted.append(found[0].to(torch.uint8).cpu())
+        inner = [middle(cube, settings.crop_voxels).numpy() for cube in painted]
+        ours = list(planes_seen(inner, self._study.high_res).values())
         every = [
             errors_between(mine, images, self._isotropic) for mine, images in zip(ours, self._images, strict=True)
         ]
@@ -63,4 +63,4 @@ class Judge:
         worst["disagreement"] = 1 - right / max(1, voxels)
         found_tpb = {"tpb": ours[0].tpb, "tpb_images": self._images[0].tpb} if "tpb_error" in worst else {}
         score = float(np.mean([worst[key] / GOOD[key] for key in worst]))
-        return {"score": score, **worst, **found_tpb}, painted[0][PATCH_VOXELS // 2]
+        return {"score": score, **worst, **found_tpb}, painted[0][PATCH_VOXELS // 2].numpy()

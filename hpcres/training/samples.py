@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hpcres.errors import InputError
-from hpcres.geometry import AXES, Box, triple
+from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
+from hpcres.volumes.volume import read_beyond
 
 _HELD_BYTES = 2**29
 """Low-res volumes up to this size are held in memory, a byte a voxel or four a probability; larger ones are read by
@@ -38,13 +39,21 @@ def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Genera
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(step, what, *which))))
 
 
+def middle(cubes: Tensor, margin: int) -> Tensor:
+    """(…, z, y, x) without the outermost `margin` voxels of each side."""
+    z, y, x = (slice(margin, n - margin) for n in cubes.shape[-3:])
+    return cubes[..., z, y, x]
+
+
 class LowResCubes:
-    """Cubes of d³ voxels from the low-res volume (d · scale factor = 64) with a channel of standard normals."""
+    """Cubes of d³ voxels from the low-res volume (d · scale factor = 64), with training.surroundings around them, which
+    beyond the volume are its mirror image, and a channel of standard normals."""
 
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
         self.channels = len(study.low_res.groups)
         self.edge = int(PATCH_VOXELS / study.scale_factor)
+        self.surroundings = study.training.surroundings
         self._volume = open_low_res(study.low_res)
         for axis, size in zip(AXES, self._volume.shape, strict=True):
             if size < self.edge:
@@ -130,36 +139,39 @@ class LowResCubes:
         random = _generator(self.seed, step, _CUBE, kind, cube)
         return random, random.integers(0, np.array(self._volume.shape) - self.edge, endpoint=True)
 
-    def _cube(self, start: np.ndarray) -> np.ndarray:
-        corner = start.tolist()
-        box = Box(triple(corner), triple([c + self.edge for c in corner]))
-        if self._held is not None:
-            return self._held[box.slices]
-        return self._phases.index(self._volume.read(box))
+    def _cube(self, start: np.ndarray, around: int = 0) -> np.ndarray:
+        """The cube at `start` with `around` voxels more on each side."""
+        corner = [c - around for c in start.tolist()]
+        box = Box(triple(corner), triple([c + self.edge + 2 * around for c in corner]))
+        return read_beyond(self._read, box, self._volume.shape, MIRROR)
+
+    def _read(self, box: Box) -> np.ndarray:
+        return self._phases.index(self._volume.read(box)) if self._held is None else self._held[box.slices]
 
     def draw(
         self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0, masked_fraction: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
-        and the generator's input, float32 (cubes, channels + 1, d, d, d).
+        and the generator's input with the surroundings s, float32 (cubes, channels + 1, d + 2s, d + 2s, d + 2s).
 
         `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
         channels but the noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
-        known, noise = [], []
+        known, noise, edge = [], [], self.edge + 2 * self.surroundings
         for cube in cubes:
             random, start = self.start(step, kind, cube)
-            seen = self._cube(start)
-            noise.append(random.standard_normal((1, *[self.edge] * 3), np.float32))
+            seen = self._cube(start, self.surroundings)
+            noise.append(random.standard_normal((1, *[edge] * 3), np.float32))
             if masked_fraction:
-                hidden = round(self.edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
-                z, y, x = random.integers(0, self.edge - hidden, 3, endpoint=True)
+                hidden = round(edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
+                z, y, x = random.integers(0, edge - hidden, 3, endpoint=True)
                 seen = seen.copy()
                 seen[z : z + hidden, y : y + hidden, x : x + hidden] = 0 if seen.ndim == 4 else self.channels
             known.append(seen if seen.ndim == 3 else np.moveaxis(seen, 3, 0))
         low_res = torch.from_numpy(np.stack(known)).to(device)
         given = torch.from_numpy(np.stack(noise)).to(device)
-        return low_res, torch.cat([one_hot(low_res, self.channels), given], dim=1)
+        given = torch.cat([one_hot(low_res, self.channels), given], dim=1)
+        return middle(low_res, self.surroundings), given
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, Triple, triple, wrapped
+from hpcres.geometry import Boundaries, Box, Triple, pieces_of, triple
 from hpcres.study import RawHeader
 
 Spacing = tuple[float, float, float]
@@ -83,14 +83,16 @@ class Volume:
         return self._reopen
 
 
-def read_around(read: Callable[[Box], np.ndarray], box: Box, shape: Triple) -> np.ndarray:
-    """What `read` gives for a box (z, y, x) that may reach around the periodic axes of a volume of `shape` voxels."""
-    pieces = [(place, read(source)) for source, place in wrapped(box, shape)]
-    if len(pieces) == 1:
-        return pieces[0][1]
-    window = np.empty((*box.shape, *pieces[0][1].shape[3:]), pieces[0][1].dtype)
-    for place, part in pieces:
-        window[place.slices] = part
+def read_beyond(read: Callable[[Box], np.ndarray], box: Box, shape: Triple, boundaries: Boundaries) -> np.ndarray:
+    """What `read` gives for a box (z, y, x) that may reach beyond a volume of `shape` voxels on its axes without
+    ends."""
+    pieces = pieces_of(box, shape, boundaries)
+    parts = [read(piece.source)[tuple(slice(None, None, step) for step in piece.steps)] for piece in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    window = np.empty((*box.shape, *parts[0].shape[3:]), parts[0].dtype)
+    for piece, part in zip(pieces, parts, strict=True):
+        window[piece.place.slices] = part
     return window
 
 
