@@ -534,11 +534,6 @@ class Study(Section):
         return self.high_res.voxel_size.times(self.scale_factor)
 
     @property
-    def surrounding_voxels(self) -> int:
-        """High-res voxels that a training cube's surroundings become on each of its sides."""
-        return int(self.training.surroundings * self.scale_factor)
-
-    @property
     def folder(self) -> Path:
         return Path(self.output)
 

@@ -57,6 +57,25 @@ def test_one_voxel_less_is_not(scale, padding, last):
     assert tiled_error(generator, generator.halo_low_res - 1) > 1e-9
 
 
+@pytest.mark.parametrize(("scale", "padding", "last"), [case for case in CASES if Fraction(case[0]).denominator < 6])
+def test_surroundings_are_cut_off_early_as_if_it_were_at_the_end(scale, padding, last):
+    generator = random_generator(scale, padding, last)
+    p, q = generator.scale.numerator, generator.scale.denominator
+    seen = []
+    generator.conv_end.register_forward_hook(lambda module, given, out: seen.append(given[0].shape[2:]))
+    for around in (q, 2 * q, 6) if q == 1 else (q, 2 * q):
+        inner = [n * q for n in (2, 1, 3)]
+        x = torch.randn(1, 3, *(n + 2 * around for n in inner), dtype=torch.float64)
+        margin = around // q * p
+        with torch.no_grad():
+            whole, cut = generator(x)[(..., *[slice(margin, -margin)] * 3)], generator(x, around)
+        assert cut.shape[2:] == tuple(n // q * p for n in inner)
+        assert (cut - whole).abs().max() < 1e-12
+        # An interpolation reads a voxel more, and by fractions cuts are of whole voxels of both grids.
+        most = 2 * (2 if last == "transposed" else 4 if q == 1 else 4 + 2 * p)
+        assert all(a <= n // q * p + most for a, n in zip(seen[-1], inner, strict=True))
+
+
 def test_default_halo_is_five_low_res_voxels_and_grows_with_blocks():
     for scale in ("2", "4", "8", "8/5", "16/3"):
         assert random_generator(scale).halo_low_res == 5

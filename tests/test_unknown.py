@@ -173,7 +173,7 @@ def test_training_on_a_damaged_volume_says_so_and_judges_what_is_known(tmp_path,
         low = np.where(known, labels, 0)
         low[tuple(np.argwhere(known)[:wrong].T)] = (low[tuple(np.argwhere(known)[:wrong].T)] + 1) % 3
         full = low.repeat(4, 0).repeat(4, 1).repeat(4, 2)
-        return lambda given: torch.stack([torch.from_numpy(full == i) for i in range(3)])[None].float()
+        return lambda given, _: torch.stack([torch.from_numpy(full == i) for i in range(3)])[None].float()
 
     judge = Judge(study, low_res, models.operator)
     assert judge.judge(right_where_known(0), ALONE.device)[0]["disagreement"] == 0

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+
+def middle(cubes: Tensor, margin: int) -> Tensor:
+    """(…, z, y, x) without the outermost `margin` voxels of each side."""
+    z, y, x = (slice(margin, n - margin) for n in cubes.shape[-3:])
+    return cubes[..., z, y, x]
+
+
 Taps = list[list[tuple[int, Fraction]]]
 """For every output voxel along an axis, the input voxels it sums and their weights."""
 

@@ -9,6 +9,7 @@ convolution after the first.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from math import ceil, floor
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcres.networks.resampling import upsample
+from hpcres.networks.resampling import middle, upsample
 
 Padding = Literal["replicate", "zeros"]
 
@@ -105,17 +106,20 @@ class SuperResGenerator(nn.Module):
         """Channels of the widest high-res layer: what the last upsampling takes in."""
         return self.conv_end.in_channels * 2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, surroundings: int = 0) -> Tensor:
+        """Logits of all of x but its outermost `surroundings` voxels (whole high-res ones), whose maps are cut as soon
+        as nothing within depends on them."""
         first = functional.relu(self.norm_first(self.conv_first(x)))
-        x = first + self.blocks(first)
+        x, cuts = first + self.blocks(first), iter(self._cuts(surroundings))
         for convolution, norm in self.resizes:
-            x = functional.relu(norm(convolution(upsample(x, Fraction(2)))))
+            x = functional.relu(norm(convolution(upsample(middle(x, next(cuts)), Fraction(2)))))
         if self.conv_transposed is not None:
-            x = functional.relu(self.norm_transposed(self.conv_transposed(x)))
+            x = functional.relu(self.norm_transposed(self.conv_transposed(middle(x, next(cuts)))))
+        x = middle(x, next(cuts))
         if self.config["last_stage"] == "resize":
             x = upsample(x, self.last_scale)
         x = functional.relu(self.norm_last(self.conv_last(x)))
-        return self.conv_end(x)
+        return middle(self.conv_end(x), next(cuts))
 
     @property
     def halo_low_res(self) -> int:
@@ -130,17 +134,37 @@ class SuperResGenerator(nn.Module):
 
     def _read_range(self, voxel: int) -> tuple[int, int]:
         """First and last low-res index that output index `voxel` reads, were the volume endless."""
-        first, last = voxel - 1, voxel + 1
+        *_, (first, last) = self._stage_ranges(voxel, voxel)
+        convolutions = 1 + 2 * len(self.blocks)
+        return first - convolutions, last + convolutions
+
+    def _stage_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """First and last index of what each upsampling takes in that outputs first … last read, from the last one on to
+        the low-res maps."""
+        first, last = first - 1, last + 1
         if self.config["last_stage"] == "transposed":
             first, last = _transposed_range(first, last)
         else:
             first, last = _linear_range(first - 1, last + 1, self.last_scale)
+        yield first, last
         if self.conv_transposed is not None:
             first, last = _transposed_range(first, last)
+            yield first, last
         for _ in self.resizes:
             first, last = _linear_range(first - 1, last + 1, Fraction(2))
-        convolutions = 1 + 2 * len(self.blocks)
-        return first - convolutions, last + convolutions
+            yield first, last
+
+    def _cuts(self, surroundings: int) -> list[int]:
+        """What to cut off each side of what every upsampling takes in, from the coarsest on, and last of the output, so
+        that `surroundings` low-res voxels are gone, and nothing was that an output voxel within depends on."""
+        block, around, grid, cuts = 16 * self.scale.denominator, surroundings, Fraction(1), []
+        for first, last in reversed(list(self._stage_ranges(0, int(block * self.scale) - 1))):
+            reach = max(-first, last + 1 - int(block * grid))
+            unit = (self.scale / grid).denominator  # what is left stays a whole number of voxels on all grids
+            cuts.append(max(0, around - reach) // unit * unit)
+            step = Fraction(2) if len(cuts) <= _doublings(self.scale) else self.last_scale
+            around, grid = int((around - cuts[-1]) * step), grid * step
+        return [*cuts, around]
 
 
 def _linear_range(first: int, last: int, scale: Fraction) -> tuple[int, int]:

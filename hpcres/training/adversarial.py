@@ -21,6 +21,7 @@ from torch.nn import functional
 from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
+from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.signals import noted_signals
 from hpcres.study import Study, save_study
@@ -38,7 +39,7 @@ from hpcres.training.losses import (
     voxel_loss,
 )
 from hpcres.training.quality import Judge
-from hpcres.training.samples import LowResCubes, RealSlices, middle
+from hpcres.training.samples import LowResCubes, RealSlices
 
 _SETTLING = 2**31
 """Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
@@ -296,8 +297,8 @@ class Models:
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
         with self._autocast():
-            logits = (self._generator if learn else self.generator)(given)
-        return functional.softmax(middle(logits, self.study.surrounding_voxels).float(), dim=1)
+            logits = (self._generator if learn else self.generator)(given, self.study.training.surroundings)
+        return functional.softmax(logits.float(), dim=1)
 
     def _lattice(self, probabilities: Tensor) -> Tensor:
         shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
@@ -376,7 +377,8 @@ class Models:
         batch = min(self.study.training.cubes, _SETTLED_AT_ONCE)
         typical = low_res.typical(self.study.training.settling_cubes, _SETTLING)
         for start in range(0, len(typical), batch):
-            generator(low_res.draw(0, typical[start : start + batch], self.group.device, _SETTLING)[1])
+            given = low_res.draw(0, typical[start : start + batch], self.group.device, _SETTLING)[1]
+            generator(given, low_res.surroundings)
         return generator.eval()
 
     def refuse_broken_weights(self, step: int) -> None:

@@ -12,9 +12,10 @@ import torch
 
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.metrics.appearance import errors_between, images_by_plane, look, planes_seen
+from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import PATCH_VOXELS, Study
-from hpcres.training.samples import LowResCubes, middle
+from hpcres.training.samples import LowResCubes
 
 GOOD = {
     "fraction_error": 0.01, "area_error": 0.07, "tpb_error": 0.15, "correlation_error": 0.01, "disagreement": 0.005,
@@ -49,7 +50,7 @@ class Judge:
         for cube in self._cubes:
             low_res, given = self._low_res.draw(0, [cube], device, _JUDGED)
             labels = likeliest(low_res)
-            found = middle(generator(given), self._study.surrounding_voxels).argmax(1)
+            found = generator(given, settings.surroundings).argmax(1)
             seen = self._operator(one_hot(found, phases)).argmax(1)
             right += int((seen == labels).sum())
             voxels += int((labels < self._low_res.channels).sum())

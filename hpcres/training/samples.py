@@ -20,6 +20,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
+from hpcres.networks.resampling import middle
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
@@ -37,12 +38,6 @@ _CANDIDATES = 12
 
 def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(step, what, *which))))
-
-
-def middle(cubes: Tensor, margin: int) -> Tensor:
-    """(…, z, y, x) without the outermost `margin` voxels of each side."""
-    z, y, x = (slice(margin, n - margin) for n in cubes.shape[-3:])
-    return cubes[..., z, y, x]
 
 
 class LowResCubes:
