@@ -27,7 +27,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "signals": {"errors"},
     "geometry": {"errors"},
     "noise": {"geometry"},
-    "study": {"errors"},
+    "study": {"errors", "geometry"},
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
     "volumes": {"errors", "geometry", "study", "volumes"},
