@@ -12,6 +12,8 @@ from scipy.special import ndtri
 
 from hpcres.geometry import Box
 
+NOISE_VOXELS = 2**32
+"""As far as the noise reaches along each axis, in low-res voxels."""
 # Quantiles at the middle of 65536 equal slices of probability, scaled to unit variance.
 _QUANTILES = ndtri((np.arange(65536) + 0.5) / 65536)
 _QUANTILES = (_QUANTILES / np.sqrt(np.mean(_QUANTILES**2))).astype(np.float32)
@@ -54,7 +56,7 @@ def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
     `seed` is 64-bit; `channel` (below 2³²) gives independent fields of the same seed.
     """
     assert min(box.start) >= 0, box
-    assert max(box.stop) <= 2**32, box
+    assert max(box.stop) <= NOISE_VOXELS, box
     out = np.empty(box.shape, np.float32)
     z, y, x = box.start
     key = seed % 2**64

@@ -1,7 +1,7 @@
 """Axes without ends have no face: any tiling of such a volume is the endless one's stretch of it.
 
-Around a periodic axis the output of a shifted input is the shifted output; a mirror's is that of the volume and its
-mirror image, repeated.
+Around a periodic axis the output of a shifted input is the shifted output; beyond a mirror labels are its image and
+noise is noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from test_inference import lively, make_study, paint_alone
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError
-from hpcres.geometry import REPLICATE, Boundaries, Box, plan_tiles
+from hpcres.geometry import Boundaries, Box, plan_tiles
 from hpcres.inference import generate
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.run import open_job
@@ -49,22 +49,45 @@ def boundaries_of(letters: str) -> Boundaries:
     return z, y, x
 
 
-def make_case(name: str) -> tuple[SuperResGenerator, np.ndarray, np.ndarray]:
+BEYOND = 80
+"""As far as the tests' noise goes on beyond a mirror, in low-res voxels."""
+
+
+def noise_of(shape: tuple[int, ...], letters: str) -> np.ndarray:
+    """The seed's noise of a volume, with BEYOND voxels more on each side of mirror axes; index −1 is 2³² − 1."""
+    axes = [
+        [(2**32 - BEYOND, 2**32), (0, n + BEYOND)] if letter == "m" else [(0, n)]
+        for n, letter in zip(shape, letters, strict=True)
+    ]
+    boxes = [[[Box(*zip(z, y, x, strict=True)) for x in axes[2]] for y in axes[1]] for z in axes[0]]
+    return np.block([[[normals(SEED, box) for box in row] for row in plane] for plane in boxes])
+
+
+def mirrored(field: np.ndarray, letters: str, by: int) -> np.ndarray:
+    return np.pad(field, [(by * (letter == "m"),) * 2 for letter in letters], mode="symmetric")
+
+
+def make_case(name: str, letters: str) -> tuple[SuperResGenerator, np.ndarray, np.ndarray]:
     """Generator, low-res labels, noise."""
     scale, shape, blocks = CASES[name]
     torch.manual_seed(1)
     generator = lively(SuperResGenerator(2, 3, Fraction(scale), 3, blocks))
     labels = np.random.default_rng(5).integers(0, 2, shape, np.uint8)
-    return generator, labels, normals(SEED, Box.whole(shape))
+    return generator, labels, noise_of(shape, letters)
 
 
 def paint(
-    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, boundaries: Boundaries,
+    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, letters: str,
     tiles: tuple[int, int, int], block_voxels: int, monkeypatch,
 ) -> np.ndarray:  # fmt: skip
     """The high-res labels, tile by tile, with `noise` in place of the seed's."""
-    monkeypatch.setattr(generate, "normals", lambda seed, box: noise[box.slices])
-    plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, boundaries)
+
+    def given(seed, box):
+        starts = [(a + BEYOND) % 2**32 if m == "m" else a for a, m in zip(box.start, letters, strict=True)]
+        return noise[tuple(slice(a, a + n) for a, n in zip(starts, box.shape, strict=True))]
+
+    monkeypatch.setattr(generate, "normals", given)
+    plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, boundaries_of(letters))
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = block_voxels
     out = np.full(plan.shape, 255, np.uint8)
@@ -75,19 +98,16 @@ def paint(
     return out
 
 
-def reference(
-    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, boundaries: Boundaries
-) -> np.ndarray:
+def reference(generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, letters: str) -> np.ndarray:
     """The logits (phase, z, y, x) of the whole volume in one piece, repeated by numpy beyond faces that are no end."""
     p, q = generator.scale.numerator, generator.scale.denominator
     beyond = -(-(generator.halo_low_res + 2) // q) * q
-    pad = [(beyond * (boundary != "replicate"),) * 2 for boundary in boundaries]
-    channels = []
-    for channel in (labels == 0, labels == 1, noise):
-        for axis, boundary in enumerate(boundaries):
-            along = [(0, 0)] * axis + [pad[axis]] + [(0, 0)] * (2 - axis)
-            channel = np.pad(channel, along, mode="wrap" if boundary == "periodic" else "symmetric")
-        channels.append(channel)
+    pad = [(beyond * (letter != "r"),) * 2 for letter in letters]
+    cut = [slice(BEYOND - beyond, BEYOND + n + beyond) if letter == "m" else slice(n)
+           for n, letter in zip(labels.shape, letters, strict=True)]  # fmt: skip
+    channels = [mirrored(labels == 0, letters, beyond), mirrored(labels == 1, letters, beyond), noise[tuple(cut)]]
+    around = [(beyond * (letter == "p"),) * 2 for letter in letters]
+    channels = [np.pad(channel, around, mode="wrap") for channel in channels]
     with torch.inference_mode():
         logits = generator(torch.from_numpy(np.stack(channels).astype(np.float32))[None])[0].numpy()
     inside = [
@@ -107,37 +127,39 @@ def assert_same(painted: np.ndarray, logits: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("name", "letters"), [(name, letters) for name in WRAPS for letters in WRAPS[name]])
 def test_any_tiling_is_the_endless_volume_and_moves_with_its_input(name, letters, monkeypatch):
-    generator, labels, noise = make_case(name)
-    p, q, boundaries = generator.scale.numerator, generator.scale.denominator, boundaries_of(letters)
-    logits = reference(generator, labels, noise, boundaries)
-    faces = reference(generator, labels, noise, REPLICATE)
+    generator, labels, noise = make_case(name, letters)
+    p, q = generator.scale.numerator, generator.scale.denominator
+    logits = reference(generator, labels, noise, letters)
+    faces = reference(generator, labels, noise_of(labels.shape, "rrr"), "rrr")
     assert (logits.argmax(0) != faces.argmax(0)).mean() > 1e-3  # the boundary matters here
     for tiles, block_voxels in (((1, 1, 1), 64), ((3, 3, 3), 16)):
-        assert_same(paint(generator, labels, noise, boundaries, tiles, block_voxels, monkeypatch), logits)
+        assert_same(paint(generator, labels, noise, letters, tiles, block_voxels, monkeypatch), logits)
     # Shifts by whole high-res voxels, so by q low-res ones, another number of them on each periodic axis.
-    steps = [(axis + 1) * (boundary == "periodic") for axis, boundary in enumerate(boundaries)]
+    steps = [(axis + 1) * (letter == "p") for axis, letter in enumerate(letters)]
     moved = [np.roll(field, [q * n for n in steps], (0, 1, 2)) for field in (labels, noise)]
-    shifted = paint(generator, *moved, boundaries, (1, 2, 3), 32, monkeypatch)
+    shifted = paint(generator, *moved, letters, (1, 2, 3), 32, monkeypatch)
     assert_same(shifted, np.roll(logits, [p * n for n in steps], (1, 2, 3)))
 
 
 @pytest.mark.parametrize(("name", "letters"), [("4", "mmm"), ("8/5", "mrm"), ("16/3", "pmr"), ("far", "rmr")])
 def test_a_mirrored_volume_is_half_of_one_periodic_with_its_image(name, letters, monkeypatch):
-    generator, *fields = make_case(name)
-    mirrored = paint(generator, *fields, boundaries_of(letters), (2, 1, 2), 16, monkeypatch)
+    """Of noise that is mirrored, too."""
+    generator, *fields = make_case(name, "rrr")
+    noise = mirrored(fields[1], letters, BEYOND)
+    half = paint(generator, fields[0], noise, letters, (2, 1, 2), 16, monkeypatch)
     for axis in (axis for axis, letter in enumerate(letters) if letter == "m"):
         fields = [np.concatenate([field, np.flip(field, axis)], axis) for field in fields]
-    whole = paint(generator, *fields, boundaries_of(letters.replace("m", "p")), (1, 2, 2), 32, monkeypatch)
-    assert (whole[tuple(slice(n) for n in mirrored.shape)] == mirrored).all()
+    whole = paint(generator, *fields, letters.replace("m", "p"), (1, 2, 2), 32, monkeypatch)
+    assert (whole[tuple(slice(n) for n in half.shape)] == half).all()
 
 
-@pytest.mark.parametrize("boundary", ["periodic", "mirror"])
-def test_noise_beyond_a_face_is_that_of_the_voxel_it_stands_for(boundary, monkeypatch):
+@pytest.mark.parametrize("letters", ["ppp", "mmm", "rmp"])
+def test_noise_beyond_a_face_is_that_of_the_voxel_it_stands_for_or_its_own(letters, monkeypatch):
     """The seed's own noise, unpatched."""
-    generator, labels, noise = make_case("4")
-    expected = paint(generator, labels, noise, (boundary,) * 3, (2, 2, 2), 16, monkeypatch)
+    generator, labels, noise = make_case("4", letters)
+    expected = paint(generator, labels, noise, letters, (2, 2, 2), 16, monkeypatch)
     monkeypatch.undo()
-    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), halo_of(generator), 16, (boundary,) * 3)
+    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), halo_of(generator), 16, boundaries_of(letters))
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = 16
     for tile in plan.tiles:

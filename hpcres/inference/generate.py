@@ -21,7 +21,7 @@ from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.networks.folded import fold
 from hpcres.networks.polyphase import Polyphase, paint_batches
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.noise import normals
+from hpcres.noise import NOISE_VOXELS, normals
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.volume import read_beyond
 
@@ -158,7 +158,7 @@ class Painter:
         own by default.
         """
         with self.timed("read"):
-            low_res = self._phase_map.index(self._beyond(read, tile.read))
+            low_res = self._labels(read, tile.read)
         box = tile.write.grown(0, more, Box.whole(self.plan.shape))
         labels = np.empty(box.shape, np.uint8)
         chosen = self.seed if seed is None else seed
@@ -177,7 +177,7 @@ class Painter:
         compared = differ = 0
         middle = len(self.plan.tiles) // 2
         for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
-            low_res = self._phase_map.index(self._beyond(read, tile.read))
+            low_res = self._labels(read, tile.read)
             for block in self.blocks_of(tile.write):
                 if compared >= _SAMPLE_VOXELS:
                     return compared, differ
@@ -187,8 +187,18 @@ class Painter:
                 differ += int(np.count_nonzero(ours != exact.paint([part], memory)[0]))
         return compared, differ
 
-    def _beyond(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
-        return read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries)
+    def _labels(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
+        return self._phase_map.index(read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries))
+
+    def _noise(self, seed: int, box: Box) -> np.ndarray:
+        """That of the voxels a box stands for; but beyond a mirror noise of its own, as every matter has.
+
+        Mirrored too, it would make the structure symmetric about the face, and at it as coarse as matter is nowhere.
+        """
+        ends = zip(self.plan.low_res_shape, self.plan.boundaries, strict=True)
+        shape = triple([NOISE_VOXELS if boundary == "mirror" else n for n, boundary in ends])
+        z, y, x = ("periodic" if boundary == "mirror" else boundary for boundary in self.plan.boundaries)
+        return read_beyond(partial(normals, seed), box, shape, (z, y, x))
 
     def _warm_up(self) -> None:
         """Compile the kernels, or fetch them from where an earlier process has left them, before the clock starts."""
@@ -232,7 +242,7 @@ class Painter:
         for channel in range(self._channels):  # all of them are zero where nothing is known
             window[..., channel] = inner == channel if inner.ndim == 3 else inner[..., channel]
         with self.timed("noise"):
-            window[..., self._channels] = self._beyond(partial(normals, seed), reads)
+            window[..., self._channels] = self._noise(seed, reads)
         return window, reads, block
 
     @contextmanager
