@@ -44,7 +44,7 @@ CHANGES = {
     "padding replicate": ("network", {"padding": "replicate"}),
     "last stage resize": ("network", {"last_stage": "resize"}),
     "no label patterns": ("training", {"pattern_weight": 0}),
-    "no surroundings": ("training", {"surroundings": 0}),
+    "surroundings of 3": ("training", {"surroundings": 3}),
     "all slices": ("training", {"slices_per_axis": None}),
     "a generator forward for each critic step": ("training", {"reuse_generated": False}),
     "five critic steps": ("training", {"critic_steps": 5}),

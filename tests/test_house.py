@@ -104,8 +104,12 @@ def test_every_command_shows_an_example(name):
     assert sorted(commands.commands) == sorted(COMMANDS)
 
 
+RECIPES = ("fast.yaml", "long.yaml")
+"""What is added to a study; the other files of configs/ are studies."""
+
+
 @pytest.mark.parametrize(
-    "file", [f for f in sorted((ROOT / "configs").glob("*.yaml")) if f.name != "fast.yaml"], ids=lambda f: f.stem
+    "file", [f for f in sorted((ROOT / "configs").glob("*.yaml")) if f.name not in RECIPES], ids=lambda f: f.stem
 )
 def test_shipped_studies_are_right(file, monkeypatch, tmp_path):
     monkeypatch.setenv("HPCRES_DATA", "/data")
@@ -114,6 +118,17 @@ def test_shipped_studies_are_right(file, monkeypatch, tmp_path):
     if "small" not in file.stem and file.stem != "demo":
         assert (study.network.width, study.network.critic_width, study.network.padding) == (8, 9, "replicate")
         assert (study.training.critic_steps, study.training.learning_rate) == (5, 1e-4)
+
+
+def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
+    monkeypatch.setenv("HPCRES_DATA", "/data")
+    study = tmp_path / "mine.yaml"
+    study.write_text(f"base: [{ROOT}/configs/case3-sofc.yaml, {ROOT}/configs/long.yaml]\nname: mine\n")
+    long, small = load_study(study), load_study(ROOT / "configs" / "case3-sofc-small.yaml")
+    assert (long.network.width, long.training.surroundings, long.training.pattern_weight) == (6, 3, 240)
+    changed = {"minutes", "surroundings", "pattern_weight", "voxel_threshold"}
+    assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)
+    assert long.scale_factor == small.scale_factor == 4
 
 
 def test_cases_are_those_of_the_paper(monkeypatch):
