@@ -346,8 +346,10 @@ class Training(Section):
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the averaged generator that is saved, less in the first 1.5 / (1 − ema) steps; 0 saves the generator
-    itself."""
+    """Decay of the averaged generator that is saved, less in the first (1 + ema_growth) / (1 − ema) steps; 0 saves the
+    generator itself."""
+    ema_growth: Annotated[float, Field(ge=0, le=100)] = 0.5
+    """Power with which the weight of a step in the average grows in these first steps."""
     fixed_statistics: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The last share of the run, in which the generator's batch norm no longer depends on the batch and the average
     begins anew; none by default, as published."""

@@ -381,16 +381,17 @@ def test_learning_rate_is_constant_then_linear(tmp_path):
     assert [learning_rate(study, done) for done in (0, 0.5, 0.75, 1)] == pytest.approx([8e-4, 8e-4, 5e-4, 2e-4])
 
 
-def test_weights_in_the_average_grow_as_the_square_root_until_ema_is_reached():
+@pytest.mark.parametrize("growth", [0.5, 2, 6])
+def test_weights_in_the_average_grow_as_a_power_until_ema_is_reached(growth):
     def weights(ema, steps):
-        decays = [average_decay(ema, step) for step in range(steps)]
+        decays = [average_decay(ema, growth, step) for step in range(steps)]
         return np.array([1 - decay for decay in decays]) * np.append(np.cumprod(decays[::-1])[-2::-1], 1), decays
 
-    found, decays = weights(0.99999, 4000)
+    found, decays = weights(0.999999, 4000)
     assert found.sum() + np.prod(decays) == pytest.approx(1)
     assert np.prod(decays) < 1e-4  # of the first weights
     for early, late in ((200, 800), (999, 3996)):
-        assert found[late] == pytest.approx(2 * found[early], rel=0.01)
+        assert found[late] == pytest.approx(4**growth * found[early], rel=0.02 * (1 + growth))
     short, _ = weights(0.99, 4000)
     assert short[-1] == pytest.approx(0.01)
     assert short[-100] == pytest.approx(0.01 * 0.99**99)
@@ -399,9 +400,10 @@ def test_weights_in_the_average_grow_as_the_square_root_until_ema_is_reached():
 # ---- the saved generator ----
 
 
-def test_saved_statistics_are_those_of_the_saved_weights(tmp_path):
+@pytest.mark.parametrize("around", [0, 2])
+def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
     """With one settling batch of all cubes, evaluation must give what training mode gives on that batch."""
-    study = study_of(tmp_path, training={"cubes": 8, "settling_cubes": 8})
+    study = study_of(tmp_path, training={"cubes": 8, "settling_cubes": 8, "surroundings": around})
     models, low_res = Models(study, ALONE), LowResCubes(study)
     real = RealSlices(study, ALONE.device)
     for step in range(2):
@@ -414,8 +416,8 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path):
     given = low_res.draw(0, typical, ALONE.device, adversarial._SETTLING)[1]
     with torch.no_grad():
         assert not saved.training
-        evaluated, trained = saved(given), saved.train()(given)
-        stale = models.generator.eval()(given)
+        evaluated, trained = saved(given, around), saved.train()(given, around)
+        stale = models.generator.eval()(given, around)
     assert (evaluated - trained).abs().max() < 1e-3 * trained.std()
     assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
 
@@ -430,7 +432,7 @@ def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_pa
 
 
 def test_fixed_statistics_train_what_will_be_painted(tmp_path):
-    study = study_of(tmp_path, training={"cubes": 4, "ema": 0.5})
+    study = study_of(tmp_path, training={"cubes": 4, "ema": 0.5, "ema_growth": 2})
     models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
     given = low_res.draw(9, range(4), ALONE.device)[1]
     for step in range(2):
@@ -444,7 +446,7 @@ def test_fixed_statistics_train_what_will_be_painted(tmp_path):
     models.step(2, range(4), low_res, real, 0.02)
     assert torch.allclose(models.generate(given)[:1], models.generate(given[:1]), atol=1e-6)
     for start, now, average in zip(first, models.generator.parameters(), models.average, strict=True):
-        assert torch.allclose(average, start.lerp(now, 0.6), atol=1e-7)  # as a step 0: 1 − 1 / 2.5
+        assert torch.allclose(average, start.lerp(now, 0.75), atol=1e-7)  # as a step 0: 1 − 1 / (2 + ema_growth)
     saved = models.settled(low_res)
     assert not saved.training
     for name, value in saved.named_buffers():

@@ -159,14 +159,14 @@ def learning_rate(study: Study, done: float) -> float:
     return settings.learning_rate * (1 - decay)
 
 
-def average_decay(ema: float, step: int) -> float:
+def average_decay(ema: float, growth: float, step: int) -> float:
     """What the averaged generator keeps of itself at `step`, from 0.
 
-    Until `ema` is reached a step's weight in the average grows as its square root (a power function, Karras 2024).
+    Until `ema` is reached a step's weight in the average grows as its number to the power of `growth` (Karras 2024).
     A shorter average has teeth of single voxels, which come and go with the game; a longer one still holds the first
     weights.
     """
-    return min(ema, (1 + step) / (2.5 + step))
+    return min(ema, (1 + step) / (2 + growth + step))
 
 
 # ---- the step ----------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            decay = average_decay(settings.ema, step - (self.fixed_from or 0))
+            decay = average_decay(settings.ema, settings.ema_growth, step - (self.fixed_from or 0))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
