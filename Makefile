@@ -19,7 +19,7 @@ help:
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
-	@echo "make bench-quality     the quality bars, three seeds each, ten hours"
+	@echo "make bench-quality     the quality bars, three seeds each, six hours"
 	@echo "make lint types test-slurm test-kills clean"
 
 install: .venv/installed
@@ -95,9 +95,9 @@ bench-transport: .venv/tested
 # Hours on two idle cores; sofc and separator need HPCRES_DATA. The tables go into docs/training.md.
 bench-quality: .venv/tested
 	python bench/quality.py sofc --minutes 3 --seeds 0 1 2
-	python bench/quality.py sofc --minutes 30 --seeds 0 1 2
-	python bench/quality.py phantom --scale 2 4 8 --minutes 30 --seeds 0 1 2
-	python bench/quality.py separator --minutes 30 --seeds 0 1 2
+	python bench/quality.py sofc --recipe configs/long.yaml --minutes 30 --seeds 0 1 2
+	python bench/quality.py phantom --recipe configs/long.yaml --scale 2 4 8 --minutes 15 --seeds 0 1 2
+	python bench/quality.py separator --recipe configs/long.yaml --minutes 15 --seeds 0 1 2
 
 lint: .venv/tested
 	ruff check .

@@ -6,8 +6,9 @@
 
 sofc and separator need HPCRES_DATA, or --data FOLDER. --keep FOLDER keeps everything and goes on where an earlier call
 stopped. --steps N trains N steps whatever the clock says, which is what to compare recipes with where other work runs;
---set SECTION.KEY=VALUE changes the recipe. Nothing is chosen by the truth: training keeps the generator with the best
-score by the images and the low-res volume (training/quality.py). --picture FILE.png shows slices of the first seed.
+--recipe configs/long.yaml puts that recipe on top of the study, --set SECTION.KEY=VALUE changes it. Nothing is chosen
+by the truth: training keeps the generator with the best score by the images and the low-res volume
+(training/quality.py). --picture FILE.png shows slices of the first seed.
 
 One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation of several.
 Beside it nearest and trilinear upsampling, and what a quarter of every image is from the whole (mean of the four; for
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from hpcres.geometry import Box
 from hpcres.study import Study, load_study
@@ -361,6 +363,7 @@ def main() -> None:
     parser.add_argument("--scale", nargs="+", default=["4"], help="of the phantom")
     parser.add_argument("--data", help="folder of the real images; HPCRES_DATA by default")
     parser.add_argument("--keep", type=Path, help="folder for everything that is made; a temporary one by default")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="on top of the study: configs/long.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     options = parser.parse_args()
@@ -374,9 +377,12 @@ def main() -> None:
     length = f"{options.steps}-steps" if options.steps else f"{options.minutes:g}-minutes"
     with tempfile.TemporaryDirectory(prefix="hpcres-quality-") as temporary:
         keep = (options.keep or Path(temporary)).resolve()
+        if options.recipe:
+            config, recipe = Path(temporary) / config.name, [str(config), str(options.recipe.resolve())]
+            config.write_text(yaml.safe_dump({"base": recipe}))
         for scale in options.scale if options.case == "phantom" else [""]:
             own = [*options.set, *([f"scale_factor={scale}"] if scale else [])]
-            title = _name(options.case, length, *own)
+            title = _name(options.case, *([options.recipe.stem] if options.recipe else []), length, *own)
             runs = {}
             for seed in options.seeds:
                 settings = [f"--set={text}" for text in (*budget, *own, f"seed={seed}")]
