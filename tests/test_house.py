@@ -35,7 +35,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
     "training": {
         "errors", "geometry", "networks", "study", "imaging", "volumes", "checkpoint", "training", "memory", "signals",
-        "metrics.appearance", "metrics.counts",
+        "metrics.agreement", "metrics.appearance", "metrics.counts",
     },
     "inference": {
         "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory", "signals",

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, blocks, following
 from hpcres.metrics import counts
-from hpcres.metrics.agreement import agreement
+from hpcres.metrics.agreement import agreement, changed_faces, lattice_imprint
 from hpcres.metrics.measure import count_volume, measure, measure_study, write_json
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
@@ -550,6 +550,10 @@ def test_what_the_low_res_lattice_leaves_in_a_volume(client, tmp_path):
         assert found[1]["changed_faces"][name] == pytest.approx([2 / 3] * 4, abs=0.02)
     assert found[0]["lattice_imprint"] == pytest.approx(3)
     assert found[1]["lattice_imprint"] < 0.02
+    # Three faces for a period of 16: nothing is said of positions that have none. One voxel has no face at all.
+    every_other = np.indices((4, 4, 4)).sum(0) % 2
+    for volume in (every_other, every_other[:1, :1, :1], np.zeros((4, 4, 4))):
+        assert lattice_imprint(*changed_faces(volume, Box.whole(volume.shape), 16)) == 0
 
 
 @pytest.mark.parametrize("isotropic", [True, False])

@@ -48,7 +48,7 @@ def test_errors_are_zero_of_the_same_and_grow_with_what_differs():
     image = blobs((1, 200, 200), 0)
     same = errors_between(look([image], 3), look([image], 3), True)
     assert set(same.values()) == {0.0}
-    assert set(same) | {"disagreement"} == set(GOOD)
+    assert set(same) | {"disagreement", "lattice_imprint"} == set(GOOD)
     turned = errors_between(look([image.transpose(0, 2, 1)], 3), look([image], 3), True)
     assert turned["area_error"] == pytest.approx(0)
     coarse = errors_between(look([image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)], 3), look([image], 3), True)
@@ -85,6 +85,9 @@ def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path,
     assert list(smooth) == judge.columns
     assert slice_.shape == (64, 64)
     assert smooth["score"] < 0.5 * rough["score"]
+    steps = blobs((16, 16, 16), 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)  # faces at one position in four only
+    assert judge.judge(painted(steps), ALONE.device)[0]["lattice_imprint"] == pytest.approx(3)
+    assert max(smooth["lattice_imprint"], rough["lattice_imprint"]) < 0.5
 
 
 def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):

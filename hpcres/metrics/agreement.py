@@ -61,6 +61,14 @@ def changed_faces(window: np.ndarray, own: Box, period: int) -> np.ndarray:
     return found
 
 
+def lattice_imprint(changed: np.ndarray, every: np.ndarray) -> float:
+    """Largest departure of the share of `changed_faces` at a position from its axis's mean, as a share of that mean; of
+    the positions that have faces."""
+    shares = np.ma.masked_array(changed / np.maximum(every, 1), every == 0)
+    mean = shares.mean(1, keepdims=True)
+    return float((np.ma.abs(shares - mean) / np.ma.where(mean, mean, 1)).filled(0).max())
+
+
 def _compare(
     box: Box, low_res: Source, volume: Source, study_json: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -115,9 +123,6 @@ def agreement(
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
     confusions, faces, sums = zip(*client.gather(tasks), strict=True)
     confusion, (changed, every) = sum(confusions), sum(faces)
-    shares = changed / np.maximum(every, 1)
-    mean = shares.mean(1, keepdims=True)
-    imprint = np.abs(shares - mean) / np.where(mean, mean, 1)
     names = [" + ".join(group) for group in study.low_res.groups]
     voxels = int(confusion.sum())
     if voxels == 0:
@@ -139,6 +144,6 @@ def agreement(
         "confusion": {
             a: dict(zip(names, map(int, row), strict=True)) for a, row in zip(names, confusion, strict=True)
         },
-        "changed_faces": dict(zip(AXES, shares.tolist(), strict=True)),
-        "lattice_imprint": float(imprint.max()),
+        "changed_faces": dict(zip(AXES, (changed / np.maximum(every, 1)).tolist(), strict=True)),
+        "lattice_imprint": lattice_imprint(changed, every),
     }

@@ -1,8 +1,9 @@
 """How good a generator is, by what its user has: the high-res images and the low-res volume, never a truth.
 
 A few fixed cubes, together typical of the volume, are generated and their slices compared with the images
-(metrics.appearance), and through the imaging operator with the low-res cubes they were made from. The score is the mean
-of all errors, each in units of what counts as good; lower is better.
+(metrics.appearance), and through the imaging operator with the low-res cubes they were made from; and what the low-res
+lattice left in them is measured (metrics.agreement). The score is the mean of all errors, each in units of what counts
+as good; lower is better.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
+from hpcres.metrics.agreement import changed_faces, lattice_imprint
 from hpcres.metrics.appearance import errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
@@ -19,7 +22,7 @@ from hpcres.training.samples import LowResCubes
 
 GOOD = {
     "fraction_error": 0.01, "area_error": 0.07, "tpb_error": 0.15, "correlation_error": 0.01, "disagreement": 0.005,
-    "tv1": 0.03, "tv4": 0.06,
+    "tv1": 0.03, "tv4": 0.06, "lattice_imprint": 0.1,
 }  # fmt: skip
 """The error of each kind that adds 1 to the sum whose mean is the score."""
 _JUDGED = 2**31 + 1
@@ -40,7 +43,7 @@ class Judge:
         """Of what `judge` returns."""
         every = errors_between(self._images[0], self._images[0], self._isotropic)
         tpb = ["tpb", "tpb_images"] if "tpb_error" in every else []
-        return ["score", *every, "disagreement", *tpb]
+        return ["score", *every, "disagreement", "lattice_imprint", *tpb]
 
     @torch.no_grad()
     def judge(self, generator: SuperResGenerator, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
@@ -62,6 +65,9 @@ class Judge:
         ]
         worst = {key: max(one[key] for one in every) for key in every[0] if all(key in one for one in every)}
         worst["disagreement"] = 1 - right / max(1, voxels)
+        period = self._study.scale_factor.numerator
+        faces = [changed_faces(cube, Box.whole(cube.shape), period) for cube in inner]
+        worst["lattice_imprint"] = lattice_imprint(*np.sum(faces, axis=0))
         found_tpb = {"tpb": ours[0].tpb, "tpb_images": self._images[0].tpb} if "tpb_error" in worst else {}
         score = float(np.mean([worst[key] / GOOD[key] for key in worst]))
         return {"score": score, **worst, **found_tpb}, painted[0][PATCH_VOXELS // 2].numpy()
