@@ -246,10 +246,15 @@ class Models:
             self.critic_optimizer.step()
         if probabilities is None:
             probabilities = self.generate(given)
+        warm_up_steps = settings.warm_up_steps if self.init_from is None else 0
+        if step == warm_up_steps:
+            # The critics' slope is far steeper than the warm-up's. Divided by the size of that one, Adam's first steps
+            # would be ten times the rate, and some runs never come back from where these lead.
+            self.generator_optimizer.state.clear()
         self.generator_optimizer.zero_grad()
         known = one_hot(labels, low_res.channels)
         voxel = voxel_loss(self.operator, probabilities, known)
-        if step < settings.warm_up_steps and self.init_from is None:
+        if step < warm_up_steps:
             loss = interpolation_loss(self.operator, probabilities, known)
         else:
             slices = self.slices(probabilities, real.choose(step, cubes))
