@@ -271,6 +271,22 @@ def test_warm_up_learns_to_interpolate(tmp_path):
     assert models.step(0, range(1), low_res, real, 1e-30).losses[2] != pytest.approx(loss.item(), rel=0.1)
 
 
+def test_the_first_step_after_the_warm_up_is_of_the_rate(tmp_path):
+    """Not of the ratio of the critics' slope to the warm-up's, which is much gentler."""
+    more = {"critic_steps": 1, "reuse_generated": True, "cubes": 1, "warm_up_steps": 2, "adam_betas": [0.0, 0.99]}
+    study = study_of(tmp_path, training=more)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    for step in range(4):
+        before = nn.utils.parameters_to_vector(models.generator.parameters()).detach().clone()
+        models.step(step, range(1), low_res, real, 1e-3)
+        moved = (nn.utils.parameters_to_vector(models.generator.parameters()).detach() - before).abs()
+        if step in (0, 2):
+            assert moved.max() < 1.001e-3
+            assert moved.median() == pytest.approx(1e-3, rel=1e-3)
+        else:
+            assert moved.max() > 1.01e-3
+
+
 def test_lattice_loss_of_blocks_of_stripes_and_of_what_knows_no_lattice():
     """Copied low-res voxels have all faces at one position of four; a wave of another period has them everywhere."""
     random = np.random.default_rng(0)
