@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_inference import lively, make_study, paint_alone
+from small_painting import lively, make_study, paint_alone
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError

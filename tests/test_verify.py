@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from test_inference import make_study, mpirun, paint_alone, store_bytes
+from small_painting import make_study, mpirun, paint_alone, store_bytes
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles

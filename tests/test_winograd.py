@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_inference import lively
+from small_painting import lively
 
 from hpcres.geometry import Box
 from hpcres.inference import winograd
