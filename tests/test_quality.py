@@ -85,6 +85,7 @@ def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path,
     assert list(smooth) == judge.columns
     assert slice_.shape == (64, 64)
     assert smooth["score"] < 0.5 * rough["score"]
+    assert rough["score"] == pytest.approx(np.mean([rough[key] / good for key, good in GOOD.items() if key in rough]))
     steps = blobs((16, 16, 16), 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)  # faces at one position in four only
     assert judge.judge(painted(steps), ALONE.device)[0]["lattice_imprint"] == pytest.approx(3)
     assert max(smooth["lattice_imprint"], rough["lattice_imprint"]) < 0.5
