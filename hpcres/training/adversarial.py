@@ -249,7 +249,7 @@ class Models:
         warm_up_steps = settings.warm_up_steps if self.init_from is None else 0
         if step == warm_up_steps:
             # The critics' slope is far steeper than the warm-up's. Divided by the size of that one, Adam's first steps
-            # would be ten times the rate, and some runs never come back from where these lead.
+            # could be 1 / √(1 − β₂) times the rate, and some runs never come back from where these lead.
             self.generator_optimizer.state.clear()
         self.generator_optimizer.zero_grad()
         known = one_hot(labels, low_res.channels)
