@@ -9,16 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_painting import (
-    both_stores,
-    command,
-    flip,
-    make_study,
-    mpirun,
-    paint_alone,
-    store_bytes,
-    truncate,
-)
+from small_painting import both_stores, command, flip, make_study, mpirun, paint_alone, store_bytes, truncate
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
