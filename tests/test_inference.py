@@ -22,7 +22,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_painting import LABELS, MPI, command, descendants, flip, make_study, mpirun, paint_alone, store_bytes, truncate
+from small_painting import (
+    LABELS,
+    MPI,
+    command,
+    descendants,
+    flip,
+    make_study,
+    mpirun,
+    paint_alone,
+    store_bytes,
+    truncate,
+)
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError, Unfinished
