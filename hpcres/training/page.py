@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; color: #222 }
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem;
+max-width: 1100px; color: #222 }
 img { max-width: 100% } figure { display: inline-block; margin: 0 12px 12px 0 } figcaption { font-size: 12px }
 figure img { width: 196px; image-rendering: pixelated } table { border-collapse: collapse; font-size: 13px }
 td, th { padding: 2px 7px; text-align: right; font-variant-numeric: tabular-nums } .best { font-weight: 600 }"""
