@@ -559,7 +559,7 @@ def test_waiting_costs_no_core_and_more_ranks_than_tiles_are_no_harm(tmp_path):
     done = mpirun(3, *with_fault(tmp_path, fault), "infer", str(path), "--tiles", "1x1x1")
     assert "2 ranks have no tile" in done.stderr
     spent = made_by(done)
-    assert min(took for _, took in spent.values()) > 2
+    assert min(took for _, took in spent.values()) > 1  # all but the moment by which a rank began after the painter
     assert sorted(used for used, _ in spent.values())[1] < 0.4  # the third loads its kernels and paints
 
 
