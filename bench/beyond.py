@@ -24,7 +24,8 @@ from quality import CONFIGS, hpcres, measured, tpb_error, worst_area, worst_frac
 from scipy.ndimage import distance_transform_edt
 
 from hpcres.geometry import Box
-from hpcres.study import Study, load_study
+from hpcres.study import Study
+from hpcres.study_file import load_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from hpcres.geometry import Box, triple
 from hpcres.metrics.counts import Counts, add, count, finalize
-from hpcres.study import PATCH_VOXELS, load_study
+from hpcres.study import PATCH_VOXELS
+from hpcres.study_file import load_study
 from hpcres.training.samples import LowResCubes
 from hpcres.volumes.formats import open_volume
 

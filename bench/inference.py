@@ -41,7 +41,7 @@ def prepare(folder: Path, scale: int, width: int, edge: int, tile: int) -> Path:
 
     from hpcres.checkpoint import build_generator, save_checkpoint
     from hpcres.phantoms import chi2_field
-    from hpcres.study import load_study
+    from hpcres.study_file import load_study
 
     low = edge // scale
     # Repeated, because a phantom of a big volume takes longer than painting it.
@@ -72,7 +72,7 @@ def rank(study: str) -> None:
     os.sched_setaffinity(0, {cores[-1 - number % len(cores)]})
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer, open_job
-    from hpcres.study import load_study
+    from hpcres.study_file import load_study
 
     with join_ranks() as ranks:
         before = matrix_rate()
@@ -125,7 +125,7 @@ def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[st
     from hpcres.checkpoint import load_checkpoint
     from hpcres.geometry import Box
     from hpcres.inference.generate import operations
-    from hpcres.study import load_study
+    from hpcres.study_file import load_study
 
     folder = Path(tempfile.mkdtemp(prefix="hpcres-bench-"))
     try:
@@ -162,7 +162,7 @@ def forms(path: str | Path, most: int) -> Iterator[str]:
     from hpcres.networks.folded import fold
     from hpcres.networks.polyphase import Polyphase
     from hpcres.noise import normals
-    from hpcres.study import load_study
+    from hpcres.study_file import load_study
     from hpcres.volumes.formats import open_volume
     from hpcres.volumes.phases import PhaseMap
 

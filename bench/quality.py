@@ -36,7 +36,8 @@ import numpy as np
 import yaml
 
 from hpcres.geometry import Box
-from hpcres.study import Study, load_study
+from hpcres.study import Study
+from hpcres.study_file import load_study
 from hpcres.volumes.convert import convert
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap

@@ -23,7 +23,8 @@ import click
 
 from hpcres import __version__
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.study import Metrics, Study, VoxelSize, load_study, parse_voxel_size, save_study
+from hpcres.study import Metrics, Study, VoxelSize, parse_voxel_size
+from hpcres.study_file import load_study, save_study
 
 EXIT_INPUT, EXIT_UNFINISHED, EXIT_STOPPED = 2, 3, 75
 _DISK_ERRORS = {

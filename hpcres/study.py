@@ -1,30 +1,18 @@
-"""The study file: everything a run needs, checked before anything starts.
+"""The study: everything a run needs, each setting with its unit, default and limits, and where every result goes.
 
-Lengths carry their unit in the file (`65 nm`). Relative paths are relative to the study file; `${NAME}` is an
-environment variable and `${output}` the study's own output folder. An unknown key is an error that names the
-file, the key and the nearest known one.
+Lengths carry their unit (`65 nm`). How it is read from a file is in `study_file`.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from hpcres.errors import InputError
 from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
@@ -563,172 +551,3 @@ class Study(Section):
     @property
     def report_path(self) -> Path:
         return self.folder / "report.html"
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice: plain YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise InputError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; keep one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_study(path: str | Path, settings: Sequence[str] = (), output: str | None = None) -> Study:
-    """Read, override (`section.key=value`) and check a study file; raises InputError in one line.
-
-    A study may name another, or several, as its `base` and then holds only what differs; later ones win.
-    """
-    path = Path(path)
-    raw = _read(path, ())
-    for setting in settings:
-        _override(raw, setting)
-    if output is not None:
-        raw["output"] = str(Path(output).resolve())
-    raw["output"] = _expand(str(raw.get("output", path.resolve().parent / "results")), "output", path, {})
-    raw = _over_paths(raw, lambda text, key: _expand(text, key, path, {"output": raw["output"]}))
-    return _validated(raw, path)
-
-
-def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The settings of a file over those of its base, with every relative path made absolute."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such study file; give one as argument or write study.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a study file ({error})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: no settings in it; a study file is a list of `key: value` lines")
-    folder = path.resolve().parent
-    raw = _over_paths(raw, lambda text, _: _place(text, folder))
-    if "output" in raw:
-        raw["output"] = _place(str(raw["output"]), folder)
-    bases = raw.pop("base", [])
-    merged: dict[str, Any] = {}
-    for name in [bases] if isinstance(bases, str) else bases:
-        base = Path(_place(str(name), folder))
-        if base in (*below, path.resolve()):
-            raise InputError(f"{path}: base {base} leads back to itself; name another file")
-        merged = _merged(merged, _read(base, (*below, path.resolve())))
-    return _merged(merged, raw)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key, except maps of labels to phases, which belong together; labels and
-    probabilities as the low-res volume take each other's place."""
-    merged = dict(base)
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict) and key != "phases":
-            before = base[key]
-            if key == "low_res" and "channels" in value:
-                before = {}
-            elif key == "low_res" and "path" in value:
-                before = {name: item for name, item in before.items() if name != "channels"}
-            value = _merged(before, value)
-        merged[key] = value
-    return merged
-
-
-def _validated(raw: dict[str, Any], path: Path) -> Study:
-    try:
-        return Study.model_validate(raw)
-    except ValidationError as error:
-        first, *others = error.errors()
-        place = [str(part) for part in first["loc"] if str(part) not in ("str",)]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            known = _known_keys(first["loc"][:-1])
-            near = difflib.get_close_matches(place[-1], known, 1, 0.5)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-            message = f"unknown key; {remedy}"
-        elif first["type"] == "missing":
-            message = "is required and not given"
-        elif not first["type"].startswith("value_error"):
-            message = f"{message[:1].lower()}{message[1:]}, not {first['input']!r}"
-        more = f" (and {len(others)} more)" if others else ""
-        key = ".".join(place)
-        raise InputError(f"{path}: {key + ': ' if key else ''}{message}{more}") from None
-
-
-def _known_keys(place: Sequence[str | int]) -> list[str]:
-    model: type[Section] = Study
-    for part in place:
-        if isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-            model = next((a for a in sections if issubclass(a, Section)), model)
-    return list(model.model_fields)
-
-
-def _override(raw: dict[str, Any], setting: str) -> None:
-    key, equals, value = setting.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {setting}: no value; write --set section.key=value")
-    *sections, last = key.strip().split(".")
-    place: Any = raw
-    for part in sections:
-        place = place.setdefault(part, {}) if isinstance(place, dict) else None
-        if place is None:
-            raise InputError(f"--set {setting}: {part!r} is not a section of the study")
-    if not isinstance(place, dict):
-        raise InputError(f"--set {setting}: {sections[-1]!r} is not a section of the study")
-    try:
-        place[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        raise InputError(f"--set {setting}: the value is not valid YAML; quote it") from None
-
-
-_PATH_KEYS = {
-    ("low_res", "path"), ("low_res", "channels", "path"), ("high_res", "images", "path"), ("reference", "volume"),
-    ("training", "init_from"),
-}  # fmt: skip
-
-
-def _over_paths(value: Any, change: Callable[[str, str], str], place: tuple[str, ...] = ()) -> Any:
-    """The same settings with `change(text, key)` applied to every path that names an input."""
-    if isinstance(value, dict):
-        return {k: _over_paths(v, change, (*place, str(k))) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_over_paths(v, change, place) for v in value]
-    return change(value, ".".join(place)) if place in _PATH_KEYS and isinstance(value, str) else value
-
-
-def _expand(text: str, key: str, file: Path, extra: dict[str, str]) -> str:
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in extra and name not in os.environ:
-            raise InputError(f"{file}: {key}: ${{{name}}} is not set; export {name} or write the path itself")
-        return extra.get(name) or os.environ[name]
-
-    return re.sub(r"\$\{(\w+)\}", value, text)
-
-
-def _place(path: str, folder: Path) -> str:
-    """An absolute path; one that starts with a variable is left for _expand."""
-    expanded = Path(path).expanduser()
-    if expanded.is_absolute() or path.startswith("${"):
-        return str(expanded)
-    return os.path.normpath(folder / expanded)
-
-
-def save_study(study: Study, stage: str) -> Path:
-    """Write the resolved study beside the results of `stage`, as `study-<stage>.yaml`."""
-    study.folder.mkdir(parents=True, exist_ok=True)
-    path = study.folder / f"study-{stage}.yaml"
-    text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path

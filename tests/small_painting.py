@@ -17,7 +17,7 @@ from hpcres.inference.journal import agreement_path
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.study import load_study
+from hpcres.study_file import load_study
 
 MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -9,7 +9,7 @@ import torch
 from small_training import ALONE, as_rank, blobs, free_ports, study_of
 from torch._dynamo.utils import counters
 
-from hpcres.study import save_study
+from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import processes
 from hpcres.training.samples import LowResCubes, RealSlices

@@ -10,7 +10,7 @@ import torch
 from small_training import ALONE, anisotropic, as_rank, free_ports, study_of
 
 from hpcres.checkpoint import load_checkpoint
-from hpcres.study import save_study
+from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import processes
 from hpcres.training.samples import LowResCubes, RealSlices

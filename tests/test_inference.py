@@ -47,7 +47,7 @@ from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
-from hpcres.study import load_study
+from hpcres.study_file import load_study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
 

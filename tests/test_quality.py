@@ -13,7 +13,7 @@ from small_training import ALONE, anisotropic, blobs, study_of
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
 from hpcres.metrics.appearance import errors_between, images_by_plane, look
-from hpcres.study import load_study, save_study
+from hpcres.study_file import load_study, save_study
 from hpcres.training import samples
 from hpcres.training.adversarial import Models, train
 from hpcres.training.events import Events, crc32c

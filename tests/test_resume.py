@@ -13,7 +13,7 @@ from small_training import as_rank, free_ports, history, same, study_of, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.study import save_study
+from hpcres.study_file import save_study
 from hpcres.training import adversarial
 from hpcres.training.adversarial import Models, train
 

@@ -20,7 +20,7 @@ from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Journal, infer, open_job
 from hpcres.inference.verify import audit, find_faults, repair_job
-from hpcres.study import load_study
+from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
 
 TILES = "3x3x3"

@@ -24,7 +24,8 @@ from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.signals import noted_signals
-from hpcres.study import Study, save_study
+from hpcres.study import Study
+from hpcres.study_file import save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.journal import Journal
 from hpcres.training.losses import (
