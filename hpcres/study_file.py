@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from hpcres.errors import InputError
 from hpcres.study import Section, Study
+from hpcres.volumes.files import made_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -180,10 +181,6 @@ def save_study(study: Study, stage: str) -> Path:
     study.folder.mkdir(parents=True, exist_ok=True)
     path = study.folder / f"study-{stage}.yaml"
     text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with made_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path

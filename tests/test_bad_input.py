@@ -375,4 +375,4 @@ def test_full_disk_is_one_line_and_loses_nothing(command, good, capfd, monkeypat
     assert "no space left" in lines[0]
     after = listing(good)
     assert all(after.get(name) == content for name, content in before.items())
-    assert not [name for name in after if name.endswith(".partial")]
+    assert not [name for name in after if Path(name).name.startswith(".")], "what was half-made is left"

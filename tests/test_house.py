@@ -28,7 +28,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "geometry": {"errors"},
     "noise": {"geometry"},
     "study": {"errors", "geometry"},
-    "study_file": {"errors", "study"},
+    "study_file": {"errors", "study", "volumes"},
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
     "volumes": {"errors", "geometry", "study", "volumes"},

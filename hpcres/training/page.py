@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import os
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from hpcres.volumes.files import made_whole
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem;
 max-width: 1100px; color: #222 }
@@ -57,12 +58,8 @@ def write_page(folder: Path, title: str) -> Path:
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
     target = folder / "training.html"
-    beside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with made_whole(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return target
 
 
