@@ -76,6 +76,21 @@ def test_surroundings_are_cut_off_early_as_if_it_were_at_the_end(scale, padding,
         assert all(a <= n // q * p + most for a, n in zip(seen[-1], inner, strict=True))
 
 
+def test_low_res_maps_lose_a_voxel_a_convolution_where_there_are_surroundings_enough():
+    generator = random_generator("4", "zeros", "transposed", blocks=3)
+    edges = []
+    for name, module in generator.named_modules():
+        if name.startswith(("norm_first", "blocks")) and isinstance(module, torch.nn.BatchNorm3d):
+            module.register_forward_hook(lambda module, given, out: edges.append(out.shape[2]))
+    x = torch.randn(1, 3, 18, 18, 18, dtype=torch.float64)
+    with torch.no_grad():
+        whole, cut = generator(x)[..., 28:-28, 28:-28, 28:-28], generator(x, 7)
+    assert (cut - whole).abs().max() < 1e-12
+    # The last upsamplings read one voxel around the inner 4; each of the six convolutions before one more.
+    assert edges[:7] == [18] * 7
+    assert edges[7:] == [18, 16, 14, 12, 10, 8, 6]
+
+
 def test_default_halo_is_five_low_res_voxels_and_grows_with_blocks():
     for scale in ("2", "4", "8", "8/5", "16/3"):
         assert random_generator(scale).halo_low_res == 5

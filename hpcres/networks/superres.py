@@ -38,9 +38,18 @@ class ResidualBlock(nn.Module):
         self.conv_out = nn.Conv3d(channels, channels, 3, padding=1, padding_mode=padding)
         self.norm_out = nn.BatchNorm3d(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        side = functional.relu(self.norm_in(self.conv_in(x)))
-        return functional.relu(x + self.norm_out(self.conv_out(side)))
+    def forward(self, x: Tensor, cuts: tuple[int, int] = (0, 0)) -> Tensor:
+        """Of all of x but the outermost voxels that the convolutions cut."""
+        side = functional.relu(self.norm_in(_convolved(self.conv_in, x, cuts[0])))
+        return functional.relu(middle(x, sum(cuts)) + self.norm_out(_convolved(self.conv_out, side, cuts[1])))
+
+
+def _convolved(convolution: nn.Conv3d, x: Tensor, cut: int) -> Tensor:
+    """Without the outermost `cut` voxels, of which the first are not computed at all."""
+    if not cut:
+        padded: Tensor = convolution(x)
+        return padded
+    return middle(functional.conv3d(x, convolution.weight, convolution.bias), cut - 1)
 
 
 class SuperResGenerator(nn.Module):
@@ -109,8 +118,11 @@ class SuperResGenerator(nn.Module):
     def forward(self, x: Tensor, surroundings: int = 0) -> Tensor:
         """Logits of all of x but its outermost `surroundings` voxels (whole high-res ones), whose maps are cut as soon
         as nothing within depends on them."""
-        first = functional.relu(self.norm_first(self.conv_first(x)))
-        x, cuts = first + self.blocks(first), iter(self._cuts(surroundings))
+        cuts = iter(self._cuts(surroundings))
+        first = x = functional.relu(self.norm_first(_convolved(self.conv_first, x, next(cuts))))
+        for block in self.blocks:
+            x = block(x, (next(cuts), next(cuts)))
+        x = x + middle(first, (first.shape[2] - x.shape[2]) // 2)
         for convolution, norm in self.resizes:
             x = functional.relu(norm(convolution(upsample(middle(x, next(cuts)), Fraction(2)))))
         if self.conv_transposed is not None:
@@ -135,8 +147,11 @@ class SuperResGenerator(nn.Module):
     def _read_range(self, voxel: int) -> tuple[int, int]:
         """First and last low-res index that output index `voxel` reads, were the volume endless."""
         *_, (first, last) = self._stage_ranges(voxel, voxel)
-        convolutions = 1 + 2 * len(self.blocks)
-        return first - convolutions, last + convolutions
+        return first - self._low_res_convolutions, last + self._low_res_convolutions
+
+    @property
+    def _low_res_convolutions(self) -> int:
+        return 1 + 2 * len(self.blocks)
 
     def _stage_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """First and last index of what each upsampling takes in that outputs first … last read, from the last one on to
@@ -155,14 +170,19 @@ class SuperResGenerator(nn.Module):
             yield first, last
 
     def _cuts(self, surroundings: int) -> list[int]:
-        """What to cut off each side of what every upsampling takes in, from the coarsest on, and last of the output, so
-        that `surroundings` low-res voxels are gone, and nothing was that an output voxel within depends on."""
+        """What to cut off each side of what every low-res convolution gives and every upsampling takes in, and last of
+        the output, so that `surroundings` low-res voxels are gone, and nothing was that an output voxel within depends
+        on."""
         block, around, grid, cuts = 16 * self.scale.denominator, surroundings, Fraction(1), []
-        for first, last in reversed(list(self._stage_ranges(0, int(block * self.scale) - 1))):
-            reach = max(-first, last + 1 - int(block * grid))
+        stages = list(self._stage_ranges(0, int(block * self.scale) - 1))[::-1]
+        low_res = self._low_res_convolutions
+        for layer, (first, last) in enumerate([stages[0]] * low_res + stages):
+            reach = max(-first, last + 1 - int(block * grid)) + max(0, low_res - 1 - layer)
             unit = (self.scale / grid).denominator  # what is left stays a whole number of voxels on all grids
             cuts.append(max(0, around - reach) // unit * unit)
-            step = Fraction(2) if len(cuts) <= _doublings(self.scale) else self.last_scale
+            step = Fraction(1)
+            if layer >= low_res:
+                step = Fraction(2) if layer < low_res + _doublings(self.scale) else self.last_scale
             around, grid = int((around - cuts[-1]) * step), grid * step
         return [*cuts, around]
 
