@@ -126,8 +126,9 @@ def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
     study = tmp_path / "mine.yaml"
     study.write_text(f"base: [{ROOT}/configs/case3-sofc.yaml, {ROOT}/configs/long.yaml]\nname: mine\n")
     long, small = load_study(study), load_study(ROOT / "configs" / "case3-sofc-small.yaml")
-    assert (long.network.width, long.training.surroundings, long.training.pattern_weight) == (6, 3, 240)
-    changed = {"minutes", "surroundings", "pattern_weight", "voxel_threshold", "quality_cubes"}
+    assert (long.network.width, long.network.residual_blocks) == (6, 2)
+    assert (long.training.surroundings, long.training.pattern_weight) == (5, 480)
+    changed = {"minutes", "surroundings", "pattern_weight", "pattern_spacings", "voxel_threshold", "quality_cubes"}
     assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)
     assert long.scale_factor == small.scale_factor == 4
 
