@@ -516,16 +516,17 @@ PACED = (  # how long a tile takes on each rank, by its number; and what a rank 
     "    busy(1)\n"
     "    used, began = time.process_time(), time.monotonic()\n"
     "    try: return make(*a)\n"
-    "    finally: print('MADE', rank, time.process_time() - used, time.monotonic() - began, flush=True)\n"
+    "    finally: print('MADE', rank, time.process_time() - used, began, time.monotonic(), flush=True)\n"
     "run._make = measured\n"
 )
 
 
-def made_by(done: subprocess.CompletedProcess[str]) -> dict[int, tuple[float, float]]:
-    """CPU and wall seconds of every rank's making."""
+def made_by(done: subprocess.CompletedProcess[str]) -> list[tuple[float, float, float]]:
+    """Of every rank's making: CPU seconds, begin and end in seconds of the one clock that all processes share."""
     assert done.returncode == 0, done.stderr
-    lines = re.findall(r"MADE (\d) (\S+) (\S+)", done.stdout)
-    return {int(rank): (float(used), float(took)) for rank, used, took in lines}
+    lines = re.findall(r"MADE \d (\S+) (\S+) (\S+)", done.stdout)
+    assert len(lines) == 3
+    return [(float(used), float(began), float(ended)) for used, began, ended in lines]
 
 
 def test_a_slow_rank_does_not_hold_the_rest_and_the_pyramid_grows_meanwhile(tmp_path):
@@ -545,7 +546,7 @@ def test_a_slow_rank_does_not_hold_the_rest_and_the_pyramid_grows_meanwhile(tmp_
     assert tiles[1] < 20  # of an even split it would have had 45, for 11 s with two in hand
     assert min(tiles[0], tiles[2]) > 30
     # 1.6 s of pacing on idle cores; an even split would take 11 s, however idle they are.
-    assert max(took for _, took in spent.values()) < 136 / 3 / (2 / 0.5) / 2
+    assert max(ended - began for _, began, ended in spent) < 136 / 3 / (2 / 0.5) / 2
     levels = [level for _, level in times]
     assert Counter(levels) == {0: 136, 1: 17, 2: 9}
     assert levels.index(1) < 60
@@ -559,8 +560,8 @@ def test_waiting_costs_no_core_and_more_ranks_than_tiles_are_no_harm(tmp_path):
     done = mpirun(3, *with_fault(tmp_path, fault), "infer", str(path), "--tiles", "1x1x1")
     assert "2 ranks have no tile" in done.stderr
     spent = made_by(done)
-    assert min(took for _, took in spent.values()) > 1  # all but the moment by which a rank began after the painter
-    assert sorted(used for used, _ in spent.values())[1] < 0.4  # the third loads its kernels and paints
+    assert min(ended for _, _, ended in spent) - min(began for _, began, _ in spent) > 2  # none leaves before the tile
+    assert sorted(used for used, _, _ in spent)[1] < 0.4  # the third loads its kernels and paints
 
 
 # ---- verify ------------------------------------------------------------------------------------------------------
