@@ -146,8 +146,8 @@ class SuperResGenerator(nn.Module):
 
     def _read_range(self, voxel: int) -> tuple[int, int]:
         """First and last low-res index that output index `voxel` reads, were the volume endless."""
-        *_, (first, last) = self._stage_ranges(voxel, voxel)
-        return first - self._low_res_convolutions, last + self._low_res_convolutions
+        *_, low_res = self._stage_ranges(voxel, voxel)
+        return _before_convolutions(low_res, self._low_res_convolutions)
 
     @property
     def _low_res_convolutions(self) -> int:
@@ -174,17 +174,20 @@ class SuperResGenerator(nn.Module):
         the output, so that `surroundings` low-res voxels are gone, and nothing was that an output voxel within depends
         on."""
         block, around, grid, cuts = 16 * self.scale.denominator, surroundings, Fraction(1), []
-        stages = list(self._stage_ranges(0, int(block * self.scale) - 1))[::-1]
-        low_res = self._low_res_convolutions
-        for layer, (first, last) in enumerate([stages[0]] * low_res + stages):
-            reach = max(-first, last + 1 - int(block * grid)) + max(0, low_res - 1 - layer)
+        steps = [Fraction(1)] * self._low_res_convolutions + [Fraction(2)] * _doublings(self.scale) + [self.last_scale]
+        ranges = list(self._stage_ranges(0, int(block * self.scale) - 1))[::-1]
+        convolutions = [_before_convolutions(ranges[0], left) for left in reversed(range(self._low_res_convolutions))]
+        for step, (first, last) in zip(steps, convolutions + ranges, strict=True):
+            reach = max(-first, last + 1 - int(block * grid))
             unit = (self.scale / grid).denominator  # what is left stays a whole number of voxels on all grids
             cuts.append(max(0, around - reach) // unit * unit)
-            step = Fraction(1)
-            if layer >= low_res:
-                step = Fraction(2) if layer < low_res + _doublings(self.scale) else self.last_scale
             around, grid = int((around - cuts[-1]) * step), grid * step
         return [*cuts, around]
+
+
+def _before_convolutions(given: tuple[int, int], count: int) -> tuple[int, int]:
+    """First and last index that these are made from by so many convolutions of 3 voxels."""
+    return given[0] - count, given[1] + count
 
 
 def _linear_range(first: int, last: int, scale: Fraction) -> tuple[int, int]:
