@@ -22,6 +22,7 @@ from hpcres import __version__
 from hpcres.errors import InputError
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
+from hpcres.volumes.files import made_whole
 
 _FORMAT = "hpcres-checkpoint-1"
 
@@ -88,17 +89,12 @@ def save_checkpoint(
         "training": training_state,
         "init_from": init_from,
     }
-    for left in path.parent.glob(f".{path.name}.*.partial"):  # by a kill in the middle of this very line
+    for left in path.parent.glob(f".{path.name}.*"):  # by a kill in the middle of what follows
         left.unlink(missing_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with beside.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with made_whole(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

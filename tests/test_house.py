@@ -32,7 +32,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
     "volumes": {"errors", "geometry", "study", "volumes"},
-    "checkpoint": {"errors", "networks", "study"},
+    "checkpoint": {"errors", "networks", "study", "volumes"},
     "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
     "training": {
         "errors", "geometry", "networks", "study", "study_file", "imaging", "volumes", "checkpoint", "training",

@@ -53,6 +53,7 @@ from hpcres.metrics.schedule import (
     submit,
     threads_of,
 )  # fmt: skip
+from hpcres.volumes.files import made_whole
 from hpcres.volumes.formats import map_npy, read_npz
 from hpcres.volumes.volume import Volume
 
@@ -291,10 +292,8 @@ def _key(step: Triple) -> str:
 
 
 def _save(target: Path, write: Any) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with made_whole(target) as temporary, temporary.open("wb") as file:
         write(file)
-    os.replace(temporary, target)
 
 
 def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:

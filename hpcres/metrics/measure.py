@@ -45,6 +45,7 @@ from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, s
 from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Metrics, Study, SubVolumes, VoxelSize
+from hpcres.volumes.files import made_whole
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PhaseMap, open_low_res
 from hpcres.volumes.volume import Volume
@@ -290,10 +291,6 @@ def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
     path = Path(path)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with made_whole(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable
 from html import escape
 from math import floor, log10
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hpcres import __version__
+from hpcres.volumes.files import made_whole
 
 OURS, TRUTH, IMAGES, INK = "#2a7de1", "#e0862a", "#7a9a4a", "#808790"
 SERIES = (OURS, TRUTH, IMAGES, "#b0487c", "#8064a2", "#4aa0a0")
@@ -33,12 +33,8 @@ def write(target: Path, title: str, body: Iterable[str]) -> Path:
         f"<footer>hpcres {__version__}</footer></main></body></html>\n"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with made_whole(target) as temporary:
         temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

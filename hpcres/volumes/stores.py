@@ -210,9 +210,8 @@ class LabelStore:
         self._replace_metadata(metadata)
 
     def _replace_metadata(self, metadata: dict[str, Any]) -> None:
-        temporary = temporary_beside(self.path / "zarr.json")
-        temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
-        os.replace(temporary, self.path / "zarr.json")
+        with made_whole(self.path / "zarr.json") as temporary:
+            temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
 
     def _attributes(self) -> dict[str, Any]:
         return json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
