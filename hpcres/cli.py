@@ -263,7 +263,7 @@ def train(
     """
     # Threads that wait must not spin: on cores shared with anything else that makes a step several times longer.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from hpcres.training.adversarial import train as run
+    from hpcres.training.run import train as run
 
     if init_from is not None:
         settings = (*settings, f"training.init_from={json.dumps(str(Path(init_from).resolve()), ensure_ascii=False)}")

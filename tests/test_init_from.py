@@ -12,7 +12,8 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.cli import commands
 from hpcres.errors import InputError
 from hpcres.study_file import save_study
-from hpcres.training.adversarial import Models, train
+from hpcres.training.adversarial import Models
+from hpcres.training.run import train
 
 TWO = {"phases": {0: "hole", 7: "solid"}}
 

@@ -15,9 +15,10 @@ from hpcres.errors import InputError
 from hpcres.metrics.appearance import errors_between, images_by_plane, look
 from hpcres.study_file import load_study, save_study
 from hpcres.training import samples
-from hpcres.training.adversarial import Models, train
+from hpcres.training.adversarial import Models
 from hpcres.training.events import Events, crc32c
 from hpcres.training.quality import GOOD, Judge
+from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes
 from hpcres.volumes.phases import open_low_res
 

@@ -14,8 +14,8 @@ from small_training import as_rank, free_ports, history, same, study_of, weights
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.study_file import save_study
-from hpcres.training import adversarial
-from hpcres.training.adversarial import Models, train
+from hpcres.training.adversarial import Models
+from hpcres.training.run import train
 
 EVERY_STEP = {"report_seconds": 1e-6, "checkpoint_minutes": 1e-9}
 
@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
     study = study_of(tmp_path, training={"steps": 1})
     train(study)
     before = study.checkpoint_path.read_bytes()
-    monkeypatch.setattr(adversarial, "learning_rate", lambda *_: float("inf"))
+    monkeypatch.setattr("hpcres.training.run.learning_rate", lambda *_: float("inf"))
     # The step after the one that spoiled the weights has the first loss that shows it; neither may be saved.
     with pytest.raises(Unfinished, match=r"step [23]\b"):
         train(study_of(tmp_path, training={"steps": 4, "checkpoint_minutes": 1e-9}))

@@ -19,7 +19,7 @@ from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging
 from hpcres.training import adversarial
-from hpcres.training.adversarial import Models, average_decay, learning_rate, train
+from hpcres.training.adversarial import Models, average_decay
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
     Critics,
@@ -31,6 +31,7 @@ from hpcres.training.losses import (
     volume_slices,
     voxel_loss,
 )
+from hpcres.training.run import learning_rate, train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.stores import LabelStore
 

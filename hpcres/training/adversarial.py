@@ -8,9 +8,7 @@ low-res cube it was given when the imaging operator looks at its output.
 from __future__ import annotations
 
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint, save_checkpoint
-from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.errors import InputError, Unfinished
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.signals import noted_signals
 from hpcres.study import Study
-from hpcres.study_file import save_study
-from hpcres.training.distributed import Processes, processes
+from hpcres.training.distributed import Processes
 from hpcres.training.journal import Journal
 from hpcres.training.losses import (
     Critics,
@@ -47,117 +43,8 @@ _SETTLING = 2**31
 _SETTLED_AT_ONCE = 8
 _NEWEST = 0.1
 """Weight of the newest step in the running mean of pattern shares."""
-_PAGE_SECONDS = 60
-"""training.html takes a second to draw, so a run that saves often does not draw it each time."""
-_MAY_CHANGE = {
-    "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
-    "compile", "fixed_statistics",
-}  # fmt: skip
-"""Training settings that a resumed run may have different from the run it continues."""
 _MUST_FIT = {name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage")}
 """Of a generator's configuration, what must be the same to begin from its weights."""
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run ended. `resumed_step` is where it took up an earlier run, 0 for a new one."""
-
-    checkpoint: str
-    step: int
-    seconds: float
-    resumed_step: int
-    already_finished: bool
-
-
-def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
-    """Train what `study` asks for, or go on where its checkpoint stands; the checkpoint is in study.checkpoint_path.
-
-    Raises InputError before anything is written where study, images, volume or an existing checkpoint do not fit;
-    Stopped after saving on SIGTERM or SIGUSR1; Unfinished where a loss is no longer finite.
-    """
-    settings = study.training
-    with processes(study.device, settings.threads) as group:
-        cubes = group.share(settings.cubes)
-        before = None if overwrite or not study.checkpoint_path.exists() else _resumable(study)
-        budget = settings.minutes * 60 if settings.minutes else float("inf")
-        first, seconds_before = _place_of(before)
-        if before is not None and (first >= settings.steps or seconds_before >= budget):
-            return TrainingResult(str(study.checkpoint_path), first, seconds_before, first, True)
-        low_res, real = LowResCubes(study), RealSlices(study, group.device)
-        models = Models(study, group)
-        if before is not None:
-            models.restore(before)
-        elif settings.init_from is not None:
-            models.begin_from(settings.init_from)
-        _check_writable(study)
-        if group.rank == 0:
-            save_study(study, "train")
-        judge = Judge(study, low_res, models.operator) if settings.quality_steps and group.rank == 0 else None
-        columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
-        journal = Journal(
-            study.folder if group.rank == 0 else None, columns,
-            ["step", "seconds", *judge.columns] if judge else [], first,
-        )  # fmt: skip
-        try:
-            for message in _opening(study, group, models, low_res, real, before):
-                journal.note(message)
-            with noted_signals() as received:
-                started = time.monotonic()
-                reported = saved = paged = seconds = seconds_before
-                done = 0.0
-                for step in range(first, settings.steps):
-                    begun = max(step / settings.steps, seconds / budget)
-                    rate = learning_rate(study, begun)
-                    if models.fixed_from is None and begun >= 1 - settings.fixed_statistics:
-                        models.fix_statistics(step, low_res)
-                    outcome = models.step(step, cubes, low_res, real, rate)
-                    stop, broken, seconds = group.largest(
-                        bool(received), not outcome.finite, seconds_before + time.monotonic() - started
-                    )
-                    if broken:
-                        kept = f"{study.checkpoint_path} of an earlier step is kept"
-                        raise Unfinished(
-                            f"training: a loss is no longer finite at step {step + 1}; "
-                            f"{kept if study.checkpoint_path.exists() else 'nothing was saved'}; "
-                            "lower training.learning_rate or use precision fp32, and run with --overwrite"
-                        )
-                    done = max((step + 1) / settings.steps, seconds / budget)
-                    if done >= 1 or stop or seconds - reported >= settings.report_seconds:
-                        reported = seconds
-                        row = models.report(outcome, low_res.channels)
-                        row |= {"step": step + 1, "seconds": seconds, "learning_rate": rate}
-                        journal.report(min(done, 1.0), row)
-                    if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
-                        if judge is not None:
-                            models.judge(judge, step + 1, seconds, low_res, journal)
-                        group.largest(0.0)  # the others wait, or their clocks would part
-                    if done >= 1 or stop or seconds - saved >= settings.checkpoint_minutes * 60:
-                        saved = seconds
-                        models.refuse_broken_weights(step + 1)
-                        if group.rank == 0:
-                            models.save(step + 1, seconds, low_res, finished=done >= 1)
-                            if done >= 1 or stop or seconds - paged >= _PAGE_SECONDS:
-                                paged = seconds
-                                journal.write_page(f"Training of {study.name}")
-                        group.largest(0.0)  # a process that leaves early would take the saving one down with it
-                    if done >= 1:
-                        break
-                    if stop:
-                        name = signal.Signals(received[0]).name if received else "a signal"
-                        raise Stopped(
-                            f"training: stopped by {name} after saving step {step + 1} to "
-                            f"{study.checkpoint_path}; run the same command to go on"
-                        )
-                return TrainingResult(str(study.checkpoint_path), step + 1, seconds, first, False)
-        finally:
-            journal.close()
-
-
-def learning_rate(study: Study, done: float) -> float:
-    """Constant for the first half of the run, then linear down to the final share of it; `done` is 0 to 1."""
-    settings = study.training
-    decay = max(0.0, 2 * done - 1) * (1 - settings.final_learning_rate)
-    return settings.learning_rate * (1 - decay)
 
 
 def average_decay(ema: float, growth: float, step: int) -> float:
@@ -168,14 +55,6 @@ def average_decay(ema: float, growth: float, step: int) -> float:
     weights.
     """
     return min(ema, (1 + step) / (2 + growth + step))
-
-
-# ---- the step ----------------------------------------------------------------------------------------------
-
-_COLUMNS = [
-    "step", "seconds", "critic_loss", "wasserstein", "gradient_penalty", "generator_loss", "voxel_loss",
-    "learning_rate", "low_res_agreement",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -492,9 +371,6 @@ def _loss_at(means: Tensor, loss_of: Callable[[Tensor], Tensor], shares: Tensor)
     return loss.detach() + (slope * (shares - shares.detach())).sum()
 
 
-# ---- before and around the loop ----------------------------------------------------------------------------
-
-
 def _compile(generator: SuperResGenerator, device: torch.device) -> None:
     """Have its forward compiled when it first runs; weights and their names stay as they are.
 
@@ -518,85 +394,3 @@ def _take_over(module: nn.Module, state: dict[str, Tensor]) -> set[str]:
     misfits = {name for name, own in module.state_dict().items() if state[name].shape != own.shape}
     module.load_state_dict({name: state[name] for name in state if name not in misfits}, strict=False)
     return misfits
-
-
-def _resumable(study: Study) -> Checkpoint:
-    """The study's checkpoint, where it is one of the same training."""
-    path = study.checkpoint_path
-    checkpoint = load_checkpoint(path)
-    if checkpoint.training_state is None:
-        raise InputError(f"{path}: holds no training state to go on from; use --overwrite or another --output")
-    old, new = _what_matters(checkpoint.study), _what_matters(study)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            raise InputError(
-                f"{path}: was trained with {key} {old.get(key, 'unset')}, the study now says {new.get(key, 'unset')}; "
-                "use --overwrite to train anew, or another --output"
-            )
-    return checkpoint
-
-
-def _what_matters(study: Study) -> dict[str, Any]:
-    """Every setting that shapes training, by its dotted key."""
-    sections = {"seed", "scale_factor", "high_res", "low_res", "imaging", "network", "training", "phantom"}
-    flat: dict[str, Any] = {}
-
-    def add(key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                add(f"{key}.{name}" if key else str(name), item)
-        elif isinstance(value, list):
-            add(key, dict(enumerate(value)))
-        else:
-            flat[key] = value
-
-    add("", study.model_dump(mode="json", include=sections, exclude={"training": _MAY_CHANGE}, exclude_none=True))
-    return flat
-
-
-def _place_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
-    if checkpoint is None:
-        return 0, 0.0
-    assert checkpoint.training_state is not None
-    return checkpoint.step, float(checkpoint.training_state["seconds"])
-
-
-def _check_writable(study: Study) -> None:
-    study.folder.mkdir(parents=True, exist_ok=True)
-    probe = study.folder / f".write-{os.getpid()}"
-    try:
-        probe.touch()
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _opening(
-    study: Study, group: Processes, models: Models, low_res: LowResCubes, real: RealSlices, before: Checkpoint | None
-) -> Iterator[str]:
-    counts = [sum(p.numel() for p in module.parameters()) for module in (models.generator, models.critics)]
-    yield (
-        f"{group.size} process{'es' * (group.size > 1)} on {group.device.type} with {torch.get_num_threads()} threads "
-        f"each; generator {counts[0]:,} weights, critic {counts[1]:,}; scale factor {study.scale_factor}"
-    )
-    origin, asked = models.init_from, study.training.init_from
-    if before is None and origin is not None:
-        yield (
-            f"beginning from step {origin['step']} of {origin['path']} (weights {origin['sha256'][:12]}…), phases "
-            f"{', '.join(origin['phases'])} there for {', '.join(study.phases)} here; made anew: "
-            f"{', '.join(origin['made_anew']) or 'nothing'}"
-        )
-    if before is not None:
-        yield f"going on from step {before.step} of {before.path}"
-        if asked is not None and (origin is None or origin["path"] != os.path.abspath(asked)):
-            began = f"from {origin['path']}" if origin else "from random weights"
-            yield f"this run began {began}, so training.init_from {asked} is not read; --overwrite begins from it"
-        assert before.training_state is not None
-        if before.training_state["processes"] != group.size:
-            yield (
-                f"it ran on {before.training_state['processes']} processes before, now on {group.size}: the same "
-                "samples, sums rounded otherwise"
-            )
-    if low_res.unknown_share:
-        yield f"{low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
-    for phase in real.missing_phases():
-        yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
