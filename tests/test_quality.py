@@ -1,6 +1,9 @@
 """Judging a generator: what is counted against brute force, what is kept, and the files that tell of it."""
 
+import base64
 import csv
+import io
+import re
 import struct
 from dataclasses import replace
 from itertools import combinations
@@ -8,6 +11,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_training import ALONE, anisotropic, blobs, study_of
 
 from hpcres.checkpoint import load_checkpoint
@@ -17,6 +21,7 @@ from hpcres.study_file import load_study, save_study
 from hpcres.training import samples
 from hpcres.training.adversarial import Models
 from hpcres.training.events import Events, crc32c
+from hpcres.training.page import write_page
 from hpcres.training.quality import GOOD, Judge
 from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes
@@ -116,6 +121,16 @@ def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):
     assert "Best score 1.00 at step 2" in page
     (events,) = (study.folder / "tensorboard").iterdir()
     assert ("quality/score", 2, 1.0) in scalars(events.read_bytes())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_curves_show_something_however_few_the_judgements(tmp_path, rows):
+    lines = [f"{step},{60 * step},{1 / step}" for step in range(1, rows + 1)]
+    (tmp_path / "quality.csv").write_text("\n".join(["step,seconds,score", *lines]) + "\n")
+    page = write_page(tmp_path, "few").read_text()
+    (drawn,) = re.findall(r"data:image/png;base64,([^']+)'", page)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn))).convert("RGB")).astype(int)
+    assert (np.ptp(pixels, axis=2) > 50).any(), "nothing but axes"
 
 
 def scalars(data):
