@@ -81,13 +81,13 @@ def _curves(columns: dict[str, np.ndarray], alt: str) -> str:
     panels = [[name] for name in names] + ([["fraction_error"]] if "fraction_error" in columns else [])
     panels += [shares] if shares else []
     lines = -(-len(panels) // 4)
-    dot = ".-" if len(columns["seconds"]) == 1 else "-"  # one point makes no line
+    style = ".-" if len(columns["seconds"]) == 1 else "-"  # one point makes no line
     figure = Figure(figsize=(11, 2.1 * lines), layout="constrained")
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(lines, 4, place)
         for name in panel:
             label = name.removeprefix("fraction_")
-            axes.plot(columns["seconds"] / 60, columns[name], dot, linewidth=1, label=label)
+            axes.plot(columns["seconds"] / 60, columns[name], style, linewidth=1, label=label)
         axes.set_title("fractions" if len(panel) > 1 else panel[0].replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
         if len(panel) > 1:
