@@ -57,7 +57,7 @@ def build_generator(study: Study) -> SuperResGenerator:
     try:
         return SuperResGenerator(
             len(study.low_res.groups), len(study.phases), study.scale_factor, net.width, net.residual_blocks,
-            net.padding, net.last_stage,
+            net.padding, net.last_stage, net.noise_sigma_voxels,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"network: {error}") from None

@@ -23,6 +23,7 @@ Boundary = Literal["replicate", "periodic", "mirror"]
 index i; or the volume's mirror image, voxel −1 − i at i < 0 and 2n − 1 − i at i ≥ n, and so on."""
 Boundaries = tuple[Boundary, Boundary, Boundary]
 REPLICATE: Boundaries = ("replicate", "replicate", "replicate")
+PERIODIC: Boundaries = ("periodic", "periodic", "periodic")
 MIRROR: Boundaries = ("mirror", "mirror", "mirror")
 AXES = "zyx"
 
@@ -65,9 +66,9 @@ class Box:
         stop = [max(min(b, d), a) for b, a, d in zip(self.stop, start, other.stop, strict=True)]
         return Box(triple(start), triple(stop))
 
-    def grown(self, before: int, after: int, within: Box) -> Box:
-        start = triple([a - before for a in self.start])
-        return Box(start, triple([b + after for b in self.stop])).clipped(within)
+    def grown(self, before: int, after: int, within: Box | None = None) -> Box:
+        grown = Box(triple([a - before for a in self.start]), triple([b + after for b in self.stop]))
+        return grown if within is None else grown.clipped(within)
 
     def relative_to(self, origin: Sequence[int]) -> Box:
         return Box(

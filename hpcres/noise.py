@@ -1,19 +1,26 @@
 """Normals as a function of place: the value at low-res voxel (z, y, x) depends on the seed and that index alone.
 
 Philox4x32-10 (Salmon et al. 2011) on the voxel index, sixteen bits of each word through a table of normal
-quantiles: integers and one look-up, so the same on every machine, for every tiling and in any order.
+quantiles: integers and one look-up, so the same on every machine, for every tiling and in any order. Smoothed, a value
+is a sum over the same voxels in the same order wherever the box it is asked for ends.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import ceil
+
 import numba
 import numpy as np
+from scipy.ndimage import correlate1d
 from scipy.special import ndtri
 
 from hpcres.geometry import Box
 
 NOISE_VOXELS = 2**32
 """As far as the noise reaches along each axis, in low-res voxels."""
+_REACH = 3
+"""Standard deviations of a Gaussian at which it is cut off."""
 # Quantiles at the middle of 65536 equal slices of probability, scaled to unit variance.
 _QUANTILES = ndtri((np.arange(65536) + 0.5) / 65536)
 _QUANTILES = (_QUANTILES / np.sqrt(np.mean(_QUANTILES**2))).astype(np.float32)
@@ -63,3 +70,21 @@ def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
     if out.size:
         _fill(out, z, y, x, np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32), channel, _QUANTILES)
     return out
+
+
+def gaussian_taps(sigma_voxels: float, scale: Fraction) -> np.ndarray:
+    """Weights along one axis, float64, of an odd number of low-res voxels, that make white noise one of correlation
+    exp(−h² / 4σ²) at distance h and unit variance; σ in high-res voxels. Of σ = 0 the single weight 1.
+    """
+    sigma = sigma_voxels / float(scale)
+    place = np.arange(-ceil(_REACH * sigma), ceil(_REACH * sigma) + 1)
+    taps = np.exp(-0.5 * (place / max(sigma, 1e-9)) ** 2)
+    return np.asarray(taps / np.sqrt(np.square(taps).sum()))
+
+
+def smoothed(white: np.ndarray, taps: np.ndarray) -> np.ndarray:
+    """float32 (z, y, x) by the same `taps` along each axis, without the outermost len(taps) // 2 voxels."""
+    reach = len(taps) // 2
+    for axis in range(3) if reach else ():
+        white = correlate1d(white, taps, axis)
+    return white[tuple(slice(reach, n - reach) for n in white.shape)]

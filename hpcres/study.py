@@ -283,6 +283,9 @@ class Network(Section):
     padding: Literal["replicate", "zeros"] = "replicate"
     last_stage: Literal["resize", "transposed"] = "resize"
     critic_width: Annotated[int, Field(ge=4, le=11)] = 9
+    noise_sigma_voxels: Annotated[tuple[Annotated[float, Field(ge=0, le=64)], ...], Field(min_length=1)] = (0.0,)
+    """The generator's noise channels: standard deviation, in high-res voxels, of the Gaussian that smooths each. One of
+    0, white, as published; smooth noise decides together what lies together."""
 
 
 class Training(Section):
@@ -316,7 +319,7 @@ class Training(Section):
     """First generator steps that learn to interpolate the low-res cubes, while the critics learn as ever; none by
     default, as published, and none after `init_from`."""
     noise_gain: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the noise channel's first weights; above 1, volumes of other noise differ more."""
+    """Factor on the noise channels' first weights; above 1, volumes of other noise differ more."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
     lattice_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -338,11 +341,12 @@ class Training(Section):
     generator itself."""
     ema_growth: Annotated[float, Field(ge=0, le=100)] = 0.5
     """Power with which the weight of a step in the average grows in these first steps."""
-    fixed_statistics: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The last share of the run, in which the generator's batch norm no longer depends on the batch and the average
-    begins anew; none by default, as published."""
     settling_cubes: Annotated[int, Field(ge=1)] = 32
-    """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved."""
+    """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved, and
+    behind `match_fractions`."""
+    match_fractions: bool = False
+    """Shift the last biases of the saved generator until these cubes have the phase fractions of the images; where the
+    images are of another place than the volume and not typical of it, leave it off."""
     quality_steps: Annotated[int, Field(ge=1)] | None = None
     """Generator steps between two judgements by what a user has (docs/training.md); none by default, as published."""
     quality_cubes: Annotated[int, Field(ge=1)] = 16
@@ -362,6 +366,11 @@ class Training(Section):
         if self.keep == "best" and self.quality_steps is None:
             raise ValueError("keep: best, but nothing is judged; set quality_steps")
         return self
+
+    @property
+    def padded_voxels(self) -> int:
+        """High-res voxels at a cube's faces that padding may have changed, and that are left out of what is judged."""
+        return 0 if self.surroundings else self.crop_voxels
 
     @property
     def boundaries(self) -> Boundaries:

@@ -53,14 +53,14 @@ BEYOND = 80
 """As far as the tests' noise goes on beyond a mirror, in low-res voxels."""
 
 
-def noise_of(shape: tuple[int, ...], letters: str) -> np.ndarray:
+def noise_of(shape: tuple[int, ...], letters: str, channel: int = 0) -> np.ndarray:
     """The seed's noise of a volume, with BEYOND voxels more on each side of mirror axes; index −1 is 2³² − 1."""
     axes = [
         [(2**32 - BEYOND, 2**32), (0, n + BEYOND)] if letter == "m" else [(0, n)]
         for n, letter in zip(shape, letters, strict=True)
     ]
     boxes = [[[Box(*zip(z, y, x, strict=True)) for x in axes[2]] for y in axes[1]] for z in axes[0]]
-    return np.block([[[normals(SEED, box) for box in row] for row in plane] for plane in boxes])
+    return np.block([[[normals(SEED, box, channel) for box in row] for row in plane] for plane in boxes])
 
 
 def mirrored(field: np.ndarray, letters: str, by: int) -> np.ndarray:
@@ -82,11 +82,18 @@ def paint(
 ) -> np.ndarray:  # fmt: skip
     """The high-res labels, tile by tile, with `noise` in place of the seed's."""
 
-    def given(seed, box):
+    def given(seed, box, channel=0):
+        assert channel == 0
         starts = [(a + BEYOND) % 2**32 if m == "m" else a for a, m in zip(box.start, letters, strict=True)]
         return noise[tuple(slice(a, a + n) for a, n in zip(starts, box.shape, strict=True))]
 
     monkeypatch.setattr(generate, "normals", given)
+    return paint_seed(generator, labels, letters, tiles, block_voxels)
+
+
+def paint_seed(
+    generator: SuperResGenerator, labels: np.ndarray, letters: str, tiles: tuple[int, int, int], block_voxels: int
+) -> np.ndarray:
     plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, boundaries_of(letters))
     painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
     painter.block_voxels = block_voxels
@@ -98,14 +105,15 @@ def paint(
     return out
 
 
-def reference(generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, letters: str) -> np.ndarray:
+def reference(generator: SuperResGenerator, labels: np.ndarray, *noises: np.ndarray, letters: str) -> np.ndarray:
     """The logits (phase, z, y, x) of the whole volume in one piece, repeated by numpy beyond faces that are no end."""
     p, q = generator.scale.numerator, generator.scale.denominator
     beyond = -(-(generator.halo_low_res + 2) // q) * q
     pad = [(beyond * (letter != "r"),) * 2 for letter in letters]
     cut = [slice(BEYOND - beyond, BEYOND + n + beyond) if letter == "m" else slice(n)
            for n, letter in zip(labels.shape, letters, strict=True)]  # fmt: skip
-    channels = [mirrored(labels == 0, letters, beyond), mirrored(labels == 1, letters, beyond), noise[tuple(cut)]]
+    channels = [mirrored(labels == 0, letters, beyond), mirrored(labels == 1, letters, beyond)]
+    channels += [noise[tuple(cut)] for noise in noises]
     around = [(beyond * (letter == "p"),) * 2 for letter in letters]
     channels = [np.pad(channel, around, mode="wrap") for channel in channels]
     with torch.inference_mode():
@@ -129,8 +137,8 @@ def assert_same(painted: np.ndarray, logits: np.ndarray) -> None:
 def test_any_tiling_is_the_endless_volume_and_moves_with_its_input(name, letters, monkeypatch):
     generator, labels, noise = make_case(name, letters)
     p, q = generator.scale.numerator, generator.scale.denominator
-    logits = reference(generator, labels, noise, letters)
-    faces = reference(generator, labels, noise_of(labels.shape, "rrr"), "rrr")
+    logits = reference(generator, labels, noise, letters=letters)
+    faces = reference(generator, labels, noise_of(labels.shape, "rrr"), letters="rrr")
     assert (logits.argmax(0) != faces.argmax(0)).mean() > 1e-3  # the boundary matters here
     for tiles, block_voxels in (((1, 1, 1), 64), ((3, 3, 3), 16)):
         assert_same(paint(generator, labels, noise, letters, tiles, block_voxels, monkeypatch), logits)
@@ -159,12 +167,33 @@ def test_noise_beyond_a_face_is_that_of_the_voxel_it_stands_for_or_its_own(lette
     generator, labels, noise = make_case("4", letters)
     expected = paint(generator, labels, noise, letters, (2, 2, 2), 16, monkeypatch)
     monkeypatch.undo()
-    plan = plan_tiles(labels.shape, generator.scale, (2, 2, 2), halo_of(generator), 16, boundaries_of(letters))
-    painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
-    painter.block_voxels = 16
-    for tile in plan.tiles:
-        assert (painter.paint(tile, lambda box: labels[box.slices]) == expected[tile.write.slices]).all()
-    painter.close()
+    assert (paint_seed(generator, labels, letters, (2, 2, 2), 16) == expected).all()
+
+
+def smoothed_by_hand(shape: tuple[int, ...], letters: str, channel: int, sigma: float) -> np.ndarray:
+    """The noise that `reference` takes, by a Gaussian of `sigma` low-res voxels cut off at three."""
+    field = noise_of(shape, letters.replace("r", "m"), channel).astype(float)
+    place = np.arange(-np.ceil(3 * sigma), np.ceil(3 * sigma) + 1)
+    weights = np.exp(-(place**2) / (2 * sigma**2))
+    weights /= np.linalg.norm(weights)
+    for axis, letter in enumerate(letters):
+        around = [(len(place) // 2 * (letter == "p" and a == axis),) * 2 for a in range(3)]
+        mode = "valid" if letter == "p" else "same"
+        field = np.apply_along_axis(np.convolve, axis, np.pad(field, around, mode="wrap"), weights, mode)
+    return field[tuple(slice(BEYOND, -BEYOND) if letter == "r" else slice(None) for letter in letters)]
+
+
+@pytest.mark.parametrize("letters", ["rrr", "mmm", "rmp", "ppp"])
+def test_smooth_noise_is_one_field_whatever_the_tiling(letters):
+    scale, shape, blocks = CASES["4"]
+    generator = lively(SuperResGenerator(2, 3, Fraction(scale), 3, blocks, noise_sigma_voxels=(0.0, 6.0)))
+    labels = np.random.default_rng(5).integers(0, 2, shape, np.uint8)
+    white, smooth = noise_of(shape, letters), smoothed_by_hand(shape, letters, 1, 1.5)
+    logits = reference(generator, labels, white, smooth, letters=letters)
+    other = reference(generator, labels, white, noise_of(shape, letters, 1), letters=letters)
+    assert (logits.argmax(0) != other.argmax(0)).mean() > 1e-2  # smoothness matters here
+    for tiles, block_voxels in (((1, 1, 1), 64), ((3, 3, 3), 16)):
+        assert_same(paint_seed(generator, labels, letters, tiles, block_voxels), logits)
 
 
 # ---- the setting -------------------------------------------------------------------------------------------

@@ -27,13 +27,11 @@ def small_study(folder, **training):
 
 def step_of(study, group=ALONE):
     """Losses, gradients, batch-norm statistics and names of weights after one step, and the generator to be saved."""
-    models, low_res = Models(study, group), LowResCubes(study)
-    outcome = models.step(
-        0, group.share(study.training.cubes), low_res, RealSlices(study, group.device), study.training.learning_rate
-    )
+    models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
+    outcome = models.step(0, group.share(study.training.cubes), low_res, real, study.training.learning_rate)
     gradients = [p.grad for module in (models.generator, models.critics) for p in module.parameters()]
     statistics = [b for b in models.generator.buffers() if b.is_floating_point()]
-    saved = [list(module.state_dict()) for module in (models.generator, models.settled(low_res))]
+    saved = [list(module.state_dict()) for module in (models.generator, models.settled(low_res, real))]
     parts = [torch.cat([t.flatten() for t in tensors]) for tensors in (gradients, statistics)]
     return group.mean(outcome.losses), parts, saved
 

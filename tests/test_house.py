@@ -35,8 +35,8 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "checkpoint": {"errors", "networks", "study", "volumes"},
     "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
     "training": {
-        "errors", "geometry", "networks", "study", "study_file", "imaging", "volumes", "checkpoint", "training",
-        "memory", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
+        "errors", "geometry", "networks", "study", "study_file", "imaging", "noise", "volumes", "checkpoint",
+        "training", "memory", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
     },
     "inference": {
         "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory", "signals",
@@ -127,8 +127,12 @@ def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
     study.write_text(f"base: [{ROOT}/configs/case3-sofc.yaml, {ROOT}/configs/long.yaml]\nname: mine\n")
     long, small = load_study(study), load_study(ROOT / "configs" / "case3-sofc-small.yaml")
     assert (long.network.width, long.network.residual_blocks) == (6, 2)
-    assert (long.training.surroundings, long.training.pattern_weight) == (5, 480)
-    changed = {"minutes", "surroundings", "pattern_weight", "pattern_spacings", "voxel_threshold", "quality_cubes"}
+    assert long.network.noise_sigma_voxels == (0, 4, 8)
+    assert (long.training.surroundings, long.training.pattern_weight, long.training.match_fractions) == (5, 480, True)
+    changed = {
+        "minutes", "surroundings", "pattern_weight", "pattern_spacings", "voxel_threshold", "ema_growth",
+        "match_fractions", "settling_cubes", "quality_steps", "quality_cubes",
+    }  # fmt: skip
     assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)
     assert long.scale_factor == small.scale_factor == 4
 

@@ -25,10 +25,10 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("fixed_statistics", [0.0, 0.7])  # from the third of five steps on, the last before the stop
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, fixed_statistics):
+@pytest.mark.parametrize("match_fractions", [False, True])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, match_fractions):
     training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
-    training |= {"fixed_statistics": fixed_statistics, "pattern_weight": 30}
+    training |= {"match_fractions": match_fractions, "pattern_weight": 30}
     whole, cut = (
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut")
     )

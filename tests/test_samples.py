@@ -116,6 +116,24 @@ def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monk
     assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])
 
 
+def test_noise_channels_are_white_or_as_smooth_as_asked(tmp_path):
+    """σ of 8 high-res voxels is 2 low-res ones: correlation exp(−h² / 16). The white one is what it is alone."""
+    studies = [study_of(tmp_path, network={"width": 3, "critic_width": 5} | more)
+               for more in ({}, {"noise_sigma_voxels": (0.0, 8.0)})]  # fmt: skip
+    alone, both = (LowResCubes(study).draw(3, range(1000), ALONE.device)[1] for study in studies)
+    assert both.shape == (1000, 5, 16, 16, 16)
+    assert torch.equal(both[:, :4], alone)
+    for channel, sigma in ((3, 0.0), (4, 2.0)):
+        noise = both[:, channel].numpy()
+        for axis in (1, 2, 3):
+            line = np.moveaxis(noise, axis, 0)
+            for apart in (1, 2, 4):
+                expected = np.exp(-(apart**2) / (4 * sigma**2)) if sigma else 0.0
+                assert abs((line[:-apart] * line[apart:]).mean() - expected) < 0.03
+        assert abs(noise.var() - 1) < 0.03
+    assert not (both[:, 3] * both[:, 4]).mean().abs() > 0.03
+
+
 def test_surroundings_of_no_whole_high_res_voxels_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"surroundings: 3 low-res .* at scale factor 64/25; use a multiple of 25"):
         study_of(tmp_path, training={"surroundings": 3}, scale_factor="64/25")

@@ -17,8 +17,9 @@ from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
+from hpcres.networks.resampling import middle
 from hpcres.study import Imaging
-from hpcres.training import adversarial
+from hpcres.training import settling
 from hpcres.training.adversarial import Models, average_decay
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
@@ -33,6 +34,7 @@ from hpcres.training.losses import (
 )
 from hpcres.training.run import learning_rate, train
 from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.settling import matching_shifts
 from hpcres.volumes.stores import LabelStore
 
 
@@ -383,11 +385,13 @@ def test_pattern_loss_joins_the_generators_after_the_warm_up(tmp_path):
     assert (found[1][1] - found[0][1] - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_noise_gain_multiplies_what_the_noise_says_at_first(tmp_path):
-    plain, loud = (Models(study_of(tmp_path, training={"noise_gain": gain}), ALONE).generator for gain in (1, 3))
-    low_res, noise = torch.rand(1, 4, 8, 8, 8), torch.zeros(1, 4, 8, 8, 8)
-    noise[:, 3] = torch.randn(8, 8, 8)
-    low_res[:, 3] = 0
+@pytest.mark.parametrize("sigmas", [(0.0,), (0.0, 6.0, 3.0)])
+def test_noise_gain_multiplies_what_the_noise_says_at_first(sigmas, tmp_path):
+    network = {"width": 3, "critic_width": 5, "noise_sigma_voxels": sigmas}
+    studies = (study_of(tmp_path, training={"noise_gain": gain}, network=network) for gain in (1, 3))
+    plain, loud = (Models(study, ALONE).generator for study in studies)
+    low_res, noise = torch.rand(2, 1, 3 + len(sigmas), 8, 8, 8)
+    noise[:, :3], low_res[:, 3:] = 0, 0
     first = [[network.conv_first(x) - network.conv_first(x * 0) for x in (low_res, noise)] for network in (plain, loud)]
     assert torch.equal(first[0][0], first[1][0])
     assert torch.allclose(3 * first[0][1], first[1][1], atol=1e-6)
@@ -425,12 +429,12 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
     real = RealSlices(study, ALONE.device)
     for step in range(2):
         models.step(step, range(2), low_res, real, 0.02)
-    saved = models.settled(low_res)
+    saved = models.settled(low_res, real)
     for ours, theirs in zip(saved.parameters(), models.average, strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(next(saved.parameters()), next(models.generator.parameters()))
-    typical = low_res.typical(8, adversarial._SETTLING)
-    given = low_res.draw(0, typical, ALONE.device, adversarial._SETTLING)[1]
+    typical = low_res.typical(8, settling._SETTLING)
+    given = low_res.draw(0, typical, ALONE.device, settling._SETTLING)[1]
     with torch.no_grad():
         assert not saved.training
         evaluated, trained = saved(given, around), saved.train()(given, around)
@@ -442,55 +446,68 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
 def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
     study = study_of(tmp_path, training={"cubes": 64, "settling_cubes": 20})
     models, low_res, at_once = Models(study, ALONE), LowResCubes(study), []
-    draw = low_res.draw
+    draw, real = low_res.draw, RealSlices(study, ALONE.device)
     monkeypatch.setattr(low_res, "draw", lambda *args: at_once.append(len(args[1])) or draw(*args))
-    models.settled(low_res)
+    models.settled(low_res, real)
     assert at_once == [8, 8, 4]
 
 
-def test_fixed_statistics_train_what_will_be_painted(tmp_path):
-    study = study_of(tmp_path, training={"cubes": 4, "ema": 0.5, "ema_growth": 2})
-    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
-    given = low_res.draw(9, range(4), ALONE.device)[1]
-    for step in range(2):
-        models.step(step, range(4), low_res, real, 0.02)
-    assert not torch.allclose(models.generate(given)[:1], models.generate(given[:1]))  # a batch's own statistics
-    models.fix_statistics(2, low_res)
-    fixed = {name: value.clone() for name, value in models.generator.named_buffers()}
-    for average, weight in zip(models.average, models.generator.parameters(), strict=True):
-        assert torch.equal(average, weight)
-    first = [w.detach().clone() for w in models.generator.parameters()]
-    models.step(2, range(4), low_res, real, 0.02)
-    assert torch.allclose(models.generate(given)[:1], models.generate(given[:1]), atol=1e-6)
-    for start, now, average in zip(first, models.generator.parameters(), models.average, strict=True):
-        assert torch.allclose(average, start.lerp(now, 0.75), atol=1e-7)  # as a step 0: 1 − 1 / (2 + ema_growth)
-    saved = models.settled(low_res)
-    assert not saved.training
-    for name, value in saved.named_buffers():
-        assert torch.equal(value, fixed[name])
-        assert torch.equal(value, dict(models.generator.named_buffers())[name])
-    for ours, theirs in zip(saved.parameters(), models.average, strict=True):
-        assert torch.equal(ours, theirs)
-    models.average = None
-    with torch.no_grad():
-        painted = functional.softmax(models.settled(low_res)(given), dim=1)
-    assert torch.allclose(painted, models.generate(given), atol=1e-6)
+@pytest.mark.parametrize("wanted", [(0.3, 0.7), (0.4, 0.45, 0.15), (0.97, 0.02, 0.01), (0.1, 0.2, 0.3, 0.25, 0.15)])
+def test_shifts_give_each_phase_its_share(wanted):
+    logits = np.random.default_rng(1).normal(size=(len(wanted), 100_000)).astype(np.float32)
+    logits = 20 * logits + 30 * np.arange(len(wanted), dtype=np.float32)[:, None]
+    wanted = np.array(wanted)
+    shifts = matching_shifts(logits, wanted)
+    found = np.bincount((logits + shifts[:, None]).argmax(0), minlength=len(wanted)) / logits.shape[1]
+    assert np.abs(found - wanted).max() < 2e-4
+    assert abs(shifts.mean()) < 1e-6
+    if len(wanted) == 2:  # of two phases one is likeliest where it is ahead by more than the other's shift
+        ahead = np.quantile(logits[0] - logits[1], 1 - wanted[0])
+        assert shifts[1] - shifts[0] == pytest.approx(ahead, abs=0.1)
+    right = np.bincount(logits.argmax(0), minlength=len(wanted)) / logits.shape[1]
+    if right.all():
+        assert np.abs(matching_shifts(logits, right)).max() < 0.1
 
 
-def test_statistics_are_fixed_for_the_last_share_of_a_run(tmp_path, monkeypatch):
-    fixed, plain = [], Models.fix_statistics
+def test_a_phase_that_no_image_shows_is_not_called_for():
+    logits = np.random.default_rng(1).normal(size=(3, 100_000)).astype(np.float32)
+    logits[1] -= 30
+    shifts = matching_shifts(logits, np.array([0.8, 0.0, 0.2]))
+    assert shifts[1] == 0
+    assert (logits + shifts[:, None].astype(np.float32)).argmax(0).mean() == pytest.approx(2 * 0.2, abs=1e-3)
 
-    def noted(self, step, low_res):
-        fixed.append(step)
-        plain(self, step, low_res)
 
-    monkeypatch.setattr(Models, "fix_statistics", noted)
-    train(study_of(tmp_path, training={"steps": 4, "fixed_statistics": 0.5}))
-    assert fixed == [2]
-    train(study_of(tmp_path, training={"steps": 2}), overwrite=True)
-    assert fixed == [2]
-    train(study_of(tmp_path, training={"steps": 4, "fixed_statistics": 0.5}))  # a finished run may go on so
-    assert fixed == [2, 2]
+@pytest.mark.parametrize(("around", "padded_voxels"), [(0, 4), (3, 0)])
+def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padded_voxels, tmp_path, monkeypatch):
+    """On the settling cubes but what padding may have changed; all but the last biases as without."""
+    images = one_image(tmp_path, np.random.default_rng(3).choice(3, (1, 90, 80), p=(0.2, 0.1, 0.7)).astype(np.uint8))
+    saved, off, looked_at = [], [], []
+
+    def noted(logits, wanted):
+        looked_at.append(logits.shape)
+        return matching_shifts(logits, wanted)
+
+    monkeypatch.setattr(settling, "matching_shifts", noted)
+    for match in (False, True):
+        folder = tmp_path / str(match)
+        folder.mkdir()
+        training = {"steps": 2, "match_fractions": match, "surroundings": around}
+        study = study_of(folder, images=[images], training=training)
+        train(study)
+        low_res, generator = LowResCubes(study), load_checkpoint(study.checkpoint_path).generator
+        typical = low_res.typical(2, settling._SETTLING)
+        given = low_res.draw(0, typical, ALONE.device, settling._SETTLING)[1]
+        with torch.no_grad():
+            labels = middle(generator(given, around), padded_voxels).argmax(1)
+        found = np.bincount(labels.numpy().ravel(), minlength=3) / labels.numel()
+        off.append(np.abs(found - RealSlices(study, ALONE.device).fractions()).max())
+        saved.append({name: value for name, value in generator.state_dict().items() if name != "conv_end.bias"})
+    assert off[0] > 0.1
+    assert off[1] < 0.01  # one voxel in seven is looked at
+    assert looked_at == [(3, 2 * -(-((64 - 2 * padded_voxels) ** 3) // 7))]
+    for name, value in saved[0].items():
+        assert torch.equal(value, saved[1][name])
+
 
 
 # ---- scale factors above the paper's ----

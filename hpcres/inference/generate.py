@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from hpcres.errors import InputError
-from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
+from hpcres.geometry import PERIODIC, Box, Tile, TilePlan, blocks, triple
 from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.networks.folded import fold
 from hpcres.networks.polyphase import Polyphase, paint_batches
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.noise import NOISE_VOXELS, normals
+from hpcres.noise import NOISE_VOXELS, gaussian_taps, normals, smoothed
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.volume import read_beyond
 
@@ -62,7 +62,7 @@ class TorchNetwork:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         self._network, self._plan = Polyphase(fold(generator), device, PRECISIONS[precision]), plan
         self._halo, self._precision = generator.halo_low_res, precision
-        self.channels = generator.config["low_res_channels"] + 1
+        self.channels = generator.conv_first.in_channels
         self.weight_bytes = sum(p.nbytes for p in generator.parameters())
         self.together, self.same_bits = 1, False
         if device.type == "cuda":  # as many as fill it; other ranks on the same one may halve that
@@ -132,6 +132,7 @@ class Painter:
         self.network = network_of(generator, plan, device, precision)
         self._phase_map = phase_map
         self._channels: int = generator.config["low_res_channels"]
+        self._noise_taps = [gaussian_taps(sigma, plan.scale) for sigma in generator.config["noise_sigma_voxels"]]
         self.block_voxels = next(
             (edge for edge in _BLOCK_EDGES if self.network.block_bytes(edge) <= BLOCK_BYTES), _BLOCK_EDGES[-1]
         )
@@ -190,15 +191,17 @@ class Painter:
     def _labels(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
         return self._phase_map.index(read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries))
 
-    def _noise(self, seed: int, box: Box) -> np.ndarray:
+    def _noise(self, seed: int, channel: int, box: Box) -> np.ndarray:
         """That of the voxels a box stands for; but beyond a mirror noise of its own, as every matter has.
 
         Mirrored too, it would make the structure symmetric about the face, and at it as coarse as matter is nowhere.
         """
         ends = zip(self.plan.low_res_shape, self.plan.boundaries, strict=True)
-        shape = triple([NOISE_VOXELS if boundary == "mirror" else n for n, boundary in ends])
-        z, y, x = ("periodic" if boundary == "mirror" else boundary for boundary in self.plan.boundaries)
-        return read_beyond(partial(normals, seed), box, shape, (z, y, x))
+        shape = triple([n if boundary == "periodic" else NOISE_VOXELS for n, boundary in ends])
+        taps = self._noise_taps[channel]
+        reach = len(taps) // 2
+        white = read_beyond(partial(normals, seed, channel=channel), box.grown(reach, reach), shape, PERIODIC)
+        return smoothed(white, taps)
 
     def _warm_up(self) -> None:
         """Compile the kernels, or fetch them from where an earlier process has left them, before the clock starts."""
@@ -242,7 +245,8 @@ class Painter:
         for channel in range(self._channels):  # all of them are zero where nothing is known
             window[..., channel] = inner == channel if inner.ndim == 3 else inner[..., channel]
         with self.timed("noise"):
-            window[..., self._channels] = self._noise(seed, reads)
+            for channel in range(len(self._noise_taps)):
+                window[..., self._channels + channel] = self._noise(seed, channel, reads)
         return window, reads, block
 
     @contextmanager

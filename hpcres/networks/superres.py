@@ -1,4 +1,4 @@
-"""The generator of Dahari et al. 2022: low-res one-hot volume and a noise channel in, phase logits out.
+"""The generator of Dahari et al. 2022: low-res one-hot volume and noise in, phase logits out.
 
 Channel counts follow the authors' published network: with s the scale factor and k = ⌈log2 s⌉ − 1, the first
 layers have 2^(width + k) / 2 channels and every upsampling halves them. Scale factors above 4 start with a
@@ -9,7 +9,7 @@ convolution after the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from math import ceil, floor
 from typing import Any, Literal
@@ -53,15 +53,17 @@ def _convolved(convolution: nn.Conv3d, x: Tensor, cut: int) -> Tensor:
 
 
 class SuperResGenerator(nn.Module):
-    """(batch, low_res_channels + 1, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
+    """(batch, low_res_channels + noises, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
 
-    The last input channel is standard normal noise. `padding` is 'replicate' (as published) or 'zeros' (faster);
-    `last_stage` is 'resize' (as published) or 'transposed' (faster; scale factors 2, 4, 8, 16 and 32 only).
+    The last input channels are standard normal noise, one for each of `noise_sigma_voxels`, smoothed by a Gaussian of
+    that standard deviation in high-res voxels (noise.gaussian_taps); as published one, white. `padding` is 'replicate'
+    (as published) or 'zeros' (faster); `last_stage` is 'resize' (as published) or 'transposed' (faster; scale factors
+    2, 4, 8, 16 and 32 only).
     """
 
     def __init__(
         self, low_res_channels: int, phases: int, scale: Fraction, width: int = 8, residual_blocks: int = 1,
-        padding: Padding = "replicate", last_stage: str = "resize",
+        padding: Padding = "replicate", last_stage: str = "resize", noise_sigma_voxels: Sequence[float] = (0.0,),
     ) -> None:  # fmt: skip
         super().__init__()
         if not 1 <= scale <= 32:
@@ -76,9 +78,11 @@ class SuperResGenerator(nn.Module):
         self.config: dict[str, Any] = {
             "family": "superres", "low_res_channels": low_res_channels, "phases": phases, "scale": str(scale),
             "width": width, "residual_blocks": residual_blocks, "padding": padding, "last_stage": last_stage,
+            "noise_sigma_voxels": list(noise_sigma_voxels),
         }  # fmt: skip
         channels = 2 ** (width + doublings - 1)
-        self.conv_first = nn.Conv3d(low_res_channels + 1, channels, 3, padding=1, padding_mode=padding)
+        given = low_res_channels + len(noise_sigma_voxels)
+        self.conv_first = nn.Conv3d(given, channels, 3, padding=1, padding_mode=padding)
         self.norm_first = nn.BatchNorm3d(channels)
         self.blocks = nn.Sequential(*(ResidualBlock(channels, padding) for _ in range(residual_blocks)))
         self.conv_resize: nn.Conv3d | None = None

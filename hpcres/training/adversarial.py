@@ -37,10 +37,8 @@ from hpcres.training.losses import (
 )
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.settling import match_fractions, settle_statistics
 
-_SETTLING = 2**31
-"""Kind of draw for batch-norm statistics; training uses the kinds up to its critic steps."""
-_SETTLED_AT_ONCE = 8
 _NEWEST = 0.1
 """Weight of the newest step in the running mean of pattern shares."""
 _MUST_FIT = {name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage")}
@@ -77,7 +75,7 @@ class Models:
         torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
         self.generator = build_generator(study)
         with torch.no_grad():
-            self.generator.conv_first.weight[:, -1] *= settings.noise_gain
+            self.generator.conv_first.weight[:, len(study.low_res.groups) :] *= settings.noise_gain
         self.critics = Critics(study).to(group.device)
         group.synchronise_batch_norm(self.generator)
         self.generator.to(group.device)
@@ -85,8 +83,6 @@ class Models:
             _compile(self.generator, group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
-        self.fixed_from: int | None = None
-        """The step from which the generator's batch norm has fixed statistics."""
         self.patterns: Tensor | None = None
         """Running mean of the shares of patterns in generated slices."""
         self.best: dict[str, Any] | None = None
@@ -155,29 +151,15 @@ class Models:
         probabilities.backward(slope)
         self.generator_optimizer.step()
         if self.average is not None:
-            decay = average_decay(settings.ema, settings.ema_growth, step - (self.fixed_from or 0))
+            decay = average_decay(settings.ema, settings.ema_growth, step)
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
-    def fix_statistics(self, step: int, low_res: LowResCubes) -> None:
-        """From `step` on the generator is trained as it will paint: each batch is normalised alike, by the statistics
-        its present weights have on typical cubes. Its average begins anew.
-
-        Until then a batch's own statistics hold its phase fractions in place, and what is painted without them has
-        others than what the critics saw.
-        """
-        self.average, before = None, self.average
-        self.generator.load_state_dict(self.settled(low_res).state_dict())
-        self.generator.eval()
-        if before is not None:
-            self.average = [w.detach().clone() for w in self.generator.parameters()]
-        self.fixed_from = step
-
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
         """Phase probabilities, float32 (cubes, phases, 64, 64, 64), of cubes `given` with their surroundings, by batch
-        norm over the batch, or as it is fixed."""
+        norm over the batch."""
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
@@ -241,30 +223,18 @@ class Models:
         }  # fmt: skip
 
     @torch.no_grad()
-    def settled(self, low_res: LowResCubes) -> SuperResGenerator:
-        """The generator to save: averaged weights, and the batch-norm statistics these weights have on typical cubes
-        where they are not fixed.
-
-        Running statistics belong to weights of many steps; with averaged weights they can be far off.
-        """
+    def settled(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
+        """The generator to save: averaged weights, the batch-norm statistics that these have on typical cubes, and,
+        where the study asks for it, last biases that give these cubes the images' phase fractions."""
         generator = build_generator(self.study).to(self.group.device)
         generator.load_state_dict(self.generator.state_dict())
         for ours, theirs in zip(generator.parameters(), self.average or generator.parameters(), strict=True):
             ours.copy_(theirs)
-        if self.fixed_from is not None:
-            return generator.eval()
-        norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm3d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over all batches
-        generator.train()
-        # As many as a step's statistics are of, on however many processes, but no more than one of them can hold.
-        batch = min(self.study.training.cubes, _SETTLED_AT_ONCE)
-        typical = low_res.typical(self.study.training.settling_cubes, _SETTLING)
-        for start in range(0, len(typical), batch):
-            given = low_res.draw(0, typical[start : start + batch], self.group.device, _SETTLING)[1]
-            generator(given, low_res.surroundings)
-        return generator.eval()
+        settings = self.study.training
+        settle_statistics(generator, low_res, settings.settling_cubes, settings.cubes)
+        if settings.match_fractions:
+            match_fractions(generator, low_res, settings.settling_cubes, settings.padded_voxels, real.fractions())
+        return generator
 
     def refuse_broken_weights(self, step: int) -> None:
         """Unfinished where a weight is not finite: on every process alike, since all hold the same weights."""
@@ -276,9 +246,11 @@ class Models:
                     "training.learning_rate and run with --overwrite"
                 )
 
-    def judge(self, judge: Judge, step: int, seconds: float, low_res: LowResCubes, journal: Journal) -> None:
+    def judge(
+        self, judge: Judge, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, journal: Journal
+    ) -> None:
         """Judge the generator that would be saved now, note it, and keep it in best.pt where none was better."""
-        generator = self.settled(low_res)
+        generator = self.settled(low_res, real)
         found, labels = judge.judge(generator, self.group.device)
         is_best = self.best is None or found["score"] < self.best["score"]
         if is_best:
@@ -288,16 +260,16 @@ class Models:
             self.best = {"step": step, "score": found["score"]}
         journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
 
-    def save(self, step: int, seconds: float, low_res: LowResCubes, finished: bool) -> None:
+    def save(self, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, finished: bool) -> None:
         """Write the checkpoint with all that `restore` needs; a finished run's generator may be the best one's."""
-        generator = self.settled(low_res)
+        generator = self.settled(low_res, real)
         if finished and self.study.training.keep == "best":
             generator = load_checkpoint(self.study.best_path).generator
         state = {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "seconds": seconds, "processes": self.group.size, "best": self.best, "fixed_from": self.fixed_from,
+            "seconds": seconds, "processes": self.group.size, "best": self.best,
             "patterns": self.patterns,
         }  # fmt: skip
         save_checkpoint(
@@ -349,11 +321,9 @@ class Models:
         self.critics.load_state_dict(state["critics"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.best, self.fixed_from = state.get("best"), state.get("fixed_from")
+        self.best = state.get("best")
         if (patterns := state.get("patterns")) is not None:
             self.patterns = patterns.to(self.group.device)
-        if self.fixed_from is not None:
-            self.generator.eval()
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)

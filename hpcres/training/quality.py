@@ -58,7 +58,7 @@ class Judge:
             right += int((seen == labels).sum())
             voxels += int((labels < self._low_res.channels).sum())
             painted.append(found[0].to(torch.uint8).cpu())
-        inner = [middle(cube, settings.crop_voxels).numpy() for cube in painted]
+        inner = [middle(cube, settings.padded_voxels).numpy() for cube in painted]
         ours = list(planes_seen(inner, self._study.high_res).values())
         every = [
             errors_between(mine, images, self._isotropic) for mine, images in zip(ours, self._images, strict=True)

@@ -33,7 +33,7 @@ _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
 _MAY_CHANGE = {
     "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
-    "compile", "fixed_statistics",
+    "compile", "match_fractions",
 }  # fmt: skip
 """Training settings that a resumed run may have different from the run it continues."""
 
@@ -88,8 +88,6 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                 for step in range(first, settings.steps):
                     begun = max(step / settings.steps, seconds / budget)
                     rate = learning_rate(study, begun)
-                    if models.fixed_from is None and begun >= 1 - settings.fixed_statistics:
-                        models.fix_statistics(step, low_res)
                     outcome = models.step(step, cubes, low_res, real, rate)
                     stop, broken, seconds = group.largest(
                         bool(received), not outcome.finite, seconds_before + time.monotonic() - started
@@ -109,13 +107,13 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         journal.report(min(done, 1.0), row)
                     if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
                         if judge is not None:
-                            models.judge(judge, step + 1, seconds, low_res, journal)
+                            models.judge(judge, step + 1, seconds, low_res, real, journal)
                         group.largest(0.0)  # the others wait, or their clocks would part
                     if done >= 1 or stop or seconds - saved >= settings.checkpoint_minutes * 60:
                         saved = seconds
                         models.refuse_broken_weights(step + 1)
                         if group.rank == 0:
-                            models.save(step + 1, seconds, low_res, finished=done >= 1)
+                            models.save(step + 1, seconds, low_res, real, finished=done >= 1)
                             if done >= 1 or stop or seconds - paged >= _PAGE_SECONDS:
                                 paged = seconds
                                 journal.write_page(f"Training of {study.name}")

@@ -21,6 +21,7 @@ from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.networks.resampling import middle
+from hpcres.noise import gaussian_taps, smoothed
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
@@ -42,13 +43,14 @@ def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Genera
 
 class LowResCubes:
     """Cubes of d³ voxels from the low-res volume (d · scale factor = 64), with training.surroundings around them, which
-    beyond the volume are its mirror image, and a channel of standard normals."""
+    beyond the volume are its mirror image, and channels of noise."""
 
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
         self.channels = len(study.low_res.groups)
         self.edge = int(PATCH_VOXELS / study.scale_factor)
         self.surroundings = study.training.surroundings
+        self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
         self._volume = open_low_res(study.low_res)
         for axis, size in zip(AXES, self._volume.shape, strict=True):
             if size < self.edge:
@@ -147,16 +149,17 @@ class LowResCubes:
         self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0, masked_fraction: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
-        and the generator's input with the surroundings s, float32 (cubes, channels + 1, d + 2s, d + 2s, d + 2s).
+        and the generator's input with the surroundings s, float32 (cubes, channels + noises, d + 2s, d + 2s, d + 2s).
 
         `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
-        channels but the noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
+        channels but those of noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
         known, noise, edge = [], [], self.edge + 2 * self.surroundings
         for cube in cubes:
             random, start = self.start(step, kind, cube)
             seen = self._cube(start, self.surroundings)
-            noise.append(random.standard_normal((1, *[edge] * 3), np.float32))
+            white = [random.standard_normal([edge + len(t) - 1] * 3, np.float32) for t in self._noise_taps]
+            noise.append(np.stack([smoothed(one, taps) for one, taps in zip(white, self._noise_taps, strict=True)]))
             if masked_fraction:
                 hidden = round(edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
                 z, y, x = random.integers(0, edge - hidden, 3, endpoint=True)

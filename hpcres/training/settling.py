@@ -1,0 +1,77 @@
+"""What a generator is given before it paints: statistics and biases that suit its weights, found on typical cubes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import nn
+
+from hpcres.networks.resampling import middle
+from hpcres.networks.superres import SuperResGenerator
+from hpcres.training.samples import LowResCubes
+
+_SETTLING = 2**31
+"""Kind of draw of these cubes; training uses the kinds up to its critic steps."""
+_AT_ONCE = 8
+_EVERY = 7
+"""Of so many voxels one is looked at for the biases: neighbours are much alike."""
+
+
+@torch.no_grad()
+def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes: int, batch: int) -> None:
+    """Give each batch norm the statistics that the generator's own weights have on `cubes` typical cubes.
+
+    Running statistics belong to weights of many steps; with averaged weights they can be far off.
+    """
+    norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over all batches
+    generator.train()
+    # As many as a step's statistics are of, on however many processes, but no more than one of them can hold.
+    batch = min(batch, _AT_ONCE)
+    typical = low_res.typical(cubes, _SETTLING)
+    device = generator.conv_end.weight.device
+    for start in range(0, len(typical), batch):
+        given = low_res.draw(0, typical[start : start + batch], device, _SETTLING)[1]
+        generator(given, low_res.surroundings)
+    generator.eval()
+
+
+@torch.no_grad()
+def match_fractions(
+    generator: SuperResGenerator, low_res: LowResCubes, cubes: int, crop: int, fractions: np.ndarray
+) -> None:
+    """Shift the biases of the last layer until the labels of `cubes` typical cubes have these phase fractions."""
+    device, seen = generator.conv_end.weight.device, []
+    for cube in low_res.typical(cubes, _SETTLING):
+        given = low_res.draw(0, [cube], device, _SETTLING)[1]
+        logits = middle(generator(given, low_res.surroundings)[0], crop)
+        seen.append(logits.flatten(1)[:, ::_EVERY].cpu().numpy())
+    shifts = matching_shifts(np.concatenate(seen, axis=1), fractions)
+    bias = generator.conv_end.bias
+    assert bias is not None
+    bias += torch.from_numpy(shifts).to(bias)
+
+
+def matching_shifts(logits: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """What to add to `logits` (phases, voxels) so that each phase is the likeliest in its share of the voxels, as far
+    as single voxels allow; their mean is 0. A phase of share 0 stays as it is.
+
+    The shifts d least for mean(max(logits + d)) − fractions · d, a convex function whose slope is how far the shares
+    are off: the dual of the transport of voxels to phases (Aurenhammer 1998).
+    """
+    there = fractions > 0
+    logits, wanted = logits[there], fractions[there]
+    scale = max(1e-9, float(logits.std()))
+
+    def dual(shift: np.ndarray) -> tuple[float, np.ndarray]:
+        moved = logits / scale + shift[:, None].astype(logits.dtype)
+        shares = np.bincount(moved.argmax(0), minlength=len(wanted)) / logits.shape[1]
+        return float(moved.max(0).mean(dtype=np.float64) - wanted @ shift), shares - wanted
+
+    found = minimize(dual, np.zeros(len(wanted)), jac=True, method="BFGS", options={"gtol": 1e-4}).x
+    shifts = np.zeros(len(there))
+    shifts[there] = (found - found.mean()) * scale
+    return shifts
