@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -669,6 +670,24 @@ def test_operations_match_the_published_counts():
         generator = SuperResGenerator(1, 3, Fraction(scale), width)
         box = Box.whole((8, 8, 8))
         assert operations(generator, box) / (box.voxels * scale**3) == pytest.approx(expected, rel=0.02)
+
+
+def test_smoothing_noise_takes_what_is_planned_for_it():
+    plan = plan_tiles((96, 96, 96), Fraction(2), (1, 1, 1), 7, 64)
+    generator = SuperResGenerator(2, 3, Fraction(2), 2, 2, noise_sigma_voxels=(0.0, 24.0, 3.0))
+    painter = Painter(generator, plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1)
+    painter.block_voxels = 64
+    reads = painter.network.reads(Box((64,) * 3, (128,) * 3))
+    tracemalloc.start()
+    noise = painter._noise(0, 1, reads)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert noise.shape == reads.shape
+    assert painter.noise_bytes == pytest.approx(peak, rel=0.1)
+    painter.close()
+    plain = Painter(SuperResGenerator(2, 3, Fraction(2), 2), plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1)
+    assert plain.noise_bytes == 0
+    plain.close()
 
 
 def test_blocks_keep_their_bound():

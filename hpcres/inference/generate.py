@@ -199,9 +199,16 @@ class Painter:
         ends = zip(self.plan.low_res_shape, self.plan.boundaries, strict=True)
         shape = triple([n if boundary == "periodic" else NOISE_VOXELS for n, boundary in ends])
         taps = self._noise_taps[channel]
-        reach = len(taps) // 2
-        white = read_beyond(partial(normals, seed, channel=channel), box.grown(reach, reach), shape, PERIODIC)
-        return smoothed(white, taps)
+        beyond, white = len(taps) // 2, partial(normals, seed, channel=channel)
+        return smoothed(read_beyond(white, box.grown(beyond, beyond), shape, PERIODIC), taps)
+
+    @property
+    def noise_bytes(self) -> int:
+        """What smoothing a block's noise takes: the widest field, before an axis and after."""
+        reach = max(len(taps) // 2 for taps in self._noise_taps)
+        middle = self.plan.tiles[len(self.plan.tiles) // 2].write
+        reads = [self.network.reads(block).grown(reach, reach) for block in self.blocks_of(middle)]
+        return 2 * 4 * max(box.voxels for box in reads) if reach else 0
 
     def _warm_up(self) -> None:
         """Compile the kernels, or fetch them from where an earlier process has left them, before the clock starts."""

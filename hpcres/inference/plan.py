@@ -104,7 +104,8 @@ def _cost(study: Study, generator: SuperResGenerator, plan: TilePlan, threads: i
         labels = max(read_bytes * t.read.voxels + volumes * t.write.voxels for t in plan.tiles)
         in_flight = max(2, -(-threads // len(tile_blocks)))
         # The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed.
-        held = painter.network.weight_bytes + threads * painter.network.block_bytes(edge) + (in_flight + 1) * labels
+        in_hand = painter.network.block_bytes(edge) + painter.noise_bytes
+        held = painter.network.weight_bytes + threads * in_hand + (in_flight + 1) * labels
         return edge, _PROCESS_BYTES + held, _trial(study, painter, use) * threads / use
     finally:
         painter.close()
