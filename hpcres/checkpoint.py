@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from hpcres import __version__
@@ -112,9 +113,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path}: not an hpcres checkpoint ({_FORMAT}); give the checkpoint.pt of `hpcres train`")
     config = dict(content["network"])
-    study = Study.model_validate_json(content["study"])
     assert config.pop("family") == "superres"
-    generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})
+    try:
+        study = Study.model_validate_json(content["study"])
+        generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})
+    except (ValidationError, TypeError) as error:  # TypeError names a keyword
+        others = error.errors() if isinstance(error, ValidationError) else []
+        what = ", ".join(".".join(map(str, one["loc"])) for one in others) or str(error)
+        raise InputError(
+            f"{path}: written by hpcres {content['versions']['hpcres']} with settings that this one does not know "
+            f"({what}); paint with that one, or train again"
+        ) from None
     if config["phases"] != len(study.phases) or config["low_res_channels"] != len(study.low_res.groups):
         raise InputError(
             f"{path}: the network has {config['phases']} phases but its study {len(study.phases)}; the file was "

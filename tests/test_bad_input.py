@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -65,6 +66,12 @@ def rewrite_checkpoint(folder: Path, change: Callable[[dict], object]) -> None:
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
+
+
+def old_setting(content: dict) -> None:
+    study = json.loads(content["study"])
+    study["training"]["old"] = 1
+    content["study"] = json.dumps(study)
 
 
 def checkpoint_of(folder: Path, *settings: str) -> None:
@@ -263,6 +270,13 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         lambda f: torch.save({"weights": 1}, f / "results/checkpoint.pt"), INFER, ["not an hpcres checkpoint"],
     ),
     "checkpoint NaN": (lambda f: rewrite_checkpoint(f, nan_weight), INFER, ["checkpoint.pt", "not finite"]),
+    "checkpoint of a setting that is no more": (
+        lambda f: rewrite_checkpoint(f, old_setting), INFER, ["checkpoint.pt", "training.old", "train again"],
+    ),
+    "checkpoint of a network that is no more": (
+        lambda f: rewrite_checkpoint(f, lambda content: content["network"].update(old=1)),
+        INFER, ["checkpoint.pt", "'old'", "train again"],
+    ),
     "checkpoint of another phase count": (
         lambda f: checkpoint_of(
             f, "high_res.phases={0: pore, 1: solid}", "low_res.phases={0: pore, 1: solid}"
