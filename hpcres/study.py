@@ -293,7 +293,7 @@ class Training(Section):
 
     init_from: str | None = None
     """Another training's checkpoint.pt or best.pt whose weights a new run begins from; none by default, as published.
-    Scale factor and widths must be the same; phases may be others."""
+    Scale factor, widths and noise must be the same; phases may be others."""
     steps: Annotated[int, Field(ge=1)] = 100_000
     """Generator steps."""
     minutes: Annotated[float, Field(gt=0)] | None = None

@@ -125,6 +125,10 @@ def test_a_file_without_critics_or_with_wider_ones_gives_the_generator(tmp_path)
         ({"scale_factor": 8}, "scale 4, not 8"),
         ({"network": {"width": 4, "critic_width": 5, "last_stage": "transposed"}}, "width 3, not 4"),
         (
+            {"network": {"width": 3, "critic_width": 5, "last_stage": "transposed", "noise_sigma_voxels": (5.0,)}},
+            r"noise sigma voxels \[0.0\], not \[5.0\]",  # as many channels, but what they say is something else
+        ),
+        (
             {"network": {"width": 3, "critic_width": 5, "residual_blocks": 2}},
             "residual blocks 1, not 2 and last stage transposed, not resize",
         ),

@@ -41,7 +41,9 @@ from hpcres.training.settling import match_fractions, settle_statistics
 
 _NEWEST = 0.1
 """Weight of the newest step in the running mean of pattern shares."""
-_MUST_FIT = {name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage")}
+_MUST_FIT = {
+    name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage", "noise_sigma_voxels")
+}
 """Of a generator's configuration, what must be the same to begin from its weights."""
 
 
@@ -262,9 +264,8 @@ class Models:
 
     def save(self, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, finished: bool) -> None:
         """Write the checkpoint with all that `restore` needs; a finished run's generator may be the best one's."""
-        generator = self.settled(low_res, real)
-        if finished and self.study.training.keep == "best":
-            generator = load_checkpoint(self.study.best_path).generator
+        best = finished and self.study.training.keep == "best"
+        generator = load_checkpoint(self.study.best_path).generator if best else self.settled(low_res, real)
         state = {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
