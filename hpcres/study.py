@@ -334,6 +334,9 @@ class Training(Section):
     surroundings: Annotated[int, Field(ge=0, le=8)] = 0
     """Low-res voxels around each training cube that the generator sees and nothing is asked of, so that no padding is
     near what the critics see; a multiple of q where the scale factor is p/q. None by default, as published."""
+    reach_faces: bool = False
+    """Draw cubes so that voxels at the low-res volume's faces are in as many as inner ones; by default, as published,
+    every place inside the volume is as likely, and its outermost voxel is in one cube of many."""
     crop_voxels: Annotated[int, Field(ge=0, le=24)] = 4
     """High-res voxels cut from each face of a cube before the critic sees it."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0

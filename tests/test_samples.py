@@ -116,6 +116,23 @@ def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monk
     assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])
 
 
+@pytest.mark.parametrize(("reach", "outermost", "inner"), [(False, 1 / 49, 16 / 49), (True, 16 / 79, 16 / 79)])
+def test_cubes_reach_the_faces_of_the_volume_where_asked(tmp_path, reach, outermost, inner):
+    """Of the 49 places of a cube of 16 in 64 voxels one holds the outermost, 16 an inner one; of the 79 where a cube
+    holds some voxel, 16 hold any; moved inside, one is in 16 to 31."""
+    study = study_of(tmp_path, volume=blobs((64, 16, 64), 1), training={"reach_faces": reach})
+    cubes = LowResCubes(study)
+    starts = np.array([cubes.start(step, 0, cube)[1] for step in range(1000) for cube in range(4)])
+    assert (starts[:, 1] == 0).all()
+    for axis in (0, 2):
+        held = np.array([np.mean((starts[:, axis] <= v) & (v < starts[:, axis] + 16)) for v in range(64)])
+        assert np.allclose(held[[0, 63]], outermost, atol=0.02)
+        assert np.allclose(held[20:44], inner, atol=0.025)
+        if reach:
+            assert held.max() < 2 * inner + 0.025
+            assert held.min() > inner - 0.025
+
+
 def test_noise_channels_are_white_or_as_smooth_as_asked(tmp_path):
     """σ of 8 high-res voxels is 2 low-res ones: correlation exp(−h² / 16). The white one is what it is alone."""
     studies = [study_of(tmp_path, network={"width": 3, "critic_width": 5} | more)

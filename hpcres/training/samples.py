@@ -50,6 +50,7 @@ class LowResCubes:
         self.channels = len(study.low_res.groups)
         self.edge = int(PATCH_VOXELS / study.scale_factor)
         self.surroundings = study.training.surroundings
+        self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
         self._volume = open_low_res(study.low_res)
         for axis, size in zip(AXES, self._volume.shape, strict=True):
@@ -132,9 +133,17 @@ class LowResCubes:
         return sorted(chosen)
 
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
-        """Where a cube is drawn, and the state of chance after that."""
+        """Where a cube is drawn, and the state of chance after that.
+
+        Inside the volume alone, its outermost voxel is in one cube where an inner one is in d along each axis, and its
+        faces are hardly learned. With training.reach_faces a cube is drawn from all that hold a voxel of the volume and
+        then moved inside: no voxel is in fewer than d, nor in as many as 2 d.
+        """
         random = _generator(self.seed, step, _CUBE, kind, cube)
-        return random, random.integers(0, np.array(self._volume.shape) - self.edge, endpoint=True)
+        last = np.array(self._volume.shape) - self.edge
+        if not self.reach_faces:
+            return random, random.integers(0, last, endpoint=True)
+        return random, np.clip(random.integers(1 - self.edge, last + self.edge - 1, endpoint=True), 0, last)
 
     def _cube(self, start: np.ndarray, around: int = 0) -> np.ndarray:
         """The cube at `start` with `around` voxels more on each side."""
