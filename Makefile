@@ -95,9 +95,8 @@ bench-transport: .venv/tested
 # Hours on two idle cores; sofc and separator need HPCRES_DATA. The tables go into docs/training.md.
 bench-quality: .venv/tested
 	python bench/quality.py sofc --minutes 3 --seeds 0 1 2
-	python bench/quality.py sofc --recipe configs/long.yaml --minutes 30 --seeds 0 1 2
-	python bench/quality.py phantom --recipe configs/long.yaml --scale 4 8 --minutes 15 --seeds 0 1 2
-	python bench/quality.py phantom --recipe configs/long.yaml --scale 2 --minutes 15 --seeds 0 1 2 --set network.residual_blocks=4 --set training.surroundings=8
+	python bench/quality.py sofc --recipe configs/long.yaml --minutes 30 --seeds 0 1 2 --set training.reach_faces=true --set training.crop_voxels=0
+	python bench/quality.py phantom --recipe configs/long.yaml --scale 2 4 8 --minutes 15 --seeds 0 1 2
 	python bench/quality.py separator --recipe configs/long.yaml --minutes 15 --seeds 0 1 2 --set training.lattice_weight=20
 
 lint: .venv/tested
