@@ -331,6 +331,9 @@ class Training(Section):
     warm-up."""
     pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 2, 4, 8)
     """How far apart the pixels of such a pattern are: each spacing has patterns of its own."""
+    thin_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the difference between the shares of pixels, in generated slices and in the images, that differ from
+    both neighbours along a line: lines one pixel wide and single pixels. As pattern_weight in all else."""
     surroundings: Annotated[int, Field(ge=0, le=8)] = 0
     """Low-res voxels around each training cube that the generator sees and nothing is asked of, so that no padding is
     near what the critics see; a multiple of q where the scale factor is p/q. None by default, as published."""

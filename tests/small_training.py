@@ -58,6 +58,17 @@ def counted_patterns(stack, spacing, phases=3):
     return found
 
 
+def counted_thin(stack):
+    """How many pixels of slices (slice, row, column) differ from two neighbours that are alike, down a column and along
+    a row, and how many have two neighbours so."""
+    found = np.zeros((2, 2), int)
+    for direction, lines in enumerate((stack.swapaxes(1, 2), stack)):
+        for line in lines.reshape(-1, lines.shape[2]):
+            for before, here, after in zip(line, line[1:], line[2:], strict=False):
+                found[direction] += (before == after != here, 1)
+    return found
+
+
 def anisotropic(folder, **training):
     np.save(folder / "side.npy", blobs((2, 60, 70), 3))
     np.save(folder / "top.npy", blobs((1, 64, 64), 4))

@@ -28,7 +28,7 @@ def _one_thread():
 @pytest.mark.parametrize("match_fractions", [False, True])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, match_fractions):
     training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
-    training |= {"match_fractions": match_fractions, "pattern_weight": 30}
+    training |= {"match_fractions": match_fractions, "pattern_weight": 30, "thin_weight": 30}
     whole, cut = (
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut")
     )
@@ -147,7 +147,7 @@ def cut_and_whole(rank, ports, whole, cut, other):
 
 
 def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capfd):
-    training = {"steps": 5, "cubes": 2, "pattern_weight": 30, **EVERY_STEP}
+    training = {"steps": 5, "cubes": 2, "pattern_weight": 30, "thin_weight": 30, **EVERY_STEP}
     whole, cut, other = (
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut", "other")
     )

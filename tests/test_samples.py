@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_training import ALONE, blobs, counted_patterns, one_image, study_of
+from small_training import ALONE, blobs, counted_patterns, counted_thin, one_image, study_of
 
 from hpcres.training import samples
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -187,3 +187,28 @@ def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path,
     patterns = RealSlices(isotropic, ALONE.device).patterns.numpy().reshape(4, 3, 81)
     counts = seen(top, 8, False)
     assert patterns[3] == pytest.approx(np.tile((counts / counts.sum()).ravel(), (3, 1)), abs=1e-6)
+
+
+@pytest.mark.parametrize("augment", [True, "mirrors", False])
+def test_thin_shares_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, monkeypatch, augment):
+    """As above; mirrors change none, and rotations make those down columns and along rows one."""
+    random = np.random.default_rng(2)
+    side, top = (random.choice(3, shape, p=[0.5, 0.3, 0.2]) for shape in ((2, 60, 71), (1, 66, 64)))
+    np.save(tmp_path / "side.npy", side)
+    np.save(tmp_path / "top.npy", top)
+    images = [
+        {"path": str(tmp_path / "side.npy"), "planes": ["zy", "xz"], "augment": augment},
+        {"path": str(tmp_path / "top.npy"), "planes": ["yx", "xz"], "augment": augment},
+    ]
+    monkeypatch.setattr(samples, "_BAND_PIXELS", 700)
+    thin = RealSlices(study_of(tmp_path, images, {"isotropic": False}), ALONE.device).thin.numpy().reshape(3, 2, 2)
+
+    def seen(*stacks):
+        counts = sum(counted_thin(stack) for stack in stacks)
+        counts = counts + counts[::-1] if augment is True else counts
+        return counts[:, 0] / counts[:, 1]
+
+    zx = seen(side.swapaxes(1, 2), top.swapaxes(1, 2))
+    for axis, expected in enumerate((seen(top), zx, seen(side))):
+        assert thin[axis, :, 0] == pytest.approx(expected, abs=1e-6)
+    assert thin.sum(2) == pytest.approx(1)

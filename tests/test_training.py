@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import map_coordinates
-from small_training import ALONE, anisotropic, blobs, counted_patterns, one_image, study_of
+from small_training import ALONE, anisotropic, blobs, counted_patterns, counted_thin, one_image, study_of
 from torch import nn
 from torch.nn import functional
 
@@ -29,6 +29,7 @@ from hpcres.training.losses import (
     lattice_loss,
     pattern_loss,
     pattern_shares,
+    thin_shares,
     volume_slices,
     voxel_loss,
 )
@@ -342,6 +343,20 @@ def test_pattern_shares_are_those_counted_window_by_window():
     assert pattern_shares([unsure], (2,))[0].numpy() == pytest.approx(independent, rel=1e-5)
 
 
+def test_thin_shares_are_those_counted_pixel_by_pixel():
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 9, 10, 11)))
+    shares = thin_shares([volume_slices(one_hot(labels, 3), axis) for axis in range(3)]).reshape(3, 2, 2)
+    for axis in range(3):
+        counts = sum(counted_thin(np.moveaxis(cube, axis, 0)) for cube in labels.numpy())
+        assert shares[axis, :, 0].numpy() == pytest.approx(counts[:, 0] / counts[:, 1], abs=1e-6)
+    assert shares.sum(2).numpy() == pytest.approx(1)
+    p = np.array([0.5, 0.3, 0.2])
+    unsure = torch.tensor(p, dtype=torch.float32).view(1, 3, 1, 1).expand(4, 3, 9, 9)
+    assert thin_shares([unsure])[:, 0].numpy() == pytest.approx((p**2 * (1 - p)).sum(), rel=1e-5)
+    stripes = torch.arange(9).expand(2, 9, 9) % 2
+    assert thin_shares([one_hot(stripes, 3)])[:, 0].tolist() == [0, 1]
+
+
 def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts():
     images = torch.tensor([[0.9, 0.098, 0.002, 0.0]])
     assert pattern_loss(images, images) == 0
@@ -354,12 +369,20 @@ def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts(
     assert slope[0].tolist() == pytest.approx([0, 0, 0, 1], abs=1e-6)
 
 
-def test_pattern_loss_joins_the_generators_after_the_warm_up(tmp_path):
+@pytest.mark.parametrize(
+    ("weight", "shares_of", "images"),
+    [
+        ("pattern_weight", lambda slices: pattern_shares(slices, (1, 4)), "patterns"),
+        ("thin_weight", thin_shares, "thin"),
+    ],
+)
+def test_shares_join_the_generators_loss_after_the_warm_up(tmp_path, weight, shares_of, images):
     """What a step adds is weight × loss, its slope taken at the running mean, of the slices that the critics see as
     labels; at half the learning rate it is twice the weight."""
     more = {"critic_steps": 1, "reuse_generated": True, "warm_up_steps": 1, "learning_rate": 2e-30}
-    with_it = study_of(tmp_path, training=more | {"pattern_weight": 1e3, "pattern_spacings": [1, 4]})
+    with_it = study_of(tmp_path, training=more | {weight: 1e3, "pattern_spacings": [1, 4]})
     low_res, real = LowResCubes(with_it), RealSlices(with_it, ALONE.device)
+    theirs = getattr(real, images)
     found = []
     for study in (study_of(tmp_path, training=more), with_it):
         models = Models(study, ALONE)
@@ -370,14 +393,14 @@ def test_pattern_loss_joins_the_generators_after_the_warm_up(tmp_path):
     def shares(step):
         painted = models.generate(low_res.draw(step, range(2), ALONE.device)[1])
         labels = one_hot(painted.argmax(1), 3) + painted - painted.detach()
-        return pattern_shares(models.slices(labels, real.choose(step, range(2))), (1, 4))
+        return shares_of(models.slices(labels, real.choose(step, range(2))))
 
     with torch.no_grad():
         first = shares(1)
     last = shares(2)
     mean = (0.9 * first + 0.1 * last.detach()).requires_grad_()
-    assert found[1][0][1] - found[0][0][1] == pytest.approx(2e3 * pattern_loss(first, real.patterns).item(), rel=1e-4)
-    loss = 2e3 * pattern_loss(mean, real.patterns)
+    assert found[1][0][1] - found[0][0][1] == pytest.approx(2e3 * pattern_loss(first, theirs).item(), rel=1e-4)
+    loss = 2e3 * pattern_loss(mean, theirs)
     assert found[1][0][2] - found[0][0][2] == pytest.approx(loss.item(), rel=1e-4)
     (slope,) = torch.autograd.grad(loss, mean)
     added = torch.autograd.grad((slope * last).sum(), list(models.generator.parameters()))

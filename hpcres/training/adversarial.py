@@ -32,6 +32,7 @@ from hpcres.training.losses import (
     lattice_loss,
     pattern_loss,
     pattern_shares,
+    thin_shares,
     volume_slices,
     voxel_loss,
 )
@@ -40,7 +41,7 @@ from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.settling import match_fractions, settle_statistics
 
 _NEWEST = 0.1
-"""Weight of the newest step in the running mean of pattern shares."""
+"""Weight of the newest step in the running means of shares."""
 _MUST_FIT = {
     name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage", "noise_sigma_voxels")
 }
@@ -85,8 +86,8 @@ class Models:
             _compile(self.generator, group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
-        self.patterns: Tensor | None = None
-        """Running mean of the shares of patterns in generated slices."""
+        self.of_late: dict[str, Tensor] = {}
+        """Running means of the shares of patterns, and of thin features, in generated slices."""
         self.best: dict[str, Any] | None = None
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
@@ -138,11 +139,15 @@ class Models:
             slices = self.slices(probabilities, real.choose(step, cubes))
             with self._autocast():
                 loss = -self.critics.score(slices)
+            # At a high rate the generator of a step has more small features than its average, which is what will
+            # paint; as the rate falls they become one, and then it should have the patterns of the images.
+            falling = settings.learning_rate / rate
             if settings.pattern_weight:
-                # At a high rate the generator of a step has more small features than its average, which is what will
-                # paint; as the rate falls they become one, and then it should have the patterns of the images.
-                weight = settings.pattern_weight * settings.learning_rate / rate
-                loss = loss + weight * self._patterns(slices, real)
+                found = pattern_shares([as_labels(some) for some in slices], real.pattern_spacings)
+                loss = loss + settings.pattern_weight * falling * self._off_images("patterns", found, real.patterns)
+            if settings.thin_weight:
+                found = thin_shares([as_labels(some) for some in slices])
+                loss = loss + settings.thin_weight * falling * self._off_images("thin", found, real.thin)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -173,16 +178,15 @@ class Models:
         shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
         return _loss_at(self.group.mean(shares), lattice_loss, shares)
 
-    def _patterns(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor:
-        """Loss of the shares of patterns in the slices of late, as labels.
+    def _off_images(self, kind: str, shares: Tensor, images: Tensor) -> Tensor:
+        """pattern_loss of the `shares` of this `kind` in the slices of late.
 
         Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the
         parts of the volume are.
         """
-        shares = pattern_shares([as_labels(some) for some in slices], real.pattern_spacings)
         now = self.group.mean(shares)
-        self.patterns = now if self.patterns is None else self.patterns.lerp(now, _NEWEST)
-        return _loss_at(self.patterns, lambda found: pattern_loss(found, real.patterns), shares)
+        self.of_late[kind] = self.of_late[kind].lerp(now, _NEWEST) if kind in self.of_late else now
+        return _loss_at(self.of_late[kind], lambda means: pattern_loss(means, images), shares)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -271,7 +275,7 @@ class Models:
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "seconds": seconds, "processes": self.group.size, "best": self.best,
-            "patterns": self.patterns,
+            "of_late": self.of_late,
         }  # fmt: skip
         save_checkpoint(
             self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state,
@@ -323,8 +327,7 @@ class Models:
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.best = state.get("best")
-        if (patterns := state.get("patterns")) is not None:
-            self.patterns = patterns.to(self.group.device)
+        self.of_late = {kind: shares.to(self.group.device) for kind, shares in state["of_late"].items()}
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)

@@ -102,8 +102,25 @@ def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int]) -> Tensor:
     return torch.stack(shares)
 
 
+def thin_shares(slices: Sequence[Tensor]) -> Tensor:
+    """(axis · direction, 2): expected share of pixels in `slices`, by normal axis z, y, x, that differ from both their
+    neighbours down a column, or along a row, where these are alike; and of the others.
+
+    Lines one pixel wide and single pixels, of which gratings and dots are made. To patterns of 2 × 2 a grating is a row
+    of interfaces.
+    """
+    shares = []
+    for some in slices:
+        for direction in (2, 3):
+            pixels = some.movedim(direction, 0)
+            shares.append((pixels[:-2] * (1 - pixels[1:-1]) * pixels[2:]).sum(2).mean())
+    thin = torch.stack(shares)
+    return torch.stack([thin, 1 - thin], dim=1)
+
+
 def pattern_loss(shares: Tensor, images: Tensor) -> Tensor:
-    """How far `pattern_shares` s are off those of the images, t: Σ (s − t)² / (s + t), the mean over spacings and axes.
+    """How far shares s, `pattern_shares` or `thin_shares`, are off those of the images, t: Σ (s − t)² / (s + t), the
+    mean over their rows.
 
     Near t it is half the square of the relative error times t, so that rare patterns count, as the corners where three
     phases meet do; and a pattern that the images lack is pushed away with slope 1, however rare it is.

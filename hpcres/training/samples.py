@@ -277,6 +277,27 @@ class RealSlices:
             together += windows
         return (together / together.sum()).flatten().float()
 
+    @cached_property
+    def thin(self) -> Tensor:
+        """What losses.thin_shares would say of the images, mirrored and rotated as their patches are."""
+        found = torch.stack([share for table in self._tables for share in self._thin_of(table)])
+        return torch.stack([found, 1 - found], dim=1).float().to(self._pixels.device)
+
+    def _thin_of(self, images: np.ndarray) -> Tensor:
+        thin, pixels = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for offset, rows, columns, _, rotations in images.tolist():
+            image = self._pixels[offset : offset + rows * columns].view(rows, columns)
+            for direction, lines in enumerate((image, image.T)):
+                seen, (middles, width) = 0, (len(lines) - 2, lines.shape[1])
+                band = max(1, _BAND_PIXELS // width)
+                for top in range(0, middles, band):
+                    before, here, after = (lines[top + k : min(top + band, middles) + k] for k in range(3))
+                    seen += int(((before == after) & (here != after)).sum())
+                for to in (0, 1) if rotations else (direction,):
+                    thin[to] += seen
+                    pixels[to] += middles * width
+        return thin / pixels
+
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
         """The draws of one critic step for these cubes."""
         device = self._pixels.device
