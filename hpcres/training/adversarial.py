@@ -327,7 +327,8 @@ class Models:
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.best = state.get("best")
-        self.of_late = {kind: shares.to(self.group.device) for kind, shares in state["of_late"].items()}
+        # A run of an earlier version has none, and begins them anew.
+        self.of_late = {kind: shares.to(self.group.device) for kind, shares in state.get("of_late", {}).items()}
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)
