@@ -161,3 +161,9 @@ def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capf
     assert "it ran on 2 processes before, now on 1: the same samples, sums rounded otherwise" in capfd.readouterr().err
     last, expected = ([float(v) for v in history(study)[-1]] for study in (other, whole))
     assert last == pytest.approx(expected, rel=0.01, abs=1e-4)
+
+
+@pytest.mark.parametrize(("warm_up", "warned"), [(1, False), (2, True), (9, True)])
+def test_a_run_that_ends_with_its_warm_up_says_so(tmp_path, capfd, warm_up, warned):
+    train(study_of(tmp_path, training={"steps": 3, "warm_up_steps": warm_up}))
+    assert (f"only 3 steps, {min(warm_up, 3)} of them warm-up" in capfd.readouterr().err) == warned

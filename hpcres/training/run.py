@@ -126,6 +126,12 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                             f"training: stopped by {name} after saving step {step + 1} to "
                             f"{study.checkpoint_path}; run the same command to go on"
                         )
+                if settings.init_from is None and step + 1 < 3 * settings.warm_up_steps:
+                    journal.note(
+                        f"only {step + 1} steps, {min(step + 1, settings.warm_up_steps)} of them warm-up: the result "
+                        "will not look like the images; allow more time, or set training.threads to the cores that "
+                        "are free"
+                    )
                 return TrainingResult(str(study.checkpoint_path), step + 1, seconds, first, False)
         finally:
             journal.close()
