@@ -141,13 +141,7 @@ class Models:
                 loss = -self.critics.score(slices)
             # At a high rate the generator of a step has more small features than its average, which is what will
             # paint; as the rate falls they become one, and then it should have the patterns of the images.
-            falling = settings.learning_rate / rate
-            if settings.pattern_weight:
-                found = pattern_shares([as_labels(some) for some in slices], real.pattern_spacings)
-                loss = loss + settings.pattern_weight * falling * self._off_images("patterns", found, real.patterns)
-            if settings.thin_weight:
-                found = thin_shares([as_labels(some) for some in slices])
-                loss = loss + settings.thin_weight * falling * self._off_images("thin", found, real.thin)
+            loss = loss + settings.learning_rate / rate * self._off_images(slices, real)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -178,7 +172,20 @@ class Models:
         shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
         return _loss_at(self.group.mean(shares), lattice_loss, shares)
 
-    def _off_images(self, kind: str, shares: Tensor, images: Tensor) -> Tensor:
+    def _off_images(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor | float:
+        """How far what these slices show as labels is off the images, by the weights of the study."""
+        settings = self.study.training
+        off: Tensor | float = 0.0
+        if settings.pattern_weight or settings.thin_weight:
+            slices = [as_labels(some) for some in slices]
+        if settings.pattern_weight:
+            shares = pattern_shares(slices, real.pattern_spacings)
+            off = off + settings.pattern_weight * self._off_of_late("patterns", shares, real.patterns)
+        if settings.thin_weight:
+            off = off + settings.thin_weight * self._off_of_late("thin", thin_shares(slices), real.thin)
+        return off
+
+    def _off_of_late(self, kind: str, shares: Tensor, images: Tensor) -> Tensor:
         """pattern_loss of the `shares` of this `kind` in the slices of late.
 
         Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the

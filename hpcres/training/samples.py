@@ -41,6 +41,13 @@ def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Genera
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(step, what, *which))))
 
 
+def _bands(image: Tensor, height: int) -> Iterator[Tensor]:
+    """Rows of an image a band at a time, so that each `height` rows on end are in exactly one band."""
+    step = max(1, _BAND_PIXELS // image.shape[1])
+    for top in range(0, len(image) - height + 1, step):
+        yield image[top : top + step + height - 1]
+
+
 class LowResCubes:
     """Cubes of d³ voxels from the low-res volume (d · scale factor = 64), with training.surroundings around them, which
     beyond the volume are its mirror image, and channels of noise."""
@@ -255,15 +262,12 @@ class RealSlices:
             found += [self._patterns_of(table, apart) for table in tables] * (3 // len(tables))
         return torch.stack(found).to(self._pixels.device)
 
-    def _patterns_of(self, images: np.ndarray, apart: int) -> Tensor:
+    def _patterns_of(self, table: np.ndarray, apart: int) -> Tensor:
         together = torch.zeros((self.phases,) * 4, dtype=torch.float64)
-        for offset, rows, columns, mirrors, rotations in images.tolist():
-            image = self._pixels[offset : offset + rows * columns].view(rows, columns)
+        for image, mirrors, rotations in self._images(table):
             seen = torch.zeros(self.phases**4, dtype=torch.int64)
-            band = max(1, _BAND_PIXELS // columns)
-            for top in range(0, rows - apart, band):
-                upper = image[top : min(top + band, rows - apart)]
-                lower = image[top + apart : min(top + band, rows - apart) + apart]
+            for rows in _bands(image, 1 + apart):
+                upper, lower = rows[:-apart], rows[apart:]
                 place = torch.zeros_like(upper[:, apart:], dtype=torch.int32)
                 for pixel in (upper[:, :-apart], upper[:, apart:], lower[:, :-apart], lower[:, apart:]):
                     place = place * self.phases + pixel
@@ -277,25 +281,28 @@ class RealSlices:
             together += windows
         return (together / together.sum()).flatten().float()
 
+    def _images(self, table: np.ndarray) -> Iterator[tuple[Tensor, bool, bool]]:
+        """Labels (rows, columns) of each image of a table, and whether it may be mirrored, and rotated."""
+        for offset, rows, columns, mirrors, rotations in table.tolist():
+            yield self._pixels[offset : offset + rows * columns].view(rows, columns), bool(mirrors), bool(rotations)
+
     @cached_property
     def thin(self) -> Tensor:
         """What losses.thin_shares would say of the images, mirrored and rotated as their patches are."""
         found = torch.stack([share for table in self._tables for share in self._thin_of(table)])
         return torch.stack([found, 1 - found], dim=1).float().to(self._pixels.device)
 
-    def _thin_of(self, images: np.ndarray) -> Tensor:
+    def _thin_of(self, table: np.ndarray) -> Tensor:
         thin, pixels = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        for offset, rows, columns, _, rotations in images.tolist():
-            image = self._pixels[offset : offset + rows * columns].view(rows, columns)
+        for image, _, rotations in self._images(table):
             for direction, lines in enumerate((image, image.T)):
-                seen, (middles, width) = 0, (len(lines) - 2, lines.shape[1])
-                band = max(1, _BAND_PIXELS // width)
-                for top in range(0, middles, band):
-                    before, here, after = (lines[top + k : min(top + band, middles) + k] for k in range(3))
+                seen = 0
+                for rows in _bands(lines, 3):
+                    before, here, after = rows[:-2], rows[1:-1], rows[2:]
                     seen += int(((before == after) & (here != after)).sum())
                 for to in (0, 1) if rotations else (direction,):
                     thin[to] += seen
-                    pixels[to] += middles * width
+                    pixels[to] += (len(lines) - 2) * lines.shape[1]
         return thin / pixels
 
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
