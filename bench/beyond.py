@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from quality import CONFIGS, hpcres, measured, tpb_error, worst_area, worst_fraction
+from quality import CONFIGS, hpcres, measured, save_panels, tpb_error, worst_area, worst_fraction
 from scipy.ndimage import distance_transform_edt
 
 from hpcres.geometry import Box
@@ -150,6 +150,8 @@ def unknown(keep: Path, options: argparse.Namespace) -> str:
     right = (nearest[place][inside] == channels(truth_study, truth[inside])).mean()
     rows = [row("truth", truth, ""), ["nearest known low-res label", "", "", f"{right:.0%}", ""]]
     begin = other_material(keep, "three-phase", options)
+    first = np.array([truth_study.phases.index(group[0]) for group in truth_study.low_res.groups], np.uint8)
+    shown = [np.where(boxes, UNKNOWN, first[coarse(truth_study)])[place]]
     for share in (0, 0.15):
         folder = keep / f"damaged-{share}-{options.steps}-steps"
         settings = as_options([
@@ -159,7 +161,10 @@ def unknown(keep: Path, options: argparse.Namespace) -> str:
         hpcres("train", str(PHANTOM), f"--output={folder}", *settings, f"--init-from={begin}")
         hpcres("infer", str(PHANTOM), f"--output={folder}", *settings)
         score = list(csv.DictReader((folder / "quality.csv").open()))[-1]["score"]
-        rows.append(row(f"masked_fraction: {share}", whole(folder / "labels.zarr"), f"{float(score):.2f}"))
+        shown.append(whole(folder / "labels.zarr"))
+        rows.append(row(f"masked_fraction: {share}", shown[-1], f"{float(score):.2f}"))
+    if options.picture:  # through the middle of two boxes
+        save_panels(options.picture, [[labels[len(truth) // 4] for labels in (*shown, truth)]])
     phases = " / ".join(truth_study.phases)
     return table(["inside the boxes", phases, "labels as in the truth", "low-res groups", "last score"], rows)
 
@@ -256,9 +261,12 @@ def main() -> None:
     for name in ("init-from", "unknown", "probabilities"):
         one = cases.add_parser(name, parents=[common])
         one.add_argument("--voxels", type=int, default=128, help="edge of the phantoms")
-        one.add_argument("--steps", type=int, default=400 if name == "probabilities" else 120, help="of the target")
+        steps = {"init-from": 120, "unknown": 600, "probabilities": 400}[name]
+        one.add_argument("--steps", type=int, default=steps, help="of the target")
         if name != "probabilities":
-            one.add_argument("--other-steps", type=int, default=400, help="of the material that it begins from")
+            one.add_argument("--other-steps", type=int, default=max(400, steps), help="of what it begins from")
+        if name == "unknown":
+            one.add_argument("--picture", type=Path, metavar="FILE.png", help="low-res, both fills and the truth")
     options = parser.parse_args()
     if getattr(options, "data", None):
         os.environ["HPCRES_DATA"] = options.data

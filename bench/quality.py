@@ -341,8 +341,6 @@ def table(title: str, figures: Sequence[Figure], runs: dict[str, Result], beside
 
 def picture(path: Path, study: Study, edge: int = 200) -> None:
     """Slices side by side, the low-res volume, ours, and the truth or the images; a row for each plane."""
-    from PIL import Image
-
     ours, low_res = open_volume(study.labels_path), open_volume(study.low_res.path)
     truth = None if study.reference.volume is None else open_volume(study.reference.volume)
     phase_map, high_map = PhaseMap(tuple(study.low_res.phases), ""), PhaseMap(tuple(study.high_res.phases), "")
@@ -365,10 +363,17 @@ def picture(path: Path, study: Study, edge: int = 200) -> None:
                 beside = beside.T
         rows.append([np.pad(part[:edge, :edge], [(0, edge - n) for n in part[:edge, :edge].shape],
                             constant_values=255) for part in (coarse, sharp, beside)])  # fmt: skip
-    gap = np.full((edge, 6), 255, np.uint8)
-    lines = [np.concatenate([low, gap, fine, gap, other], axis=1) for low, fine, other in rows]
-    flat = np.concatenate([part for line in lines for part in (line, np.full((6, line.shape[1]), 255, np.uint8))][:-1])
-    shown = Image.fromarray(flat, "P")
+    save_panels(path, rows)
+
+
+def save_panels(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
+    """A PNG of rows of label images of one size, side by side; 255 is white."""
+    from PIL import Image
+
+    across = np.full((rows[0][0].shape[0], 6), 255, np.uint8)
+    lines = [np.concatenate([part for image in row for part in (across, image)][1:], axis=1) for row in rows]
+    down = np.full((6, lines[0].shape[1]), 255, np.uint8)
+    shown = Image.fromarray(np.concatenate([part for line in lines for part in (down, line)][1:]), "P")
     palette = np.full((256, 3), 255, np.uint8)
     palette[: len(PHASE_COLOURS)] = PHASE_COLOURS
     shown.putpalette(palette.ravel().tolist())
