@@ -93,8 +93,9 @@ def scale(keep: Path, options: argparse.Namespace) -> str:
     folder = keep / f"scale-{options.scale}".replace("/", "-")
     settings = [
         f"scale_factor={options.scale}", f"phantom.voxels={'x'.join([str(options.voxels)] * 3)}",
-        "phantom.feature_voxels=24", "network.width=3", "network.critic_width=5",
-        *(by_steps(options.steps) if options.steps else [f"training.minutes={options.minutes:g}"]), *options.set,
+        "phantom.feature_voxels=24", "network.width=4", "network.critic_width=5",
+        "network.noise_sigma_voxels=[0,8,16]", "training.surroundings=3", "training.warm_up_steps=250",
+        *by_steps(options.steps), *options.set,
     ]  # fmt: skip
     if not (folder / "phantom").exists():
         hpcres("phantom", str(PHANTOM), f"--output={folder}", *as_options(settings))
@@ -105,10 +106,10 @@ def scale(keep: Path, options: argparse.Namespace) -> str:
     ours, truth = (channels(study, whole(path)) for path in (study.labels_path, folder / "phantom" / "truth.zarr"))
     place = [(np.arange(n) / study.scale_factor).astype(int) for n in truth.shape]
     copied = coarse(study)[np.ix_(*place)]
-    steps = list(csv.DictReader((folder / "training.csv").open()))[-1]["step"]
     heads = ["steps", "low-res agreement", "worst phase fraction", "voxels in the right group", "copied low-res voxels"]
     row = [f"{found['low_res']['agreement']:.1%}", f"{worst_fraction('reference')(found):.3f}"]
-    return table(heads, [[steps, *row, f"{(ours == truth).mean():.1%}", f"{(copied == truth).mean():.1%}"]])
+    right = [f"{(labels == truth).mean():.1%}" for labels in (ours, copied)]
+    return table(heads, [[str(options.steps), *row, *right]])
 
 
 def init_from(keep: Path, options: argparse.Namespace) -> str:
@@ -256,8 +257,7 @@ def main() -> None:
     one = cases.add_parser("scale", parents=[common])
     one.add_argument("--scale", default="16")
     one.add_argument("--voxels", type=int, default=192, help="edge of the phantom")
-    one.add_argument("--minutes", type=float, default=4.0)
-    one.add_argument("--steps", type=int, help="train so many, whatever time they take")
+    one.add_argument("--steps", type=int, default=1000)
     for name in ("init-from", "unknown", "probabilities"):
         one = cases.add_parser(name, parents=[common])
         one.add_argument("--voxels", type=int, default=128, help="edge of the phantoms")

@@ -112,9 +112,10 @@ def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):
     best, last = load_checkpoint(study.best_path), load_checkpoint(study.checkpoint_path)
     assert best.step == 2
     assert (last.step, last.sha256) == (3, best.sha256)
-    assert last.training_state["best"] == {"step": 2, "score": 1.0}
     with (study.folder / "quality.csv").open() as file:
         rows = list(csv.DictReader(file))
+    kept = {"step": 2, "score": 1.0, "disagreement": pytest.approx(float(rows[1]["disagreement"]), rel=1e-5)}
+    assert last.training_state["best"] == kept
     assert [(row["step"], float(row["score"])) for row in rows] == [("1", 3), ("2", 1), ("3", 2)]
     page = (study.folder / "training.html").read_text()
     assert page.count("<figure>") == 3

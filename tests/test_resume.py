@@ -14,6 +14,7 @@ from small_training import as_rank, free_ports, history, same, study_of, weights
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.study_file import save_study
+from hpcres.training import run
 from hpcres.training.adversarial import Models
 from hpcres.training.run import train
 
@@ -167,3 +168,13 @@ def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capf
 def test_a_run_that_ends_with_its_warm_up_says_so(tmp_path, capfd, warm_up, warned):
     train(study_of(tmp_path, training={"steps": 3, "warm_up_steps": warm_up}))
     assert (f"only 3 steps, {min(warm_up, 3)} of them warm-up" in capfd.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0])
+def test_a_run_that_never_finds_the_low_res_volume_says_so(tmp_path, monkeypatch, capfd, most):
+    monkeypatch.setattr(run, "_ASTRAY", most)
+    study = study_of(tmp_path, training={"steps": 2, "quality_steps": 1, "quality_cubes": 1})
+    train(study)
+    best = load_checkpoint(study.checkpoint_path).training_state["best"]
+    said = f"of step {best['step']}, disagrees with the low-res volume in {best['disagreement']:.0%} of its voxels"
+    assert (said in capfd.readouterr().err) == (most == 0.0)

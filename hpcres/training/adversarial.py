@@ -270,7 +270,7 @@ class Models:
             save_checkpoint(
                 self.study.best_path, generator=generator, study=self.study, step=step, init_from=self.init_from
             )
-            self.best = {"step": step, "score": found["score"]}
+            self.best = {"step": step, "score": found["score"], "disagreement": found["disagreement"]}
         journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
 
     def save(self, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, finished: bool) -> None:

@@ -36,6 +36,8 @@ _MAY_CHANGE = {
     "compile", "match_fractions",
 }  # fmt: skip
 """Training settings that a resumed run may have different from the run it continues."""
+_ASTRAY = 0.1
+"""Of the low-res voxels, the disagreement with the best generator from which on something is wrong with a training."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,8 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                             f"training: stopped by {name} after saving step {step + 1} to "
                             f"{study.checkpoint_path}; run the same command to go on"
                         )
-                if settings.init_from is None and step + 1 < 3 * settings.warm_up_steps:
-                    journal.note(
-                        f"only {step + 1} steps, {min(step + 1, settings.warm_up_steps)} of them warm-up: the result "
-                        "will not look like the images; allow more time, or set training.threads to the cores that "
-                        "are free"
-                    )
+                for message in _closing(study, models, step + 1):
+                    journal.note(message)
                 return TrainingResult(str(study.checkpoint_path), step + 1, seconds, first, False)
         finally:
             journal.close()
@@ -224,3 +222,20 @@ def _opening(
         yield f"{low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
     for phase in real.missing_phases():
         yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
+
+
+def _closing(study: Study, models: Models, steps: int) -> Iterator[str]:
+    """What a finished run of so many steps should be known for."""
+    warm_up = study.training.warm_up_steps
+    if study.training.init_from is None and steps < 3 * warm_up:
+        yield (
+            f"only {steps} steps, {min(steps, warm_up)} of them warm-up: the result will not look like the images; "
+            "allow more time, or set training.threads to the cores that are free"
+        )
+    best = models.best or {}
+    if best.get("disagreement", 0.0) > _ASTRAY:
+        yield (
+            f"the best generator, of step {best['step']}, disagrees with the low-res volume in "
+            f"{best['disagreement']:.0%} of its voxels: training went astray or was too short; try more "
+            "training.warm_up_steps, a smaller network.width or a lower training.learning_rate"
+        )
