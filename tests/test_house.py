@@ -105,7 +105,7 @@ def test_every_command_shows_an_example(name):
     assert sorted(commands.commands) == sorted(COMMANDS)
 
 
-RECIPES = ("fast.yaml", "long.yaml")
+RECIPES = ("fast.yaml", "long.yaml", "long-white.yaml")
 """What is added to a study; the other files of configs/ are studies."""
 
 
@@ -135,6 +135,12 @@ def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
     }  # fmt: skip
     assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)
     assert long.scale_factor == small.scale_factor == 4
+    study.write_text(study.read_text().replace("long.yaml", "long-white.yaml"))
+    white = load_study(study)
+    assert white.network == long.network.model_copy(update={"noise_sigma_voxels": (0,)})
+    changed = {"ema_growth", "match_fractions", "settling_cubes", "quality_steps"}
+    assert white.training.model_dump(exclude=changed) == long.training.model_dump(exclude=changed)
+    assert (white.training.ema_growth, white.training.match_fractions) == (2, False)
 
 
 def test_cases_are_those_of_the_paper(monkeypatch):
