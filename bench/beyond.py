@@ -261,10 +261,10 @@ def main() -> None:
     for name in ("init-from", "unknown", "probabilities"):
         one = cases.add_parser(name, parents=[common])
         one.add_argument("--voxels", type=int, default=128, help="edge of the phantoms")
-        steps = {"init-from": 120, "unknown": 600, "probabilities": 400}[name]
+        steps = {"init-from": 480, "unknown": 600, "probabilities": 400}[name]
         one.add_argument("--steps", type=int, default=steps, help="of the target")
         if name != "probabilities":
-            one.add_argument("--other-steps", type=int, default=max(400, steps), help="of what it begins from")
+            one.add_argument("--other-steps", type=int, default=600, help="of what it begins from")
         if name == "unknown":
             one.add_argument("--picture", type=Path, metavar="FILE.png", help="low-res, both fills and the truth")
     options = parser.parse_args()
