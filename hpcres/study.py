@@ -331,6 +331,8 @@ class Training(Section):
     warm-up."""
     pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 2, 4, 8)
     """How far apart the pixels of such a pattern are: each spacing has patterns of its own."""
+    pattern_pixels: Literal[4, 6] = 4
+    """Of 2 × 2 pixels, or of 2 × 3 and 3 × 2, which know more of how thick features are and how they hang together."""
     thin_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the difference between the shares of pixels, in generated slices and in the images, that differ from
     both neighbours along a line: lines one pixel wide and single pixels. As pattern_weight in all else."""
@@ -371,6 +373,12 @@ class Training(Section):
     def _consistent(self) -> Training:
         if self.keep == "best" and self.quality_steps is None:
             raise ValueError("keep: best, but nothing is judged; set quality_steps")
+        across, seen = self.pattern_pixels // 2, PATCH_VOXELS - 2 * self.crop_voxels
+        if (across - 1) * max(self.pattern_spacings) >= seen:
+            raise ValueError(
+                f"pattern_spacings: {max(self.pattern_spacings)}, but {across} pixels so far apart are not within the "
+                f"{seen} of a slice that are left after the crop; use a smaller spacing or a smaller crop_voxels"
+            )
         return self
 
     @property

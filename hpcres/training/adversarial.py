@@ -179,7 +179,7 @@ class Models:
         if settings.pattern_weight or settings.thin_weight:
             slices = [as_labels(some) for some in slices]
         if settings.pattern_weight:
-            shares = pattern_shares(slices, real.pattern_spacings)
+            shares = pattern_shares(slices, real.pattern_spacings, real.pattern_pixels)
             off = off + settings.pattern_weight * self._off_of_late("patterns", shares, real.patterns)
         if settings.thin_weight:
             off = off + settings.thin_weight * self._off_of_late("thin", thin_shares(slices), real.thin)

@@ -86,19 +86,23 @@ def as_labels(probabilities: Tensor) -> Tensor:
     return one_hot(probabilities.argmax(1), probabilities.shape[1]) + probabilities - probabilities.detach()
 
 
-def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int]) -> Tensor:
-    """(spacing · axis, phases⁴): expected share of each label pattern of 2 × 2 pixels `spacing` apart, in `slices` by
-    normal axis z, y, x.
+def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int], pixels: int = 4) -> Tensor:
+    """(spacing · axis · shape, phases ** pixels): expected share of each label pattern in `slices` by normal axis z, y,
+    x, of 2 × 2 pixels `spacing` apart or, where there are 6, of 2 × 3 and of 3 × 2.
 
-    A pattern's place is its four labels, read row by row, as digits. The expectation is over independent draws of all
-    pixels' phases.
+    A pattern's place is its labels, read row by row, those of 3 × 2 column by column, as digits. The expectation is
+    over independent draws of all pixels' phases.
     """
     shares = []
     for apart in spacings:
         for some in slices:
-            pairs = (some[:, :, None, :, :-apart] * some[:, None, :, :, apart:]).flatten(1, 2)
-            upper, lower = pairs[:, :, :-apart].flatten(2), pairs[:, :, apart:].flatten(2)
-            shares.append((upper @ lower.mT).mean(0).flatten() / upper.shape[2])
+            for turned in (some,) if pixels == 4 else (some, some.mT):
+                line = turned
+                for _ in range(pixels // 2 - 1):
+                    width = line.shape[3] - apart
+                    line = (line[:, :, None, :, :width] * turned[:, None, :, :, -width:]).flatten(1, 2)
+                upper, lower = line[:, :, :-apart].flatten(2), line[:, :, apart:].flatten(2)
+                shares.append((upper @ lower.mT).mean(0).flatten() / upper.shape[2])
     return torch.stack(shares)
 
 

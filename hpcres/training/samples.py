@@ -209,7 +209,7 @@ class RealSlices:
         self.seed, self.phases = study.seed, len(study.phases)
         self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
         self.slices_per_axis = study.training.slices_per_axis
-        self.pattern_spacings = study.training.pattern_spacings
+        self.pattern_spacings, self.pattern_pixels = study.training.pattern_spacings, study.training.pattern_pixels
         if self.slices_per_axis is not None and self.slices_per_axis > self.edge:
             raise InputError(
                 f"training.slices_per_axis: {self.slices_per_axis} of only {self.edge} slices per axis that are left "
@@ -260,26 +260,37 @@ class RealSlices:
         found = []
         for apart in self.pattern_spacings:
             found += [self._patterns_of(table, apart) for table in tables] * (3 // len(tables))
-        return torch.stack(found).to(self._pixels.device)
+        return torch.cat(found).float().to(self._pixels.device)
 
     def _patterns_of(self, table: np.ndarray, apart: int) -> Tensor:
-        together = torch.zeros((self.phases,) * 4, dtype=torch.float64)
+        """(shape, phases ** pixels) of all images of a table."""
+        across = self.pattern_pixels // 2
+        along_rows = list(range(across))
+        reversed_rows = [*along_rows[::-1], *(across + k for k in along_rows[::-1])]
+        exchanged_rows = [*(across + k for k in along_rows), *along_rows]
+        together = torch.zeros((2, *[self.phases] * self.pattern_pixels), dtype=torch.float64)
         for image, mirrors, rotations in self._images(table):
-            seen = torch.zeros(self.phases**4, dtype=torch.int64)
-            for rows in _bands(image, 1 + apart):
-                upper, lower = rows[:-apart], rows[apart:]
-                place = torch.zeros_like(upper[:, apart:], dtype=torch.int32)
-                for pixel in (upper[:, :-apart], upper[:, apart:], lower[:, :-apart], lower[:, apart:]):
-                    place = place * self.phases + pixel
-                seen += torch.bincount(place.flatten(), minlength=len(seen)).cpu()
-            windows = seen.view(together.shape).double()
+            windows = torch.stack([self._windows(lines, apart, across) for lines in (image, image.T)])
             if mirrors:
-                windows = (windows + windows.permute(1, 0, 3, 2)) / 2
-                windows = (windows + windows.permute(2, 3, 0, 1)) / 2
+                for places in (reversed_rows, exchanged_rows):
+                    windows = (windows + windows.permute(0, *(1 + place for place in places))) / 2
             if rotations:
-                windows = (windows + windows.permute(0, 2, 1, 3)) / 2
+                windows = (windows + windows.flip(0)) / 2
             together += windows
-        return (together / together.sum()).flatten().float()
+        shares = together.flatten(1) / together.flatten(1).sum(1, keepdim=True)
+        return shares[: 1 if across == 2 else 2]
+
+    def _windows(self, lines: Tensor, apart: int, across: int) -> Tensor:
+        """How often each pattern of 2 × `across` pixels is in an image, by its labels."""
+        seen = torch.zeros(self.phases ** (2 * across), dtype=torch.int64)
+        width = lines.shape[1] - (across - 1) * apart
+        for rows in _bands(lines, 1 + apart):
+            place = torch.zeros_like(rows[apart:, :width], dtype=torch.int32)
+            for line in (rows[:-apart], rows[apart:]):
+                for k in range(across):
+                    place = place * self.phases + line[:, k * apart : k * apart + width]
+            seen += torch.bincount(place.flatten(), minlength=len(seen)).cpu()
+        return seen.view([self.phases] * (2 * across)).double()
 
     def _images(self, table: np.ndarray) -> Iterator[tuple[Tensor, bool, bool]]:
         """Labels (rows, columns) of each image of a table, and whether it may be mirrored, and rotated."""
