@@ -49,13 +49,18 @@ def one_image(folder, pixels, **image):
     return {"path": str(folder / "one.npy"), **image}
 
 
-def counted_patterns(stack, spacing, phases=3):
-    """How often each pattern is in slices (slice, row, column), window by window."""
-    found = np.zeros((phases,) * 4)
-    for image in stack:
-        for row, column in np.ndindex(image.shape[0] - spacing, image.shape[1] - spacing):
-            found[tuple(image[row : row + spacing + 1 : spacing, column : column + spacing + 1 : spacing].ravel())] += 1
-    return found
+def counted_patterns(stack, spacing, pixels=4, phases=3):
+    """How often each pattern of 2 × 2 pixels, or of 2 × 3 and of 3 × 2 read column by column, is in slices (slice, row,
+    column), window by window: (shape, phases ** pixels)."""
+    shapes = ((2, 2),) if pixels == 4 else ((2, 3), (3, 2))
+    found = np.zeros((len(shapes), *[phases] * pixels))
+    for which, (height, width) in enumerate(shapes):
+        down, across = (height - 1) * spacing, (width - 1) * spacing
+        for image in stack:
+            for row, column in np.ndindex(image.shape[0] - down, image.shape[1] - across):
+                window = image[row : row + down + 1 : spacing, column : column + across + 1 : spacing]
+                found[which][tuple((window.T if height == 3 else window).ravel())] += 1
+    return found.reshape(len(shapes), -1)
 
 
 def counted_thin(stack):

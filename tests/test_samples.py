@@ -156,8 +156,9 @@ def test_surroundings_of_no_whole_high_res_voxels_are_refused(tmp_path):
         study_of(tmp_path, training={"surroundings": 3}, scale_factor="64/25")
 
 
+@pytest.mark.parametrize("pixels", [4, 6])
 @pytest.mark.parametrize("augment", [True, "mirrors", False])
-def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, monkeypatch, augment):
+def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path, monkeypatch, augment, pixels):
     """Two images of different sizes, one for two planes with its rows along z, so that it is turned over for zx."""
     side, top = blobs((2, 60, 71), 3), blobs((1, 66, 64), 4)
     np.save(tmp_path / "side.npy", side)
@@ -166,7 +167,8 @@ def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path,
         {"path": str(tmp_path / "side.npy"), "planes": ["zy", "xz"], "augment": augment},
         {"path": str(tmp_path / "top.npy"), "planes": ["yx", "xz"], "augment": augment},
     ]
-    study = study_of(tmp_path, images, {"isotropic": False}, training={"pattern_spacings": [3, 1]})
+    training = {"pattern_spacings": [3, 1], "pattern_pixels": pixels}
+    study = study_of(tmp_path, images, {"isotropic": False}, training=training)
     monkeypatch.setattr(samples, "_BAND_PIXELS", 700)
     ways = {True: range(8), "mirrors": (0, 2, 4, 6), False: (0,)}[augment]
 
@@ -175,18 +177,23 @@ def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path,
         for way in ways:
             one = np.rot90(stack, way // 2 if augment is True else (way // 4) * 2, (1, 2))
             one = one[:, :, ::-1] if way % (2 if augment is True else 4) else one
-            found = found + counted_patterns(one.swapaxes(1, 2) if turned else one, spacing)
+            found = found + counted_patterns(one.swapaxes(1, 2) if turned else one, spacing, pixels)
         return found
 
-    patterns = RealSlices(study, ALONE.device).patterns.numpy().reshape(2, 3, 81)
+    def shares(counts):
+        return counts / counts.sum(1, keepdims=True)
+
+    each = (3, 1 if pixels == 4 else 2, 3**pixels)  # axes, shapes, patterns
+    patterns = RealSlices(study, ALONE.device).patterns.numpy().reshape(2, *each)
     for k, spacing in enumerate((3, 1)):
         zx = seen(side, spacing, True) + seen(top, spacing, True)
         for axis, counts in enumerate((seen(top, spacing, False), zx, seen(side, spacing, False))):
-            assert patterns[k, axis] == pytest.approx((counts / counts.sum()).ravel(), abs=1e-6)
-    isotropic = study_of(tmp_path, [{"path": str(tmp_path / "top.npy"), "augment": augment}])
-    patterns = RealSlices(isotropic, ALONE.device).patterns.numpy().reshape(4, 3, 81)
-    counts = seen(top, 8, False)
-    assert patterns[3] == pytest.approx(np.tile((counts / counts.sum()).ravel(), (3, 1)), abs=1e-6)
+            assert patterns[k, axis] == pytest.approx(shares(counts), abs=1e-6)
+    images, training = [{"path": str(tmp_path / "top.npy"), "augment": augment}], {"pattern_pixels": pixels}
+    patterns = RealSlices(study_of(tmp_path, images, training=training), ALONE.device).patterns.numpy()
+    expected = shares(seen(top, 8, False))
+    for axis in range(3):
+        assert patterns.reshape(4, *each)[3, axis] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("augment", [True, "mirrors", False])

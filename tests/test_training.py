@@ -18,7 +18,7 @@ from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.networks.resampling import middle
-from hpcres.study import Imaging
+from hpcres.study import Imaging, Training
 from hpcres.training import settling
 from hpcres.training.adversarial import Models, average_decay
 from hpcres.training.distributed import Processes
@@ -328,19 +328,32 @@ def test_lattice_loss_joins_the_generators(tmp_path):
     assert (found[1][1] - found[0][1] - slope).norm() < 1e-4 * slope.norm()
 
 
-def test_pattern_shares_are_those_counted_window_by_window():
+@pytest.mark.parametrize("pixels", [4, 6])
+def test_pattern_shares_are_those_counted_window_by_window(pixels):
     labels = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 9, 10, 11)))
     slices = [volume_slices(one_hot(labels, 3), axis) for axis in range(3)]
-    shares = pattern_shares(slices, (1, 4)).reshape(2, 3, 81)
+    shares = pattern_shares(slices, (1, 4), pixels).reshape(2, 3, -1, 3**pixels)
     for k, spacing in enumerate((1, 4)):
         for axis in range(3):
-            counts = sum(counted_patterns(np.moveaxis(cube, axis, 0), spacing) for cube in labels.numpy())
-            assert shares[k, axis].numpy() == pytest.approx((counts / counts.sum()).ravel(), abs=1e-6)
+            counts = sum(counted_patterns(np.moveaxis(cube, axis, 0), spacing, pixels) for cube in labels.numpy())
+            assert shares[k, axis].numpy() == pytest.approx(counts / counts.sum(1, keepdims=True), abs=1e-6)
     # Of what is unsure, the mean over draws; of independent pixels the product of their probabilities.
     unsure = torch.tensor([0.5, 0.3, 0.2]).view(1, 3, 1, 1).expand(4, 3, 9, 9)
     p = np.array([0.5, 0.3, 0.2])
-    independent = np.einsum("a,b,c,d->abcd", p, p, p, p).ravel()
-    assert pattern_shares([unsure], (2,))[0].numpy() == pytest.approx(independent, rel=1e-5)
+    independent = np.prod(np.meshgrid(*[p] * pixels, indexing="ij"), axis=0).ravel()
+    assert pattern_shares([unsure], (2,), pixels)[-1].numpy() == pytest.approx(independent, rel=1e-5)
+
+
+def test_six_pixels_know_a_grating_that_four_take_for_interfaces():
+    """Lines of one pixel side by side, and as many interfaces of stripes two wide: to 2 × 2 pixels they are alike."""
+    ones = torch.tensor([0, 1, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1]).repeat(6)
+    twos = torch.tensor([0, 0, 1, 1]).repeat(18)
+    assert (ones[1:] != ones[:-1]).sum() == (twos[1:] != twos[:-1]).sum()
+    of_four, of_six = (
+        [pattern_shares([one_hot(row.expand(1, 73, 72), 2)], (1,), pixels) for row in (ones, twos)] for pixels in (4, 6)
+    )
+    assert of_four[0].numpy() == pytest.approx(of_four[1].numpy(), abs=0.02)
+    assert (of_six[0] - of_six[1]).abs().max() > 0.1
 
 
 def test_thin_shares_are_those_counted_pixel_by_pixel():
@@ -372,7 +385,7 @@ def test_pattern_loss_is_nothing_for_equal_shares_and_the_relative_error_counts(
 @pytest.mark.parametrize(
     ("weight", "shares_of", "images"),
     [
-        ("pattern_weight", lambda slices: pattern_shares(slices, (1, 4)), "patterns"),
+        ("pattern_weight", lambda slices: pattern_shares(slices, (1, 4), 6), "patterns"),
         ("thin_weight", thin_shares, "thin"),
     ],
 )
@@ -380,7 +393,7 @@ def test_shares_join_the_generators_loss_after_the_warm_up(tmp_path, weight, sha
     """What a step adds is weight × loss, its slope taken at the running mean, of the slices that the critics see as
     labels; at half the learning rate it is twice the weight."""
     more = {"critic_steps": 1, "reuse_generated": True, "warm_up_steps": 1, "learning_rate": 2e-30}
-    with_it = study_of(tmp_path, training=more | {weight: 1e3, "pattern_spacings": [1, 4]})
+    with_it = study_of(tmp_path, training=more | {weight: 1e3, "pattern_spacings": [1, 4], "pattern_pixels": 6})
     low_res, real = LowResCubes(with_it), RealSlices(with_it, ALONE.device)
     theirs = getattr(real, images)
     found = []
@@ -584,6 +597,13 @@ def test_refused_before_anything_is_written(tmp_path, data, training, says):
         train(study_of(tmp_path, training=training, **data))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_patterns_wider_than_what_the_crop_leaves_are_refused():
+    with pytest.raises(ValueError, match="pattern_spacings: 8, but 3 pixels so far apart are not within the 16 of"):
+        Training(crop_voxels=24, pattern_pixels=6)
+    Training(crop_voxels=24, pattern_pixels=6, pattern_spacings=(7,))
+    Training(crop_voxels=24, pattern_spacings=(15,))
 
 
 def test_cubes_that_do_not_divide_are_refused():
