@@ -202,6 +202,34 @@ def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path, arou
     assert off(chosen) < 0.05 < np.median(every)
 
 
+@pytest.mark.parametrize("reach_faces", [False, True])
+def test_settling_cubes_hold_every_voxel_where_so_many_can_and_else_are_typical(tmp_path, reach_faces):
+    training = {"surroundings": 2, "reach_faces": reach_faces}
+    low_res = LowResCubes(study_of(tmp_path, volume=blobs((40, 33, 16), 1), training=training))
+    plain, starts = low_res._cube, []
+
+    def noted(start, around=0):
+        starts.append(tuple(start))
+        return plain(start, around)
+
+    def drawn(cubes):
+        low_res._cube = noted
+        starts.clear()
+        given = torch.cat(list(low_res.settling(cubes, 4, ALONE.device)))
+        low_res._cube = plain
+        return given[:, :3], given[:, 3], starts.copy()
+
+    labels, noise, found = drawn(20)
+    held = np.zeros((40, 33, 16), int)
+    for z, y, x in found:
+        held[z : z + 16, y : y + 16, x : x + 16] += 1
+    assert len(found) == held.min() * 9 == 18
+    assert torch.equal(labels[:9], labels[9:])
+    assert (noise[:9] != noise[9:]).float().mean() > 0.99
+    expected = [low_res.start(0, samples._SETTLING, cube)[1] for cube in low_res.typical(8, samples._SETTLING)]
+    assert drawn(8)[2] == [tuple(start) for start in expected]
+
+
 @pytest.mark.parametrize("planes", [1, 7, 40])
 def test_what_cubes_are_compared_with_is_the_volume_however_it_is_read(tmp_path, monkeypatch, planes):
     labels = blobs((40, 20, 19), 3)

@@ -469,8 +469,7 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
     for ours, theirs in zip(saved.parameters(), models.average, strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(next(saved.parameters()), next(models.generator.parameters()))
-    typical = low_res.typical(8, settling._SETTLING)
-    given = low_res.draw(0, typical, ALONE.device, settling._SETTLING)[1]
+    (given,) = low_res.settling(8, 8, ALONE.device)
     with torch.no_grad():
         assert not saved.training
         evaluated, trained = saved(given, around), saved.train()(given, around)
@@ -482,10 +481,10 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
 def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
     study = study_of(tmp_path, training={"cubes": 64, "settling_cubes": 20})
     models, low_res, at_once = Models(study, ALONE), LowResCubes(study), []
-    draw, real = low_res.draw, RealSlices(study, ALONE.device)
-    monkeypatch.setattr(low_res, "draw", lambda *args: at_once.append(len(args[1])) or draw(*args))
+    given, real = low_res._given, RealSlices(study, ALONE.device)
+    monkeypatch.setattr(low_res, "_given", lambda drawn, device: at_once.append(len(drawn)) or given(drawn, device))
     models.settled(low_res, real)
-    assert at_once == [8, 8, 4]
+    assert at_once == [8, 8]  # twice the eight that hold every voxel
 
 
 @pytest.mark.parametrize("wanted", [(0.3, 0.7), (0.4, 0.45, 0.15), (0.97, 0.02, 0.01), (0.1, 0.2, 0.3, 0.25, 0.15)])
@@ -531,8 +530,7 @@ def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padde
         study = study_of(folder, images=[images], training=training)
         train(study)
         low_res, generator = LowResCubes(study), load_checkpoint(study.checkpoint_path).generator
-        typical = low_res.typical(2, settling._SETTLING)
-        given = low_res.draw(0, typical, ALONE.device, settling._SETTLING)[1]
+        (given,) = low_res.settling(2, 2, ALONE.device)
         with torch.no_grad():
             labels = middle(generator(given, around), padded_voxels).argmax(1)
         found = np.bincount(labels.numpy().ravel(), minlength=3) / labels.numel()

@@ -237,7 +237,7 @@ class Models:
 
     @torch.no_grad()
     def settled(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
-        """The generator to save: averaged weights, the batch-norm statistics that these have on typical cubes, and,
+        """The generator to save: averaged weights, the batch-norm statistics that these have all over the volume, and,
         where the study asks for it, last biases that give these cubes the images' phase fractions."""
         generator = build_generator(self.study).to(self.group.device)
         generator.load_state_dict(self.generator.state_dict())

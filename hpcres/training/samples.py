@@ -33,6 +33,8 @@ the cube."""
 _BAND_PIXELS = 2**24
 """Images are counted by bands of so many pixels, each of which takes 16 bytes."""
 _CUBE, _CRITIC, _CHOICE = range(3)
+_SETTLING = 2**31
+"""Kind of draw of the cubes before a generator is saved; training uses the kinds up to its critic steps."""
 _CANDIDATES = 12
 """For each of a set of typical cubes so many are drawn."""
 
@@ -139,6 +141,26 @@ class LowResCubes:
                     chosen[place], least, better = int(sums.argmin()), sums.min(), True
         return sorted(chosen)
 
+    def settling(self, cubes: int, at_once: int, device: torch.device) -> Iterator[Tensor]:
+        """The generator's input of `cubes` cubes that stand for the volume, some at a time.
+
+        Where so many can hold every voxel, they are a grid that does, several times with other noise if there are
+        enough for that: drawn anywhere inside, cubes hardly know the faces, of which a small volume has much. Else
+        they are typical ones.
+        """
+        axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._volume.shape]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+        if len(grid) <= cubes:
+            which = list(range(cubes // len(grid) * len(grid)))
+        else:
+            which = self.typical(cubes, _SETTLING)
+        for first in range(0, len(which), at_once):
+            drawn = []
+            for cube in which[first : first + at_once]:
+                random, start = self.start(0, _SETTLING, cube)
+                drawn.append(self._drawn(random, grid[cube % len(grid)] if len(grid) <= cubes else start))
+            yield self._given(drawn, device)[1]
+
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
         """Where a cube is drawn, and the state of chance after that.
 
@@ -170,22 +192,29 @@ class LowResCubes:
         `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
         channels but those of noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
-        known, noise, edge = [], [], self.edge + 2 * self.surroundings
-        for cube in cubes:
-            random, start = self.start(step, kind, cube)
-            seen = self._cube(start, self.surroundings)
-            white = [random.standard_normal([edge + len(t) - 1] * 3, np.float32) for t in self._noise_taps]
-            noise.append(np.stack([smoothed(one, taps) for one, taps in zip(white, self._noise_taps, strict=True)]))
-            if masked_fraction:
-                hidden = round(edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
-                z, y, x = random.integers(0, edge - hidden, 3, endpoint=True)
-                seen = seen.copy()
-                seen[z : z + hidden, y : y + hidden, x : x + hidden] = 0 if seen.ndim == 4 else self.channels
-            known.append(seen if seen.ndim == 3 else np.moveaxis(seen, 3, 0))
-        low_res = torch.from_numpy(np.stack(known)).to(device)
-        given = torch.from_numpy(np.stack(noise)).to(device)
-        given = torch.cat([one_hot(low_res, self.channels), given], dim=1)
+        drawn = [self._drawn(*self.start(step, kind, cube), masked_fraction) for cube in cubes]
+        low_res, given = self._given(drawn, device)
         return middle(low_res, self.surroundings), given
+
+    def _drawn(
+        self, random: np.random.Generator, start: np.ndarray, masked_fraction: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What is known of a cube and its surroundings, and noise for it."""
+        edge = self.edge + 2 * self.surroundings
+        seen = self._cube(start, self.surroundings)
+        white = [random.standard_normal([edge + len(t) - 1] * 3, np.float32) for t in self._noise_taps]
+        noise = np.stack([smoothed(one, taps) for one, taps in zip(white, self._noise_taps, strict=True)])
+        if masked_fraction:
+            hidden = round(edge * float(random.uniform(0, 2 * masked_fraction)) ** (1 / 3))
+            z, y, x = random.integers(0, edge - hidden, 3, endpoint=True)
+            seen = seen.copy()
+            seen[z : z + hidden, y : y + hidden, x : x + hidden] = 0 if seen.ndim == 4 else self.channels
+        return seen if seen.ndim == 3 else np.moveaxis(seen, 3, 0), noise
+
+    def _given(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cubes with their surroundings, and the generator's input that they make."""
+        low_res, noise = (torch.from_numpy(np.stack(some)).to(device) for some in zip(*drawn, strict=True))
+        return low_res, torch.cat([one_hot(low_res, self.channels), noise], dim=1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""What a generator is given before it paints: statistics and biases that suit its weights, found on typical cubes."""
+"""What a generator is given before it paints: statistics and biases that suit its weights, found on cubes that stand
+for the volume."""
 
 from __future__ import annotations
 
@@ -11,8 +12,6 @@ from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.training.samples import LowResCubes
 
-_SETTLING = 2**31
-"""Kind of draw of these cubes; training uses the kinds up to its critic steps."""
 _AT_ONCE = 8
 _EVERY = 7
 """Of so many voxels one is looked at for the biases: neighbours are much alike."""
@@ -20,7 +19,7 @@ _EVERY = 7
 
 @torch.no_grad()
 def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes: int, batch: int) -> None:
-    """Give each batch norm the statistics that the generator's own weights have on `cubes` typical cubes.
+    """Give each batch norm the statistics that the generator's own weights have on `cubes` settling cubes.
 
     Running statistics belong to weights of many steps; with averaged weights they can be far off.
     """
@@ -31,10 +30,7 @@ def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes:
     generator.train()
     # As many as a step's statistics are of, on however many processes, but no more than one of them can hold.
     batch = min(batch, _AT_ONCE)
-    typical = low_res.typical(cubes, _SETTLING)
-    device = generator.conv_end.weight.device
-    for start in range(0, len(typical), batch):
-        given = low_res.draw(0, typical[start : start + batch], device, _SETTLING)[1]
+    for given in low_res.settling(cubes, batch, generator.conv_end.weight.device):
         generator(given, low_res.surroundings)
     generator.eval()
 
@@ -43,10 +39,9 @@ def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes:
 def match_fractions(
     generator: SuperResGenerator, low_res: LowResCubes, cubes: int, crop: int, fractions: np.ndarray
 ) -> None:
-    """Shift the biases of the last layer until the labels of `cubes` typical cubes have these phase fractions."""
+    """Shift the biases of the last layer until the labels of `cubes` settling cubes have these phase fractions."""
     device, seen = generator.conv_end.weight.device, []
-    for cube in low_res.typical(cubes, _SETTLING):
-        given = low_res.draw(0, [cube], device, _SETTLING)[1]
+    for given in low_res.settling(cubes, 1, device):
         logits = middle(generator(given, low_res.surroundings)[0], crop)
         seen.append(logits.flatten(1)[:, ::_EVERY].cpu().numpy())
     shifts = matching_shifts(np.concatenate(seen, axis=1), fractions)
