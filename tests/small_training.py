@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -47,6 +48,15 @@ def study_of(folder, images=None, high_res=None, volume=None, **more):
 def one_image(folder, pixels, **image):
     np.save(folder / "one.npy", pixels)
     return {"path": str(folder / "one.npy"), **image}
+
+
+def content(labels, phases=3):
+    """Phase fractions of what is known, and interphase areas as shares of as much of all faces, by brute force."""
+    known = labels < phases
+    sides = [(labels.take(range(1, n), axis), labels.take(range(n - 1), axis)) for axis, n in enumerate(labels.shape)]
+    faces = np.concatenate([np.sort(np.stack([a.ravel(), b.ravel()]), axis=0) for a, b in sides], axis=1)
+    areas = [((faces[0] == a) & (faces[1] == b)).mean() / known.mean() for a, b in combinations(range(phases), 2)]
+    return np.array([*((labels[known] == phase).mean() for phase in range(phases)), *areas])
 
 
 def counted_patterns(stack, spacing, pixels=4, phases=3):

@@ -6,13 +6,12 @@ import io
 import re
 import struct
 from dataclasses import replace
-from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_training import ALONE, anisotropic, blobs, study_of
+from small_training import ALONE, anisotropic, blobs, content, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
@@ -171,63 +170,6 @@ def test_keeping_the_best_needs_judging(tmp_path):
     file = save_study(study_of(tmp_path), "mine")
     with pytest.raises(InputError, match="quality_steps"):
         load_study(file, ["training.keep=best"])
-
-
-def content(labels, phases=3):
-    """Phase fractions of what is known, and interphase areas as shares of as much of all faces, by brute force."""
-    known = labels < phases
-    sides = [(labels.take(range(1, n), axis), labels.take(range(n - 1), axis)) for axis, n in enumerate(labels.shape)]
-    faces = np.concatenate([np.sort(np.stack([a.ravel(), b.ravel()]), axis=0) for a, b in sides], axis=1)
-    areas = [((faces[0] == a) & (faces[1] == b)).mean() / known.mean() for a, b in combinations(range(phases), 2)]
-    return np.array([*((labels[known] == phase).mean() for phase in range(phases)), *areas])
-
-
-@pytest.mark.parametrize("around", [0, 4])
-def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path, around):
-    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both; of their surroundings
-    nothing is asked."""
-    labels = blobs((40, 40, 40), 1)
-    labels[:, :, :8] = 2
-    low_res = LowResCubes(study_of(tmp_path, volume=labels, training={"surroundings": around}))
-    chosen = low_res.typical(4, 7)
-    assert len(set(chosen)) == 4
-    assert chosen == low_res.typical(4, 7) != low_res.typical(4, 8)
-
-    def off(cubes):
-        drawn = [content(cube) for cube in low_res.draw(0, cubes, ALONE.device, 7)[0].numpy()]
-        return np.abs(np.mean(drawn, axis=0) / content(labels) - 1).max()
-
-    every = [off(range(4 * k, 4 * k + 4)) for k in range(12)]
-    assert off(chosen) < 0.3 * min(every)
-    assert off(chosen) < 0.05 < np.median(every)
-
-
-@pytest.mark.parametrize("reach_faces", [False, True])
-def test_settling_cubes_hold_every_voxel_where_so_many_can_and_else_are_typical(tmp_path, reach_faces):
-    training = {"surroundings": 2, "reach_faces": reach_faces}
-    low_res = LowResCubes(study_of(tmp_path, volume=blobs((40, 33, 16), 1), training=training))
-    plain, starts = low_res._cube, []
-
-    def noted(start, around=0):
-        starts.append(tuple(start))
-        return plain(start, around)
-
-    def drawn(cubes):
-        low_res._cube = noted
-        starts.clear()
-        given = torch.cat(list(low_res.settling(cubes, 4, ALONE.device)))
-        low_res._cube = plain
-        return given[:, :3], given[:, 3], starts.copy()
-
-    labels, noise, found = drawn(20)
-    held = np.zeros((40, 33, 16), int)
-    for z, y, x in found:
-        held[z : z + 16, y : y + 16, x : x + 16] += 1
-    assert len(found) == held.min() * 9 == 18
-    assert torch.equal(labels[:9], labels[9:])
-    assert (noise[:9] != noise[9:]).float().mean() > 0.99
-    expected = [low_res.start(0, samples._SETTLING, cube)[1] for cube in low_res.typical(8, samples._SETTLING)]
-    assert drawn(8)[2] == [tuple(start) for start in expected]
 
 
 @pytest.mark.parametrize("planes", [1, 7, 40])

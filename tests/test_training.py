@@ -17,9 +17,7 @@ from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.networks.resampling import middle
 from hpcres.study import Imaging, Training
-from hpcres.training import settling
 from hpcres.training.adversarial import Models, average_decay
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
@@ -35,7 +33,6 @@ from hpcres.training.losses import (
 )
 from hpcres.training.run import learning_rate, train
 from hpcres.training.samples import LowResCubes, RealSlices
-from hpcres.training.settling import matching_shifts
 from hpcres.volumes.stores import LabelStore
 
 
@@ -452,96 +449,6 @@ def test_weights_in_the_average_grow_as_a_power_until_ema_is_reached(growth):
     short, _ = weights(0.99, 4000)
     assert short[-1] == pytest.approx(0.01)
     assert short[-100] == pytest.approx(0.01 * 0.99**99)
-
-
-# ---- the saved generator ----
-
-
-@pytest.mark.parametrize("around", [0, 2])
-def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
-    """With one settling batch of all cubes, evaluation must give what training mode gives on that batch."""
-    study = study_of(tmp_path, training={"cubes": 8, "settling_cubes": 8, "surroundings": around})
-    models, low_res = Models(study, ALONE), LowResCubes(study)
-    real = RealSlices(study, ALONE.device)
-    for step in range(2):
-        models.step(step, range(2), low_res, real, 0.02)
-    saved = models.settled(low_res, real)
-    for ours, theirs in zip(saved.parameters(), models.average, strict=True):
-        assert torch.equal(ours, theirs)
-    assert not torch.equal(next(saved.parameters()), next(models.generator.parameters()))
-    (given,) = low_res.settling(8, 8, ALONE.device)
-    with torch.no_grad():
-        assert not saved.training
-        evaluated, trained = saved(given, around), saved.train()(given, around)
-        stale = models.generator.eval()(given, around)
-    assert (evaluated - trained).abs().max() < 1e-3 * trained.std()
-    assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
-
-
-def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
-    study = study_of(tmp_path, training={"cubes": 64, "settling_cubes": 20})
-    models, low_res, at_once = Models(study, ALONE), LowResCubes(study), []
-    given, real = low_res._given, RealSlices(study, ALONE.device)
-    monkeypatch.setattr(low_res, "_given", lambda drawn, device: at_once.append(len(drawn)) or given(drawn, device))
-    models.settled(low_res, real)
-    assert at_once == [8, 8]  # twice the eight that hold every voxel
-
-
-@pytest.mark.parametrize("wanted", [(0.3, 0.7), (0.4, 0.45, 0.15), (0.97, 0.02, 0.01), (0.1, 0.2, 0.3, 0.25, 0.15)])
-def test_shifts_give_each_phase_its_share(wanted):
-    logits = np.random.default_rng(1).normal(size=(len(wanted), 100_000)).astype(np.float32)
-    logits = 20 * logits + 30 * np.arange(len(wanted), dtype=np.float32)[:, None]
-    wanted = np.array(wanted)
-    shifts = matching_shifts(logits, wanted)
-    found = np.bincount((logits + shifts[:, None]).argmax(0), minlength=len(wanted)) / logits.shape[1]
-    assert np.abs(found - wanted).max() < 2e-4
-    assert abs(shifts.mean()) < 1e-6
-    if len(wanted) == 2:  # of two phases one is likeliest where it is ahead by more than the other's shift
-        ahead = np.quantile(logits[0] - logits[1], 1 - wanted[0])
-        assert shifts[1] - shifts[0] == pytest.approx(ahead, abs=0.1)
-    right = np.bincount(logits.argmax(0), minlength=len(wanted)) / logits.shape[1]
-    if right.all():
-        assert np.abs(matching_shifts(logits, right)).max() < 0.1
-
-
-def test_a_phase_that_no_image_shows_is_not_called_for():
-    logits = np.random.default_rng(1).normal(size=(3, 100_000)).astype(np.float32)
-    logits[1] -= 30
-    shifts = matching_shifts(logits, np.array([0.8, 0.0, 0.2]))
-    assert shifts[1] == 0
-    assert (logits + shifts[:, None].astype(np.float32)).argmax(0).mean() == pytest.approx(2 * 0.2, abs=1e-3)
-
-
-@pytest.mark.parametrize(("around", "padded_voxels"), [(0, 4), (3, 0)])
-def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padded_voxels, tmp_path, monkeypatch):
-    """On the settling cubes but what padding may have changed; all but the last biases as without."""
-    images = one_image(tmp_path, np.random.default_rng(3).choice(3, (1, 90, 80), p=(0.2, 0.1, 0.7)).astype(np.uint8))
-    saved, off, looked_at = [], [], []
-
-    def noted(logits, wanted):
-        looked_at.append(logits.shape)
-        return matching_shifts(logits, wanted)
-
-    monkeypatch.setattr(settling, "matching_shifts", noted)
-    for match in (False, True):
-        folder = tmp_path / str(match)
-        folder.mkdir()
-        training = {"steps": 2, "match_fractions": match, "surroundings": around}
-        study = study_of(folder, images=[images], training=training)
-        train(study)
-        low_res, generator = LowResCubes(study), load_checkpoint(study.checkpoint_path).generator
-        (given,) = low_res.settling(2, 2, ALONE.device)
-        with torch.no_grad():
-            labels = middle(generator(given, around), padded_voxels).argmax(1)
-        found = np.bincount(labels.numpy().ravel(), minlength=3) / labels.numel()
-        off.append(np.abs(found - RealSlices(study, ALONE.device).fractions()).max())
-        saved.append({name: value for name, value in generator.state_dict().items() if name != "conv_end.bias"})
-    assert off[0] > 0.1
-    assert off[1] < 0.01  # one voxel in seven is looked at
-    assert looked_at == [(3, 2 * -(-((64 - 2 * padded_voxels) ** 3) // 7))]
-    for name, value in saved[0].items():
-        assert torch.equal(value, saved[1][name])
-
 
 
 # ---- scale factors above the paper's ----

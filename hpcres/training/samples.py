@@ -149,17 +149,14 @@ class LowResCubes:
         they are typical ones.
         """
         axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._volume.shape]
-        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-        if len(grid) <= cubes:
-            which = list(range(cubes // len(grid) * len(grid)))
+        count = prod(map(len, axes))
+        if count > cubes:
+            places = [self.start(0, _SETTLING, cube) for cube in self.typical(cubes, _SETTLING)]
         else:
-            which = self.typical(cubes, _SETTLING)
-        for first in range(0, len(which), at_once):
-            drawn = []
-            for cube in which[first : first + at_once]:
-                random, start = self.start(0, _SETTLING, cube)
-                drawn.append(self._drawn(random, grid[cube % len(grid)] if len(grid) <= cubes else start))
-            yield self._given(drawn, device)[1]
+            corners = np.tile(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3), (cubes // count, 1))
+            places = [(self.start(0, _SETTLING, cube)[0], corner) for cube, corner in enumerate(corners)]
+        for first in range(0, len(places), at_once):
+            yield self._given([self._drawn(*place) for place in places[first : first + at_once]], device)[1]
 
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
         """Where a cube is drawn, and the state of chance after that.

@@ -1,0 +1,154 @@
+"""The generator that is saved: on which cubes its statistics and biases are found, and what they then are."""
+
+import numpy as np
+import pytest
+import torch
+from small_training import ALONE, blobs, content, one_image, study_of
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.networks.resampling import middle
+from hpcres.training import samples, settling
+from hpcres.training.adversarial import Models
+from hpcres.training.run import train
+from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.settling import matching_shifts
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """One thread, for the same sums everywhere."""
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("around", [0, 4])
+def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path, around):
+    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both; of their surroundings
+    nothing is asked."""
+    labels = blobs((40, 40, 40), 1)
+    labels[:, :, :8] = 2
+    low_res = LowResCubes(study_of(tmp_path, volume=labels, training={"surroundings": around}))
+    chosen = low_res.typical(4, 7)
+    assert len(set(chosen)) == 4
+    assert chosen == low_res.typical(4, 7) != low_res.typical(4, 8)
+
+    def off(cubes):
+        drawn = [content(cube) for cube in low_res.draw(0, cubes, ALONE.device, 7)[0].numpy()]
+        return np.abs(np.mean(drawn, axis=0) / content(labels) - 1).max()
+
+    every = [off(range(4 * k, 4 * k + 4)) for k in range(12)]
+    assert off(chosen) < 0.3 * min(every)
+    assert off(chosen) < 0.05 < np.median(every)
+
+
+@pytest.mark.parametrize("reach_faces", [False, True])
+def test_settling_cubes_hold_every_voxel_where_so_many_can_and_else_are_typical(tmp_path, reach_faces):
+    training = {"surroundings": 2, "reach_faces": reach_faces}
+    low_res = LowResCubes(study_of(tmp_path, volume=blobs((40, 33, 16), 1), training=training))
+    plain, starts = low_res._cube, []
+
+    def noted(start, around=0):
+        starts.append(tuple(start))
+        return plain(start, around)
+
+    def drawn(cubes):
+        low_res._cube = noted
+        starts.clear()
+        given = torch.cat(list(low_res.settling(cubes, 4, ALONE.device)))
+        low_res._cube = plain
+        return given[:, :3], given[:, 3], starts.copy()
+
+    labels, noise, found = drawn(20)
+    held = np.zeros((40, 33, 16), int)
+    for z, y, x in found:
+        held[z : z + 16, y : y + 16, x : x + 16] += 1
+    assert len(found) == held.min() * 9 == 18
+    assert torch.equal(labels[:9], labels[9:])
+    assert (noise[:9] != noise[9:]).float().mean() > 0.99
+    expected = [low_res.start(0, samples._SETTLING, cube)[1] for cube in low_res.typical(8, samples._SETTLING)]
+    assert drawn(8)[2] == [tuple(start) for start in expected]
+
+
+@pytest.mark.parametrize("around", [0, 2])
+def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
+    """With one settling batch of all cubes, evaluation must give what training mode gives on that batch."""
+    study = study_of(tmp_path, training={"cubes": 8, "settling_cubes": 8, "surroundings": around})
+    models, low_res = Models(study, ALONE), LowResCubes(study)
+    real = RealSlices(study, ALONE.device)
+    for step in range(2):
+        models.step(step, range(2), low_res, real, 0.02)
+    saved = models.settled(low_res, real)
+    for ours, theirs in zip(saved.parameters(), models.average, strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(next(saved.parameters()), next(models.generator.parameters()))
+    (given,) = low_res.settling(8, 8, ALONE.device)
+    with torch.no_grad():
+        assert not saved.training
+        evaluated, trained = saved(given, around), saved.train()(given, around)
+        stale = models.generator.eval()(given, around)
+    assert (evaluated - trained).abs().max() < 1e-3 * trained.std()
+    assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
+
+
+def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
+    study = study_of(tmp_path, training={"cubes": 64, "settling_cubes": 20})
+    models, low_res, at_once = Models(study, ALONE), LowResCubes(study), []
+    given, real = low_res._given, RealSlices(study, ALONE.device)
+    monkeypatch.setattr(low_res, "_given", lambda drawn, device: at_once.append(len(drawn)) or given(drawn, device))
+    models.settled(low_res, real)
+    assert at_once == [8, 8]  # twice the eight that hold every voxel
+
+
+@pytest.mark.parametrize("wanted", [(0.3, 0.7), (0.4, 0.45, 0.15), (0.97, 0.02, 0.01), (0.1, 0.2, 0.3, 0.25, 0.15)])
+def test_shifts_give_each_phase_its_share(wanted):
+    logits = np.random.default_rng(1).normal(size=(len(wanted), 100_000)).astype(np.float32)
+    logits = 20 * logits + 30 * np.arange(len(wanted), dtype=np.float32)[:, None]
+    wanted = np.array(wanted)
+    shifts = matching_shifts(logits, wanted)
+    found = np.bincount((logits + shifts[:, None]).argmax(0), minlength=len(wanted)) / logits.shape[1]
+    assert np.abs(found - wanted).max() < 2e-4
+    assert abs(shifts.mean()) < 1e-6
+    if len(wanted) == 2:  # of two phases one is likeliest where it is ahead by more than the other's shift
+        ahead = np.quantile(logits[0] - logits[1], 1 - wanted[0])
+        assert shifts[1] - shifts[0] == pytest.approx(ahead, abs=0.1)
+    right = np.bincount(logits.argmax(0), minlength=len(wanted)) / logits.shape[1]
+    if right.all():
+        assert np.abs(matching_shifts(logits, right)).max() < 0.1
+
+
+def test_a_phase_that_no_image_shows_is_not_called_for():
+    logits = np.random.default_rng(1).normal(size=(3, 100_000)).astype(np.float32)
+    logits[1] -= 30
+    shifts = matching_shifts(logits, np.array([0.8, 0.0, 0.2]))
+    assert shifts[1] == 0
+    assert (logits + shifts[:, None].astype(np.float32)).argmax(0).mean() == pytest.approx(2 * 0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize(("around", "padded_voxels"), [(0, 4), (3, 0)])
+def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padded_voxels, tmp_path, monkeypatch):
+    """On the settling cubes but what padding may have changed; all but the last biases as without."""
+    images = one_image(tmp_path, np.random.default_rng(3).choice(3, (1, 90, 80), p=(0.2, 0.1, 0.7)).astype(np.uint8))
+    saved, off, looked_at = [], [], []
+
+    def noted(logits, wanted):
+        looked_at.append(logits.shape)
+        return matching_shifts(logits, wanted)
+
+    monkeypatch.setattr(settling, "matching_shifts", noted)
+    for match in (False, True):
+        folder = tmp_path / str(match)
+        folder.mkdir()
+        training = {"steps": 2, "match_fractions": match, "surroundings": around}
+        study = study_of(folder, images=[images], training=training)
+        train(study)
+        low_res, generator = LowResCubes(study), load_checkpoint(study.checkpoint_path).generator
+        (given,) = low_res.settling(2, 2, ALONE.device)
+        with torch.no_grad():
+            labels = middle(generator(given, around), padded_voxels).argmax(1)
+        found = np.bincount(labels.numpy().ravel(), minlength=3) / labels.numel()
+        off.append(np.abs(found - RealSlices(study, ALONE.device).fractions()).max())
+        saved.append({name: value for name, value in generator.state_dict().items() if name != "conv_end.bias"})
+    assert off[0] > 0.1
+    assert off[1] < 0.01  # one voxel in seven is looked at
+    assert looked_at == [(3, 2 * -(-((64 - 2 * padded_voxels) ** 3) // 7))]
+    for name, value in saved[0].items():
+        assert torch.equal(value, saved[1][name])
