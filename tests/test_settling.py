@@ -6,12 +6,16 @@ import torch
 from small_training import ALONE, blobs, content, one_image, study_of
 
 from hpcres.checkpoint import load_checkpoint
+from hpcres.geometry import Box
+from hpcres.inference.ranks import Ranks
+from hpcres.inference.run import infer, open_job
 from hpcres.networks.resampling import middle
 from hpcres.training import samples, settling
 from hpcres.training.adversarial import Models
 from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.settling import matching_shifts
+from hpcres.volumes.stores import LabelStore
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +156,18 @@ def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padde
     assert looked_at == [(3, 2 * -(-((64 - 2 * padded_voxels) ** 3) // 7))]
     for name, value in saved[0].items():
         assert torch.equal(value, saved[1][name])
+
+
+def test_what_is_painted_has_the_fractions_of_the_images_where_asked(tmp_path):
+    """With other noise than the settling cubes had, and faces and tiles where those had none."""
+    volume = blobs((48, 16, 17), 1)
+    volume[32:] = 2
+    images = one_image(tmp_path, np.random.default_rng(3).choice(3, (1, 90, 80), p=(0.2, 0.1, 0.7)).astype(np.uint8))
+    training = {"steps": 2, "match_fractions": True, "surroundings": 4, "settling_cubes": 8}
+    study = study_of(tmp_path, images=[images], volume=volume, training=training)
+    train(study)
+    store = LabelStore.open(infer(open_job(study), Ranks()).store)
+    labels = store.read(0, Box.whole(store.levels[0].shape))
+    assert labels.shape == (192, 64, 68)
+    found = np.bincount(labels.ravel(), minlength=3) / labels.size
+    assert np.abs(found - RealSlices(study, ALONE.device).fractions()).max() < 0.01
