@@ -1,14 +1,16 @@
-"""What several test files share: where the real images are, and how a command is run as a user would."""
+"""What several test files share: where the real images are, how a command is run as a user would, a painted store."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_painting import make_study, paint_alone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +34,21 @@ def hpcres() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory) -> Path:
+    return make_study(tmp_path_factory.mktemp("sofc") / "s", "4", (9, 8, 7), chunk=16)
+
+
+@pytest.fixture(scope="session")
+def painted(study) -> Path:
+    return paint_alone(study, study.parent / "whole")
+
+
+@pytest.fixture
+def copy(painted, study, tmp_path) -> Path:
+    """The painted store in a folder of its own, with its journal."""
+    for name in ("labels.zarr", "labels.zarr.journal"):
+        shutil.copytree(painted.parent / name, tmp_path / "out" / name)
+    return tmp_path / "out" / "labels.zarr"

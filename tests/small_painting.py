@@ -13,11 +13,15 @@ import torch
 import yaml
 
 from hpcres.checkpoint import build_generator, save_checkpoint
+from hpcres.geometry import Box
 from hpcres.inference.journal import agreement_path
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
+from hpcres.metrics import counts
+from hpcres.metrics.named import Named, described
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
+from hpcres.volumes.stores import LabelStore
 
 MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -76,6 +80,14 @@ def store_bytes(store: Path) -> dict[str, bytes]:
     return files
 
 
+def refuse_other_numbers(store: Path) -> None:
+    """The store's own numbers must be those of its labels, counted in one piece, to the last digit."""
+    opened = LabelStore.open(store)
+    whole = counts.count(opened.read(0, Box.whole(opened.levels[0].shape)), labels=range(3))
+    size = opened.levels[0].voxel_size
+    assert opened.provenance["measured"] == described(whole, Named(dict(enumerate(LABELS.values())), size, "nanometer"))
+
+
 def both_stores(labels: Path) -> dict[str, bytes]:
     return {f"{store}/{name}": content for store in (labels, agreement_path(labels))
             for name, content in store_bytes(store).items()}  # fmt: skip
@@ -93,6 +105,18 @@ def truncate(file: Path) -> None:
 
 def command(study: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "hpcres", *arguments[:1], str(study), *arguments[1:]]
+
+
+def with_fault(folder: Path, fault: str) -> list[str]:
+    """hpcres as a program into which `fault`, lines of Python that see the rank's number, was injected first."""
+    script = folder / "faulty.py"
+    script.write_text(
+        "import errno, os, time\nfrom hpcres import cli\nfrom hpcres.errors import InputError\n"
+        "from hpcres.inference import generate, run\nfrom hpcres.volumes.stores import LabelStore\n"
+        "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', 0))\n"
+        "paint, write = generate.Painter.paint, LabelStore.write\n" + fault + "\ncli.main()\n"
+    )
+    return [sys.executable, str(script)]
 
 
 def mpirun(ranks: int, *arguments: str, **options) -> subprocess.CompletedProcess[str]:

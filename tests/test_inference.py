@@ -1,87 +1,36 @@
-"""Painting is exact and repeatable: any ranks, any tiling, any interruption give the same store."""
+"""Painting is exact: any ranks, threads and tiling give the same store, with the numbers of its labels."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import tracemalloc
 from collections import Counter
-from contextlib import suppress
-from dataclasses import replace
 from fractions import Fraction
-from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small_painting import (
     LABELS,
-    MPI,
     command,
-    descendants,
-    flip,
     make_study,
     mpirun,
     paint_alone,
+    refuse_other_numbers,
     store_bytes,
-    truncate,
+    with_fault,
 )
 
-from hpcres.checkpoint import load_checkpoint, save_checkpoint
-from hpcres.errors import InputError, Unfinished
-from hpcres.geometry import Box, plan_tiles
-from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
-from hpcres.inference.journal import Claim, Journal, read_journal
+from hpcres.errors import InputError
+from hpcres.geometry import Box
+from hpcres.inference.generate import Painter
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
 from hpcres.inference.run import infer, open_job
-from hpcres.inference.verify import find_faults, repair_job
-from hpcres.metrics import counts
-from hpcres.metrics.named import Named, described
-from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
 from hpcres.study_file import load_study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
-
-
-def with_fault(folder: Path, fault: str) -> list[str]:
-    """hpcres as a program into which `fault`, lines of Python that see the rank's number, was injected first."""
-    script = folder / "faulty.py"
-    script.write_text(
-        "import errno, os, time\nfrom hpcres import cli\nfrom hpcres.errors import InputError\n"
-        "from hpcres.inference import generate, run\nfrom hpcres.volumes.stores import LabelStore\n"
-        "rank = int(os.environ.get('OMPI_COMM_WORLD_RANK', 0))\n"
-        "paint, write = generate.Painter.paint, LabelStore.write\n" + fault + "\ncli.main()\n"
-    )
-    return [sys.executable, str(script)]
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory) -> Path:
-    return make_study(tmp_path_factory.mktemp("sofc") / "s", "4", (9, 8, 7), chunk=16)
-
-
-@pytest.fixture(scope="module")
-def painted(study) -> Path:
-    return paint_alone(study, study.parent / "whole")
-
-
-@pytest.fixture
-def copy(painted, study, tmp_path) -> Path:
-    """The painted store in a folder of its own, with its journal."""
-    for name in ("labels.zarr", "labels.zarr.journal"):
-        shutil.copytree(painted.parent / name, tmp_path / "out" / name)
-    return tmp_path / "out" / "labels.zarr"
-
 
 # ---- the same bytes ------------------------------------------------------------------------------------------
 
@@ -164,305 +113,7 @@ def test_labels_follow_seed_and_place(study, painted, tmp_path):
     assert 0.001 < (other.read(0, box) != ours.read(0, box)).mean() < 0.9
 
 
-# ---- interruption ----------------------------------------------------------------------------------------------
-
-
-def test_rerun_paints_what_is_missing_and_nothing_else(study, copy, painted):
-    victim = copy / "0/c/1/0/0"
-    victim.unlink()
-    untouched = copy / "0/c/0/0/0"
-    before = untouched.stat().st_mtime_ns
-    (copy / "0/c/0/0/1.abc.partial").write_bytes(b"half")
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    again = infer(job, Ranks())
-    assert again.painted == 1
-    assert untouched.stat().st_mtime_ns == before
-    assert store_bytes(copy) == store_bytes(painted)
-    assert infer(job, Ranks()).painted == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_after_the_tile_in_hand(number, tmp_path):
-    path = make_study(tmp_path / "s", "4", (16, 16, 16))
-    arguments = command(path, "infer", "--tiles", "4x4x4")
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    first = path.parent / "out/labels.zarr/0/c/0/0"
-    deadline = time.monotonic() + 60
-    while not (first.exists() and len(list(first.iterdir())) > 1) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "run the same command to go on" in said
-    store = path.parent / "out/labels.zarr"
-    shards = [p for p in (store / "0/c").rglob("*") if p.is_file()]
-    assert 0 < len(shards) < 64
-    assert not list(store.rglob("*.partial"))
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert store_bytes(store) == store_bytes(paint_alone(path, tmp_path / "f", tiles="4x4x4"))
-
-
-def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch):
-    """Until the first is killed as nothing but SIGKILL can: its lock is gone with it."""
-    path = make_study(tmp_path / "s", "4", (9, 8, 7))
-    slowly = (
-        "def slowly(self, tile, read, **how):\n"
-        "    if tile.index > 1: time.sleep(600)\n"
-        "    return paint(self, tile, read, **how)\n"
-        "generate.Painter.paint = slowly"
-    )
-    environment = {**os.environ, **MPI, "SLURM_JOB_ID": "4711"}
-    arguments = ["mpirun", "-n", "2", *with_fault(tmp_path, slowly), "infer", str(path)]
-    said = tmp_path / "stderr"
-    with said.open("w") as stderr:
-        first = subprocess.Popen(arguments, env=environment, stderr=stderr)
-    store = path.parent / "out/labels.zarr"
-    deadline = time.monotonic() + 120
-    while len(read_journal(store)) < 2 and time.monotonic() < deadline:
-        assert first.poll() is None, said.read_text()
-        time.sleep(0.02)
-    assert len(read_journal(store)) == 2, said.read_text()
-    before, ours = store_bytes(store), descendants(first.pid)
-    second = mpirun(2, *command(path, "infer"))
-    assert second.returncode == 2, second.stderr
-    assert second.stderr.count("another job is painting it") == 1, second.stderr
-    told = re.search(r"\(job 4711, process (\d+) on (\S+) since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\)", second.stderr)
-    assert told
-    assert int(told.group(1)) in ours
-    assert told.group(2) == socket.gethostname()
-    job = open_job(load_study(path))
-    monkeypatch.setattr("hpcres.inference.journal._DYING_SECONDS", 0.1)
-    with pytest.raises(InputError, match=r"another job.*give another --output"):
-        infer(job, Ranks(), overwrite=True)
-    with pytest.raises(InputError, match="another job"), Claim(store) as claim:
-        find_faults(store, claim=claim)
-    assert store_bytes(store) == before
-    for one in (first.pid, *ours):
-        with suppress(ProcessLookupError):
-            os.kill(one, signal.SIGKILL)
-    first.wait()
-    monkeypatch.undo()
-    infer(job, Ranks())
-    assert store_bytes(store) == store_bytes(painted)
-
-
-def test_a_rank_that_outlives_its_job_is_waited_for(tmp_path, monkeypatch):
-    """Rank 0 and its lock are gone, another rank still writes."""
-    monkeypatch.setattr("hpcres.inference.journal._LEFT_OVER_SECONDS", 0.2)
-    with Journal(tmp_path / "labels.zarr", 1), Claim(tmp_path / "labels.zarr") as claim:
-        with pytest.raises(InputError, match=r"rank-00001\.jsonl is locked.*run this command again"):
-            claim.take()
-    with Claim(tmp_path / "labels.zarr") as claim, Journal(tmp_path / "labels.zarr", 1):
-        pass
-
-
-def test_without_locks_it_says_so_and_goes_on(study, painted, tmp_path, monkeypatch, capfd):
-    def none(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", none)
-    assert store_bytes(paint_alone(study, tmp_path)) == store_bytes(painted)
-    assert capfd.readouterr().err.count("has no locks") == 1
-
-
-@pytest.mark.parametrize("size", [0, 100, 20000])
-def test_a_shard_that_a_loss_of_power_cut_short_is_painted_again(size, study, copy, painted):
-    """Renamed into place and noted, but its bytes never reached the disk, or others did."""
-    os.truncate(copy / "0/c/1/0/0", size)
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    assert infer(job, Ranks()).painted == 1
-    assert store_bytes(copy) == store_bytes(painted)
-
-
-def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    volume, reads = job.low_res, count()
-
-    def read(box: Box) -> np.ndarray:
-        if next(reads) == 4:  # of the fourth tile: tiles in hand at once are read in any order
-            raise InputError("low.npy: this part cannot be read")
-        return volume._read(box)
-
-    with pytest.raises(Unfinished, match=r"1 of 8 tiles failed: tile [0-7] \(z .*cannot be read"):
-        infer(replace(job, low_res=replace(volume, _read=read)), Ranks())
-    assert infer(job, Ranks()).painted == 1
-
-
-def test_a_failing_rank_ends_the_job_and_says_where(tmp_path):
-    """An exception in one rank must not leave the others waiting."""
-    path = make_study(tmp_path / "s", "4", (9, 8, 7))
-    fault = (
-        "def failing(self, tile, read, **how):\n"
-        "    if rank == 1: raise RuntimeError('out of luck')\n"
-        "    time.sleep(0.5)\n"
-        "    return paint(self, tile, read, **how)\n"
-        "generate.Painter.paint = failing"
-    )
-    started = time.monotonic()
-    done = mpirun(2, *with_fault(tmp_path, fault), "infer", str(path))
-    assert done.returncode not in (0, 2, 3, 75)
-    assert re.search(r"rank 1, tile \d \(z .*out of luck", done.stderr)
-    assert time.monotonic() - started < 60
-
-
-def test_an_error_of_one_rank_alone_does_not_hang_the_others(study, tmp_path):
-    fault = "def missing(*a, **k): raise InputError('low.npy: not on this node')\nif rank == 1: run.open_job = missing"
-    more = ["--output", str(tmp_path), "--checkpoint", str(study.parent / "out" / "checkpoint.pt")]
-    done = mpirun(3, *with_fault(tmp_path, fault), "infer", str(study), *more)
-    assert done.returncode == 2
-    assert "rank 1: low.npy: not on this node" in done.stderr
-
-
-def test_a_signal_to_one_rank_stops_them_all(tmp_path):
-    path = make_study(tmp_path / "s", "4", (16, 16, 16))
-    fault = (
-        "def slowly(self, tile, read, **how):\n"
-        "    time.sleep(0.5)\n"
-        "    if tile.index == 33: os.kill(os.getpid(), 15)\n"
-        "    return paint(self, tile, read, **how)\n"
-        "generate.Painter.paint = slowly"
-    )
-    done = mpirun(2, *with_fault(tmp_path, fault), "infer", str(path), "--tiles", "4x4x4")
-    assert done.returncode == 75, done.stderr
-    assert done.stderr.count("stopped by SIGTERM") == 1
-    painted = [int(p.parent.parent.name) for p in (path.parent / "out/labels.zarr/0/c").rglob("*") if p.is_file()]
-    assert 2 < len(painted) < 45  # both ranks had begun, and neither went on
-
-
-@pytest.mark.parametrize(
-    ("ranks", "error", "said"), [(2, "ENOSPC", "no space left"), (1, "EROFS", "read-only file system")]
-)
-def test_a_disk_that_takes_no_more_stops_every_rank_and_loses_nothing(ranks, error, said, study, painted, tmp_path):
-    fault = (
-        "def full(self, level, box, labels):\n"
-        f"    if box.start == (32, 0, 16): raise OSError(errno.{error}, os.strerror(errno.{error}), 'shard')\n"
-        "    write(self, level, box, labels)\n"
-        "LabelStore.write = full"
-    )
-    checkpoint = str(study.parent / "out" / "checkpoint.pt")
-    arguments = ["infer", str(study), "--output", str(tmp_path / "o"), "--checkpoint", checkpoint]
-    done = mpirun(ranks, *with_fault(tmp_path, fault), *arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count(said) == 1
-    assert "Traceback" not in done.stderr
-    store = tmp_path / "o/labels.zarr"
-    assert not list(store.rglob("*.partial"))
-    assert 0 < len([p for p in (store / "0/c").rglob("*") if p.is_file()]) < 8
-    job = open_job(load_study(study, output=str(store.parent)), checkpoint=checkpoint)
-    infer(job, Ranks())
-    assert store_bytes(store) == store_bytes(painted)
-
-
-def read_only(folder: Path) -> list[str]:
-    """What to put before a command so that it cannot write to `folder`, even as root."""
-    mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,bind,ro "{folder}" && exec "$@"'
-    prefix = ["unshare", "-m", "sh", "-c", mount, "sh"]
-    if subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("no mounts of our own here")
-    return prefix
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_read_only_store_is_said_in_one_line(ranks, study, copy, painted):
-    prefix = read_only(copy.parent)
-    (copy / "0/c/1/0/0").unlink()
-    before = store_bytes(copy)
-    arguments = command(study, "infer", "--output", str(copy.parent))
-    arguments += ["--checkpoint", str(study.parent / "out" / "checkpoint.pt")]
-    done = mpirun(ranks, *prefix, *arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("read-only file system") == 1
-    assert "Traceback" not in done.stderr
-    assert store_bytes(copy) == before
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    infer(job, Ranks())
-    assert store_bytes(copy) == store_bytes(painted)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "harm", "said"),
-    [(2, "os.rename(LOW, LOW + '.away')", "has gone while"), (1, "os.utime(LOW)", "was written to while")],
-)
-def test_an_input_that_vanishes_or_changes_stops_every_rank_and_loses_nothing(ranks, harm, said, painted, tmp_path):
-    path = make_study(tmp_path / "s", "4", (9, 8, 7))
-    low_res = path.parent / "low.npy"
-    kept = low_res.read_bytes()
-    fault = (
-        f"LOW = {str(low_res)!r}\n"
-        "def losing(self, tile, read, **how):\n"
-        f"    if tile.index == 4: time.sleep(1); {harm}\n"
-        "    return paint(self, tile, read, **how)\n"
-        "generate.Painter.paint = losing"
-    )
-    done = mpirun(ranks, *with_fault(tmp_path, fault), "infer", str(path))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count(f"low.npy: {said}") == 1
-    assert "Traceback" not in done.stderr
-    low_res.write_bytes(kept)
-    assert 0 < infer(open_job(load_study(path)), Ranks()).painted < 8
-    assert store_bytes(path.parent / "out/labels.zarr") == store_bytes(painted)
-
-
-def test_a_tile_that_cannot_be_written_is_listed(study, painted, tmp_path, monkeypatch):
-    write, failing = LabelStore.write, [True]
-
-    def unlucky(self, level, box, labels):
-        if box.start == (32, 0, 16) and failing:
-            raise OSError(errno.EIO, "Input/output error")
-        write(self, level, box, labels)
-
-    monkeypatch.setattr(LabelStore, "write", unlucky)
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    with pytest.raises(Unfinished, match=r"1 of 8 tiles failed: tile 5 \(z 32:36 y 0:16 x 16:28\).*Input/output"):
-        infer(job, Ranks())
-    assert not LabelStore.open(job.output).provenance["complete"]
-    failing.clear()
-    assert infer(job, Ranks()).painted == 1
-    assert store_bytes(job.output) == store_bytes(painted)
-    assert LabelStore.open(job.output).provenance["complete"]
-
-
-def test_a_shard_that_no_journal_knows_is_painted_again(study, copy, painted):
-    """A kill between the shard and its journal line; one of the two did not reach the disk whole."""
-    journal = next((copy.parent / "labels.zarr.journal").glob("*.jsonl"))
-    lines = journal.read_text().splitlines(keepends=True)
-    known = [line for line in lines if json.loads(line)["start"] not in ([0, 0, 16], [32, 0, 0])]
-    journal.write_text("".join(known) + lines[0][:20])
-    truncate(copy / "0/c/1/0/0")
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    assert infer(job, Ranks()).painted == 2
-    assert store_bytes(copy) == store_bytes(painted)
-    assert len(read_journal(copy)) == 8
-
-
-def test_a_store_without_its_journal_is_not_painted_anew_unasked(study, copy, painted):
-    shutil.rmtree(copy.parent / "labels.zarr.journal")
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    with pytest.raises(InputError, match=r"labels.zarr.journal is not beside it"):
-        infer(job, Ranks())
-    with pytest.raises(InputError, match=r"put it back"), Claim(copy) as claim:
-        find_faults(copy, claim=claim)
-    assert infer(job, Ranks(), overwrite=True).painted == 8
-    assert store_bytes(copy) == store_bytes(painted)
-
-
-def test_output_that_is_not_finite_is_no_labels(study, tmp_path):
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    job.checkpoint.generator.conv_end.bias[1] = float("inf")
-    with pytest.raises(Unfinished, match=r"8 of 8 tiles failed.*not finite"):
-        infer(job, Ranks())
-
-
 # ---- measured as it is made --------------------------------------------------------------------------------------
-
-
-def refuse_other_numbers(store: Path) -> None:
-    """The store's own numbers must be those of its labels, counted in one piece, to the last digit."""
-    opened = LabelStore.open(store)
-    whole = counts.count(opened.read(0, Box.whole(opened.levels[0].shape)), labels=range(3))
-    size = opened.levels[0].voxel_size
-    assert opened.provenance["measured"] == described(whole, Named(dict(enumerate(LABELS.values())), size, "nanometer"))
 
 
 @pytest.mark.parametrize(
@@ -565,60 +216,7 @@ def test_waiting_costs_no_core_and_more_ranks_than_tiles_are_no_harm(tmp_path):
     assert sorted(used for used, _, _ in spent)[1] < 0.4  # the third loads its kernels and paints
 
 
-# ---- verify ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [(flip, "checksum"), (truncate, "checksum"), (Path.unlink, "missing")],
-    ids=["flip", "cut", "delete"],
-)
-@pytest.mark.parametrize("shard", ["0/c/0/1/0", "0/c/1/1/1"])
-def test_verify_finds_and_repair_mends(spoil, why, shard, copy, painted, hpcres):
-    assert find_faults(copy) == []
-    spoil(copy / shard)
-    (fault,) = find_faults(copy)
-    assert fault.level == 0
-    assert why in fault.why
-    found = hpcres("verify", copy)
-    assert found.returncode == 3, found.stderr
-    assert "level 0" in found.stdout
-    untouched = copy / "0/c/0/0/0"
-    before = untouched.stat().st_mtime_ns
-    mended = hpcres("verify", copy, "--repair")
-    assert mended.returncode == 0, mended.stderr
-    assert untouched.stat().st_mtime_ns == before
-    assert store_bytes(copy) == store_bytes(painted)
-    assert find_faults(copy) == []
-    refuse_other_numbers(copy)
-
-
-def test_damage_is_found_without_a_journal_where_it_shows(copy):
-    shutil.rmtree(copy.parent / "labels.zarr.journal")
-    assert find_faults(copy) == []
-    truncate(copy / "0/c/1/0/1")
-    assert [fault.box.start for fault in find_faults(copy)] == [(32, 0, 16)]
-
-
-def test_journal_survives_a_line_cut_short(copy):
-    whole = read_journal(copy)
-    file = next((copy.parent / "labels.zarr.journal").glob("*.jsonl"))
-    with file.open("a") as journal:
-        journal.write('{"level": 0, "start": [0, 0')
-    assert read_journal(copy) == whole
-
-
-def test_repair_with_another_checkpoint_is_refused_before_anything_is_removed(study, copy, tmp_path):
-    other = tmp_path / "other.pt"
-    loaded = load_checkpoint(study.parent / "out/checkpoint.pt")
-    loaded.generator.conv_end.bias[0] += 1
-    save_checkpoint(other, generator=loaded.generator, study=loaded.study, step=2)
-    LabelStore.open(copy).set_provenance(checkpoint=str(other))
-    with pytest.raises(InputError, match="has other weights"):
-        repair_job(copy)
-
-
-# ---- ranks and plan ------------------------------------------------------------------------------------------------
+# ---- ranks and study ----------------------------------------------------------------------------------------
 
 
 def test_tasks_without_mpi_are_refused(monkeypatch):
@@ -654,54 +252,3 @@ def test_no_study_is_needed(study, painted, tmp_path, monkeypatch, hpcres):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert store_bytes(tmp_path / "alone.zarr") == store_bytes(painted)
-
-
-def test_plan_prints_what_infer_does(study, hpcres):
-    done = hpcres("plan", study, "--tiles", "2x2x2", "--ranks", "3")
-    assert done.returncode == 0, done.stderr
-    assert "2 × 2 × 2 = 8, 32 × 16 × 16 voxels each, in chunks of 16³" in done.stdout
-    assert "3, 3 tiles on the busiest, 0 idle" in done.stdout
-    assert re.search(r"sbatch .*slurm/infer.sh .*--tiles 2x2x2", done.stdout)
-
-
-def test_operations_match_the_published_counts():
-    """Per output voxel at width 8: 684 k at scale factor 8, 630 k at 4; at width 5: 11.8 k and 11.1 k."""
-    for scale, width, expected in ((8, 8, 684e3), (4, 8, 630e3), (8, 5, 11.8e3), (4, 5, 11.1e3)):
-        generator = SuperResGenerator(1, 3, Fraction(scale), width)
-        box = Box.whole((8, 8, 8))
-        assert operations(generator, box) / (box.voxels * scale**3) == pytest.approx(expected, rel=0.02)
-
-
-def test_smoothing_noise_takes_what_is_planned_for_it():
-    plan = plan_tiles((96, 96, 96), Fraction(2), (1, 1, 1), 7, 64)
-    generator = SuperResGenerator(2, 3, Fraction(2), 2, 2, noise_sigma_voxels=(0.0, 24.0, 3.0))
-    painter = Painter(generator, plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1)
-    painter.block_voxels = 64
-    reads = painter.network.reads(Box((64,) * 3, (128,) * 3))
-    tracemalloc.start()
-    noise = painter._noise(0, 1, reads)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert noise.shape == reads.shape
-    assert painter.noise_bytes == pytest.approx(peak, rel=0.1)
-    painter.close()
-    plain = Painter(SuperResGenerator(2, 3, Fraction(2), 2), plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1)
-    assert plain.noise_bytes == 0
-    plain.close()
-
-
-def test_blocks_keep_their_bound():
-    plan = plan_tiles((144, 80, 64), Fraction(4), (1, 1, 1), 13, 64)
-    for width in (3, 5, 8):
-        painter = Painter(
-            SuperResGenerator(2, 3, Fraction(4), width), plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1
-        )
-        edge = painter.block_voxels
-        assert edge == 64 or painter.network.block_bytes(edge) <= BLOCK_BYTES
-        seen = np.zeros(plan.shape, np.uint8)
-        for block in painter.blocks_of(plan.tiles[0].write):
-            assert max(block.shape) <= edge
-            seen[block.slices] += 1
-        assert (seen == 1).all()
-        assert len(painter.blocks_of(Box((0, 0, 0), (edge + 1,) * 3))) == 1
-        painter.close()

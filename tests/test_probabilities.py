@@ -62,7 +62,7 @@ def channels_of(folder, given, names=NAMES):
 
 
 def soft_study(path, given):
-    """A study beside another of test_inference that paints from `given`, with the other's weights."""
+    """A study beside one of small_painting that paints from `given`, with the other's weights."""
     content = yaml.safe_load(path.read_text())
     content |= {"low_res": channels_of(path.parent, given), "output": "soft"}
     ours = path.with_name("soft.yaml")

@@ -51,7 +51,7 @@ def test_unknown_labels_come_after_the_phases(kind):
 
 
 def damaged_study(folder, shape, seed=0):
-    """The study of test_inference with a box and scattered voxels of its volume damaged."""
+    """The study of small_painting with a box and scattered voxels of its volume damaged."""
     path = make_study(folder, "4", shape)
     low_res = np.load(folder / "low.npy")
     low_res[2:6, 1:6, 3:7] = DAMAGED

@@ -1,10 +1,9 @@
-"""An audit sees seams where there are some, and none where there are none; a plan says what its job will do."""
+"""An audit sees seams where there are some, and none where there are none, and knows what arithmetic painted."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ from small_painting import make_study, mpirun, paint_alone, store_bytes
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles
-from hpcres.inference import plan
 from hpcres.inference.generate import Painter
-from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Journal, infer, open_job
 from hpcres.inference.verify import audit, find_faults, repair_job
@@ -149,76 +146,6 @@ def test_a_store_from_a_raw_file_can_be_repaired(study, tmp_path):
     (store / "0/c/1/1/1").unlink()
     infer(repair_job(store), Ranks())
     assert store_bytes(store) == before
-
-
-# ---- plan ------------------------------------------------------------------------------------------------------
-
-
-def make_cost(shape: tuple[int, int, int], scale: str, tiles: int, ranks: int) -> Cost:
-    """At 10⁶ voxels/s per rank of two threads, with 1045 MiB a rank."""
-    plan = plan_tiles(shape, Fraction(scale), (tiles,) * 3, 5, 64)
-    return Cost(plan, ranks, 2, 64, 1045 * 2**20, 1e6, 1000.0)
-
-
-@pytest.mark.parametrize(("shape", "scale"), [((100, 70, 20), "4"), ((200, 3, 61), "8/5"), ((16, 16, 16), "4")])
-def test_planned_shards_are_the_files_of_the_store(shape, scale, tmp_path):
-    cost = make_cost(shape, scale, 3, 2)
-    store = LabelStore.create(
-        tmp_path / "s.zarr", cost.plan.shape, shard=cost.plan.tile_voxels, chunk_voxels=64, voxel_size=1.0,
-        unit="voxel", phases=("a", "b"), provenance={},
-    )  # fmt: skip
-    boxes = [box for level in range(len(store.levels)) for box in store.shard_boxes(level)]
-    assert cost.shards == len(boxes)
-    assert cost.store_bytes == sum(box.voxels for box in boxes)
-
-
-def test_hours_follow_the_busiest_rank():
-    cost = make_cost((96, 96, 96), "4", 2, 3)  # eight tiles of 192³, the busiest rank has three
-    assert cost.hours == pytest.approx(3 * 192**3 / 1e6 / 3600)
-    assert cost.core_hours == pytest.approx(cost.hours * 3 * 2)
-
-
-@pytest.mark.parametrize("scale", [Fraction(64, d) for d in (2, 6, 8, 9, 12, 16, 40, 63, 64)])
-def test_large_volume_is_8192_voxels_at_every_scale_factor(scale):
-    small = make_cost((64, 64, 64), str(scale), 1, 1)
-    large = replace(small, plan=large_plan(small.plan), ranks=1024)
-    assert large.plan.shape == (8192, 8192, 8192)
-    assert (len(large.plan.tiles), large.plan.tile_voxels) == (4096, (512, 512, 512))
-    assert large.shards == 4096 + 512 + 64 + 8 + 1 + 1
-    assert large.core_hours == pytest.approx(8192**3 / 1e6 / 3600 * 2)
-
-
-def test_plan_says_all_that_was_asked(study):
-    loaded = load_study(study, ["cluster.ranks_per_node=2", "cluster.cores_per_rank=2", "cluster.partition=short"])
-    cost = make_cost((96, 96, 96), "4", 2, 3)
-    large = replace(cost, plan=large_plan(cost.plan), ranks=1024, rank_bytes=1413 * 2**20)
-    text = describe(loaded, cost, large, "study.yaml --set=seed=4")
-    for part in (
-        r"tiles +2 × 2 × 2 = 8, 192 × 192 × 192 voxels each, in chunks of 64³\n",
-        r"halo +5 low-res voxels; 1\.35 × the low-res volume is read\n",  # (2 · 53 / 96)³
-        r"store +9 files, about 6\.0[78] MiB \(1/10 of 60\.8 MiB with the pyramid\), 6\.75 MiB a tile before",
-        r"memory per rank +1\.02 GiB, 2 blocks of 64³ at a time\n",
-        r"time +0\.0059 h on 3 ranks, 0\.0354 core hours\n",
-        r"for 8192³ voxels +305 core hours: 0\.15 h on 1024 ranks of 1\.38 GiB at this speed\n",
-        r" +4682 files, about 58\.5 GiB .*; 16 × 16 × 16 tiles of 512³, 1\.2\d × the low-res volume is read\n",
-        r"sbatch --partition short --nodes 2 --ntasks 3 --ntasks-per-node 2 --cpus-per-task 2 --mem-per-cpu 523M "
-        r"--time 0:06:00 slurm/infer\.sh study\.yaml --set=seed=4 --tiles 2x2x2\n",
-    ):
-        assert re.search(part, text), (part, text)
-
-
-def test_plan_is_that_of_the_job(study, monkeypatch):
-    monkeypatch.setattr(plan, "_TRIAL_SECONDS", 0.1)
-    loaded = load_study(study, ["inference.boundary={y: periodic}", "inference.tiles=2x1x2"])
-    job = open_job(loaded)
-    cost, large = plan.estimate(loaded, job.checkpoint.generator, job.low_res.shape, 2)
-    assert cost.plan == job.plan
-    assert large.plan.boundaries == ("replicate", "periodic", "replicate")
-    assert large.threads == cost.threads
-    assert large.block_voxels == 256 > cost.block_voxels
-    # Three tiles and their windows; the network's maps are those of a block, which is smaller in the small volume.
-    tiles = 3 * max(t.read.voxels + t.write.voxels for t in large.plan.tiles)
-    assert large.rank_bytes - cost.rank_bytes > 0.9 * tiles
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
