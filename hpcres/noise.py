@@ -15,7 +15,7 @@ import numpy as np
 from scipy.ndimage import correlate1d
 from scipy.special import ndtri
 
-from hpcres.geometry import Box
+from hpcres.geometry import PERIODIC, Box, Triple, pieces_of
 
 NOISE_VOXELS = 2**32
 """As far as the noise reaches along each axis, in low-res voxels."""
@@ -88,3 +88,23 @@ def smoothed(white: np.ndarray, taps: np.ndarray) -> np.ndarray:
     for axis in range(3) if reach else ():
         white = correlate1d(white, taps, axis)
     return white[tuple(slice(reach, n - reach) for n in white.shape)]
+
+
+def noise_of(seed: int, channel: int, taps: np.ndarray, box: Box, ends: Triple) -> np.ndarray:
+    """Smoothed normals, float32 (z, y, x), of a box of low-res voxels: what a volume painted with `seed` has there.
+
+    Noise begins anew after `ends` voxels: those of the volume along an axis on which it repeats, else NOISE_VOXELS.
+    """
+    reach = len(taps) // 2
+    return smoothed(_white(seed, channel, box.grown(reach, reach), ends), taps)  # held by nobody else while it is
+
+
+def _white(seed: int, channel: int, box: Box, ends: Triple) -> np.ndarray:
+    pieces = pieces_of(box, ends, PERIODIC)
+    parts = [normals(seed, piece.source, channel) for piece in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    white = np.empty(box.shape, np.float32)
+    for piece, part in zip(pieces, parts, strict=True):
+        white[piece.place.slices] = part
+    return white

@@ -352,7 +352,8 @@ class Training(Section):
     """Power with which the weight of a step in the average grows in these first steps."""
     settling_cubes: Annotated[int, Field(ge=1)] = 32
     """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved, and
-    behind `match_fractions`; as many as hold every voxel, or multiples of that, are a grid over the whole volume."""
+    behind `match_fractions`. Where so many can hold every voxel they are the volume with the noise that its seed
+    paints it with, and no more than that takes; else typical ones."""
     match_fractions: bool = False
     """Shift the last biases of the saved generator until these cubes have the phase fractions of the images; where the
     images are of another place than the volume and not typical of it, leave it off."""

@@ -19,7 +19,6 @@ from small_painting import lively, make_study, paint_alone
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.errors import InputError
 from hpcres.geometry import Boundaries, Box, plan_tiles
-from hpcres.inference import generate
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.run import open_job
 from hpcres.inference.verify import repair_job
@@ -87,7 +86,7 @@ def paint(
         starts = [(a + BEYOND) % 2**32 if m == "m" else a for a, m in zip(box.start, letters, strict=True)]
         return noise[tuple(slice(a, a + n) for a, n in zip(starts, box.shape, strict=True))]
 
-    monkeypatch.setattr(generate, "normals", given)
+    monkeypatch.setattr("hpcres.noise.normals", given)
     return paint_seed(generator, labels, letters, tiles, block_voxels)
 
 

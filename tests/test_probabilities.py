@@ -227,7 +227,7 @@ def test_periodic_probabilities_have_no_face(tmp_path):
     assert np.array_equal(painted(soft_study(path, given), tmp_path / "tiled", tiles="3x1x1")[1], labels)
     # As in the middle of the same volume three times over, but for the noise, which is silenced.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hpcres.inference.generate.normals", lambda seed, box, channel=0: np.zeros(box.shape, np.float32))
+        patch.setattr("hpcres.noise.normals", lambda seed, box, channel=0: np.zeros(box.shape, np.float32))
         _, alone = painted(soft_study(path, given), tmp_path / "alone")
         _, thrice = painted(soft_study(path, np.concatenate([given] * 3, 1)), tmp_path / "thrice")
     assert np.array_equal(thrice[24:48], alone)
@@ -320,7 +320,7 @@ def test_the_voxel_wise_loss_is_least_where_the_fractions_are_right(tmp_path, im
     (slope,) = torch.autograd.grad(loss, sharp)
     assert float(loss.detach()) < 1e-12
     assert float(slope.abs().max()) < 1e-9
-    assert float(voxel_loss(operator, sharp.roll(1, 1), target)) > 1e-4
+    assert voxel_loss(operator, sharp.roll(1, 1), target).item() > 1e-4
     unknown = target.clone()
     unknown[:, :, 3:9] = 0
     other = sharp.detach().clone()

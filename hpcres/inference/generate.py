@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
 from math import floor, prod
 from typing import Protocol
 
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 
 from hpcres.errors import InputError
-from hpcres.geometry import PERIODIC, Box, Tile, TilePlan, blocks, triple
+from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
 from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.networks.folded import fold
 from hpcres.networks.polyphase import Polyphase, paint_batches
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.noise import NOISE_VOXELS, gaussian_taps, normals, smoothed
+from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, normals
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.volume import read_beyond
 
@@ -196,11 +195,11 @@ class Painter:
 
         Mirrored too, it would make the structure symmetric about the face, and at it as coarse as matter is nowhere.
         """
-        ends = zip(self.plan.low_res_shape, self.plan.boundaries, strict=True)
-        shape = triple([n if boundary == "periodic" else NOISE_VOXELS for n, boundary in ends])
-        taps = self._noise_taps[channel]
-        beyond, white = len(taps) // 2, partial(normals, seed, channel=channel)
-        return smoothed(read_beyond(white, box.grown(beyond, beyond), shape, PERIODIC), taps)
+        ends = [
+            n if boundary == "periodic" else NOISE_VOXELS
+            for n, boundary in zip(self.plan.low_res_shape, self.plan.boundaries, strict=True)
+        ]
+        return noise_of(seed, channel, self._noise_taps[channel], box, triple(ends))
 
     @property
     def noise_bytes(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, islice, product
 from math import prod
 
 import numpy as np
@@ -21,7 +21,7 @@ from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.networks.resampling import middle
-from hpcres.noise import gaussian_taps, smoothed
+from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
@@ -142,21 +142,19 @@ class LowResCubes:
         return sorted(chosen)
 
     def settling(self, cubes: int, at_once: int, device: torch.device) -> Iterator[Tensor]:
-        """The generator's input of `cubes` cubes that stand for the volume, some at a time.
+        """The generator's input of at most `cubes` cubes that stand for the volume, some at a time.
 
-        Where so many can hold every voxel, they are a grid that does, several times with other noise if there are
-        enough for that: drawn anywhere inside, cubes hardly know the faces, of which a small volume has much. Else
-        they are typical ones.
+        Where so many can hold every voxel, they are the volume that will be painted: a grid over it, with the noise
+        that it is painted with. Drawn anywhere inside, cubes hardly know the faces, of which a small volume has much,
+        and phase fractions move with the noise. Else they are typical ones.
         """
         axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._volume.shape]
-        count = prod(map(len, axes))
-        if count > cubes:
-            places = [self.start(0, _SETTLING, cube) for cube in self.typical(cubes, _SETTLING)]
+        if prod(map(len, axes)) > cubes:
+            settling = (self._drawn(*self.start(0, _SETTLING, cube)) for cube in self.typical(cubes, _SETTLING))
         else:
-            corners = np.tile(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3), (cubes // count, 1))
-            places = [(self.start(0, _SETTLING, cube)[0], corner) for cube, corner in enumerate(corners)]
-        for first in range(0, len(places), at_once):
-            yield self._given([self._drawn(*place) for place in places[first : first + at_once]], device)[1]
+            settling = (self._to_be_painted(np.array(corner)) for corner in product(*axes))
+        while some := list(islice(settling, at_once)):
+            yield self._given(some, device)[1]
 
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
         """Where a cube is drawn, and the state of chance after that.
@@ -171,11 +169,13 @@ class LowResCubes:
             return random, random.integers(0, last, endpoint=True)
         return random, np.clip(random.integers(1 - self.edge, last + self.edge - 1, endpoint=True), 0, last)
 
-    def _cube(self, start: np.ndarray, around: int = 0) -> np.ndarray:
+    def _box(self, start: np.ndarray, around: int = 0) -> Box:
         """The cube at `start` with `around` voxels more on each side."""
-        corner = [c - around for c in start.tolist()]
-        box = Box(triple(corner), triple([c + self.edge + 2 * around for c in corner]))
-        return read_beyond(self._read, box, self._volume.shape, MIRROR)
+        whole = Box(triple(start.tolist()), triple((start + self.edge).tolist()))
+        return whole.grown(around, around)
+
+    def _cube(self, start: np.ndarray, around: int = 0) -> np.ndarray:
+        return read_beyond(self._read, self._box(start, around), self._volume.shape, MIRROR)
 
     def _read(self, box: Box) -> np.ndarray:
         return self._phases.index(self._volume.read(box)) if self._held is None else self._held[box.slices]
@@ -206,11 +206,18 @@ class LowResCubes:
             z, y, x = random.integers(0, edge - hidden, 3, endpoint=True)
             seen = seen.copy()
             seen[z : z + hidden, y : y + hidden, x : x + hidden] = 0 if seen.ndim == 4 else self.channels
-        return seen if seen.ndim == 3 else np.moveaxis(seen, 3, 0), noise
+        return seen, noise
+
+    def _to_be_painted(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A cube with its surroundings, and the noise that inference by default has there."""
+        box, ends = self._box(start, self.surroundings), (NOISE_VOXELS,) * 3
+        noise = [noise_of(self.seed, channel, taps, box, ends) for channel, taps in enumerate(self._noise_taps)]
+        return self._cube(start, self.surroundings), np.stack(noise)
 
     def _given(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Cubes with their surroundings, and the generator's input that they make."""
-        low_res, noise = (torch.from_numpy(np.stack(some)).to(device) for some in zip(*drawn, strict=True))
+        seen, noise = (torch.from_numpy(np.stack(some)).to(device) for some in zip(*drawn, strict=True))
+        low_res = seen if seen.ndim == 4 else seen.movedim(4, 1).contiguous()
         return low_res, torch.cat([one_hot(low_res, self.channels), noise], dim=1)
 
 
