@@ -52,10 +52,15 @@ class Job:
         environment = {**os.environ, **MPI, "OMP_NUM_THREADS": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         self._run = run if ranks == 1 else ["mpirun", "-n", str(ranks), *run]
-        self.process = subprocess.Popen(
-            self._run, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
-        )
+        self._messages = labels.parent.with_name("messages")
+        with self._messages.open("wb") as messages:
+            self.process = subprocess.Popen(
+                self._run, env=environment, stderr=messages, stdout=subprocess.DEVNULL, start_new_session=True
+            )
         self.ranks = ranks
+
+    def ending(self) -> str:
+        return f"{self.ranks} ranks ended with {self.process.returncode}:\n{self._messages.read_text()[-4000:]}"
 
     def rank_processes(self) -> list[int]:
         if self.ranks == 1:
@@ -67,8 +72,9 @@ class Job:
                     found.append(one)
         return found
 
-    def kill(self, whom: str, rng: random.Random) -> None:
-        """SIGKILL of `all`, of `one` rank or of the `launcher` alone; returns when no process of the job lives."""
+    def kill(self, whom: str, rng: random.Random) -> bool:
+        """SIGKILL of `all`, of `one` rank or of the `launcher` alone; returns when no process of the job lives, and
+        whether that ended it: it may have been done a moment before."""
         every, ranks = descendants(self.process.pid), self.rank_processes()
         if whom == "all" or self.ranks == 1 or not ranks:
             doomed = [self.process.pid, *every]
@@ -81,7 +87,7 @@ class Job:
         while (alive := [one for one in every if _lives(one)]) or self.process.poll() is None:
             assert time.monotonic() < deadline, f"{whom} killed, but {alive} live on"
             time.sleep(0.01)
-        assert self.process.returncode != 0
+        return self.process.returncode != 0
 
 
 def _lives(process: int) -> bool:
@@ -127,13 +133,12 @@ def kill_and_resume(study: Path, whole: Path, folder: Path, kills: int, seed: in
                 time.sleep(late)
                 break
             time.sleep(0.005)
-        if job.process.poll() is None:
+        if job.process.poll() is None and job.kill(whom, rng):
             killed[whom if job.ranks > 1 else "all"] += 1
-            job.kill(whom, rng)
             if labels.exists():
                 refuse_broken_trust(labels, expected)
             continue
-        assert job.process.returncode == 0
+        assert job.process.returncode == 0, job.ending()
         assert relative(labels) == expected
         assert not [p for p in labels.parent.rglob("*") if p.name.endswith(".partial") or p.name.startswith(".")]
         assert find_faults(labels) == []
