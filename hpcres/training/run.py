@@ -20,7 +20,7 @@ from hpcres.signals import noted_signals
 from hpcres.study import Study
 from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
-from hpcres.training.distributed import Processes, processes
+from hpcres.training.distributed import Processes, processes, seconds_without_a_core
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -38,6 +38,9 @@ _MAY_CHANGE = {
 """Training settings that a resumed run may have different from the run it continues."""
 _ASTRAY = 0.1
 """Of the low-res voxels, the disagreement with the best generator from which on something is wrong with a training."""
+
+_STARVED = 0.2
+"""Share of their time that threads stand ready without a core, from which on a run would be faster with fewer."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                 started = time.monotonic()
                 reported = saved = paged = seconds = seconds_before
                 done = 0.0
+                waited, warned = seconds_without_a_core(), torch.get_num_threads() == 1
                 for step in range(first, settings.steps):
                     begun = max(step / settings.steps, seconds / budget)
                     rate = learning_rate(study, begun)
@@ -107,6 +111,10 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         row = models.report(outcome, low_res.channels)
                         row |= {"step": step + 1, "seconds": seconds, "learning_rate": rate}
                         journal.report(min(done, 1.0), row)
+                        starved = (seconds_without_a_core() - waited) / (seconds - seconds_before)
+                        if not warned and starved > _STARVED * torch.get_num_threads():
+                            warned = True
+                            journal.note(_short_of_cores(starved / torch.get_num_threads()))
                     if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
                         if judge is not None:
                             models.judge(judge, step + 1, seconds, low_res, real, journal)
@@ -222,6 +230,14 @@ def _opening(
         yield f"{low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
     for phase in real.missing_phases():
         yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
+
+
+def _short_of_cores(share: float) -> str:
+    return (
+        f"warning: the {torch.get_num_threads()} threads of this process wait for a core {share:.0%} of their time, "
+        "then for each other: other work has the cores; end that work, or begin this again with --set "
+        "training.threads=1, or as many as there are cores to spare"
+    )
 
 
 def _closing(study: Study, models: Models, steps: int) -> Iterator[str]:
