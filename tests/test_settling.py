@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from small_training import ALONE, blobs, content, one_image, study_of
+from small_training import ALONE, anisotropic, blobs, content, one_image, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.geometry import Box
@@ -45,6 +45,26 @@ def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path, arou
     every = [off(range(4 * k, 4 * k + 4)) for k in range(12)]
     assert off(chosen) < 0.3 * min(every)
     assert off(chosen) < 0.05 < np.median(every)
+
+
+def test_typical_cubes_of_an_anisotropic_material_have_the_areas_of_each_direction(tmp_path):
+    """A quarter of the volume is layers, whose areas are all across z."""
+    labels = blobs((40, 40, 40), 1, phases=2)
+    labels[:, :10] = np.arange(40).reshape(-1, 1, 1) // 2 % 2
+    np.save(tmp_path / "labels.npy", labels)
+    study = anisotropic(tmp_path)
+    low_res = LowResCubes(study.model_copy(update={"low_res": study.low_res.model_copy(
+        update={"path": str(tmp_path / "labels.npy")})}))  # fmt: skip
+
+    def areas(volume):
+        return np.array([(np.diff(volume.astype(int), axis=axis) != 0).mean() for axis in range(3)])
+
+    def off(cubes):
+        drawn = [areas(cube) for cube in low_res.draw(0, cubes, ALONE.device, 7)[0].numpy()]
+        return np.abs(np.mean(drawn, axis=0) / areas(labels) - 1).max()
+
+    every = [off(range(4 * k, 4 * k + 4)) for k in range(12)]
+    assert off(low_res.typical(4, 7)) < min(0.05, *every) < 0.1 < np.median(every)
 
 
 @pytest.mark.parametrize("reach_faces", [False, True])

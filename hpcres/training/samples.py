@@ -57,6 +57,7 @@ class LowResCubes:
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
         self.channels = len(study.low_res.groups)
+        self.isotropic = study.high_res.isotropic
         self.edge = int(PATCH_VOXELS / study.scale_factor)
         self.surroundings = study.training.surroundings
         self.reach_faces = study.training.reach_faces
@@ -107,16 +108,18 @@ class LowResCubes:
         return held
 
     def _shares(self, found: Counts) -> np.ndarray:
-        """Known voxels by channel, as shares of all known; faces between two channels, as shares of as much of all
-        faces as of the voxels is known."""
+        """Known voxels by channel, as shares of all known; faces between two channels, of an anisotropic material those
+        of each axis, as shares of as much of all faces as of the voxels is known."""
         voxels = np.array([found.voxels.get(channel, 0) for channel in range(self.channels)])
-        between = [sum(found.faces.get(pair, (0,))) for pair in combinations(range(self.channels), 2)]
+        between = [found.faces.get(pair, (0, 0, 0)) for pair in combinations(range(self.channels), 2)]
+        by_axis = np.array(between).reshape(-1, 3)
+        seen = by_axis.sum(axis=1) if self.isotropic else by_axis.ravel()
         known = max(1, voxels.sum())
-        return np.concatenate([voxels, np.array(between) * sum(found.voxels.values()) / sum(found.all_faces)]) / known
+        return np.concatenate([voxels, seen * sum(found.voxels.values()) / sum(found.all_faces)]) / known
 
     def typical(self, cubes: int, kind: int) -> list[int]:
         """Which `cubes` cubes of step 0 and `kind` to draw so that together they are most like the volume, in phase
-        fractions and in interphase areas.
+        fractions and in interphase areas, of an anisotropic material those of each direction.
 
         Else a generator is blamed for what a few cubes are: fractions of eight drawn at random can be several points
         off the volume's, areas a tenth. Exchanges one cube after the other for a better one until there is none.
