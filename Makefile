@@ -98,7 +98,7 @@ bench-quality: .venv/tested
 	python bench/quality.py sofc --recipe configs/long.yaml --minutes 30 --seeds 0 1 2 --set training.reach_faces=true --set training.crop_voxels=0
 	python bench/quality.py phantom --recipe configs/long.yaml --scale 2 4 --minutes 15 --seeds 0 1 2 --set training.pattern_pixels=6
 	python bench/quality.py phantom --recipe configs/long-white.yaml --scale 8 --minutes 15 --seeds 0 1 2
-	python bench/quality.py separator --recipe configs/long-white.yaml --minutes 15 --seeds 0 1 2 --set training.lattice_weight=20
+	python bench/quality.py separator --recipe configs/long-white.yaml --minutes 20 --seeds 0 1 2 --set training.lattice_weight=40 --set training.pattern_weight=960 --set training.voxel_weight=40
 
 lint: .venv/tested
 	ruff check .
