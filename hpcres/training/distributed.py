@@ -8,7 +8,8 @@ norm takes its statistics from the global batch; and decisions (stop, voxel thre
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from hpcres.memory import keep_freed_memory
 
 _LEFT: list[Any] = []
 """Groups that were left; they die with the process."""
+
+_HELD: deque[Any] = deque(maxlen=256)
+"""The last collectives of gloo, which die with the process, too; `_collective` says why."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Processes:
         """The mean over all processes, without gradient."""
         value = value.detach().clone()
         if self.size > 1:
-            dist.all_reduce(value)
+            _collective(dist.all_reduce, value)
             value /= self.size
         return value
 
@@ -59,7 +63,7 @@ class Processes:
         if self.size == 1:
             return list(values)
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        _collective(dist.all_reduce, shared, op=dist.ReduceOp.MAX)
         return shared.tolist()
 
     def parallel(self, module: nn.Module) -> nn.Module:
@@ -126,6 +130,20 @@ def seconds_without_a_core() -> float:
     return waited / 1e9
 
 
+def _collective(collective: Callable[..., Any], *tensors: Any, **options: Any) -> None:
+    """A collective of torch.distributed, done when this returns.
+
+    A thread of gloo's lets go of the tensors some time after they are done. If it is the last to hold them it needs
+    Python's lock for that, and where Python is about to end, it aborts the process instead: so we hold them longer.
+    """
+    if dist.get_backend() != "gloo":
+        collective(*tensors, **options)
+        return
+    work = collective(*tensors, **options, async_op=True)
+    work.wait()
+    _HELD.append(work)
+
+
 def _device(device: str, local_rank: int, local_size: int) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -183,7 +201,7 @@ class _GlobalNormalisation(torch.autograd.Function):
         _, own_mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         ours = torch.stack([inverse.double().pow(-2) - eps, own_mean.double()])
         every = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, ours)
+        _collective(dist.all_gather, every, ours)
         variances, means = torch.stack(every).unbind(1)
         mean = means.mean(0).float()
         variance = (variances.mean(0) + means.var(0, correction=0)).clamp(min=0).float()
@@ -200,7 +218,7 @@ class _GlobalNormalisation(torch.autograd.Function):
         )
         # With x̂ = (x − μ)/σ over N values: dx = w/σ · (g − Σg/N − x̂ Σg x̂/N), both sums over all processes.
         sums = torch.stack([to_weight, to_bias]) / (x.numel() // x.shape[1] * dist.get_world_size())
-        dist.all_reduce(sums)
+        _collective(dist.all_reduce, sums)
         inverse = torch.rsqrt(variance + context.eps)
         per_value = -weight * inverse * inverse * sums[0]
         constant = -weight * inverse * sums[1] - per_value * mean
