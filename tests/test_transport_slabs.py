@@ -80,9 +80,9 @@ def test_a_rank_that_fails_ends_the_job(volume, tmp_path):
     script.write_text(
         "import os\nfrom hpcres import cli\nfrom hpcres.metrics.transport import slabs\n"
         "start = slabs.SlabSolver.start\n"
-        "def fails(self, x, r):\n"
+        "def fails(self, x):\n"
         "    if os.environ['OMPI_COMM_WORLD_RANK'] == '1': raise RuntimeError('gone')\n"
-        "    return start(self, x, r)\n"
+        "    return start(self, x)\n"
         "slabs.SlabSolver.start = fails\ncli.main()\n"
     )
     begin = time.monotonic()

@@ -11,16 +11,21 @@ axis, first and last index along the axis (where the faces at potential 0 and 1 
 bits: uint16 (planes + 2, rows + 2, words + 2), bit i of word k + 1 is column 16 k + i; the outermost planes and rows
 repeat the opposite ones where the axis is periodic. g: conductances of a face between voxels of conductivity 1, z, y,
 x. With several conductivities `labels` (z, y, x) and `resistance` (half a voxel's, by label) are arrays, else None.
+
+A cell is a block of step[0] × step[1] × step[2] voxels, each step 1 or 2: axes along which voxels are coupled weakly are
+not coarsened. Its number is the key of three tables: how many parts it has, the part of each of its 8 places
+4 dz + 2 dy + dx, and the mask of its conducting places. Where parts are the connected components of the mask, the
+number is the mask (`TABLES`); where conductivities split parts, it is the rank of the partition (`partition_tables`).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 
-from hpcres.metrics.transport.coarse import OVERCORRECTION
 from hpcres.metrics.transport.vectors import (
     add,
     add_product,
@@ -82,6 +87,44 @@ def _components() -> tuple[np.ndarray, np.ndarray]:
 
 
 PARTS, PART = _components()
+TABLES = (PARTS, PART, np.arange(256, dtype=np.uint8))
+
+
+@compiled
+def _completions():
+    """[k, m]: in how many ways k more places can be partitioned where m parts are begun, absent places being one."""
+    number = np.ones((9, 10), np.int64)
+    for k in range(1, 9):
+        for m in range(9 - k, -1, -1):
+            number[k, m] = (m + 1) * number[k - 1, m] + number[k - 1, m + 1]
+    return number
+
+
+COMPLETIONS = _completions()
+
+
+@compiled
+def _fill_partitions(completions, numbers, part, mask):
+    for rank in range(len(numbers)):
+        left, begun = rank, 0
+        for i in range(8):
+            one = completions[7 - i, begun]
+            which = min(left // one, begun + 1)
+            left -= which * one
+            begun = max(begun, which)
+            if which:
+                part[rank, i] = which - 1
+                mask[rank] |= 1 << i
+        numbers[rank] = begun
+
+
+@cache
+def partition_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tables of all 21147 partitions of the conducting ones of 8 places, by rank; as `TABLES` otherwise."""
+    number = int(COMPLETIONS[8, 0])
+    tables = np.zeros(number, np.uint8), np.zeros((number, 8), np.uint8), np.zeros(number, np.uint8)
+    _fill_partitions(COMPLETIONS, *tables)
+    return tables
 
 
 @compiled
@@ -97,19 +140,68 @@ def pack(labels, conducts, bits, z0, z1):
                 bits[z + 1, y + 1, k + 1] = word
 
 
+@inlined
+def _mask_of_cell(bits, z, y, x, step):
+    """Which places of a cell conduct."""
+    first = step[2] * x
+    k, i, columns = (first >> 4) + 1, first & 15, (1 << step[2]) - 1
+    mask = np.int64(0)
+    for dz in range(step[0]):
+        for dy in range(step[1]):
+            word = np.int64(bits[step[0] * z + dz + 1, step[1] * y + dy + 1, k])
+            mask |= (word >> i & columns) << 4 * dz + 2 * dy
+    return mask
+
+
 @compiled
-def find_cells(bits, cells, z0, z1):
-    """cells (blocks of 2×2×2, z, y, x): bit 4 dz + 2 dy + dx. Returns the number of conducting voxels."""
+def find_cells(bits, step, cells, z0, z1):
+    """cells (z, y, x): the mask of each in planes z0 … z1 - 1 of cells. Returns the number of conducting voxels."""
     voxels = 0
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
             for x in range(cells.shape[2]):
-                k, i = (x >> 3) + 1, 2 * (x & 7)
-                cell = np.int64(0)
-                for d in range(4):
-                    cell |= (np.int64(bits[2 * z + 1 + (d >> 1), 2 * y + 1 + (d & 1), k]) >> i & 3) << 2 * d
-                cells[z, y, x] = cell
-                voxels += popcount(cell)
+                mask = _mask_of_cell(bits, z, y, x, step)
+                cells[z, y, x] = mask
+                voxels += popcount(mask)
+    return voxels
+
+
+@compiled
+def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
+    """As `find_cells`, where two neighbours are in one part only if strong[axis, label, label]: ranks of partitions."""
+    voxels, part = 0, np.zeros(8, np.int64)
+    for z in range(z0, z1):
+        for y in range(cells.shape[1]):
+            for x in range(cells.shape[2]):
+                mask = _mask_of_cell(bits, z, y, x, step)
+                voxels += popcount(mask)
+                for i in range(8):
+                    part[i] = i
+                for axis in range(3):
+                    bit = 4 >> axis
+                    for i in range(8):
+                        if i & bit or not mask >> i & 1 or not mask >> (i | bit) & 1:
+                            continue
+                        j = i | bit
+                        here = labels[step[0] * z + (i >> 2), step[1] * y + (i >> 1 & 1), step[2] * x + (i & 1)]
+                        there = labels[step[0] * z + (j >> 2), step[1] * y + (j >> 1 & 1), step[2] * x + (j & 1)]
+                        if strong[axis, here, there]:
+                            low, high = min(part[i], part[j]), max(part[i], part[j])
+                            for other in range(8):
+                                if part[other] == high:
+                                    part[other] = low
+                rank, begun = np.int64(0), 0
+                for i in range(8):
+                    if mask >> i & 1:
+                        # A part is named by its first place; it has been given its number there.
+                        if part[i] == i:
+                            rank += (begun + 1) * completions[7 - i, begun]
+                            begun += 1
+                            part[i] = -begun
+                        else:
+                            part[i] = part[part[i]]
+                            rank += -part[i] * completions[7 - i, begun]
+                cells[z, y, x] = rank
     return voxels
 
 
@@ -125,13 +217,13 @@ def count_rows(bits, counts, z0, z1):
 
 
 @compiled
-def count_parts(cells, counts, z0, z1):
+def count_parts(cells, tables, counts, z0, z1):
     """counts (2, planes, rows of cells): parts of red and black cells of each row of cells."""
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
             both = np.zeros(2, np.int64)
             for x in range(cells.shape[2]):
-                both[(z + y + x) & 1] += PARTS[cells[z, y, x]]
+                both[(z + y + x) & 1] += tables[0][cells[z, y, x]]
             counts[0, z, y], counts[1, z, y] = both[0], both[1]
 
 
@@ -286,7 +378,7 @@ def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, 
 
 
 @compiled
-def sweep_down(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, scratch, c):
+def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scratch, c):
     """coarse = what a red then black Gauss–Seidel sweep from zero leaves of the residual r, summed over each part."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
@@ -344,35 +436,49 @@ def sweep_down(unit, geometry, g, bits, rows, cells, parts, labels, resistance, 
                 o = at + 16 * k
                 own = np.int64(bits[zz + 1, y + 1, k + 1])
                 store(S, here + o, keep(_around(B, back + o, here + o, front + o, width, g, c, size), red & own))
-        if zz & 1:
-            for j in range(MARGIN, height + MARGIN, 2):
-                at = j * width + PAD
-                _restrict_row(cells, parts, zz >> 1, y0 + j - MARGIN >> 1, S, back + at, here + at, width, coarse, pair)
+        if step[0] == 1 or zz & 1:
+            first = here if step[0] == 1 else back
+            for j in range(MARGIN, height + MARGIN, step[1]):
+                at, y = j * width + PAD, (y0 + j - MARGIN) // step[1]
+                _restrict_row(
+                    cells, tables, step, parts, zz // step[0], y, S, first + at, here + at, width, coarse, pair
+                )
 
 
 @compiled
-def _restrict_row(cells, parts, z, y, S, back, here, width, coarse, pair):
-    rows = cells.shape[1]
+def _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
+    rows, numbers, part, mask = cells.shape[1], tables[0], tables[1], tables[2]
     places = (parts[0, z * rows + y], parts[1, z * rows + y])
     even, odd = (places[1], places[0]) if z + y & 1 else places
+    wide, flat = step[2] - 1, 15 >> step[2] - 1
     for x in range(cells.shape[2]):
-        if not x & 7:
-            o = 2 * x
-            s = add(load(S, back + o), load(S, back + width + o))
-            store(pair, 0, add(s, add(load(S, here + o), load(S, here + width + o))))
+        if not x & flat:
+            o = step[2] * x
+            s = load(S, back + o)
+            if step[1] == 2:
+                s = add(s, load(S, back + width + o))
+            if step[0] == 2:
+                t = load(S, here + o)
+                if step[1] == 2:
+                    t = add(t, load(S, here + width + o))
+                s = add(s, t)
+            store(pair, 0, s)
         cell = cells[z, y, x]
         if not cell:
             continue
-        place, number = odd if x & 1 else even, PARTS[cell]
+        place, number = odd if x & 1 else even, numbers[cell]
         if number == 1:
-            coarse[place] = pair[2 * (x & 7)] + pair[2 * (x & 7) + 1]
+            if wide:
+                coarse[place] = pair[2 * (x & 7)] + pair[2 * (x & 7) + 1]
+            else:
+                coarse[place] = pair[x & 15]
         else:
             for n in range(number):
                 coarse[place + n] = np.float32(0)
             for i in range(8):
-                if cell >> i & 1:
-                    at = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + 2 * x + (i & 1)
-                    coarse[place + PART[cell, i]] += S[at]
+                if mask[cell] >> i & 1:
+                    at = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + step[2] * x + (i & 1)
+                    coarse[place + part[cell, i]] += S[at]
         if x & 1:
             odd += number
         else:
@@ -380,32 +486,45 @@ def _restrict_row(cells, parts, z, y, S, back, here, width, coarse, pair):
 
 
 @compiled
-def _prolong_row(cells, parts, z, y, coarse, scale, E, back, here, width):
-    """Four rows of scale × the values of the parts; insulating voxels of a block hold anything."""
-    rows = cells.shape[1]
+def _prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width):
+    """The rows of a row of cells: scale × the values of the parts; insulating voxels of a cell hold anything."""
+    rows, numbers, part = cells.shape[1], tables[0], tables[1]
     places = (parts[0, z * rows + y], parts[1, z * rows + y])
     even, odd = (places[1], places[0]) if z + y & 1 else places
+    wide = step[2] - 1
     for x in range(cells.shape[2]):
         cell = cells[z, y, x]
-        place, number = odd if x & 1 else even, PARTS[cell]
+        place, number = odd if x & 1 else even, numbers[cell]
         if x & 1:
             odd += number
         else:
             even += number
+        at = step[2] * x
         if number <= 1:
             value = scale * coarse[place] if number else np.float32(0)
-            for at in (back + 2 * x, back + width + 2 * x, here + 2 * x, here + width + 2 * x):
-                E[at] = value
-                E[at + 1] = value
+            E[back + at] = value
+            E[back + at + wide] = value
+            if step[1] == 2:
+                E[back + width + at] = value
+                E[back + width + at + wide] = value
+            if step[0] == 2:
+                E[here + at] = value
+                E[here + at + wide] = value
+                if step[1] == 2:
+                    E[here + width + at] = value
+                    E[here + width + at + wide] = value
         else:
             for i in range(8):
-                at = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + 2 * x + (i & 1)
-                E[at] = scale * coarse[place + PART[cell, i]]
+                if (i >> 2) < step[0] and (i >> 1 & 1) < step[1] and (i & 1) < step[2]:
+                    to = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + at + (i & 1)
+                    E[to] = scale * coarse[place + part[cell, i]]
 
 
 @compiled
-def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r, coarse, z_out, scratch, c):
-    """z_out = the sweep of `sweep_down` plus the coarse correction, after its reverse; returns the sum of r · z_out."""
+def sweep_up(
+    unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scale, z_out, scratch, c
+):  # fmt: skip
+    """z_out = the sweep of `sweep_down` plus scale × the coarse correction, after its reverse; returns r · z_out."""
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
@@ -420,14 +539,14 @@ def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r,
             _conductances(z + 1, y0, height, geometry, g, labels, resistance, c, size, width)
         zz = _wrapped(z, planes, geometry[4])
         here, front = (z & 3) * plane, (z + 1 & 3) * plane
-        if zz >= 0 and not z & 1:
-            for j in range(1, height + 5, 2):
+        if zz >= 0 and (step[0] == 1 or not z & 1):
+            for j in range(1, height + 5, step[1]):
                 y = _wrapped(y0 + j - MARGIN, rows_all, geometry[5])
                 if y >= 0:
                     at = j * width + PAD
                     _prolong_row(
-                        cells, parts, zz >> 1, y >> 1, coarse, np.float32(OVERCORRECTION), E, here + at, front + at,
-                        width,
+                        cells, tables, step, parts, zz // step[0], y // step[1], coarse, scale, E, here + at,
+                        front + at, width,
                     )  # fmt: skip
         for j in range(1, height + 5):
             y = _wrapped(y0 + j - MARGIN, rows_all, geometry[5])
@@ -483,15 +602,26 @@ def sweep_up(unit, geometry, g, bits, rows, cells, parts, labels, resistance, r,
 # ---- the operator ------------------------------------------------------------------------------------------
 
 
+@inlined
+def _drop(V, L, low, to, from_):
+    """V[to …] - V[from_ …] of 16 voxels, what float32 leaves out of V included."""
+    drop = subtract(load(V, to), load(V, from_))
+    return drop if low is None else add(drop, subtract(load(L, to), load(L, from_)))
+
+
 @compiled
-def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch, c):
-    """Dissipated by v in the unit's voxels and the faces on their + sides, with the last face at potential `end`."""
+def energy(unit, geometry, g, bits, rows, labels, resistance, v, low, end, scratch, c):
+    """Dissipated by v in the unit's voxels and the faces on their + sides, with the last face at potential `end`.
+
+    low: None, or what float32 leaves out of v. The difference of two nearly equal floats is exact, so that v + low has
+    differences as precise as those of small numbers.
+    """
     z0, z1, y0, y1 = unit
     planes, rows_all, _, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
-    V = scratch[:size]
+    V, L = scratch[:size], scratch[size : 2 * size]
     few = np.zeros(16, np.float32)
     gz, gy, gx, faces = no_sum(), no_sum(), no_sum(), no_sum()
     if labels is not None:
@@ -502,8 +632,12 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch, c
             y, o = _wrapped(y0 + j - MARGIN, rows_all, geometry[5]), (z & 3) * plane + j * width + PAD
             if zz < 0 or y < 0:
                 _zero_row(V, o, words)
+                if low is not None:
+                    _zero_row(L, o, words)
             else:
                 _spread_row(v, rows, bits, zz, y, geometry, V, o)
+                if low is not None:
+                    _spread_row(low, rows, bits, zz, y, geometry, L, o)
         if z == z0:
             continue
         if labels is not None:
@@ -515,9 +649,9 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch, c
                 o = at + 16 * k
                 own, _, right = _masks(bits, zz, y, k, geometry)
                 value = load(V, here + o)
-                dx = keep(subtract(load(V, here + o + 1), value), right)
-                dy = keep(subtract(load(V, here + o + width), value), own & np.int64(bits[zz + 1, y + 2, k + 1]))
-                dz = keep(subtract(load(V, front + o), value), own & np.int64(bits[zz + 2, y + 1, k + 1]))
+                dx = keep(_drop(V, L, low, here + o + 1, here + o), right)
+                dy = keep(_drop(V, L, low, here + o + width, here + o), own & np.int64(bits[zz + 1, y + 2, k + 1]))
+                dz = keep(_drop(V, L, low, front + o, here + o), own & np.int64(bits[zz + 2, y + 1, k + 1]))
                 if c is None:
                     gx, gy, gz = add_product(gx, dx, dx), add_product(gy, dy, dy), add_product(gz, dz, dz)
                 else:
@@ -529,7 +663,10 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, end, scratch, c
                     face = _face_conductance(zz, y, k, geometry, g, labels, resistance, few)
                     drop = keep(value, own & at_first)
                     faces = add_product(faces, drop, multiply(drop, face))
-                    drop = keep(subtract(splat(np.float32(end)), value), own & at_last)
+                    drop = subtract(splat(np.float32(end)), value)
+                    if low is not None:
+                        drop = subtract(drop, load(L, here + o))
+                    drop = keep(drop, own & at_last)
                     faces = add_product(faces, drop, multiply(drop, face))
     if c is None:
         return total(gz) * g[0] + total(gy) * g[1] + total(gx) * g[2] + total(faces)
@@ -598,6 +735,83 @@ def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha
 
 
 @compiled
+def subtract_outflow(unit, geometry, g, bits, rows, labels, resistance, p, low, alpha, end, r, scratch, c):
+    """As `subtract_applied`, from differences between neighbours and with what float32 leaves out of p, `low` or None.
+
+    Where conductances differ by many orders of magnitude, diagonal × p minus its neighbours is rounding alone; the sum
+    of the currents is as precise as its largest.
+    """
+    z0, z1, y0, y1 = unit
+    planes, rows_all, _, words = geometry[:4]
+    width, height = 2 * PAD + 16 * words, y1 - y0
+    plane = (height + 2 * MARGIN) * width
+    size = RING * plane
+    V, L = scratch[:size], scratch[size : 2 * size]
+    few, by = np.zeros(16, np.float32), splat(np.float32(-alpha))
+    if labels is not None:
+        _conductances(z0, y0, height, geometry, g, labels, resistance, c, size, width)
+    for z in range(z0 - 1, z1 + 1):
+        zz = _wrapped(z, planes, geometry[4])
+        for j in range(MARGIN - 1, height + MARGIN + 1):
+            y, o = _wrapped(y0 + j - MARGIN, rows_all, geometry[5]), (z & 3) * plane + j * width + PAD
+            if zz < 0 or y < 0:
+                _zero_row(V, o, words)
+                if low is not None:
+                    _zero_row(L, o, words)
+            else:
+                _spread_row(p, rows, bits, zz, y, geometry, V, o)
+                if low is not None:
+                    _spread_row(low, rows, bits, zz, y, geometry, L, o)
+        if z <= z0:
+            continue
+        if labels is not None:
+            _conductances(z, y0, height, geometry, g, labels, resistance, c, size, width)
+        here, front, back, zz = (z - 1 & 3) * plane, (z & 3) * plane, (z - 2 & 3) * plane, z - 1
+        for j in range(MARGIN, height + MARGIN):
+            y, at = y0 + j - MARGIN, j * width + PAD
+            out = rows[zz * rows_all + y]
+            for k in range(words):
+                o = here + at + 16 * k
+                own, left, right = _masks(bits, zz, y, k, geometry)
+                xs = keep(_drop(V, L, low, o, o - 1), left), keep(_drop(V, L, low, o, o + 1), right)
+                ys = (
+                    keep(_drop(V, L, low, o, o - width), own & np.int64(bits[zz + 1, y, k + 1])),
+                    keep(_drop(V, L, low, o, o + width), own & np.int64(bits[zz + 1, y + 2, k + 1])),
+                )
+                before, after = back + at + 16 * k, front + at + 16 * k
+                zs = (
+                    keep(_drop(V, L, low, o, before), own & np.int64(bits[zz, y + 1, k + 1])),
+                    keep(_drop(V, L, low, o, after), own & np.int64(bits[zz + 2, y + 1, k + 1])),
+                )
+                if c is None:
+                    q = multiply(splat(g[2]), add(xs[0], xs[1]))
+                    q = fma(splat(g[1]), add(ys[0], ys[1]), fma(splat(g[0]), add(zs[0], zs[1]), q))
+                else:
+                    q = fma(load(c, o), xs[0], multiply(load(c, o + 1), xs[1]))
+                    q = fma(load(c, size + o), ys[0], fma(load(c, size + o + width), ys[1], q))
+                    q = fma(load(c, 2 * size + o), zs[0], fma(load(c, 2 * size + after), zs[1], q))
+                at_first, at_last = _faces(zz, y, k, geometry)
+                if at_first | at_last:
+                    face = _face_conductance(zz, y, k, geometry, g, labels, resistance, few)
+                    value, over = load(V, o), subtract(load(V, o), splat(np.float32(end)))
+                    if low is not None:
+                        value, over = add(value, load(L, o)), add(over, load(L, o))
+                    q = add(q, multiply(face, add(keep(value, own & at_first), keep(over, own & at_last))))
+                number = popcount(own)
+                store_few(r, out, fma(by, gathered(q, own), load_few(r, out, number)), number)
+                out += number
+
+
+@compiled
+def add_in_two(high, low, p, alpha, begin, end):
+    """high + low, two floats for one number, += alpha · p; elements begin … end - 1."""
+    for i in range(begin, end):
+        value = np.float64(high[i]) + np.float64(low[i]) + alpha * np.float64(p[i])
+        high[i] = value
+        low[i] = value - np.float64(high[i])
+
+
+@compiled
 def fill_ramp(geometry, bits, rows, v, z0, z1):
     """The potential of a uniform volume, voxels of planes z0 … z1 - 1."""
     axis, first, last = geometry[7], geometry[8], geometry[9]
@@ -627,18 +841,24 @@ _TOWARDS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
 
 
 @compiled
-def _half(labels, resistance, z, y, x):
-    return np.float64(0.5) if labels is None else np.float64(resistance[labels[z, y, x]])
+def _half_at(labels, resistance, step, z, y, x, i):
+    """Half the resistance of the voxel at place i of a cell."""
+    if labels is None:
+        return np.float64(0.5)
+    return np.float64(resistance[labels[step[0] * z + (i >> 2), step[1] * y + (i >> 1 & 1), step[2] * x + (i & 1)]])
 
 
 @compiled
-def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill):
-    """Conductances between parts of neighbouring cells, rows of cells row0 … row1 - 1 (z × rows + y).
+def connect_parts(
+    cells, tables, step, parts, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill
+):  # fmt: skip
+    """Conductances between parts of neighbouring cells, and of one cell, rows of cells row0 … row1 - 1 (z × rows + y).
 
     First, not `fill`: starts[i + 1] = the number of neighbours of part i. Then, with starts the running sum: places
     and values of the neighbours of each, and to_faces, the conductance to the two outer faces.
     """
     deep, rows, columns = cells.shape
+    numbers, part, mask = tables
     axis, first, last = geometry[7], geometry[8], geometry[9]
     between = np.zeros((8, 8), np.float64)
     written = np.zeros(8, np.int64)
@@ -656,10 +876,10 @@ def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places,
             if near[side] >= 0:
                 place[side, 0], place[side, 1] = parts[0, near[side]], parts[1, near[side]]
         for x in range(columns):
-            cell = np.int64(cells[z, y, x])
+            cell = cells[z, y, x]
             colour = z + y + x & 1
             own = place[4, colour]
-            number = np.int64(PARTS[cell])
+            number, own_mask = np.int64(numbers[cell]), np.int64(mask[cell])
             if cell:
                 written[:] = 0
                 for side in range(6):
@@ -668,51 +888,55 @@ def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places,
                             continue
                         zz, yy, xx = near[side] // rows, near[side] % rows, x
                         other = place[side, zz + yy + xx & 1]
-                        neighbour = np.int64(cells[zz, yy, xx])
+                        neighbour = cells[zz, yy, xx]
                     else:
                         zz, yy, xx = z, y, _wrapped(x + _TOWARDS[side][2], columns, geometry[6])
                         if xx < 0:
                             continue
-                        neighbour, there = np.int64(cells[z, y, xx]), z + y + xx & 1
+                        neighbour, there = cells[z, y, xx], z + y + xx & 1
                         if xx == x + 1:
                             other = place[4, there] + (number if there == colour else 0)
                         elif xx == x - 1:
-                            other = place[4, there] - PARTS[neighbour]
+                            other = place[4, there] - numbers[neighbour]
                         elif xx == 0:
                             other = parts[there, row]
                         else:
-                            other = parts[there, row + 1] - PARTS[neighbour]
+                            other = parts[there, row + 1] - numbers[neighbour]
                     if not neighbour:
                         continue
-                    bit = 4 >> (side >> 1)  # of the axis within a cell
-                    amount = np.int64(PARTS[neighbour])
+                    along = side >> 1
+                    bit = 4 >> along if step[along] == 2 else 0  # of the axis within a cell
+                    amount, other_mask = np.int64(numbers[neighbour]), np.int64(mask[neighbour])
                     if labels is None:
-                        if side & 1:
-                            touching = cell >> bit & neighbour & _NEAR[side >> 1]
+                        if not bit:
+                            touching = own_mask & other_mask
+                        elif side & 1:
+                            touching = own_mask >> bit & other_mask & _NEAR[along]
                         else:
-                            touching = cell & neighbour >> bit & _NEAR[side >> 1]
+                            touching = own_mask & other_mask >> bit & _NEAR[along]
                         if not touching:
                             continue
                         if number == 1 and amount == 1:
                             if own != other:
                                 if fill:
                                     places[starts[own] + written[0]] = other
-                                    values[starts[own] + written[0]] = np.float32(popcount(touching)) * g[side >> 1]
+                                    values[starts[own] + written[0]] = np.float32(popcount(touching)) * g[along]
                                 written[0] += 1
                             continue
                     for a in range(number):
                         for b in range(amount):
                             between[a, b] = 0
                     for i in range(8):
-                        if not cell >> i & 1 or ((i & bit) != 0) != (side & 1):
+                        if not own_mask >> i & 1 or (bit and ((i & bit) != 0) != (side & 1)):
                             continue
                         j = i ^ bit
                         # The last cell of an odd axis holds one voxel; its neighbour across a periodic side is even.
-                        if not neighbour >> j & 1:
+                        if not other_mask >> j & 1:
                             continue
-                        h = _half(labels, resistance, 2 * z + (i >> 2), 2 * y + (i >> 1 & 1), 2 * x + (i & 1))
-                        h += _half(labels, resistance, 2 * zz + (j >> 2), 2 * yy + (j >> 1 & 1), 2 * xx + (j & 1))
-                        between[PART[cell, i], PART[neighbour, j]] += g[side >> 1] / h
+                        h = _half_at(labels, resistance, step, z, y, x, i) + _half_at(
+                            labels, resistance, step, zz, yy, xx, j
+                        )
+                        between[part[cell, i], part[neighbour, j]] += g[along] / h
                     for a in range(number):
                         for b in range(amount):
                             if between[a, b] > 0 and own + a != other + b:
@@ -720,24 +944,38 @@ def connect_parts(cells, parts, geometry, g, labels, resistance, starts, places,
                                     places[starts[own + a] + written[a]] = other + b
                                     values[starts[own + a] + written[a]] = between[a, b]
                                 written[a] += 1
-                edge = 2 * (z if axis == 0 else y if axis == 1 else x)
-                if fill and (edge == first or edge + 1 >= last):
+                if labels is not None and number > 1:
+                    for a in range(number):
+                        for b in range(number):
+                            between[a, b] = 0
                     for i in range(8):
-                        if cell >> i & 1:
-                            if axis == 0:
-                                at = 2 * z + (i >> 2)
-                            elif axis == 1:
-                                at = 2 * y + (i >> 1 & 1)
-                            else:
-                                at = 2 * x + (i & 1)
+                        for along in range(3):
+                            j = i ^ (4 >> along)
+                            if not own_mask >> i & 1 or not own_mask >> j & 1 or part[cell, i] == part[cell, j]:
+                                continue
+                            h = _half_at(labels, resistance, step, z, y, x, i)
+                            h += _half_at(labels, resistance, step, z, y, x, j)
+                            between[part[cell, i], part[cell, j]] += g[along] / h
+                    for a in range(number):
+                        for b in range(number):
+                            if between[a, b] > 0:
+                                if fill:
+                                    places[starts[own + a] + written[a]] = own + b
+                                    values[starts[own + a] + written[a]] = between[a, b]
+                                written[a] += 1
+                edge = step[axis] * (z if axis == 0 else y if axis == 1 else x)
+                if fill and (edge == first or edge + step[axis] - 1 >= last):
+                    for i in range(8):
+                        if own_mask >> i & 1:
+                            at = edge + (i >> 2 - axis & 1)
                             ends = (at == first) + (at == last)
                             if ends:
-                                h = _half(labels, resistance, 2 * z + (i >> 2), 2 * y + (i >> 1 & 1), 2 * x + (i & 1))
-                                to_faces[own + PART[cell, i]] += ends * g[axis] / h
+                                h = _half_at(labels, resistance, step, z, y, x, i)
+                                to_faces[own + part[cell, i]] += ends * g[axis] / h
                 if not fill:
                     for a in range(number):
                         starts[own + a + 1] = written[a]
             for side in range(5):
                 if near[side] >= 0:
                     zz, yy = near[side] // rows, near[side] % rows
-                    place[side, zz + yy + x & 1] += PARTS[cells[zz, yy, x]]
+                    place[side, zz + yy + x & 1] += numbers[cells[zz, yy, x]]

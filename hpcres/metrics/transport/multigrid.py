@@ -9,12 +9,17 @@ from math import inf, prod
 from typing import Any
 
 import numpy as np
+from scipy.linalg import eigvalsh_tridiagonal
+from scipy.sparse import csc_matrix
+from scipy.sparse.linalg import splu
 
 from hpcres.metrics.transport import coarse, fine
-from hpcres.metrics.transport.coarse import Graph, Level
+from hpcres.metrics.transport.coarse import STRONG, WIDEST_PITCH, Coarsening, Graph, Level
 from hpcres.metrics.transport.threads import Threads
 
 ROUNDING = 1e-7  # of float32 vectors, on D_rel; no smaller error is claimed
+ROBUST_ROUNDING = 5e-7  # of the robust form: of conductances in float32
+LEAST_CONTRAST = 0.1  # of conductivities, lowest over highest; below it, and for flat voxels, the solver is robust
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,22 @@ class Voxels:
             for z in range(self.own[0], self.own[1], deep) for y in range(0, even[1], rows)
         ]  # fmt: skip
         self.floats = fine.scratch_floats(rows, words)
-        cells = tuple(n // 2 for n in (planes, even[1], shape[2] + shape[2] % 2))
-        self.cells = np.empty(cells, np.uint8)
+        self.coarsening = coarsening_of(self.shape, spacing, resistance)
+        self.robust, self.step = self.coarsening.robust, self.coarsening.step(self.shape)
+        cells = tuple(
+            n // s for n, s in zip((planes, even[1], shape[2] + shape[2] % 2), self.step, strict=True)
+        )
         each = threads.each
-        self.voxels = sum(each(lambda a, b: fine.find_cells(bits, self.cells, a, b), cells[0], 8))
+        # Parts of a cell are apart where conductivities are; else its mask says what they are.
+        self.split = self.robust and resistance is not None
+        self.tables: Any = fine.partition_tables() if self.split else fine.TABLES
+        self.cells = np.empty(cells, np.uint16 if self.split else np.uint8)
+        if self.split:
+            strong, of_voxel = strong_pairs(self.g, self.shape, resistance), self.labels
+            shared = (bits, of_voxel, strong, self.step, fine.COMPLETIONS, self.cells)
+            self.voxels = sum(each(lambda a, b: fine.find_split_cells(*shared, a, b), cells[0], 8))
+        else:
+            self.voxels = sum(each(lambda a, b: fine.find_cells(bits, self.step, self.cells, a, b), cells[0], 8))
         counts = np.empty((planes, even[1]), np.int64)
         each(lambda a, b: fine.count_rows(bits, counts, a, b), planes, 16)
         self.rows = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
@@ -77,18 +94,23 @@ class Voxels:
         """The graph of level 1; sets `parts`, where the parts of each row of cells begin."""
         each, cells = self.threads.each, self.cells.shape
         counts = np.empty((2, *cells[:2]), np.int64)
-        each(lambda a, b: fine.count_parts(self.cells, counts, a, b), cells[0], 8)
+        each(lambda a, b: fine.count_parts(self.cells, self.tables, counts, a, b), cells[0], 8)
         self.parts, number = coarse.accumulated(counts.reshape(2, -1))
         starts, nothing = np.zeros(number + 1, np.int32), (np.empty(0, np.int32), np.empty(0, np.float32))
         to_faces = np.zeros(number, np.float32)
-        shared = (self.cells, self.parts, self.geometry, self.g, self.labels, self.resistance)
+        shared = (
+            self.cells, self.tables, self.step, self.parts, self.geometry, self.g, self.labels, self.resistance
+        )  # fmt: skip
         rows = cells[0] * cells[1]
         step = max(1, rows // 64)
         each(lambda a, b: fine.connect_parts(*shared, starts, *nothing, to_faces, a, b, False), rows, step)
         starts = coarse.running(starts)
         places, values = np.empty(starts[-1], coarse.index_type(number)), np.empty(starts[-1], np.float32)
         each(lambda a, b: fine.connect_parts(*shared, starts, places, values, to_faces, a, b, True), rows, step)
-        return Graph(starts, places, values, to_faces, fine.PARTS[self.cells])
+        return Graph(starts, places, values, to_faces, self.tables[0][self.cells])
+
+    def first_level(self, graph: Graph, periodic: Sequence[bool]) -> Level:
+        return coarse.as_level(graph, self.parts, periodic, self.robust, self.threads.each, self.split)
 
     def _over(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         def one(unit: Any) -> Any:
@@ -98,25 +120,42 @@ class Voxels:
 
         return self.threads.over(self.units, one)
 
-    def energies(self, v: np.ndarray, end: float) -> list[float]:
-        """Dissipated by v in each unit, the faces on its + sides included."""
-        return self._over(fine.energy, self.rows, self.labels, self.resistance, v, end)
+    def energies(self, v: Any, end: float) -> list[float]:
+        """Dissipated by v in each unit, the faces on its + sides included; v may be in two (see `Solver.solution`)."""
+        high, low = v if isinstance(v, tuple) else (v, None)
+        return self._over(fine.energy, self.rows, self.labels, self.resistance, high, low, end)
 
-    def subtract_applied(self, p: np.ndarray, alpha: float, end: float, r: np.ndarray) -> None:
-        self._over(fine.subtract_applied, self.rows, self.labels, self.resistance, p, alpha, end, r)
+    def subtract_applied(self, p: Any, alpha: float, end: float, r: np.ndarray) -> None:
+        high, low = p if isinstance(p, tuple) else (p, None)
+        if self.robust:
+            self._over(fine.subtract_outflow, self.rows, self.labels, self.resistance, high, low, alpha, end, r)
+        else:
+            self._over(fine.subtract_applied, self.rows, self.labels, self.resistance, high, alpha, end, r)
+
+    @property
+    def _cell_tables(self) -> tuple[Any, ...]:
+        return self.rows, self.cells, self.tables, self.step, self.parts, self.labels, self.resistance
 
     def sweep_down(self, r: np.ndarray, b: np.ndarray) -> None:
-        self._over(fine.sweep_down, self.rows, self.cells, self.parts, self.labels, self.resistance, r, b)
+        self._over(fine.sweep_down, *self._cell_tables, r, b)
 
     def sweep_up(self, r: np.ndarray, coarse_x: np.ndarray, z: np.ndarray) -> list[float]:
         """z from the coarse solution; the sum of r · z of each unit."""
-        shared = (self.rows, self.cells, self.parts, self.labels, self.resistance, r, coarse_x, z)
-        return self._over(fine.sweep_up, *shared)
+        scale = np.float32(coarse.ROBUST_CORRECTION if self.robust else coarse.OVERCORRECTION)
+        return self._over(fine.sweep_up, *self._cell_tables, r, coarse_x, scale, z)
 
-    def fill_ramp(self, x: np.ndarray) -> None:
+    def fill_ramp(self, x: Any) -> None:
+        high = x[0] if isinstance(x, tuple) else x
         self.threads.each(
-            lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, x, a, b), self.geometry[0], 16
+            lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, high, a, b), self.geometry[0], 16
         )
+
+    def add_to_solution(self, x: Any, p: np.ndarray, alpha: float, own: slice = slice(None)) -> None:
+        """x += α p."""
+        if not isinstance(x, tuple):
+            return self.add_scaled(x[own], p[own], 1.0, alpha)
+        high, low, along = x[0][own], x[1][own], p[own]
+        self.threads.each(lambda i, j: fine.add_in_two(high, low, along, alpha, i, j), len(high), 1 << 20)
 
     def add_scaled(self, y: np.ndarray, x: np.ndarray, scale_y: float, scale_x: float) -> None:
         a, b = np.float32(scale_y), np.float32(scale_x)
@@ -132,7 +171,7 @@ class Voxels:
             total += float(np.bincount(part[mask > 0], minlength=256) @ of_label)
         return total
 
-    def layers(self, x: np.ndarray, of_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def layers(self, x: Any, of_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Energy and conductivity of each layer of the volume along the axis, as far as own planes add to them.
 
         A face between two layers counts half to each. Needs x one plane before the own.
@@ -168,7 +207,7 @@ class Voxels:
             before = here
         return energy[:n], conductivity
 
-    def flux(self, x: np.ndarray, z0: int, z1: int, of_label: np.ndarray) -> np.ndarray:
+    def flux(self, x: Any, z0: int, z1: int, of_label: np.ndarray) -> np.ndarray:
         """Planes z0 … z1 - 1 of the flux density k ∇u along z, y, x: (3, z, y, x), float32, NaN where nothing conducts.
 
         In units of that through a uniform volume of conductivity 1. Each is the mean over a voxel's two faces.
@@ -202,33 +241,54 @@ class Voxels:
             before, here = here, after
         return out
 
-    def _plane(self, x: np.ndarray, z: int, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _plane(self, x: Any, z: int, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Potential and half a voxel's resistance of a plane, float64; 0 and inf where nothing conducts."""
-        u = self.potential(x, z, z + 1)[0].astype(np.float64)
+        u = self._unpacked(x, z, z + 1)[0]
         conducting = ~np.isnan(u)
         kind = 0.5 if self.labels is None else halves[self.labels[z]]
         return np.where(conducting, u, 0.0), np.where(conducting, kind, np.inf)
 
-    def potential(self, x: np.ndarray, z0: int, z1: int) -> np.ndarray:
+    def _unpacked(self, x: Any, z0: int, z1: int) -> np.ndarray:
+        """Planes z0 … z1 - 1 of a potential (z, y, x), float64; NaN where nothing conducts."""
+        total = np.zeros((z1 - z0, *self.shape[1:]))
+        for part in x if isinstance(x, tuple) else (x,):
+            out = np.full(total.shape, np.nan, np.float32)
+            fine.unpack(self.geometry, self.bits, self.rows, part, z0, out)
+            total += out
+        return total
+
+    def potential(self, x: Any, z0: int, z1: int) -> np.ndarray:
         """Planes z0 … z1 - 1 of a potential (z, y, x), float32; NaN where nothing conducts."""
-        out = np.full((z1 - z0, *self.shape[1:]), np.nan, np.float32)
-        fine.unpack(self.geometry, self.bits, self.rows, x, z0, out)
-        return out
+        return self._unpacked(x, z0, z1).astype(np.float32)
 
 
 class Solver(ABC):
-    """Conjugate gradients; what they do to vectors is that of a subclass, where a vector is whatever it says."""
+    """Conjugate gradients; what they do to vectors is that of a subclass, where a vector is whatever it says.
+
+    The robust form is for voxels far from cubic and conductivities far apart, where float32 leaves nothing of small
+    differences: the solution is in two floats, residuals are sums of currents between neighbours, and the last one is
+    computed anew from the solution before an error is claimed.
+    """
 
     to_d_rel: float
     contrast: float  # the lowest conductivity over the highest
+    robust: bool
 
     @abstractmethod
     def vector(self) -> Any:
         """Zeros."""
 
     @abstractmethod
-    def start(self, x: Any, r: Any) -> float:
-        """x, the potential of a uniform volume; r, what it leaves; its energy."""
+    def solution(self) -> Any:
+        """Zeros, for x; in the robust form in two floats, what one holds and what it leaves out."""
+
+    @abstractmethod
+    def start(self, x: Any) -> None:
+        """x, the potential of a uniform volume."""
+
+    @abstractmethod
+    def leave(self, x: Any, r: Any) -> None:
+        """r, what x leaves of the sources."""
 
     @abstractmethod
     def precondition(self, r: Any, z: Any) -> float:
@@ -258,8 +318,19 @@ class Solver(ABC):
 
         report(iterations, D_rel, estimated error).
         """
-        x, r, p, z = (self.vector() for _ in range(4))
-        energy = self.start(x, r)
+        x, r, p, z = self.solution(), *(self.vector() for _ in range(3))
+        self.start(x)
+        self.leave(x, r)
+        iterate = self._iterate_robustly if self.robust else self._iterate
+        error, iterations = iterate(x, r, p, z, rtol, limit, report or (lambda *_: None))
+        d_rel = self.energy(x, 1.0) * self.to_d_rel
+        return Solved(d_rel, error, iterations, error < rtol, self.bytes), x
+
+    def _iterate(
+        self, x: Any, r: Any, p: Any, z: Any, rtol: float, limit: int, report: Callable[[int, float, float], None]
+    ) -> tuple[float, int]:
+        """The estimated error, and the number of iterations."""
+        energy = self.energy(x, 1.0)
         terms: list[float] = []
         steps: list[float] = []
         sizes: list[float] = []
@@ -268,12 +339,12 @@ class Solver(ABC):
             now = self.precondition(r, z)
             if now <= 0:
                 # Nothing is left to correct, or rounding is all that is.
-                if not terms or terms[-1] < rtol * energy:
+                if max(-now, terms[-1] if terms else 0.0) < rtol * energy:
                     error, bound = ROUNDING, 0.0
                 break
             sizes.append(now)
             if self.contrast < 1.0 and error < rtol:
-                bound = error_bound(steps, sizes, energy, self.contrast)
+                bound = error_bound(steps, sizes, energy, min(LEAST_EIGENVALUE, self.contrast))
                 if bound < rtol:
                     break
             steps.append(now / self.turn(p, z, now / sizes[-2] if terms else 0.0))
@@ -281,11 +352,38 @@ class Solver(ABC):
             terms.append(steps[-1] * now)
             energy -= terms[-1]
             error = estimated_error(terms, energy)
-            if report is not None:
-                report(len(terms), energy * self.to_d_rel, error)
-        error = max(error, bound)
-        d_rel = self.energy(x, 1.0) * self.to_d_rel
-        return Solved(d_rel, error, len(terms), error < rtol, self.bytes), x
+            report(len(terms), energy * self.to_d_rel, error)
+        return max(error, bound), len(terms)
+
+    def _iterate_robustly(
+        self, x: Any, r: Any, p: Any, z: Any, rtol: float, limit: int, report: Callable[[int, float, float], None]
+    ) -> tuple[float, int]:
+        """As `_iterate`. The energy is recomputed in every iteration, since what is taken off it may be all of it."""
+        energy, error, iterations, before = self.energy(x, 1.0), inf, 0, inf
+        steps: list[float] = []
+        sizes = [self.precondition(r, z)]
+        while True:
+            error = claim(steps, sizes, energy)
+            if error < rtol and steps:
+                # What the recurrence left, and what x leaves of the sources: rounding is what sets them apart.
+                recurred = sizes[-1]
+                self.leave(x, r)
+                anew = self.precondition(r, z)
+                error = max(error, ROBUST_ROUNDING, error * anew / recurred) if anew >= 0 and recurred > 0 else inf
+                if error < rtol:
+                    break
+                if anew >= 0.5 * before:  # the recurrence began anew before, and rounding is all that is left
+                    break
+                steps, sizes, before = [], [anew], anew
+                error = claim(steps, sizes, energy)
+            if error < rtol or iterations == limit or not sizes[-1] > 0:
+                break
+            steps.append(sizes[-1] / self.turn(p, z, sizes[-1] / sizes[-2] if steps else 0.0))
+            self.advance(x, r, p, steps[-1])
+            energy, iterations = self.energy(x, 1.0), iterations + 1
+            sizes.append(self.precondition(r, z))
+            report(iterations, energy * self.to_d_rel, error)
+        return error, iterations
 
 
 class System(Voxels, Solver):
@@ -294,22 +392,29 @@ class System(Voxels, Solver):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.contrast = contrast(self.resistance)
-        self.levels = hierarchy(self.first_graph(), self.parts, self.periodic, self.threads)
+        graph = self.first_graph()
+        level = self.first_level(graph, self.periodic)
+        self.levels = hierarchy(level, graph, self.coarsening.after(self.step), self.periodic, self.threads)
 
     @property
     def bytes(self) -> int:
         own = (self.bits, self.cells, self.rows)
-        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + 16 * self.voxels
+        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + (20 if self.robust else 16) * self.voxels
 
     def vector(self) -> np.ndarray:
         return np.zeros(self.voxels, np.float32)
 
-    def start(self, x: np.ndarray, r: np.ndarray) -> float:
-        self.fill_ramp(x)
-        self.subtract_applied(x, 1.0, 1.0, r)
-        return self.energy(x, 1.0)
+    def solution(self) -> Any:
+        return (self.vector(), self.vector()) if self.robust else self.vector()
 
-    def energy(self, x: np.ndarray, end: float) -> float:
+    def start(self, x: Any) -> None:
+        self.fill_ramp(x)
+
+    def leave(self, x: Any, r: np.ndarray) -> None:
+        r[:] = 0
+        self.subtract_applied(x, 1.0, 1.0, r)
+
+    def energy(self, x: Any, end: float) -> float:
         return sum(self.energies(x, end))
 
     def precondition(self, r: np.ndarray, z: np.ndarray) -> float:
@@ -322,15 +427,15 @@ class System(Voxels, Solver):
         self.add_scaled(p, z, beta, 1.0)
         return self.energy(p, 0.0)
 
-    def advance(self, x: np.ndarray, r: np.ndarray, p: np.ndarray, alpha: float) -> None:
-        self.add_scaled(x, p, 1.0, alpha)
+    def advance(self, x: Any, r: np.ndarray, p: np.ndarray, alpha: float) -> None:
+        self.add_to_solution(x, p, alpha)
         self.subtract_applied(p, alpha, 0.0, r)
 
     def mean_conductivity(self, of_label: np.ndarray) -> float:
         """Over the volume, of the voxels that take part."""
         return self.conductivity(of_label) / prod(self.shape)
 
-    def profile(self, x: np.ndarray, of_label: np.ndarray) -> np.ndarray:
+    def profile(self, x: Any, of_label: np.ndarray) -> np.ndarray:
         return tau_of_layers(*self.layers(x, of_label))
 
 
@@ -365,18 +470,55 @@ def tau_of_layers(energy: np.ndarray, conductivity: np.ndarray) -> np.ndarray:
     return conductivity * energy / energy.sum() ** 2
 
 
-def hierarchy(graph: Graph, rows: np.ndarray, periodic: Sequence[bool], threads: Threads) -> list[Level]:
-    """Levels from a graph on, down to one that is small enough for its inverse."""
-    levels = [coarse.as_level(graph, rows, periodic, threads.each)]
-    while levels[-1].parts > coarse.DENSE and max(levels[-1].cells) > 1:
-        graph, rows_next = coarse.coarser(levels[-1], graph, threads.each)
-        levels.append(coarse.as_level(graph, rows_next, periodic, threads.each))
+def coarsening_of(shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None) -> Coarsening:
+    """How voxels are coarsened: robustly where they are far from cubic, or conductivities far apart."""
+    z, y, x = map(float, spacing)
+    several = [h for h, n in zip((z, y, x), shape, strict=True) if n > 1] or [1.0]
+    flat = max(several) > WIDEST_PITCH * (1 + 1e-9) * min(several)
+    return Coarsening((z, y, x), flat or contrast(resistance) < LEAST_CONTRAST)
+
+
+def strong_pairs(g: Sequence[float], shape: Sequence[int], resistance: np.ndarray) -> np.ndarray:
+    """[axis, label, label]: whether two neighbours of these labels are coupled as strongly as either may be to any."""
+    half = resistance.astype(np.float64)
+    most = max(float(g[a]) for a in range(3) if shape[a] > 1 or max(shape) == 1)
+    with np.errstate(invalid="ignore"):
+        between = 1 / (half[:, None] + half)
+        alone = 0.5 / np.minimum(half[:, None], half)
+    return np.stack([float(v) * between >= STRONG * most * alone for v in g])
+
+
+def hierarchy(
+    level: Level, graph: Graph, coarsening: Coarsening, periodic: Sequence[bool], threads: Threads
+) -> list[Level]:
+    """Levels from one and its graph on, down to one that is small enough for its inverse, or its factors."""
+    levels, robust = [level], coarsening.robust
+    while levels[-1].parts > coarse.DENSE:
+        alone = max(levels[-1].cells) == 1
+        if alone and not (robust and levels[-1].parts > coarse.FACTORED):
+            break
+        step = coarsening.step(levels[-1].cells)
+        graph_next, rows_next = coarse.coarser(levels[-1], graph, step, robust, threads.each)
+        if alone and len(graph_next.to_faces) > 0.9 * levels[-1].parts:
+            levels[-1].parent = None
+            break
+        graph, coarsening = graph_next, coarsening.after(step)
+        levels.append(coarse.as_level(graph, rows_next, periodic, robust, threads.each))
     last = levels[-1]
-    if last.parts <= coarse.DENSE:
-        matrix = np.diag(last.diagonal.astype(np.float64))
+    if last.parts <= coarse.DENSE or (robust and last.parts <= coarse.MOST_FACTORED):
         of = np.repeat(np.arange(last.parts), np.diff(graph.starts))
-        np.add.at(matrix, (of, graph.places), -graph.values.astype(np.float64))
-        last.inverse = np.linalg.inv(matrix).astype(np.float32)
+        values = graph.values.astype(np.float64)
+        # Not the level's own diagonal: it holds what keeps sweeps from diverging, too.
+        diagonal = np.bincount(of, values, last.parts) + graph.to_faces if robust else last.diagonal.astype(np.float64)
+        if last.parts <= coarse.DENSE:
+            matrix = np.diag(diagonal)
+            np.add.at(matrix, (of, graph.places), -values)
+            last.inverse = np.linalg.inv(matrix) if robust else np.linalg.inv(matrix).astype(np.float32)
+        else:
+            every = np.arange(last.parts)
+            entries = np.concatenate([-values, diagonal])
+            where = np.concatenate([of, every]), np.concatenate([graph.places, every])
+            last.factors = splu(csc_matrix((entries, where), (last.parts, last.parts)))
     return levels
 
 
@@ -404,18 +546,16 @@ def estimated_error(terms: Sequence[float], energy: float) -> float:
     return max(ROUNDING, terms[-1] / energy * max(0.5, 5 * rate / (1 - rate))) if rate < 1 else inf
 
 
-LEAST_EIGENVALUE = 0.1  # of M⁻¹ A for one conductivity, or nearly; 0.13 was the least seen
+LEAST_EIGENVALUE = 0.1  # of M⁻¹ A; 0.13 was the least seen for one conductivity, 0.11 in the robust form
 
 
-def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, contrast: float) -> float:
-    """An upper bound on what is left of the energy, as a share of it, where conductivities differ.
+def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, least: float) -> float:
+    """An upper bound on what is left of the energy, as a share of it, where no eigenvalue of M⁻¹ A is below `least`.
 
-    Well-conducting islands in a poor conductor converge last, and hide in the terms behind all that converges sooner.
-    But no eigenvalue of M⁻¹ A was below the contrast, lowest conductivity over highest, so that the quadrature of
-    Gauss and Radau (Golub & Meurant 1994; recurrence of Meurant & Tichý 2013) bounds what they hold. steps: α of each
-    iteration; sizes: r · z before each and after the last.
+    Well-conducting islands in a poor conductor may converge last, and hide in the terms behind all that converges
+    sooner. The quadrature of Gauss and Radau (Golub & Meurant 1994; recurrence of Meurant & Tichý 2013) bounds what
+    they hold. steps: α of each iteration; sizes: r · z before each and after the last.
     """
-    least = min(LEAST_EIGENVALUE, contrast)
     weight = 0.0
     while weight <= 0:
         weight = 1 / least
@@ -426,6 +566,24 @@ def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, c
                 break
             weight = left / (least * left + after / size)
     return weight * sizes[-1] / energy if energy > 0 else inf
+
+
+def claim(steps: Sequence[float], sizes: Sequence[float], energy: float) -> float:
+    """The error that the robust form claims: `error_bound` with what these iterations know of the least eigenvalue."""
+    if not sizes[-1] >= 0 or not all(step > 0 for step in steps):
+        return inf
+    if sizes[-1] == 0:
+        return ROBUST_ROUNDING
+    least = LEAST_EIGENVALUE
+    if steps:
+        # The matrix of Lanczos that conjugate gradients make on their way; its eigenvalues are above the least.
+        turns = [after / before for before, after in zip(sizes, sizes[1:], strict=False)][: len(steps) - 1]
+        diagonal = [1 / step for step in steps]
+        for i, turn in enumerate(turns):
+            diagonal[i + 1] += turn / steps[i]
+        beside = [turn**0.5 / step for turn, step in zip(turns, steps, strict=False)]
+        least = min(least, 0.5 * float(eigvalsh_tridiagonal(diagonal, beside)[0]))
+    return max(ROBUST_ROUNDING, error_bound(steps, sizes, energy, least)) if least > 0 else inf
 
 
 def pack(labels: np.ndarray, conducts: np.ndarray, threads: Threads) -> np.ndarray:

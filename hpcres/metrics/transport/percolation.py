@@ -213,7 +213,7 @@ class Clusters:
         self._cells = np.empty(tuple(-(-n // 2) for n in shape), np.uint8)
         deep = self._cells.shape[0]
         step = max(1, -(-deep // _SLABS))
-        self.voxels = sum(each(lambda a, b: find_cells(bits, self._cells, a, b), deep, step))
+        self.voxels = sum(each(lambda a, b: find_cells(bits, (2, 2, 2), self._cells, a, b), deep, step))
         counts = np.empty(self._cells.shape[:2], np.int64)
         each(lambda a, b: _count(self._cells, counts, a, b), deep, step)
         self._starts = np.concatenate([[0], np.cumsum(counts)])

@@ -128,20 +128,21 @@ class RankPlace(Place):
     def _move(
         self, vector: RankVector, slab: Slab, whole: np.ndarray | None, starts: np.ndarray, out: bool
     ) -> None:
-        own, requests = slab.own_part(2), []
+        own, per, requests = slab.own_part(2), slab.planes_per(2), []
         for colour in range(2):
             mine = vector.array[own[colour]]
             requests.append(self.comm.Irecv(mine, 0, colour) if out else self.comm.Isend(mine, 0, colour))
             if whole is not None:
                 for rank, extent in enumerate(self.extents):
-                    part = whole[starts[colour, extent.begin // 4] : starts[colour, -(-extent.end // 4)]]
+                    begin, end = extent.begin // per, -(-extent.end // per)
+                    part = whole[starts[colour, begin] : starts[colour, end]]
                     requests.append(self.comm.Isend(part, rank, colour) if out else self.comm.Irecv(part, rank, colour))
         for request in requests:
             request.Wait()
 
     def bytes(self, slabs: Sequence[Slab]) -> int:
         slab, level = slabs[0], self.level(slabs[0])
-        vectors = 4 * (4 * slab.voxels + 2 * level.parts + 2 * int(slab.starts(2)[1, -1]))
+        vectors = 4 * ((5 if slab.robust else 4) * slab.voxels + 2 * level.parts + 2 * int(slab.starts(2)[1, -1]))
         labels = 0 if slab.labels is None else slab.labels.nbytes
         return vectors + level.bytes + labels + slab.bits.nbytes + slab.cells.nbytes + slab.rows.nbytes
 

@@ -100,26 +100,30 @@ class ScratchPlace(Place):
 
     def keep_level(self, slab: Slab, level: Level) -> None:
         arrays = [*(getattr(level, name) for name in _LEVEL), *level.more]
+        arrays += [] if level.to_faces is None else [level.to_faces]
+        if level.to_faces is not None:
+            arrays.append(level.to_faces)
         file = _File(self, sum(a.nbytes for a in arrays))
         at, places = 0, []
         for array in arrays:
             file.write(at, array)
             places.append((at, array.shape, array.dtype))
             at += array.nbytes
-        self._stored[slab.number] = file, places, level.cells
-        self._odd = level.odd
+        self._stored[slab.number] = file, places, (level.cells, level.mixed, level.step, level.correction)
 
     def level(self, slab: Slab) -> Level:
         if slab.number not in self._levels:
             while len(self._levels) >= _AT_HAND:
                 self._levels.popitem(last=False)
-            file, places, cells = self._stored[slab.number]
+            file, places, (cells, mixed, step, correction) = self._stored[slab.number]
             diagonal, neighbours, values, parent, *more = (
                 file.read(at, np.empty(shape, kind)) for at, shape, kind in places
             )
+            to_faces = more[3] if slab.robust else None
             self._levels[slab.number] = Level(
-                slab.parts, cells, self._odd, diagonal, neighbours, values, (more[0], more[1], more[2]), parent
-            )
+                slab.parts, cells, mixed, diagonal, neighbours, values, (more[0], more[1], more[2]), to_faces, step,
+                correction, parent,
+            )  # fmt: skip
         self._levels.move_to_end(slab.number)
         return self._levels[slab.number]
 
@@ -196,7 +200,7 @@ class ScratchVector:
         array = np.zeros(int(starts[-1, -1]), np.float32)
         a, b = slab.own_planes(self._kind)
         lowest, highest = max(0, a - planes), min(starts.shape[1] - 1, b + planes)
-        first = slab.first >> self._kind
+        first = slab.first // slab.planes_per(self._kind)
         for colour, at in enumerate(starts):
             begin, end = lowest, highest
             # Around the periodic axis the neighbours' planes are at the other end of the file.
@@ -208,7 +212,7 @@ class ScratchVector:
         return array
 
     def put(self, slab: Slab, array: np.ndarray) -> None:
-        first = slab.extent.begin >> self._kind
+        first = slab.extent.begin // slab.planes_per(self._kind)
         for colour, own in enumerate(slab.own_part(self._kind)):
             self._move(array[own], self._begins[colour, first], True)
 

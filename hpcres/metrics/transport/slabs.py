@@ -22,13 +22,12 @@ import numpy as np
 
 from hpcres.geometry import AXES
 from hpcres.metrics.transport import Solution, coarse, fine
-from hpcres.metrics.transport.coarse import CHUNK, OVERCORRECTION, Graph, Level
+from hpcres.metrics.transport.coarse import CHUNK, Graph, Level
 from hpcres.metrics.transport.multigrid import Solver, Voxels, by_label, contrast, hierarchy, pack, tau_of_layers
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
 
 HALO = 8  # planes of voxels
-PER_CELL = (1, 2, 4)  # voxels along the edge of a voxel, a cell of level 1, a cell of level 2
 RED, BLACK = 0, 1
 
 
@@ -86,6 +85,8 @@ class Slab(Voxels):
         self.number, self.extent, self._read_labels = number, extent, read_labels
         own = (extent.low, extent.low + extent.end - extent.begin)
         super().__init__(bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes)
+        whole = [-(-n // s) for n, s in zip(self.shape, self.step, strict=True)]
+        self.step_next = self.coarsening.after(self.step).step(whole)
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -95,9 +96,13 @@ class Slab(Voxels):
     def labels(self, labels: np.ndarray | None) -> None:
         assert labels is None
 
+    def planes_per(self, kind: int) -> int:
+        """Planes of voxels in one of voxels, or of cells of level 1 or 2."""
+        return (1, self.step[0], self.step[0] * self.step_next[0])[kind]
+
     def own_planes(self, kind: int) -> tuple[int, int]:
         """Own planes of voxels, or of cells of level 1 or 2, from this slab's first."""
-        return self.own[0] // PER_CELL[kind], -(-self.own[1] // PER_CELL[kind])
+        return self.own[0] // self.planes_per(kind), -(-self.own[1] // self.planes_per(kind))
 
     def starts(self, kind: int) -> np.ndarray:
         """Where each plane begins in a vector of voxels, or of parts of level 1 or 2: (colours, planes + 1)."""
@@ -114,35 +119,42 @@ class Slab(Voxels):
 
     def build(self) -> tuple[Level, Piece]:
         """Level 1 of this slab; its own part of level 2."""
-        graph, each = self.first_graph(), self.threads.each
-        level = coarse.as_level(graph, self.parts, (False, *self.periodic[1:]), each)
-        below = self.cells_next = (-(-level.cells[0] // 2), -(-level.cells[1] // 2), -(-level.cells[2] // 2))
+        graph, each, step = self.first_graph(), self.threads.each, self.step_next
+        level = self.first_level(graph, (False, *self.periodic[1:]))
+        below: Any = tuple(-(-n // s) for n, s in zip(level.cells, step, strict=True))
+        self.cells_next = below
         rows, numbers = below[0] * below[1], graph.numbers
-        step = max(1, rows // 64)
-        most = max(each(lambda a, b: coarse.count_members(numbers, below, a, b), rows, step))
+        at_once = max(1, rows // 64)
+        most = max(each(lambda a, b: coarse.count_members(numbers, below, step, a, b), rows, at_once))
         numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
         parent = np.full(level.parts, -1, graph.places.dtype)
-        csr = (graph.starts, graph.places)
+        csr = (graph.starts, graph.places, graph.values)
+        # Of parts in the outermost planes the edges are not all known; 4 planes from the own ones they are.
+        known = coarse.bonds_of(graph, self.robust, each)
         each(
-            lambda a, b: coarse.join_parts(*csr, numbers, self.parts, below, most, a, b, parent, numbers_next, counts),
-            rows, step,
+            lambda a, b: coarse.join_parts(
+                *csr, numbers, self.parts, below, step, most, *known, a, b, parent, numbers_next, counts
+            ),
+            rows, at_once,
         )  # fmt: skip
         self.parts_next, parts = coarse.accumulated(counts)
         each(
-            lambda a, b: coarse.number_parts(numbers, self.parts, self.parts_next, numbers_next, most, a, b, parent),
-            rows, step,
+            lambda a, b: coarse.number_parts(
+                numbers, self.parts, step, self.parts_next, numbers_next, most, a, b, parent
+            ),
+            rows, at_once,
         )  # fmt: skip
         degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, np.float32)
         lowest, highest = self.own_planes(2)
         first, last = lowest * below[1], highest * below[1]
         found = each(
             lambda a, b: coarse.connect(
-                *csr, graph.values, graph.to_faces, numbers, self.parts, numbers_next, self.parts_next, parent, most,
+                *csr, graph.to_faces, numbers, self.parts, step, numbers_next, self.parts_next, parent, most,
                 first + a, first + b, degrees, to_faces,
             ),
-            last - first, step,
+            last - first, at_once,
         )  # fmt: skip
-        level.parent = parent
+        level.parent, level.step = parent, step
         own = self.own_part(2)
         red, red_values, black, black_values = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         return level, Piece(
@@ -225,17 +237,32 @@ class Place(ABC):
         """What slabs hold here, vectors included."""
 
 
+class InTwo:
+    """Two vectors for one in two floats, as a vector whose arrays are pairs."""
+
+    def __init__(self, high: Any, low: Any) -> None:
+        self._parts = high, low
+
+    def of(self, slab: Slab, planes: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        high, low = (part.of(slab, planes) for part in self._parts)
+        return high, low
+
+    def put(self, slab: Slab, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+        for part, array in zip(self._parts, arrays, strict=True):
+            part.put(slab, array)
+
+
 class SlabSolver(Solver):
     """The slabs of one volume and direction that are worked on here, their hierarchy, and what vectors do."""
 
     def __init__(self, place: Place, slabs: Sequence[Slab], threads: Threads) -> None:
         self.place, self.slabs, self.threads = place, slabs, threads
-        self.to_d_rel, self.contrast = slabs[0].to_d_rel, contrast(slabs[0].resistance)
+        self.to_d_rel, self.contrast, self.robust = slabs[0].to_d_rel, contrast(slabs[0].resistance), slabs[0].robust
         pieces = []
         for slab in slabs:
             level, piece = slab.build()
             place.keep_level(slab, level)
-            self._odd = level.odd
+            self._mixed = level.mixed
             pieces.append(piece)
         counted = place.everyone([piece.counts for piece in pieces])
         rows, parts = coarse.accumulated(np.concatenate(counted, axis=1))
@@ -263,9 +290,10 @@ class SlabSolver(Solver):
             numbers = np.concatenate([piece.numbers for piece in all_pieces])
             places, values, to_faces = joined("places"), joined("values"), joined("to_faces")
             all_pieces = None
-            self.levels = hierarchy(
-                Graph(degrees, places, values, to_faces, numbers), rows, slabs[0].periodic, threads
-            )
+            one, graph = slabs[0], Graph(degrees, places, values, to_faces, numbers)
+            level = coarse.as_level(graph, rows, one.periodic, self.robust, threads.each)
+            coarsening = one.coarsening.after(one.step).after(one.step_next)
+            self.levels = hierarchy(level, graph, coarsening, one.periodic, threads)
         self.b, self.x = place.vector(slabs, 1), place.vector(slabs, 1)
         self.b_next, self.x_next = place.vector(slabs, 2), place.vector(slabs, 2)
 
@@ -274,7 +302,7 @@ class SlabSolver(Solver):
         starts, planes = slab.starts(2), self.starts.shape[1] - 1
         numbers = np.empty(starts[1, -1], np.int64)
         for k in range(starts.shape[1] - 1):
-            at = k + slab.first // 4
+            at = k + slab.first // slab.planes_per(2)
             # Around a periodic axis with an odd number of cells red is black.
             swapped = (at % planes - at) & 1
             for colour in (RED, BLACK):
@@ -297,19 +325,25 @@ class SlabSolver(Solver):
     def vector(self) -> Any:
         return self.place.vector(self.slabs, 0)
 
-    def start(self, x: Any, r: Any) -> float:
+    def solution(self) -> Any:
+        return InTwo(self.vector(), self.vector()) if self.robust else self.vector()
+
+    def start(self, x: Any) -> None:
         def ramp(slab: Slab) -> None:
             values = x.of(slab)
             slab.fill_ramp(values)
             x.put(slab, values)
 
+        self._run(ramp)
+
+    def leave(self, x: Any, r: Any) -> None:
         def leave(slab: Slab) -> None:
             left = r.of(slab)
+            left[:] = 0
             slab.subtract_applied(x.of(slab, 1), 1.0, 1.0, left)
             r.put(slab, left)
 
-        self._run(ramp, leave)
-        return self.energy(x, 1.0)
+        self._run(leave)
 
     def energy(self, x: Any, end: float) -> float:
         found: dict[int, list[float]] = {}
@@ -338,7 +372,7 @@ class SlabSolver(Solver):
         def step(slab: Slab) -> None:
             own, along = slab.own_part(0)[0], p.of(slab, 1)
             values, left = x.of(slab), r.of(slab)
-            slab.add_scaled(values[own], along[own], 1.0, alpha)
+            slab.add_to_solution(values, along, alpha, own)
             x.put(slab, values)
             slab.subtract_applied(along, alpha, 0.0, left)
             r.put(slab, left)
@@ -370,15 +404,15 @@ class SlabSolver(Solver):
 
         def relax(slab: Slab) -> None:
             level, b = self.place.level(slab), self.b.of(slab)
-            x = self.x.of(slab, 1, (RED, BLACK) if level.odd else (1 - colour,))
+            x = self.x.of(slab, 1, (RED, BLACK) if level.mixed else (1 - colour,))
             own = slab.own_part(1)[colour]
-            out = level.spare if level.odd else x
+            out = level.spare if level.mixed else x
             graph = (level.places, level.values, *level.more, level.diagonal, b)
             begin = own.start
             self.threads.each(
                 lambda i, j: coarse.relax(*graph, x, out, begin + i, begin + j), own.stop - begin, CHUNK
             )
-            if level.odd:
+            if level.mixed:
                 x[own] = out[own]
             self.x.put(slab, x)
 
@@ -393,14 +427,14 @@ class SlabSolver(Solver):
 
     def _restrict(self, slab: Slab) -> None:
         level, b, out = self.place.level(slab), self.b.of(slab), self.b_next.of(slab)
-        x = self.x.of(slab, 1, (RED, BLACK) if level.odd else (BLACK,))
+        x = self.x.of(slab, 1, (RED, BLACK) if level.mixed else (BLACK,))
         graph = (level.places, level.values, *level.more, level.diagonal, b)
         lowest, highest = slab.own_planes(2)
         rows, first = (highest - lowest) * slab.cells_next[1], lowest * slab.cells_next[1]
         self.threads.each(
             lambda i, j: coarse.restrict(
-                *graph, x, level.parent, slab.parts, slab.parts_next, level.cells, slab.cells_next,
-                2 if level.odd else 1, first + i, first + j, out,
+                *graph, x, level.to_faces, level.parent, slab.parts, slab.parts_next, level.cells, slab.cells_next,
+                level.step, 2 if level.mixed else 1, first + i, first + j, out,
             ),
             rows, max(1, rows // 64),
         )  # fmt: skip
@@ -408,13 +442,13 @@ class SlabSolver(Solver):
 
     def _prolong(self, slab: Slab) -> None:
         level, x, correction = self.place.level(slab), self.x.of(slab), self.x_next.of(slab)
-        for own in slab.own_part(1)[: 2 if level.odd else 1]:
-            coarse.prolong(correction, level.parent, x, np.float32(OVERCORRECTION), own.start, own.stop)
+        for own in slab.own_part(1)[: 2 if level.mixed else 1]:
+            coarse.prolong(correction, level.parent, x, level.correction, own.start, own.stop)
         self.x.put(slab, x)
 
     def _cycle(self) -> None:
         for visit in range(2):
-            before = [self._from_zero] if visit == 0 else [self._relaxed(RED)] if self._odd else []
+            before = [self._from_zero] if visit == 0 else [self._relaxed(RED)] if self._mixed else []
             self._run(*before, self._relaxed(BLACK), self._restrict)
             b, x = (self.levels[0].b, self.levels[0].x) if self.levels else (None, None)
             self.place.collect(self.b_next, self.slabs, b, self.starts)
