@@ -59,7 +59,7 @@ class Coarsening:
 
 @dataclass
 class Graph:
-    """Part i has neighbours places[starts[i] … starts[i + 1]] over conductances values (float32)."""
+    """Part i has neighbours places[starts[i] … starts[i + 1]] over conductances values."""
 
     starts: np.ndarray
     places: np.ndarray
@@ -82,13 +82,13 @@ class Level:
     more: tuple[np.ndarray, np.ndarray, np.ndarray]
     to_faces: np.ndarray | None = None  # of a robust level, whose residuals are sums of currents
     step: tuple[int, int, int] = (2, 2, 2)  # of its cells, to one of the next level
-    correction: np.float32 = np.float32(OVERCORRECTION)
+    correction: Any = np.float32(OVERCORRECTION)
     parent: np.ndarray | None = None  # the part of the next level that each is in
     inverse: np.ndarray | None = None
     factors: Any = None  # of the matrix of the last level where it has no inverse
 
     def __post_init__(self) -> None:
-        self.b, self.x, self.spare = (np.zeros(n, np.float32) for n in (self.parts, self.parts, self.parts * self.mixed))
+        self.b, self.x, self.spare = (np.zeros(n, self.diagonal.dtype) for n in (self.parts, self.parts, self.parts * self.mixed))
 
     @property
     def parts(self) -> int:
@@ -128,7 +128,7 @@ def _first_after(numbers, i):
 
 @inlined
 def _neighbours(places, values, x, i):
-    s = np.float32(0)
+    s = values.dtype.type(0)
     for k in range(SLOTS):
         s += values[i, k] * x[places[i, k]]
     return s
@@ -195,7 +195,7 @@ def prolong(coarse, parent, x, scale, begin, end):
 @compiled
 def multiply_dense(matrix, b, x):
     for i in range(len(x)):
-        s = 0 * matrix[0, 0]
+        s = matrix.dtype.type(0)
         for j in range(len(b)):
             s += matrix[i, j] * b[j]
         x[i] = s
@@ -271,15 +271,14 @@ HELD, BOUND = 1, 2  # has a strong edge, or hangs on the outer faces; of the lat
 def find_bonds(starts, places, values, to_faces, largest, bonds, begin, end):
     """bonds[i]: HELD where a part has an edge that both ends find strong; HELD | BOUND where all its edges are weak
     beside its conductance to the outer faces; 0 where its strong edges lead to parts that find them weak."""
-    strong = np.float32(STRONG)
     for i in range(begin, end):
-        most = np.float32(0)
+        most = values.dtype.type(0)
         held = 0
         for k in range(starts[i], starts[i + 1]):
             most = max(most, values[k])
-            if values[k] >= strong * max(largest[i], largest[places[k]]):
+            if values[k] >= STRONG * max(largest[i], largest[places[k]]):
                 held = HELD
-        bonds[i] = HELD | BOUND if most < strong * to_faces[i] else held
+        bonds[i] = HELD | BOUND if most < STRONG * to_faces[i] else held
 
 
 @inlined
@@ -320,7 +319,7 @@ def join_parts(
                     # Where another thread works, `parent` may be anything; only our own members are where it says.
                     other = parent[j]
                     if 0 <= other < n and members[other] == j:
-                        if largest is None or values[k] >= np.float32(STRONG) * max(largest[i], largest[j]):
+                        if largest is None or values[k] >= STRONG * max(largest[i], largest[j]):
                             _union(up, m, other)
                 if largest is not None and bonds[i] & BOUND:
                     if bound >= 0:
@@ -331,13 +330,13 @@ def join_parts(
                     i = members[m]
                     if bonds[i]:
                         continue
-                    strongest, to = np.float32(STRONG) * largest[i], -1
+                    strongest, to = np.float64(STRONG * largest[i]), -1
                     for k in range(starts[i], starts[i + 1]):
                         j = places[k]
                         other = parent[j]
                         if 0 <= other < n and members[other] == j and bonds[j] and values[k] >= strongest:
                             if to < 0 or values[k] > strongest:
-                                strongest, to = values[k], other
+                                strongest, to = np.float64(values[k]), other
                     if to >= 0:
                         _union(up, m, to)
             found = 0
@@ -393,7 +392,7 @@ def connect(
                     # A red cell below may lie in a black one of the next level.
                     room += starts[rows[colour, at + 1]] - starts[rows[colour, at]]
     red, black = (np.empty(room[0], places.dtype), np.empty(room[1], places.dtype))
-    red_values, black_values = (np.empty(room[0], np.float32), np.empty(room[1], np.float32))
+    red_values, black_values = (np.empty(room[0], values.dtype), np.empty(room[1], values.dtype))
     used = np.zeros(2, np.int64)
     for row in range(row0, row1):
         z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
@@ -450,7 +449,7 @@ def fill_slots(starts, places, values, to_faces, red, mixed, diagonal, slots, sl
             slots[i, k], slot_values[i, k] = slots[i, 0] if number else i, 0
         if own > 0 and number < SLOTS:
             slots[i, number], slot_values[i, number] = i, own
-        diagonal[i] = s + np.float32(own)
+        diagonal[i] = s + own
         more += degree - number + (own > 0 and number == SLOTS)
     return more
 
@@ -507,8 +506,9 @@ def as_level(
 ) -> Level:
     """The form that cycles use. mixed: whether there may be edges within cells; without, a robust graph is searched."""
     parts, kind, red = len(graph.to_faces), graph.places.dtype, int(rows[1, 0])
-    diagonal = np.empty(parts, np.float32)
-    places, values = np.empty((parts, SLOTS), kind), np.empty((parts, SLOTS), np.float32)
+    real = graph.values.dtype
+    diagonal = np.empty(parts, real)
+    places, values = np.empty((parts, SLOTS), kind), np.empty((parts, SLOTS), real)
     csr = (graph.starts, graph.places, graph.values)
     cells: Any = graph.numbers.shape
     odd = any(p and n % 2 for p, n in zip(periodic, cells, strict=True))
@@ -519,11 +519,11 @@ def as_level(
         lambda a, b: fill_slots(*csr, graph.to_faces, red, twice, diagonal, places, values, a, b), parts, CHUNK
     )
     before = np.concatenate([[0], np.cumsum(found)]).astype(np.int64)
-    more = np.empty(before[-1], kind), np.empty(before[-1], kind), np.empty(before[-1], np.float32)
+    more = np.empty(before[-1], kind), np.empty(before[-1], kind), np.empty(before[-1], real)
     each(lambda a, b: fill_more(*csr, red, twice, *more, before[a // CHUNK], a, b), parts, CHUNK)
     level = Level(rows, cells, mixed or odd, diagonal, places, values, more)
     if robust:
-        level.to_faces, level.correction = graph.to_faces, np.float32(ROBUST_CORRECTION)
+        level.to_faces, level.correction = graph.to_faces, real.type(ROBUST_CORRECTION)
     return level
 
 
@@ -533,7 +533,7 @@ def bonds_of(graph: Graph, robust: bool, each: Each) -> tuple[np.ndarray | None,
     if not robust:
         return None, None
     parts = len(graph.to_faces)
-    largest, bonds = np.empty(parts, np.float32), np.empty(parts, np.uint8)
+    largest, bonds = np.empty(parts, graph.values.dtype), np.empty(parts, np.uint8)
     each(lambda a, b: find_largest(graph.starts, graph.values, graph.to_faces, largest, a, b), parts, CHUNK)
     csr = (graph.starts, graph.places, graph.values)
     each(lambda a, b: find_bonds(*csr, graph.to_faces, largest, bonds, a, b), parts, CHUNK)
@@ -561,7 +561,7 @@ def coarser(level: Level, graph: Graph, step: tuple[int, int, int], robust: bool
     each(
         lambda a, b: number_parts(numbers, level.rows, step, rows_next, numbers_next, most, a, b, parent), rows, at_once
     )
-    degrees, to_faces = np.zeros(parts + 1, np.int32), np.zeros(parts, np.float32)
+    degrees, to_faces = np.zeros(parts + 1, np.int32), np.zeros(parts, graph.to_faces.dtype)
     found = each(
         lambda a, b: connect(
             *csr, graph.to_faces, numbers, level.rows, step, numbers_next, rows_next, parent, most, a, b, degrees,

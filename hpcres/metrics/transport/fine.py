@@ -240,7 +240,7 @@ def _wrapped(i, n, periodic):
 
 @inlined
 def _zero_row(buffer, at, words):
-    nothing = splat(np.float32(0))
+    nothing = splat(buffer.dtype.type(0))
     store(buffer, at - 16, nothing)
     for k in range(words + 1):
         store(buffer, at + 16 * k, nothing)
@@ -293,18 +293,18 @@ def _faces(z, y, k, geometry):
 def _face_conductance(z, y, k, geometry, g, labels, resistance, buffer):
     """From 16 voxel centres to a face half a voxel away."""
     if labels is None:
-        return splat(np.float32(2.0) * g[geometry[7]])
+        return splat(g[geometry[7]] + g[geometry[7]])
     for i in range(16):
         x = 16 * k + i
         inside = x < geometry[2] and z < labels.shape[0] and y < labels.shape[1]
-        buffer[i] = g[geometry[7]] / resistance[labels[z, y, x]] if inside else np.float32(0)
+        buffer[i] = g[geometry[7]] / resistance[labels[z, y, x]] if inside else resistance.dtype.type(0)
     return load(buffer, 0)
 
 
 @compiled
 def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, width):
     """With several conductivities: of the faces towards x - 1, y - 1 and z - 1 of plane z, three rings of `buffer`."""
-    columns, infinite = geometry[2], np.float32(np.inf)
+    columns, infinite = geometry[2], resistance.dtype.type(np.inf)
     here, below = _wrapped(z, labels.shape[0], geometry[4]), _wrapped(z - 1, labels.shape[0], geometry[4])
     for j in range(rows + 2 * MARGIN):
         y = _wrapped(y0 + j - MARGIN, labels.shape[1], geometry[5])
@@ -320,7 +320,7 @@ def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, wi
             buffer[at + x] = g[2] / (own + last)
             last = own
             buffer[size + at + x] = g[1] / (own + resistance[labels[here, before, x]]) if before >= 0 else g[1] * 0
-            buffer[2 * size + at + x] = g[0] / (own + resistance[labels[below, y, x]]) if below >= 0 else g[0] * 0
+            buffer[2 * size + at + x] = g[0] / (own + resistance[labels[below, y, x]]) if below >= 0 else resistance.dtype.type(0)
         buffer[at + columns] = buffer[at] if geometry[6] else np.float32(0)
 
 
@@ -386,7 +386,7 @@ def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     R, D, A, B, S = scratch[:size], scratch[size : 2 * size], scratch[2 * size : 3 * size], scratch[3 * size : 4 * size], scratch[4 * size : 5 * size]  # noqa: E501
-    few, pair = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    few, pair = np.zeros(16, scratch.dtype), np.zeros(16, scratch.dtype)
     if labels is not None:
         _conductances(z0 - 2, y0, height, geometry, g, labels, resistance, c, size, width)
     for z in range(z0 - 2, z1 + 2):
@@ -531,7 +531,7 @@ def sweep_up(
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     R, D, A, B, E = scratch[:size], scratch[size : 2 * size], scratch[2 * size : 3 * size], scratch[3 * size : 4 * size], scratch[4 * size : 5 * size]  # noqa: E501
-    few, sums = np.zeros(16, np.float32), no_sum()
+    few, sums = np.zeros(16, scratch.dtype), no_sum()
     if labels is not None:
         _conductances(z0 - 2, y0, height, geometry, g, labels, resistance, c, size, width)
     for z in range(z0 - 2, z1 + 2):
@@ -622,7 +622,7 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, low, end, scrat
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     V, L = scratch[:size], scratch[size : 2 * size]
-    few = np.zeros(16, np.float32)
+    few = np.zeros(16, scratch.dtype)
     gz, gy, gx, faces = no_sum(), no_sum(), no_sum(), no_sum()
     if labels is not None:
         _conductances(z0, y0, height, geometry, g, labels, resistance, c, size, width)
@@ -663,7 +663,7 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, low, end, scrat
                     face = _face_conductance(zz, y, k, geometry, g, labels, resistance, few)
                     drop = keep(value, own & at_first)
                     faces = add_product(faces, drop, multiply(drop, face))
-                    drop = subtract(splat(np.float32(end)), value)
+                    drop = subtract(splat(scratch.dtype.type(end)), value)
                     if low is not None:
                         drop = subtract(drop, load(L, here + o))
                     drop = keep(drop, own & at_last)
@@ -696,7 +696,7 @@ def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     V = scratch[:size]
-    few, by = np.zeros(16, np.float32), splat(np.float32(-alpha))
+    few, by = np.zeros(16, scratch.dtype), splat(r.dtype.type(-alpha))
     if labels is not None:
         _conductances(z0, y0, height, geometry, g, labels, resistance, c, size, width)
     for z in range(z0 - 1, z1 + 1):
@@ -728,7 +728,7 @@ def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha
                     _, at_last = _faces(zz, y, k, geometry)
                     if at_last:
                         face = _face_conductance(zz, y, k, geometry, g, labels, resistance, few)
-                        q = subtract(q, keep(multiply(face, splat(np.float32(end))), at_last))
+                        q = subtract(q, keep(multiply(face, splat(scratch.dtype.type(end))), at_last))
                 number = popcount(own)
                 store_few(r, out, fma(by, gathered(q, own), load_few(r, out, number)), number)
                 out += number
@@ -747,7 +747,7 @@ def subtract_outflow(unit, geometry, g, bits, rows, labels, resistance, p, low, 
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
     V, L = scratch[:size], scratch[size : 2 * size]
-    few, by = np.zeros(16, np.float32), splat(np.float32(-alpha))
+    few, by = np.zeros(16, scratch.dtype), splat(r.dtype.type(-alpha))
     if labels is not None:
         _conductances(z0, y0, height, geometry, g, labels, resistance, c, size, width)
     for z in range(z0 - 1, z1 + 1):
@@ -793,7 +793,7 @@ def subtract_outflow(unit, geometry, g, bits, rows, labels, resistance, p, low, 
                 at_first, at_last = _faces(zz, y, k, geometry)
                 if at_first | at_last:
                     face = _face_conductance(zz, y, k, geometry, g, labels, resistance, few)
-                    value, over = load(V, o), subtract(load(V, o), splat(np.float32(end)))
+                    value, over = load(V, o), subtract(load(V, o), splat(scratch.dtype.type(end)))
                     if low is not None:
                         value, over = add(value, load(L, o)), add(over, load(L, o))
                     q = add(q, multiply(face, add(keep(value, own & at_first), keep(over, own & at_last))))

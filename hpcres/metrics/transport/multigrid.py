@@ -20,6 +20,9 @@ from hpcres.metrics.transport.threads import Threads
 ROUNDING = 1e-7  # of float32 vectors, on D_rel; no smaller error is claimed
 ROBUST_ROUNDING = 5e-7  # of the robust form: of conductances in float32
 LEAST_CONTRAST = 0.1  # of conductivities, lowest over highest; below it, and for flat voxels, the solver is robust
+# Of conductances, largest over smallest, in float32: rounding of a correction in a good conductor must not dissipate more
+# than what the correction gains in a poor one. Beyond, all is float64.
+WIDEST_RANGE = 1e7
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,10 @@ class Voxels:
         h = np.asarray(spacing, np.float64)
         unit = h[0] * h[1] * h[2] / h[axis] ** 2
         # Conductances in units of one face along the axis, so that D_rel = energy × length / area in voxels.
-        self.g = tuple(np.float32(h.prod() / step**2 / unit) for step in h)
+        self.real = real_of(self.shape, spacing, resistance)
+        if resistance is not None:
+            resistance = self.resistance = resistance.astype(self.real)
+        self.g = tuple(self.real(h.prod() / step**2 / unit) for step in h)
         self.to_d_rel = shape[axis] / (prod(shape) // shape[axis])
         rows = max(2, min(even[1], 2 * (16384 // (words * 16 + 32)), 32))
         self.own = own or (0, planes)
@@ -96,8 +102,8 @@ class Voxels:
         counts = np.empty((2, *cells[:2]), np.int64)
         each(lambda a, b: fine.count_parts(self.cells, self.tables, counts, a, b), cells[0], 8)
         self.parts, number = coarse.accumulated(counts.reshape(2, -1))
-        starts, nothing = np.zeros(number + 1, np.int32), (np.empty(0, np.int32), np.empty(0, np.float32))
-        to_faces = np.zeros(number, np.float32)
+        starts, nothing = np.zeros(number + 1, np.int32), (np.empty(0, np.int32), np.empty(0, self.real))
+        to_faces = np.zeros(number, self.real)
         shared = (
             self.cells, self.tables, self.step, self.parts, self.geometry, self.g, self.labels, self.resistance
         )  # fmt: skip
@@ -105,7 +111,7 @@ class Voxels:
         step = max(1, rows // 64)
         each(lambda a, b: fine.connect_parts(*shared, starts, *nothing, to_faces, a, b, False), rows, step)
         starts = coarse.running(starts)
-        places, values = np.empty(starts[-1], coarse.index_type(number)), np.empty(starts[-1], np.float32)
+        places, values = np.empty(starts[-1], coarse.index_type(number)), np.empty(starts[-1], self.real)
         each(lambda a, b: fine.connect_parts(*shared, starts, places, values, to_faces, a, b, True), rows, step)
         return Graph(starts, places, values, to_faces, self.tables[0][self.cells])
 
@@ -114,7 +120,7 @@ class Voxels:
 
     def _over(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         def one(unit: Any) -> Any:
-            scratch = self.threads.scratch(8 * self.floats)
+            scratch = self.threads.scratch(8 * self.floats, self.real)
             rings = None if self.labels is None else scratch[5 * self.floats :]
             return kernel(unit, self.geometry, self.g, self.bits, *arguments, scratch[: 5 * self.floats], rings)
 
@@ -141,7 +147,7 @@ class Voxels:
 
     def sweep_up(self, r: np.ndarray, coarse_x: np.ndarray, z: np.ndarray) -> list[float]:
         """z from the coarse solution; the sum of r · z of each unit."""
-        scale = np.float32(coarse.ROBUST_CORRECTION if self.robust else coarse.OVERCORRECTION)
+        scale = self.real(coarse.ROBUST_CORRECTION if self.robust else coarse.OVERCORRECTION)
         return self._over(fine.sweep_up, *self._cell_tables, r, coarse_x, scale, z)
 
     def fill_ramp(self, x: Any) -> None:
@@ -158,7 +164,7 @@ class Voxels:
         self.threads.each(lambda i, j: fine.add_in_two(high, low, along, alpha, i, j), len(high), 1 << 20)
 
     def add_scaled(self, y: np.ndarray, x: np.ndarray, scale_y: float, scale_x: float) -> None:
-        a, b = np.float32(scale_y), np.float32(scale_x)
+        a, b = self.real(scale_y), self.real(scale_x)
         self.threads.each(lambda i, j: fine.add_scaled(y, x, a, b, i, j), len(y), 1 << 20)
 
     def conductivity(self, of_label: np.ndarray) -> float:
@@ -252,7 +258,7 @@ class Voxels:
         """Planes z0 … z1 - 1 of a potential (z, y, x), float64; NaN where nothing conducts."""
         total = np.zeros((z1 - z0, *self.shape[1:]))
         for part in x if isinstance(x, tuple) else (x,):
-            out = np.full(total.shape, np.nan, np.float32)
+            out = np.full(total.shape, np.nan, self.real)
             fine.unpack(self.geometry, self.bits, self.rows, part, z0, out)
             total += out
         return total
@@ -266,13 +272,18 @@ class Solver(ABC):
     """Conjugate gradients; what they do to vectors is that of a subclass, where a vector is whatever it says.
 
     The robust form is for voxels far from cubic and conductivities far apart, where float32 leaves nothing of small
-    differences: the solution is in two floats, residuals are sums of currents between neighbours, and the last one is
+    differences: the solution is in two floats, or in float64 as all vectors where two floats are not enough; residuals are sums of currents between neighbours, and the last one is
     computed anew from the solution before an error is claimed.
     """
 
     to_d_rel: float
     contrast: float  # the lowest conductivity over the highest
     robust: bool
+    real: Any  # np.float32 or np.float64, of vectors
+
+    @property
+    def in_two(self) -> bool:
+        return self.robust and self.real is np.float32
 
     @abstractmethod
     def vector(self) -> Any:
@@ -280,7 +291,7 @@ class Solver(ABC):
 
     @abstractmethod
     def solution(self) -> Any:
-        """Zeros, for x; in the robust form in two floats, what one holds and what it leaves out."""
+        """Zeros, for x; where `in_two`, two floats for each: what one holds, and what it leaves out."""
 
     @abstractmethod
     def start(self, x: Any) -> None:
@@ -399,13 +410,13 @@ class System(Voxels, Solver):
     @property
     def bytes(self) -> int:
         own = (self.bits, self.cells, self.rows)
-        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + (20 if self.robust else 16) * self.voxels
+        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + bytes_of_vectors(self.robust, self.real) * self.voxels
 
     def vector(self) -> np.ndarray:
-        return np.zeros(self.voxels, np.float32)
+        return np.zeros(self.voxels, self.real)
 
     def solution(self) -> Any:
-        return (self.vector(), self.vector()) if self.robust else self.vector()
+        return (self.vector(), self.vector()) if self.in_two else self.vector()
 
     def start(self, x: Any) -> None:
         self.fill_ramp(x)
@@ -450,7 +461,7 @@ def by_label(conductivity: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray,
     if len(set(conductivity.values())) < 2:
         return conducts, of_label, None, next(iter(conductivity.values()), 1.0)
     with np.errstate(divide="ignore"):
-        return conducts, of_label, (0.5 / of_label).astype(np.float32), 1.0
+        return conducts, of_label, 0.5 / of_label, 1.0
 
 
 def contrast(resistance: np.ndarray | None) -> float:
@@ -476,6 +487,18 @@ def coarsening_of(shape: Sequence[int], spacing: Sequence[float], resistance: np
     several = [h for h, n in zip((z, y, x), shape, strict=True) if n > 1] or [1.0]
     flat = max(several) > WIDEST_PITCH * (1 + 1e-9) * min(several)
     return Coarsening((z, y, x), flat or contrast(resistance) < LEAST_CONTRAST)
+
+
+def real_of(shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None) -> Any:
+    """np.float32, or np.float64 where conductances differ by more than it can hold."""
+    several = [h for h, n in zip(spacing, shape, strict=True) if n > 1] or [1.0]
+    reach = (max(several) / min(several)) ** 2 / contrast(resistance)
+    return np.float64 if reach > WIDEST_RANGE else np.float32
+
+
+def bytes_of_vectors(robust: bool, real: Any) -> int:
+    """Of x, r, p and z, for a conducting voxel."""
+    return 32 if real is np.float64 else 20 if robust else 16
 
 
 def strong_pairs(g: Sequence[float], shape: Sequence[int], resistance: np.ndarray) -> np.ndarray:

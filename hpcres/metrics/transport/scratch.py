@@ -192,12 +192,14 @@ class ScratchVector:
         begins = np.concatenate([[0], ends])
         self._begins = np.stack([begins[c * self._deep : (c + 1) * self._deep + 1] for c in range(len(planes))])
         size = int(begins[-1])
-        self._file = None if kind == 2 else _File(place, 4 * size)
-        self.memory = np.zeros(size if kind == 2 else 0, np.float32)
+        self._real = slabs[0].real
+        self._bytes = np.dtype(self._real).itemsize
+        self._file = None if kind == 2 else _File(place, self._bytes * size)
+        self.memory = np.zeros(size if kind == 2 else 0, self._real)
 
     def of(self, slab: Slab, planes: int = 0, colours: Sequence[int] = ()) -> np.ndarray:
         starts = slab.starts(self._kind)
-        array = np.zeros(int(starts[-1, -1]), np.float32)
+        array = np.zeros(int(starts[-1, -1]), self._real)
         a, b = slab.own_planes(self._kind)
         lowest, highest = max(0, a - planes), min(starts.shape[1] - 1, b + planes)
         first = slab.first // slab.planes_per(self._kind)
@@ -223,9 +225,9 @@ class ScratchVector:
             else:
                 part[:] = self.memory[at : at + len(part)]
         elif out:
-            self._file.write(4 * int(at), part)
+            self._file.write(self._bytes * int(at), part)
         else:
-            self._file.read(4 * int(at), part)
+            self._file.read(self._bytes * int(at), part)
 
 
 class _File:

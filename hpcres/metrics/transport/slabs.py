@@ -144,7 +144,7 @@ class Slab(Voxels):
             ),
             rows, at_once,
         )  # fmt: skip
-        degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, np.float32)
+        degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, self.real)
         lowest, highest = self.own_planes(2)
         first, last = lowest * below[1], highest * below[1]
         found = each(
@@ -258,6 +258,7 @@ class SlabSolver(Solver):
     def __init__(self, place: Place, slabs: Sequence[Slab], threads: Threads) -> None:
         self.place, self.slabs, self.threads = place, slabs, threads
         self.to_d_rel, self.contrast, self.robust = slabs[0].to_d_rel, contrast(slabs[0].resistance), slabs[0].robust
+        self.real = slabs[0].real
         pieces = []
         for slab in slabs:
             level, piece = slab.build()
@@ -326,7 +327,7 @@ class SlabSolver(Solver):
         return self.place.vector(self.slabs, 0)
 
     def solution(self) -> Any:
-        return InTwo(self.vector(), self.vector()) if self.robust else self.vector()
+        return InTwo(self.vector(), self.vector()) if self.in_two else self.vector()
 
     def start(self, x: Any) -> None:
         def ramp(slab: Slab) -> None:
@@ -389,7 +390,9 @@ class SlabSolver(Solver):
 
         def up(slab: Slab) -> None:
             values = z.of(slab)
-            found[slab.number] = slab.sweep_up(r.of(slab, 2), self.x.of(slab, 1, (RED, BLACK)), values)
+            # Two planes of voxels beyond the own ones, as of r.
+            correction = self.x.of(slab, 2 // slab.step[0], (RED, BLACK))
+            found[slab.number] = slab.sweep_up(r.of(slab, 2), correction, values)
             z.put(slab, values)
 
         self._run(down)

@@ -19,10 +19,12 @@ class Threads:
         self._pool = ThreadPoolExecutor(number - 1) if number > 1 else None
         self._own = threading.local()
 
-    def scratch(self, floats: int) -> np.ndarray:
-        if getattr(self._own, "scratch", None) is None or len(self._own.scratch) < floats:
-            self._own.scratch = np.zeros(floats, np.float32)
-        return self._own.scratch
+    def scratch(self, number: int, kind: Any = np.float32) -> np.ndarray:
+        """At least so many elements, the same for every kernel of a thread."""
+        own = getattr(self._own, "scratch", None)
+        if own is None or len(own) < number or own.dtype != kind:
+            own = self._own.scratch = np.zeros(number, kind)
+        return own
 
     def each(self, function: Callable[[int, int], Any], number: int, step: int) -> list[Any]:
         return self.over(range(0, max(number, 1), step), lambda a: function(a, min(a + step, number)))

@@ -1,7 +1,7 @@
-"""Registers of 16 floats for numba kernels, filled from and emptied into arrays that leave out insulating voxels.
+"""Registers of 16 numbers for numba kernels, filled from and emptied into arrays that leave out insulating voxels.
 
 A lane mask is an integer whose bit i stands for lane i. Machines with shorter registers split them; values are the
-same. Arrays are flat float32; indices are in floats.
+same. Arrays are flat, float32 or float64, and so are the registers filled from them; indices are in elements.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ intrinsic: Any = _intrinsic  # what it makes is called without the typing contex
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _DOUBLES = ir.VectorType(ir.DoubleType(), LANES)
 _BITS = ir.VectorType(ir.IntType(1), LANES)
+_HALF = LANES // 2
 
 
 class Floats(types.Type):
@@ -31,7 +32,7 @@ class Floats(types.Type):
 
 
 class Doubles(types.Type):
-    """16 running sums in float64."""
+    """A register of 16 numbers in float64, or of running sums."""
 
     def __init__(self) -> None:
         super().__init__(name="Doubles16")
@@ -65,8 +66,29 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _all(number: float) -> Any:
-    return ir.Constant(_FLOATS, [number] * LANES)
+def _all(kind: Any, number: float) -> Any:
+    return ir.Constant(kind, [number] * LANES)
+
+
+def _register(number: Any) -> Any:
+    """The type of register for numbers, or an array of them."""
+    kind = getattr(number, "dtype", number)
+    return DOUBLES if kind == types.float64 else FLOATS
+
+
+def _wide(value: Any) -> bool:
+    """Whether a register is of float64."""
+    return bool(value.type == _DOUBLES)
+
+
+def _half_of(builder: Any, value: Any, upper: int) -> Any:
+    places = ir.Constant(ir.VectorType(ir.IntType(32), _HALF), [upper * _HALF + i for i in range(_HALF)])
+    return builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+
+def _both(builder: Any, low: Any, high: Any) -> Any:
+    places = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(LANES)))
+    return builder.shuffle_vector(low, high, places)
 
 
 @intrinsic
@@ -87,13 +109,15 @@ def lowest(typing: Any, number: Any) -> Any:
 
 @intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
-    """The floats at array[index …]."""
+    """The numbers at array[index …]."""
+    result = _register(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], *arguments)
-        return builder.load(builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+        kind = context.get_value_type(result)
+        return builder.load(builder.bitcast(address, kind.as_pointer()), align=8 if kind == _DOUBLES else 4)
 
-    return FLOATS(array, types.intp), generate
+    return result(array, types.intp), generate
 
 
 @intrinsic
@@ -102,7 +126,10 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], *arguments[:2])
-        builder.store(arguments[2], builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+        kind = arguments[2].type
+        builder.store(
+            arguments[2], builder.bitcast(address, kind.as_pointer()), align=8 if kind == _DOUBLES else 4
+        )
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), generate
@@ -112,13 +139,29 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 def spread(typing: Any, array: Any, index: Any, mask: Any) -> Any:
     """array[index], array[index + 1], … in the lanes of the mask, 0 in the others."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], *arguments[:2])
-        return _call(
-            builder, "llvm.masked.expandload.v16f32", _FLOATS, [address, _mask(builder, arguments[2]), _all(0.0)]
-        )
+    result = _register(array)
 
-    return FLOATS(array, types.intp, types.int64), generate
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, mask = _address(context, builder, signature.args[0], *arguments[:2]), _mask(builder, arguments[2])
+        if result is FLOATS:
+            return _call(builder, "llvm.masked.expandload.v16f32", _FLOATS, [address, mask, _all(_FLOATS, 0.0)])
+        # No machine has registers of 16 doubles: two of 8, the second from where the first ends.
+        kind = ir.VectorType(ir.DoubleType(), _HALF)
+        halves = []
+        for upper in (0, 1):
+            few = _half_of(builder, mask, upper)
+            halves.append(
+                _call(builder, "llvm.masked.expandload.v8f64", kind, [address, few, ir.Constant(kind, [0.0] * _HALF)])
+            )
+            address = builder.gep(address, [_lanes_of_first_half(builder, arguments[2])])
+        return _both(builder, *halves)
+
+    return result(array, types.intp, types.int64), generate
+
+
+def _lanes_of_first_half(builder: Any, mask: Any) -> Any:
+    few = builder.and_(mask, ir.Constant(ir.IntType(64), (1 << _HALF) - 1))
+    return _call(builder, "llvm.ctpop.i64", ir.IntType(64), [few])
 
 
 @intrinsic
@@ -127,28 +170,40 @@ def gathered(typing: Any, value: Any, mask: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = _mask(builder, arguments[1])
+        if _wide(arguments[0]):
+            place = cgutils.alloca_once(builder, _DOUBLES)
+            builder.store(_all(_DOUBLES, 0.0), place)
+            address = builder.bitcast(place, ir.DoubleType().as_pointer())
+            for upper in (0, 1):
+                half, few = (_half_of(builder, v, upper) for v in (arguments[0], bits))
+                _call(builder, "llvm.masked.compressstore.v8f64", ir.VoidType(), [half, address, few])
+                address = builder.gep(address, [_lanes_of_first_half(builder, arguments[1])])
+            return builder.load(place)
+        nothing = _all(_FLOATS, 0.0)
         if _COMPRESSES:
-            return _call(builder, "llvm.x86.avx512.mask.compress.v16f32", _FLOATS, [arguments[0], _all(0.0), bits])
-        place = cgutils.alloca_once_value(builder, _all(0.0))
+            return _call(builder, "llvm.x86.avx512.mask.compress.v16f32", _FLOATS, [arguments[0], nothing, bits])
+        place = cgutils.alloca_once_value(builder, nothing)
         first = builder.bitcast(place, ir.FloatType().as_pointer())
         _call(builder, "llvm.masked.compressstore.v16f32", ir.VoidType(), [arguments[0], first, bits])
         return builder.load(place)
 
-    return FLOATS(value, types.int64), generate
+    return value(value, types.int64), generate
 
 
 @intrinsic
 def load_few(typing: Any, array: Any, index: Any, number: Any) -> Any:
-    """The `number` floats at array[index …] in the lowest lanes, 0 in the others; nothing beyond is touched."""
+    """The `number` numbers at array[index …] in the lowest lanes, 0 in the others; nothing beyond is touched."""
+    result = _register(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = context.get_value_type(result)
         address = _address(context, builder, signature.args[0], *arguments[:2])
-        place = builder.bitcast(address, _FLOATS.as_pointer())
+        place = builder.bitcast(address, kind.as_pointer())
         few = _few(builder, arguments[2])
-        align = ir.Constant(ir.IntType(32), 4)
-        return _call(builder, _memory("load", place), _FLOATS, [place, align, few, _all(0.0)])
+        align = ir.Constant(ir.IntType(32), 8 if kind == _DOUBLES else 4)
+        return _call(builder, _memory("load", place), kind, [place, align, few, _all(kind, 0.0)])
 
-    return FLOATS(array, types.intp, types.int64), generate
+    return result(array, types.intp, types.int64), generate
 
 
 @intrinsic
@@ -156,10 +211,11 @@ def store_few(typing: Any, array: Any, index: Any, value: Any, number: Any) -> A
     """array[index …] = the `number` lowest lanes; nothing beyond is touched."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = arguments[2].type
         address = _address(context, builder, signature.args[0], *arguments[:2])
-        place = builder.bitcast(address, _FLOATS.as_pointer())
+        place = builder.bitcast(address, kind.as_pointer())
         few = _few(builder, arguments[3])
-        align = ir.Constant(ir.IntType(32), 4)
+        align = ir.Constant(ir.IntType(32), 8 if kind == _DOUBLES else 4)
         _call(builder, _memory("store", place), ir.VoidType(), [arguments[2], place, align, few])
         return context.get_dummy_value()
 
@@ -172,20 +228,22 @@ def _few(builder: Any, number: Any) -> Any:
 
 
 def _memory(what: str, place: Any) -> str:
-    pointer = "p0" if getattr(place.type, "is_opaque", False) else "p0v16f32"
-    return f"llvm.masked.{what}.v16f32.{pointer}"
+    element = "f64" if place.type.pointee == _DOUBLES else "f32"
+    pointer = "p0" if getattr(place.type, "is_opaque", False) else f"p0v16{element}"
+    return f"llvm.masked.{what}.v16{element}.{pointer}"
 
 
 @intrinsic
 def splat(typing: Any, number: Any) -> Any:
-    """A float in every lane."""
+    """A number in every lane."""
+    result = _register(number)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        nothing = ir.Constant(_FLOATS, ir.Undefined)
+        nothing = ir.Constant(context.get_value_type(result), ir.Undefined)
         first = builder.insert_element(nothing, arguments[0], ir.Constant(ir.IntType(32), 0))
         return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
-    return FLOATS(types.float32), generate
+    return result(number), generate
 
 
 @intrinsic
@@ -212,7 +270,7 @@ def divide(typing: Any, a: Any, b: Any) -> Any:
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, rounded once."""
     return a(a, a, a), lambda context, builder, signature, arguments: _call(
-        builder, "llvm.fma.v16f32", _FLOATS, list(arguments)
+        builder, f"llvm.fma.v16f{64 if _wide(arguments[0]) else 32}", arguments[0].type, list(arguments)
     )
 
 
@@ -220,7 +278,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 def keep(typing: Any, value: Any, mask: Any) -> Any:
     """The lanes of the mask; 0 in the others."""
     return value(value, types.int64), lambda context, builder, signature, arguments: builder.select(
-        _mask(builder, arguments[1]), arguments[0], _all(0.0)
+        _mask(builder, arguments[1]), arguments[0], _all(arguments[0].type, 0.0)
     )
 
 
@@ -229,9 +287,10 @@ def inverse(typing: Any, value: Any, mask: Any) -> Any:
     """1 / value in the lanes of the mask; 0 in the others."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits, one = _mask(builder, arguments[1]), _all(1.0)
+        kind = arguments[0].type
+        bits, one = _mask(builder, arguments[1]), _all(kind, 1.0)
         safe = builder.select(bits, arguments[0], one)
-        return builder.select(bits, builder.fdiv(one, safe), _all(0.0))
+        return builder.select(bits, builder.fdiv(one, safe), _all(kind, 0.0))
 
     return value(value, types.int64), generate
 
@@ -244,10 +303,10 @@ def no_sum(typing: Any) -> Any:
 
 @intrinsic
 def add_product(typing: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Each lane's float64 sum plus the product of two floats, which is exact in float64."""
+    """Each lane's float64 sum plus the product of two numbers; of two floats it is exact in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        wide = [builder.fpext(value, _DOUBLES) for value in arguments[1:]]
+        wide = [v if _wide(v) else builder.fpext(v, _DOUBLES) for v in arguments[1:]]
         return _call(builder, "llvm.fma.v16f64", _DOUBLES, [*wide, arguments[0]])
 
     return sums(sums, a, a), generate
