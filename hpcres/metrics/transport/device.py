@@ -20,14 +20,14 @@ import torch
 
 from hpcres.errors import InputError
 from hpcres.metrics.transport import coarse, fine
-from hpcres.metrics.transport.coarse import OVERCORRECTION, Level
+from hpcres.metrics.transport.coarse import OVERCORRECTION, ROBUST_CORRECTION, Level
 from hpcres.metrics.transport.multigrid import Solved, System
 from hpcres.metrics.transport.threads import Threads
 
 PIECES = 100  # of a volume: what a pass needs for one is small beside the vectors
 LEAST_PIECE = 1 << 22  # voxels; with fewer, a GPU waits for the next launch
 MATRIX = 512  # parts of a level from which on the cycle is one matrix: one launch instead of hundreds
-RED = (0, 3, 5, 6)  # voxels of a cell, 4 dz + 2 dy + dx, with even z + y + x
+RED = (0, 3, 5, 6)  # places of a cell of 2×2×2, 4 dz + 2 dy + dx, with even z + y + x
 WORK_BYTES, WORK_BYTES_SEVERAL = 34, 50  # held at once for a voxel of a piece, its margins included
 LEVEL_BYTES = 13  # of all levels together, for a conducting voxel
 Piece = tuple[int, int, int, int]
@@ -81,7 +81,13 @@ class DeviceSystem(System):
         self._parts = put(self.parts[:, :-1].astype(coarse.index_type(number + 1)))
         self._labels = None if self.labels is None else put(self.labels)
         self._resistance = None if self.resistance is None else put(self.resistance)
-        self._numbers, self._part_of_red = put(fine.PARTS), put(fine.PART.T[list(RED)])
+        self.dtype = torch.float64 if self.real is np.float64 else torch.float32
+        # A sweep leaves a residual at red voxels only; in other cells than 2×2×2 they are not at the same places.
+        within = [i for i in range(8) if all((i >> 2 - a & 1) < n for a, n in enumerate(self.step))]
+        self._places = RED if self.step == (2, 2, 2) else tuple(within)
+        self._cells = put(self.cells.astype(np.int16)) if self.split else None
+        self._numbers, self._part_of_place = put(self.tables[0]), put(self.tables[1].T[list(self._places)])
+        self._correction = ROBUST_CORRECTION if self.robust else OVERCORRECTION
         edge = max((planes * rows / PIECES) ** 0.5, (LEAST_PIECE / columns) ** 0.5)
         deep, high = (-(-n // (2 * max(1, round(n / edge)))) * 2 for n in (planes, rows))
         self._pieces = [
@@ -98,8 +104,12 @@ class DeviceSystem(System):
     @property
     def held(self) -> int:
         """Bytes on the device, those of the vectors included; temporaries aside."""
-        own = [self._bits, self._before, self._parts, self._labels, self._resistance, self._numbers, self._part_of_red]
-        return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + 16 * (self.voxels + 1)
+        own = [
+            self._bits, self._before, self._parts, self._labels, self._resistance, self._cells, self._numbers,
+            self._part_of_place,
+        ]  # fmt: skip
+        vectors = (3 * self.dtype.itemsize + (8 if self.robust else 4)) * (self.voxels + 1)
+        return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + vectors
 
     @property
     def bytes(self) -> int:
@@ -121,18 +131,26 @@ class DeviceSystem(System):
         return solved, x[:-1].cpu().numpy()
 
     def vector(self) -> Any:
-        return torch.zeros(self.voxels + 1, dtype=torch.float32, device=self.device)
+        return torch.zeros(self.voxels + 1, dtype=self.dtype, device=self.device)
 
-    def start(self, x: Any, r: Any) -> float:
+    def solution(self) -> Any:
+        """In float64 in the robust form, in place of two floats."""
+        kind = torch.float64 if self.robust else self.dtype
+        return torch.zeros(self.voxels + 1, dtype=kind, device=self.device)
+
+    def start(self, x: Any) -> None:
         axis, (first, last) = self.geometry[7], self.geometry[8:10]
         for piece in self._pieces:
             w = _Window(self, piece, 0)
-            ramp = (torch.arange(w.mask.shape[axis], device=self.device) + (piece[2 * axis] if axis < 2 else 0)).float()
+            ramp = torch.arange(w.mask.shape[axis], device=self.device) + (piece[2 * axis] if axis < 2 else 0)
+            ramp = ramp.to(x.dtype)
             ramp = ((ramp - first + 0.5) / (last - first + 1)).view([-1 if a == axis else 1 for a in range(3)])
             x[w.places] = w.mask * ramp
+
+    def leave(self, x: Any, r: Any) -> None:
+        r.zero_()
         for piece in self._pieces:
             self._subtract_applied(piece, x, 1.0, 1.0, r)
-        return self.energy(x, 1.0)
 
     def turn(self, p: Any, z: Any, beta: float) -> float:
         p.mul_(beta).add_(z)
@@ -162,17 +180,19 @@ class DeviceSystem(System):
         B = w.around(A).add_(_inner(R)).mul_(_inner(D)).mul_(~w.red(_inner(R)))
         # The sweep leaves nothing at black voxels, and at red ones what black ones changed.
         left = w.around(B).mul_(w.inner(w.mask, 3))
-        of_red = torch.stack([left[_of_cell(i)] for i in RED])
-        self._cycle.b.index_add_(0, w.parts_of_red(0).view(-1), of_red.view(-1))
+        of_places = torch.stack([left[_of_cell(i, self.step)] for i in self._places])
+        self._cycle.b.index_add_(0, w.parts_of_places(0).view(-1), of_places.view(-1))
 
     def _sweep_up(self, piece: Piece, r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """z of the piece; its part of r · z."""
         w = _Window(self, piece, 3)
         R, D = r[w.inner(w.places, 1)], w.inverse_diagonal()
         A = R * D
-        of_red = self._cycle.x.index_select(0, w.parts_of_red(2).view(-1)).view(4, *(n // 2 for n in A.shape))
-        for place, i in enumerate(RED):
-            A[_of_cell(i)].add_(of_red[place], alpha=OVERCORRECTION)
+        parts = w.parts_of_places(2)
+        of_places = self._cycle.x.index_select(0, parts.view(-1)).view(parts.shape)
+        del parts
+        for place, i in enumerate(self._places):
+            A[_of_cell(i, self.step)].add_(of_places[place], alpha=self._correction)
         A.mul_(w.red(A)).mul_(w.inner(w.mask, 1))
         B = w.around(A).add_(_inner(R)).mul_(_inner(D)).mul_(~w.red(_inner(R)))
         R, D = w.inner(R, 2), w.inner(D, 2)
@@ -197,9 +217,14 @@ class DeviceSystem(System):
     def _subtract_applied(self, piece: Piece, p: torch.Tensor, alpha: float, end: float, r: torch.Tensor) -> None:
         w = _Window(self, piece, 1)
         V = p[w.places]
-        q = w.diagonal().mul_(_inner(V)).sub_(w.around(V))
-        for place, conductance, potential in w.faces(1, end):
-            q[place] -= conductance * potential
+        if self.robust:
+            q = w.outflow(V)
+            for place, conductance, potential in w.faces(1, end):
+                q[place] += conductance * (_inner(V)[place] - potential)
+        else:
+            q = w.diagonal().mul_(_inner(V)).sub_(w.around(V))
+            for place, conductance, potential in w.faces(1, end):
+                q[place] -= conductance * potential
         places = w.inner(w.places, 1)
         r[places] = r[places].sub_(q.mul_(w.inner(w.mask, 1)), alpha=alpha)
 
@@ -213,8 +238,8 @@ def _total(t: torch.Tensor) -> torch.Tensor:
     return t.sum(-1).sum(dtype=torch.float64)
 
 
-def _of_cell(i: int) -> tuple[slice, ...]:
-    return slice(i >> 2, None, 2), slice(i >> 1 & 1, None, 2), slice(i & 1, None, 2)
+def _of_cell(i: int, step: Sequence[int]) -> tuple[slice, ...]:
+    return slice(i >> 2, None, step[0]), slice(i >> 1 & 1, None, step[1]), slice(i & 1, None, step[2])
 
 
 class _Window:
@@ -299,9 +324,35 @@ class _Window:
             s[..., -1].addcmul_(_inner(wrap), own[..., 0])
         return s
 
+    def outflow(self, v: torch.Tensor) -> torch.Tensor:
+        """Sum of the currents to the six neighbours; one plane and row of margin less."""
+        system, own, less = self._system, _inner(v), (len(self.mask) - len(v)) // 2
+        mask = self.inner(self.mask, less)
+        s, here = torch.zeros_like(own), slice(1, -1)
+        every: list[Any] = [((slice(-2), here), 0, slice(-1)), ((slice(2, None), here), 0, slice(1, None))]
+        every += [((here, slice(-2)), 1, slice(-1)), ((here, slice(2, None)), 1, slice(1, None))]
+        for place, axis, face in every:
+            drop = (own - v[place]).mul_(mask[place])
+            if self._between is None:
+                s.add_(drop, alpha=float(system.g[axis]))
+            else:
+                between = self.inner(self._between[axis], less)
+                s.addcmul_(drop, between[face, here] if axis == 0 else between[here, face])
+        drop = own[..., 1:] - own[..., :-1]
+        drop.mul_(_inner(mask)[..., 1:]).mul_(_inner(mask)[..., :-1])
+        drop.mul_(float(system.g[2]) if self._between is None else _inner(self.inner(self._between[2], less)))
+        s[..., 1:].add_(drop)
+        s[..., :-1].sub_(drop)
+        if system.periodic[2]:
+            drop = (own[..., 0] - own[..., -1]).mul_(_inner(mask)[..., 0]).mul_(_inner(mask)[..., -1])
+            drop.mul_(float(system.g[2]) if self._between is None else _inner(self.inner(self._between[3], less)))
+            s[..., 0].add_(drop)
+            s[..., -1].sub_(drop)
+        return s
+
     def diagonal(self) -> torch.Tensor:
         """Sum of the conductances, those to the faces included; anything where nothing conducts."""
-        d = self.around(self.mask.float())
+        d = self.around(self.mask.to(self._system.dtype))
         for place, conductance, _ in self.faces(1, 0.0):
             d[place] += conductance
         return d
@@ -332,28 +383,32 @@ class _Window:
         between = self._between[axis][beyond if axis == 0 else own, beyond if axis == 1 else own]
         return _total(drop.mul_(between.view(drop.shape) if axis == 3 else between))
 
-    def parts_of_red(self, margin: int) -> torch.Tensor:
-        """(4, z, y, x of cells): the part of each red voxel, in the order of RED; anything where nothing conducts.
+    def parts_of_places(self, margin: int) -> torch.Tensor:
+        """(place, z, y, x of cells): the part of each voxel at the system's places; anything where nothing conducts.
 
         margin: an even one.
         """
-        system, by = self._system, self._margin - margin
+        system, by, step = self._system, self._margin - margin, self._system.step
         mask = self.inner(self.mask, by)
-        shape = [n // 2 for n in mask.shape]
-        cell = torch.zeros(shape, dtype=torch.uint8, device=system.device)
-        for i in range(8):
-            cell.bitwise_or_(mask[_of_cell(i)].to(torch.uint8) << i)
+        shape = [n // s for n, s in zip(mask.shape, step, strict=True)]
+        z, y = (at[by : len(at) - by : s] // s for at, s in ((self._z, step[0]), (self._y, step[1])))
+        if system._cells is None:
+            cell = torch.zeros(shape, dtype=torch.uint8, device=system.device)
+            for i in range(8):
+                if all((i >> 2 - a & 1) < n for a, n in enumerate(step)):
+                    cell.bitwise_or_(mask[_of_cell(i, step)].to(torch.uint8) << i)
+        else:
+            cell = system._cells.index_select(0, z).index_select(1, y)
         cell = cell.int().view(-1)
         number = system._numbers.index_select(0, cell).view(shape)
-        z, y = (at[by : len(at) - by : 2] // 2 for at in (self._z, self._y))
-        row = z[:, None] * (system.geometry[1] // 2) + y[None, :]
+        row = z[:, None] * (system.geometry[1] // step[1]) + y[None, :]
         start = torch.empty(shape, dtype=system._parts.dtype, device=system.device)
         for odd in (0, 1):
             some = number[..., odd::2]
             # The parts of one colour of cells are counted along a row.
             begin = system._parts[z[:, None] + y[None, :] + odd & 1, row].unsqueeze(-1)
             start[..., odd::2] = some.cumsum(2, dtype=start.dtype).sub_(some).add_(begin)
-        part = system._part_of_red.index_select(1, cell).view(4, *shape)
+        part = system._part_of_place.index_select(1, cell).view(-1, *shape)
         return part + start
 
 
@@ -364,18 +419,19 @@ class _Level:
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        self.parts, self.red, self.odd = level.parts, level.red, level.odd
+        self.parts, self.red, self.mixed, self.correction = level.parts, level.red, level.mixed, float(level.correction)
         self.diagonal = put(level.diagonal)
         self.places, self.values = put(level.places.T), put(level.values.T)
         self.more = tuple(map(put, level.more))
         self.more_from_black = int(np.searchsorted(level.more[0], level.red))
-        self.parent = None if level.parent is None else put(level.parent[: level.parts if level.odd else level.red])
+        self.parent = None if level.parent is None else put(level.parent[: level.parts if level.mixed else level.red])
         # One element more, for what is in no part.
-        self.b, self.x = (torch.zeros(level.parts + 1, dtype=torch.float32, device=device) for _ in range(2))
+        self.to_faces = None if level.to_faces is None else put(level.to_faces)
+        self.b, self.x = (torch.zeros(level.parts + 1, dtype=self.diagonal.dtype, device=device) for _ in range(2))
 
     @property
     def bytes(self) -> int:
-        arrays = (self.diagonal, self.places, self.values, *self.more, self.parent, self.b, self.x)
+        arrays = (self.diagonal, self.places, self.values, *self.more, self.to_faces, self.parent, self.b, self.x)
         return sum(t.nbytes for t in arrays if t is not None)
 
     def around(self, begin: int, end: int) -> torch.Tensor:
@@ -388,6 +444,19 @@ class _Level:
         if b > a:
             of, places, values = (t[a:b] for t in self.more)
             s.index_add_(0, of - begin, values * self.x.index_select(0, places))
+        return s
+
+    def residual(self, end: int) -> torch.Tensor:
+        """Of the first parts; of a robust level as the sum of currents (see `coarse.restrict`)."""
+        if self.to_faces is None:
+            return self.around(0, end).addcmul_(self.diagonal[:end], self.x[:end], value=-1)
+        s, own = self.b[:end].addcmul(self.to_faces[:end], self.x[:end], value=-1), self.x[:end]
+        for places, values in zip(self.places, self.values, strict=True):
+            s.addcmul_(values[:end], self.x.index_select(0, places[:end]).sub_(own))
+        more = self.more_from_black if end == self.red else len(self.more[0])
+        if more:
+            of, places, values = (t[:more] for t in self.more)
+            s.index_add_(0, of, values * (self.x.index_select(0, places) - self.x.index_select(0, of)))
         return s
 
     def sweep(self, begin: int, end: int) -> None:
@@ -403,8 +472,9 @@ class _Cycle:
         at = next((i for i, level in enumerate(levels) if level.parts <= MATRIX), len(levels) - 1)
         lowest = levels[at]
         self._matrix: torch.Tensor | None = None
+        self._factors = lowest.factors if lowest.parts > MATRIX else None
         if lowest.parts <= MATRIX or lowest.inverse is not None:
-            matrix = np.empty((lowest.parts, lowest.parts), np.float32)
+            matrix = np.empty((lowest.parts, lowest.parts), lowest.b.dtype)
             for part in range(lowest.parts):
                 lowest.b[:], lowest.b[part] = 0, 1
                 coarse.cycle(levels, at, threads.each)
@@ -425,25 +495,27 @@ class _Cycle:
         level = self._levels[at]
         red, parts, x, b = level.red, level.parts, level.x, level.b
         if at + 1 == len(self._levels):
-            if self._matrix is None:
+            if self._factors is not None:
+                solved = self._factors.solve(b[:-1].double().cpu().numpy())
+                x[:-1] = torch.from_numpy(solved).to(x)
+            elif self._matrix is None:
                 torch.div(b[:-1], level.diagonal, out=x[:-1])
             else:
                 torch.mv(self._matrix, b[:-1], out=x[:-1])
             return
-        below, corrected = self._levels[at + 1], parts if level.odd else red
+        below, corrected = self._levels[at + 1], parts if level.mixed else red
         parent = level.parent
         assert parent is not None
         for visit in range(2):
             if visit == 0:
                 x.zero_()
                 torch.div(b[:red], level.diagonal[:red], out=x[:red])
-            elif level.odd:
+            elif level.mixed:
                 level.sweep(0, red)
             level.sweep(red, parts)
             below.b.zero_()
-            left = level.around(0, corrected).addcmul_(level.diagonal[:corrected], x[:corrected], value=-1)
-            below.b.index_add_(0, parent, left)
+            below.b.index_add_(0, parent, level.residual(corrected))
             self.run(at + 1)
-            x[:corrected].add_(below.x.index_select(0, parent), alpha=OVERCORRECTION)
+            x[:corrected].add_(below.x.index_select(0, parent), alpha=level.correction)
             level.sweep(red, parts)
             level.sweep(0, red)
