@@ -185,9 +185,12 @@ class VoxelEdges:
         return (z, y, x), unit
 
     def agrees_with(self, other: VoxelEdges, tolerance: float = 1e-6) -> bool:
-        """Whether no edge that both know differs by more than this share of the other's, ratios left out."""
-        shares = (ratio(a, b) for a, b in zip(self.each, other.each, strict=True) if a is not None and b is not None)
-        return all(abs(share - 1) <= tolerance for share in shares if share is not None)
+        """Whether no edge that both know differs by more than this share; beside lengths, ratios have to be as theirs."""
+        both = [(a, b) for a, b in zip(self.each, other.each, strict=True) if a is not None and b is not None]
+        if any((a.unit == RELATIVE) != (b.unit == RELATIVE) for a, b in both):
+            absolute = [(a.micrometers or a.length) / (b.micrometers or b.length) for a, b in both]
+            return max(absolute) <= min(absolute) * (1 + tolerance)
+        return all(abs((ratio(a, b) or 0.0) - 1) <= tolerance for a, b in both)
 
     def __str__(self) -> str:
         edges = [edge for edge in self.each if edge is not None]

@@ -72,9 +72,18 @@ def _file(name: str) -> Any:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise InputError(f"{name}: no permission to read it; check its owner and mode") from None
-        if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK) or "lock" in str(error) or "open for write" in str(error):
+        if "unable to lock file" in str(error) and error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise InputError(
+                f"{name}: its file system has no locks; set HDF5_USE_FILE_LOCKING=FALSE, or read a copy"
+            ) from None
+        if "unable to lock file" in str(error) or error.errno == errno.EAGAIN:
             raise InputError(
                 f"{name}: is locked, another program has it open for writing; close it there, or read a copy"
+            ) from None
+        if "already open for write" in str(error):
+            raise InputError(
+                f"{name}: is marked as open for writing, by a program that runs or was stopped; close it there, or run "
+                f"h5clear -s {name} where none does"
             ) from None
         corrupt(name, error)
 

@@ -55,8 +55,10 @@ def open_tiff(path: str, flat: bool = False) -> Volume:
         number = _chosen(path, name, series, chosen, flat)
         used = series if number is None else [series[number]]
         pages = [page for k, every in enumerate(pages_of) if number in (None, k) for page in every]
+        if complaints.gone and None in pages:
+            raise InputError(f"{name}: {complaints.gone}; put it beside this one")
         if not pages or None in pages:
-            corrupt(name, complaints.gone or "pages are missing")
+            corrupt(name, "pages are missing")
         edges = tiff_edges(tiff, pages[0].keyframe, number or 0)
     key = pages[0].keyframe
     if key.samplesperpixel > 1 or key.photometric in (
@@ -192,8 +194,7 @@ class _Pages:
         page, (_, rows, columns) = self.pages[number], self.grid
         index = (position[0] * rows + position[1]) * columns + position[2]
         offset, size = page.dataoffsets[index], page.databytecounts[index]
-        # pread keeps no position, so threads need no lock.
-        data = os.pread(page.parent.filehandle.fileno(), size, offset)
+        data = _bytes(page.parent.filehandle, offset, size)
         if len(data) < size:
             corrupt(self.path, f"page {number} ends early")
         try:
@@ -206,6 +207,17 @@ class _Pages:
         if segment is None:  # a sparse tile: nothing was stored
             return np.full(self.segment, self.key.nodata, self.dtype)
         return segment[..., 0].astype(self.dtype, copy=False)
+
+
+def _bytes(handle: Any, offset: int, size: int) -> bytes:
+    """What a file, of which an image may have many, holds at a place."""
+    if not handle.closed:
+        return os.pread(handle.fileno(), size, offset)  # keeps no position, so threads need no lock
+    file = os.open(handle.path, os.O_RDONLY)
+    try:
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)
 
 
 class _Complaints(logging.Filter):
@@ -225,7 +237,7 @@ class _Complaints(logging.Filter):
         if any(sign in message for sign in _BROKEN):
             self.fatal.append(message)
         if missing := re.search(r"failed to read ('[^']*')", message):
-            self.gone = self.gone or f"its file {missing.group(1)} is missing"
+            self.gone = self.gone or f"the file {missing.group(1)} that it names is missing"
         return False
 
 
