@@ -185,7 +185,7 @@ class VoxelEdges:
         return (z, y, x), unit
 
     def agrees_with(self, other: VoxelEdges, tolerance: float = 1e-6) -> bool:
-        """Whether no edge that both know differs by more than this share; beside lengths, ratios have to be as theirs."""
+        """Whether no edge that both know differs by more than this share; ratios beside lengths: of one another."""
         both = [(a, b) for a, b in zip(self.each, other.each, strict=True) if a is not None and b is not None]
         if any((a.unit == RELATIVE) != (b.unit == RELATIVE) for a, b in both):
             absolute = [(a.micrometers or a.length) / (b.micrometers or b.length) for a, b in both]

@@ -404,3 +404,18 @@ def test_each_file_that_says_another_size_is_named_with_both_numbers(study):
         compared(study)
     np.save(folder / "low.npy", np.zeros((20, 20, 20), "u1"))
     assert compared(study, f"low_res.path={folder}/low.npy") == []  # says nothing
+
+
+def test_slices_of_a_report_have_the_aspect_and_the_scale_of_their_axes(blobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("fiji.tif", blobs, imagej=True, resolution=(4, 2), metadata={"axes": "ZYX", "unit": "um"})
+    without = [x for s in ("correlations", "chords", "connectivity", "spectrum", "representative")
+               for x in ("--without", s)]  # fmt: skip
+    assert hpcres("metrics", "fiji.tif", *without, "--output", "metrics.json")[0] == 0
+    assert hpcres("report", "fiji.tif")[0] == 0
+    page = Path("report.html").read_text(encoding="utf-8")
+    # 8 × 14 × 12 voxels of 1 × 0.5 × 0.25 µm: planes yx, zx, zy as wide and high as they are.
+    for wide, high in ((3, 7), (3, 8), (7, 8)):
+        assert f"aspect-ratio:{wide}/{high}" in page
+    assert page.count("1 µm</div>") == 2  # at most a third of the image's width: of 3, 3 and 7 µm
+    assert page.count("2 µm</div>") == 1

@@ -59,7 +59,9 @@ def report_study(study: Study, volume: Volume) -> Path:
         page.warning("metrics.json belongs to another labels.zarr; run hpcres metrics again") if stale else "",
         *map(page.warning, notes),
         verdict(metrics, study),
-        slices_section(sights, legend, size.length, short_unit(size.unit), training_crop(study, colours, volume.shape)),
+        slices_section(
+            sights, legend, (size.length,) * 3, short_unit(size.unit), training_crop(study, colours, volume.shape)
+        ),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, "hpcres tortuosity"),
         _training(study.folder / "training.csv"),
@@ -83,7 +85,7 @@ def report_volume(
     solve = f"hpcres tortuosity {volume.path} --output {Path(target).parent / 'transport.json'}"
     body = [
         page.header(name, size_text(entry)),
-        slices_section([sight], legend, entry["voxel_size"][-1], short_unit(entry["voxel_unit"]), None),
+        slices_section([sight], legend, entry["voxel_size"], short_unit(entry["voxel_unit"]), None),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, solve),
         _provenance({**facts, **_flat(volume.provenance), **_commands(metrics, transport)}),
