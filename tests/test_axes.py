@@ -66,6 +66,8 @@ def test_any_order_of_named_axes_is_the_volume(axes, tmp_path):
     two = zarr.create_array(str(tmp_path / "two.zarr"), data=array, chunks=(2, 3, 4), zarr_format=2)
     two.attrs["_ARRAY_DIMENSIONS"] = list(axes.lower())  # as xarray does
     is_it(tmp_path / "two.zarr", LABELS)
+    two = zarr.create_array(str(tmp_path / "none.zarr"), data=LABELS, dimension_names=("dim_0", "dim_1", "dim_2"))
+    is_it(tmp_path / "none.zarr", LABELS)  # what xarray calls axes without names
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
@@ -206,6 +208,12 @@ def test_two_plain_stacks_in_a_tiff_are_not_joined(tmp_path):
     with pytest.raises(InputError, match="holds 2 images; name one"):
         open_volume(tmp_path / "two.tif")
     is_it(f"{tmp_path}/two.tif:1", LABELS[::-1])
+    with tifffile.TiffWriter(tmp_path / "thin.tif") as file:
+        file.write(LABELS[:, :, :1], compression="zlib")
+        file.write(LABELS[:, :, 1:2], compression="zlib")
+    with pytest.raises(InputError, match="holds 2 images; name one"):
+        open_volume(tmp_path / "thin.tif")
+    is_it(f"{tmp_path}/thin.tif:1", LABELS[:, :, 1:2])
     with tifffile.TiffWriter(tmp_path / "planes.ome.tif", ome=True) as file:
         for plane in LABELS:
             file.write(plane)

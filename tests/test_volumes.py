@@ -241,6 +241,17 @@ def faulty(tmp_path: Path) -> dict[str, tuple[str, str]]:
     group = zarr.create_group(str(tmp_path / "group.zarr"))
     group.create_array("first", data=array)
     (tmp_path / "broken.zarr").mkdir()
+    for name, codec in (("codec2", {"id": "jpegxl"}), ("codec3", {"name": "wavpack", "configuration": {}})):
+        coded = tmp_path / f"{name}.zarr"
+        zarr.create_array(str(coded), data=array, zarr_format=int(name[-1]))
+        described = coded / (".zarray" if name == "codec2" else "zarr.json")
+        content = json.loads(described.read_text())
+        content |= {"compressor": codec} if name == "codec2" else {"codecs": [*content["codecs"][:-1], codec]}
+        described.write_text(json.dumps(content))
+    zarr.create_array(str(tmp_path / "text.zarr"), data=np.array([[["a"]]], "S1"), zarr_format=2)
+    newer = zarr.create_group(str(tmp_path / "newer.zarr"))
+    newer.create_array("0", data=array)
+    newer.attrs["ome"] = {"multiscales": [{"coordinateSystems": [], "datasets": [{"path": "0"}]}]}
     written("broken.zarr/zarr.json", b"{ no json")
     swapped = Path(ome_zarr("0.5")(tmp_path, array))
     meta = json.loads((swapped / "zarr.json").read_text())
@@ -285,6 +296,10 @@ def faulty(tmp_path: Path) -> dict[str, tuple[str, str]]:
         "raw": (written("a.raw", b"123"), "raw file has no header"),
         "no zarr": (str(tmp_path / "folder"), "no zarr array or group"),
         "group": (str(tmp_path / "group.zarr"), "without OME multiscales.* of first"),
+        "zarr 2 codec": (str(tmp_path / "codec2.zarr"), "codec that is not installed .*jpegxl"),
+        "zarr 3 codec": (str(tmp_path / "codec3.zarr"), "codec that is not installed .*wavpack"),
+        "zarr of text": (str(tmp_path / "text.zarr"), "holds text"),
+        "OME-Zarr 0.6": (str(tmp_path / "newer.zarr"), "has coordinateSystems"),
         "broken zarr": (str(tmp_path / "broken.zarr"), "truncated or corrupt"),
         "axes": (str(swapped), "has axes x, y, z, c, t .* 50 channels"),
     }

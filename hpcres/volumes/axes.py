@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from hpcres.geometry import AXES, Box, Triple, triple
 
 _UNNAMED = ("", "i", "q", "?")
 """What tifffile and vigra call an axis of which the file says nothing."""
+_AUTOMATIC = re.compile(r"^(phony_)?(dim|axis)_?\d+$")
+"""What xarray and netCDF call axes that nobody has named."""
 _CHANNELS, _TIMES = ("c", "s", "channel", "channels", "sample", "samples"), ("t", "time", "frame", "frames")
 
 
@@ -64,7 +67,7 @@ def arranged(
     and any one axis but channels for that of the slices.
     """
     shape = tuple(int(n) for n in shape)
-    given = [] if names is None else [str(name).strip().lower() for name in names]
+    given = [] if names is None else [_AUTOMATIC.sub("", str(name).strip().lower()) for name in names]
     named = any(name not in _UNNAMED for name in given)
     places = _by_name(path, shape, given, flat) if named else _by_order(path, shape, flat)
     if 0 in shape:

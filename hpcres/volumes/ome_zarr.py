@@ -98,6 +98,10 @@ def _open_multiscale(
     array = group[first["path"]]
     if not isinstance(array, zarr.Array):
         corrupt(path, f"level {first['path']} is no array")
+    if "coordinateSystems" in image:
+        raise InputError(
+            f"{path}: has coordinateSystems (OME-Zarr 0.6), whose axes and sizes are not read; write it as 0.5"
+        )
     axes: Sequence[Any] = image.get("axes") or (_IMPLIED if array.ndim == 5 else AXES[-array.ndim :])
     described = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
     if len(described) != array.ndim:

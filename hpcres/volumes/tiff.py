@@ -97,7 +97,7 @@ def _chosen(path: str, name: str, series: list[Any], chosen: str, flat: bool) ->
         raise InputError(f"{path}: no image {chosen} in it; it has {', '.join(listed[:8])}")
     if len(series) == 1:
         return 0
-    shapes = {tuple(n for n in one.shape if n != 1) for one in series}
+    shapes = {tuple(n for n in one.shape if n != 1) if flat else tuple(one.shape) for one in series}
     types = {one.dtype for one in series}
     # OME-XML says of each that it is an image of its own; what else writes page by page means a stack.
     if len(shapes) == len(types) == 1 and len(next(iter(shapes))) <= 2 and (flat or series[0].kind != "ome"):
