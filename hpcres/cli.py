@@ -204,9 +204,7 @@ def convert(
         names: dict[int, str] | None = {label: "+".join(group) for label, group in groups} | unknown
         target = study.folder / "low_res.zarr"
         volume = open_low_res(study.low_res)
-        edges = cubic(study.low_res_voxel_size)
-        for line in compare_sizes(study, low_res=volume):
-            click.echo(line, err=True)
+        edges, notes = cubic(study.low_res_voxel_size), compare_sizes(study, low_res=volume)
     else:
         if output is None:
             raise InputError(f"{source}: no place to write to; give --output NAME.zarr")
@@ -214,36 +212,40 @@ def convert(
             raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
         names, target = _parse_phases(phases), Path(output)
         volume = open_volume(source)
-        edges = _voxel_edges(volume, voxel_size)
+        edges, notes = _voxel_edges(volume, voxel_size)
     size, unit = edges.lengths(source)
     with _progress("convert") as progress:
         convert_volume(
             volume, target, phases=names, voxel_size=size, unit=unit, overwrite=overwrite, progress=progress
         )
+    _say(notes)
     click.echo(target)
 
 
-def _voxel_edges(volume: Any, text: str | None) -> VoxelEdges:
-    """What --voxel-size says, else the file; says in a line what the file does not, or what is overridden."""
+def _voxel_edges(volume: Any, text: str | None) -> tuple[VoxelEdges, list[str]]:
+    """What --voxel-size says, else the file; and a line on what the file does not say, or what is overridden.
+
+    The line is for beside a result: an error must stay the only line.
+    """
     own: VoxelEdges = volume.edges
     try:
         edges = parse_voxel_edges(text) if text else own
     except ValueError as error:
         raise InputError(f"--voxel-size: {error}") from None
     if text and not edges.agrees_with(own):
-        _first_rank_says(f"{volume.path}: --voxel-size {edges} goes before the file's own, {own}")
-    elif not text:
+        return edges, [f"{volume.path}: --voxel-size {edges} goes before the file's own, {own}"]
+    if not text:
         _, unit = edges.lengths(volume.path, "give all three with --voxel-size Z,Y,X, such as 1um,250nm,250nm")
         because = f" ({own.note})" if own.note else ""
         if unit == "voxel":
-            _first_rank_says(f"{volume.path}: does not say its voxel size{because}; lengths are in voxels")
-        elif unit == "unit":
-            _first_rank_says(f"{volume.path}: says the ratio of voxel edges, {own}, and no length{because}")
-    return edges
+            return edges, [f"{volume.path}: does not say its voxel size{because}; lengths are in voxels"]
+        if unit == "unit":
+            return edges, [f"{volume.path}: says the ratio of voxel edges, {own}, and no length{because}"]
+    return edges, []
 
 
-def _first_rank_says(line: str) -> None:
-    if _is_first_rank():
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
         click.echo(line, err=True)
 
 
@@ -323,9 +325,9 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     trained = loaded.checkpoint_path.exists()
     generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
     volume = open_low_res(loaded.low_res)
-    for line in compare_sizes(loaded, low_res=volume, images=True, reference=True):
-        click.echo(line, err=True)
+    notes = compare_sizes(loaded, low_res=volume, images=True, reference=True)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
+    _say(notes)
     click.echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
 
 
@@ -495,11 +497,12 @@ def metrics(
         _writable(study.metrics_path)
         with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
             result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
+        notes = result.get("notes", [])
         save_study(study, "metrics")
     else:
         _no_settings(source, settings)
         volume, target = open_volume(source), Path(output) if output else None
-        edges = _voxel_edges(volume, voxel_size)
+        edges, notes = _voxel_edges(volume, voxel_size)
         if target is not None:
             _writable(target)
         with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
@@ -510,6 +513,7 @@ def metrics(
         result = {**header(command), "volume": measured}
     if target is not None:
         write_json(target, result)
+    _say(notes)
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else metrics_text(result))
     if target is not None:
         click.echo(f"written to {target}", err=as_json)
@@ -588,10 +592,10 @@ def tortuosity(
     if only and conductivity:
         raise InputError(f"--phase {only[0]}: --conductivity says already what conducts; drop one of them")
     volume = _study_volume(study) if study else open_volume(source)
-    edges = cubic(study.high_res.voxel_size) if study else _voxel_edges(volume, voxel_size)
     if study:
-        for line in compare_sizes(study, high_res=[volume], reference=True):
-            _first_rank_says(line)
+        edges, notes = cubic(study.high_res.voxel_size), compare_sizes(study, high_res=[volume], reference=True)
+    else:
+        edges, notes = _voxel_edges(volume, voxel_size)
     target = study.transport_path if study else Path(output) if output else None
     if target is not None:
         _writable(target)
@@ -630,9 +634,10 @@ def tortuosity(
 
             gpu = find_device(device)
         solver = describe(rtol, meets, BLOCK_VOXELS if estimate else None)
-        heading = iter([f"{solver['method']}; stops at {solver['stop']}"])
+        heading, lines = iter([f"{solver['method']}; stops at {solver['stop']}"]), iter(notes)
 
         def finished(result: dict[str, Any]) -> None:
+            _say([*lines] if first else [])
             for line in (*heading, transport_text(result)) if first else ():
                 click.echo(line, err=as_json)
 
@@ -740,7 +745,7 @@ def report(
 
         _no_settings(source, settings)
         volume, target = open_volume(source), Path(output or "report.html")
-        given = _voxel_edges(volume, voxel_size) if voxel_size else None
+        given, notes = _voxel_edges(volume, voxel_size) if voxel_size else (None, [])
         _writable(target)
 
         def found(stage: str, named: str | None, edges: VoxelEdges | None) -> dict[str, Any] | None:
@@ -752,11 +757,12 @@ def report(
 
         result, solved = found("metrics", measured_file, given), found("transport", solved_file, None)
         if result is None:
-            edges = given or _voxel_edges(volume, None)
+            edges, notes = (given, notes) if given else _voxel_edges(volume, None)
             with ended_by_signals("report"), connect(scheduler, worker_wait=worker_wait) as client:
                 measured = measure(volume, client=client, voxel_size=edges, settings=SubVolumes(), statistics=Metrics())
             result = {**header(_command_line()), "volume": measured}
         path = report_volume(volume, result, target, solved)
+        _say(notes)
     click.echo(path)
 
 

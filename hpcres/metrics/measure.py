@@ -9,6 +9,7 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
                           planes (see appearance.py)
     low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
     published             figures of the literature from the study, as they stand there
+    notes                 lines on files whose voxel size is not the study's, where it lets them be
 
     volume: path, provenance (of the store), shape [z, y, x], periodic [axes whose sides meet],
         voxel_size [z, y, x] and voxel_unit, length_unit, phases [{label, name}],
@@ -26,7 +27,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,8 +232,7 @@ def measure_study(
             f"measure it with the study that made it"
         )
 
-    for line in compare_sizes(study, low_res=low_res, high_res=[volume], images=True, reference=True):
-        print(line, file=sys.stderr, flush=True)
+    notes = compare_sizes(study, low_res=low_res, high_res=[volume], images=True, reference=True)
 
     def measured(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         return measure(
@@ -257,6 +256,7 @@ def measure_study(
         "images": {**measure_images(study.high_res), "planes": appearance_of_images(study.high_res)},
         "low_res": agreement(study, low_res, volume, client=client, progress=progress),
         "published": [p.model_dump(mode="json") for p in study.reference.published],
+        **({"notes": notes} if notes else {}),
     }
 
 
