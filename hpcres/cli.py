@@ -23,7 +23,8 @@ import click
 
 from hpcres import __version__
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.study import Metrics, Study, VoxelSize, parse_voxel_size
+from hpcres.lengths import VoxelEdges, cubic, parse_voxel_edges
+from hpcres.study import Metrics, Study
 from hpcres.study_file import load_study, save_study
 
 EXIT_INPUT, EXIT_UNFINISHED, EXIT_STOPPED = 2, 3, 75
@@ -92,7 +93,8 @@ _volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default="s
 _tiles = click.option("--tiles", metavar="ZxYxX", help="Tiles per axis; the study's inference.tiles by default.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left.")
 _voxel_size = click.option(
-    "--voxel-size", metavar="LENGTH", help="Edge of a bare volume's voxel with its unit, as 65nm or '65 nm'."
+    "--voxel-size", metavar="LENGTH|Z,Y,X",
+    help="Edge of a bare volume's voxel with its unit, 65nm, or three along z, y, x: 2um,250nm,250nm.",
 )
 _scheduler = click.option(
     "--scheduler",
@@ -189,6 +191,7 @@ def convert(
     from hpcres.volumes.convert import convert as convert_volume
     from hpcres.volumes.formats import open_volume
     from hpcres.volumes.phases import open_low_res
+    from hpcres.volumes.sizes import compare_sizes
 
     if _is_study(source):
         if phases or voxel_size:
@@ -199,29 +202,51 @@ def convert(
         groups = zip(study.low_res.phases, study.low_res.groups, strict=True)
         unknown = {label: f"unknown {label}" for label in study.low_res.unknown}
         names: dict[int, str] | None = {label: "+".join(group) for label, group in groups} | unknown
-        size: VoxelSize | None = study.low_res_voxel_size
         target = study.folder / "low_res.zarr"
         volume = open_low_res(study.low_res)
+        edges, notes = cubic(study.low_res_voxel_size), compare_sizes(study, low_res=volume)
     else:
         if output is None:
             raise InputError(f"{source}: no place to write to; give --output NAME.zarr")
         if settings:
             raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
-        names, size, target = _parse_phases(phases), _parse_size(voxel_size), Path(output)
+        names, target = _parse_phases(phases), Path(output)
         volume = open_volume(source)
-    length, unit = size if size else (None, None)
+        edges, notes = _voxel_edges(volume, voxel_size)
+    size, unit = edges.lengths(source)
     with _progress("convert") as progress:
         convert_volume(
-            volume, target, phases=names, voxel_size=length, unit=unit, overwrite=overwrite, progress=progress
+            volume, target, phases=names, voxel_size=size, unit=unit, overwrite=overwrite, progress=progress
         )
+    _say(notes)
     click.echo(target)
 
 
-def _parse_size(text: str | None) -> VoxelSize | None:
+def _voxel_edges(volume: Any, text: str | None) -> tuple[VoxelEdges, list[str]]:
+    """What --voxel-size says, else the file; and a line on what the file does not say, or what is overridden.
+
+    The line is for beside a result: an error must stay the only line.
+    """
+    own: VoxelEdges = volume.edges
     try:
-        return parse_voxel_size(text) if text else None
+        edges = parse_voxel_edges(text) if text else own
     except ValueError as error:
         raise InputError(f"--voxel-size: {error}") from None
+    if text and not edges.agrees_with(own):
+        return edges, [f"{volume.path}: --voxel-size {edges} goes before the file's own, {own}"]
+    if not text:
+        _, unit = edges.lengths(volume.path, "give all three with --voxel-size Z,Y,X, such as 1um,250nm,250nm")
+        because = f" ({own.note})" if own.note else ""
+        if unit == "voxel":
+            return edges, [f"{volume.path}: does not say its voxel size{because}; lengths are in voxels"]
+        if unit == "unit":
+            return edges, [f"{volume.path}: says the ratio of voxel edges, {own}, and no length{because}"]
+    return edges, []
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        click.echo(line, err=True)
 
 
 def _parse_phases(text: str | None) -> dict[int, str] | None:
@@ -291,6 +316,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     from hpcres.checkpoint import build_generator, load_checkpoint
     from hpcres.inference.plan import describe, estimate
     from hpcres.volumes.phases import open_low_res
+    from hpcres.volumes.sizes import compare_sizes
 
     given = [study, *(f"--set={setting}" for setting in settings), *([f"--output={output}"] if output else [])]
     if tiles is not None:
@@ -299,7 +325,9 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     trained = loaded.checkpoint_path.exists()
     generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
     volume = open_low_res(loaded.low_res)
+    notes = compare_sizes(loaded, low_res=volume, images=True, reference=True)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
+    _say(notes)
     click.echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
 
 
@@ -469,20 +497,23 @@ def metrics(
         _writable(study.metrics_path)
         with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
             result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
+        notes = result.get("notes", [])
         save_study(study, "metrics")
     else:
         _no_settings(source, settings)
-        volume, target, size = open_volume(source), Path(output) if output else None, _parse_size(voxel_size)
+        volume, target = open_volume(source), Path(output) if output else None
+        edges, notes = _voxel_edges(volume, voxel_size)
         if target is not None:
             _writable(target)
         with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
             measured = measure(
-                volume, client=client, voxel_size=size, settings=SubVolumes(count=0), periodic=(z, y, x),
+                volume, client=client, voxel_size=edges, settings=SubVolumes(count=0), periodic=(z, y, x),
                 statistics=_statistics(Metrics(), added, left_out, lags), scratch=target and target.absolute().parent,
             )  # fmt: skip
         result = {**header(command), "volume": measured}
     if target is not None:
         write_json(target, result)
+    _say(notes)
     click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else metrics_text(result))
     if target is not None:
         click.echo(f"written to {target}", err=as_json)
@@ -491,6 +522,7 @@ def metrics(
 @commands.command()
 @_volume_argument
 @_study_options
+@_voxel_size
 @click.option("--phase", "only", multiple=True, metavar="NAME", help="Only this phase, or label; repeatable.")
 @click.option(
     "--direction", "directions", type=click.Choice(("z", "y", "x")), multiple=True, help="All three by default."
@@ -520,8 +552,9 @@ def metrics(
 @_overwrite
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def tortuosity(
-    source: str, settings: tuple[str, ...], output: str | None, only: tuple[str, ...], directions: tuple[str, ...],
-    crop: str | None, rtol: float, conductivities: tuple[str, ...], periodic: tuple[str, ...], profile: bool,
+    source: str, settings: tuple[str, ...], output: str | None, voxel_size: str | None, only: tuple[str, ...],
+    directions: tuple[str, ...], crop: str | None, rtol: float, conductivities: tuple[str, ...],
+    periodic: tuple[str, ...], profile: bool,
     field: str | None, threads: int | None, estimate: str | None, memory: str | None, scratch: str | None,
     device: str | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -548,14 +581,21 @@ def tortuosity(
     from hpcres.metrics.transport import BLOCK_VOXELS, SCHEMA, describe
     from hpcres.metrics.transport import tortuosity as solve
     from hpcres.volumes.formats import open_volume
+    from hpcres.volumes.sizes import compare_sizes
 
     study = load_study(source, settings, output) if _is_study(source) else None
     if study is None:
         _no_settings(source, settings)
+    elif voxel_size:
+        raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
     conductivity = _parse_conductivities(conductivities)
     if only and conductivity:
         raise InputError(f"--phase {only[0]}: --conductivity says already what conducts; drop one of them")
     volume = _study_volume(study) if study else open_volume(source)
+    if study:
+        edges, notes = cubic(study.high_res.voxel_size), compare_sizes(study, high_res=[volume], reference=True)
+    else:
+        edges, notes = _voxel_edges(volume, voxel_size)
     target = study.transport_path if study else Path(output) if output else None
     if target is not None:
         _writable(target)
@@ -594,15 +634,17 @@ def tortuosity(
 
             gpu = find_device(device)
         solver = describe(rtol, meets, BLOCK_VOXELS if estimate else None)
-        heading = iter([f"{solver['method']}; stops at {solver['stop']}"])
+        heading, lines = iter([f"{solver['method']}; stops at {solver['stop']}"]), iter(notes)
 
         def finished(result: dict[str, Any]) -> None:
+            _say([*lines] if first else [])
             for line in (*heading, transport_text(result)) if first else ():
                 click.echo(line, err=as_json)
 
         measured = partial(
             solve, phases=study.phases if study else None, only=only, conductivity=conductivity,
-            directions=directions or ("z", "y", "x"), periodic=meets, crop=crop, rtol=rtol,
+            directions=directions or ("z", "y", "x"), spacing=edges.lengths(source)[0],
+            periodic=meets, crop=crop, rtol=rtol,
             threads=threads or (None if alone else ranks.cores), profile=profile, report=report, finished=finished,
             comm=ranks.communicator, on_node=ranks.on_node, memory=limit, scratch=place,
             say=partial(click.echo, err=True), estimate=BLOCK_VOXELS if estimate else None, device=gpu,
@@ -702,22 +744,25 @@ def report(
         from hpcres.study import SubVolumes
 
         _no_settings(source, settings)
-        volume, target, size = open_volume(source), Path(output or "report.html"), _parse_size(voxel_size)
+        volume, target = open_volume(source), Path(output or "report.html")
+        given, notes = _voxel_edges(volume, voxel_size) if voxel_size else (None, [])
         _writable(target)
 
-        def found(stage: str, given: str | None, edge: VoxelSize | None) -> dict[str, Any] | None:
-            file = Path(given) if given else target.parent / f"{stage}.json"
-            result = find_result(volume, stage, file, given is not None, edge)
+        def found(stage: str, named: str | None, edges: VoxelEdges | None) -> dict[str, Any] | None:
+            file = Path(named) if named else target.parent / f"{stage}.json"
+            result = find_result(volume, stage, file, named is not None, edges)
             if result is not None:
                 click.echo(f"{stage} from {file}", err=True)
             return result
 
-        result, solved = found("metrics", measured_file, size), found("transport", solved_file, None)
+        result, solved = found("metrics", measured_file, given), found("transport", solved_file, None)
         if result is None:
+            edges, notes = (given, notes) if given else _voxel_edges(volume, None)
             with ended_by_signals("report"), connect(scheduler, worker_wait=worker_wait) as client:
-                measured = measure(volume, client=client, voxel_size=size, settings=SubVolumes(), statistics=Metrics())
+                measured = measure(volume, client=client, voxel_size=edges, settings=SubVolumes(), statistics=Metrics())
             result = {**header(_command_line()), "volume": measured}
         path = report_volume(volume, result, target, solved)
+        _say(notes)
     click.echo(path)
 
 

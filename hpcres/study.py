@@ -16,11 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from hpcres.errors import InputError
 from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
+from hpcres.lengths import Length, parse_length
 
-OME_UNITS = {
-    "nm": "nanometer", "um": "micrometer", "µm": "micrometer", "μm": "micrometer", "mm": "millimeter",
-    "m": "meter", "Å": "angstrom", "voxel": "voxel",
-}  # fmt: skip
 PATCH_VOXELS = 64
 """High-res edge of one training cube; scale factors are 64/d because d low-res voxels must fill it exactly."""
 _FEWEST_LOW_RES = 2  # d: a cube of one low-res voxel would have no structure to learn from
@@ -42,53 +39,8 @@ def _scale_factor(value: Any) -> Fraction:
     return scale
 
 
-def parse_voxel_size(value: Any) -> VoxelSize:
-    """`65 nm` as a length and a unit; ValueError in words."""
-    if isinstance(value, VoxelSize):
-        return value
-    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([^\W\d_]+)\s*", str(value))
-    if not match:
-        raise ValueError(f"{value!r} has no length with a unit; write for example 65 nm")
-    number, unit = match.groups()
-    unit = OME_UNITS.get(unit, unit)
-    if unit not in OME_UNITS.values():
-        raise ValueError(f"unit {match.group(2)!r} is not known; use one of {', '.join(OME_UNITS)}")
-    try:
-        length = float(number)
-    except ValueError:
-        length = 0.0
-    if not 0 < length < float("inf"):
-        raise ValueError(f"{value!r}: the length must be a positive number")
-    return VoxelSize(length, unit)
-
-
-class VoxelSize(tuple[float, str]):
-    """Edge length of a cubic voxel and its OME unit name."""
-
-    def __new__(cls, length: float, unit: str) -> VoxelSize:
-        return super().__new__(cls, (length, unit))
-
-    def __getnewargs__(self) -> tuple[float, str]:
-        return self.length, self.unit
-
-    @property
-    def length(self) -> float:
-        return self[0]
-
-    @property
-    def unit(self) -> str:
-        return self[1]
-
-    def times(self, factor: Fraction) -> VoxelSize:
-        return VoxelSize(self.length * float(factor), self.unit)
-
-    def __str__(self) -> str:
-        short = next(k for k, v in OME_UNITS.items() if v == self.unit)
-        return f"{self.length:.10g} {short}"
-
-
 ScaleFactor = Annotated[Fraction, PlainValidator(_scale_factor), PlainSerializer(str)]
-Voxel = Annotated[VoxelSize, PlainValidator(parse_voxel_size), PlainSerializer(str)]
+Voxel = Annotated[Length, PlainValidator(parse_length), PlainSerializer(str)]
 Grid = Annotated[tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(
     lambda v: "x".join(map(str, v))
 )]  # fmt: skip
@@ -514,6 +466,8 @@ class Study(Section):
     phantom: Phantom | None = None
     cluster: Cluster = Cluster()
     device: Device = "auto"
+    allow_voxel_size_mismatch: bool = False
+    """Go on where a file says another voxel size than the study, by more than 2 %, and take the study's."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
@@ -545,7 +499,7 @@ class Study(Section):
         return tuple(self.high_res.phases.values())
 
     @property
-    def low_res_voxel_size(self) -> VoxelSize:
+    def low_res_voxel_size(self) -> Length:
         return self.high_res.voxel_size.times(self.scale_factor)
 
     @property

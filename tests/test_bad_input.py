@@ -131,6 +131,50 @@ def hdf5(folder: Path) -> None:
         file["scan/labels"] = np.zeros((20, 20, 20), np.uint8)
 
 
+def hdf5_of(make: Callable[[h5py.File], object]) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        with h5py.File(folder / "low.h5", "w") as file:
+            make(file)
+
+    return write
+
+
+def two_volumes(folder: Path) -> None:
+    with tifffile.TiffWriter(folder / "low.tif") as file:
+        for _ in range(2):
+            file.write(VOLUME, photometric="minisblack")
+
+
+def half_virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((20, 18, 17), "u1")
+    layout[:] = h5py.VirtualSource("gone.h5", "d", (20, 18, 17))
+    file.create_virtual_dataset("v", layout)
+
+
+def fiji(path: str, edge_nm: float, depth_nm: float | None = None) -> Callable[[Path], object]:
+    """The low-res volume, or an image, as Fiji saves one whose pixels it knows."""
+
+    def write(folder: Path) -> None:
+        axes = {"axes": "ZYX", "spacing": depth_nm or edge_nm} if path == "low.tif" else {}
+        tifffile.imwrite(
+            folder / path, tifffile.imread(folder / path), imagej=True, resolution=(1 / edge_nm, 1 / edge_nm),
+            metadata={"unit": "nm", **axes},
+        )  # fmt: skip
+
+    return write
+
+
+def store_of(voxel_size: str) -> Callable[[Path], object]:
+    """A store painted when study and checkpoint had another voxel size."""
+
+    def paint(folder: Path) -> None:
+        checkpoint_of(folder, f"high_res.voxel_size={voxel_size}")
+        assert run(["infer", "--set", f"high_res.voxel_size={voxel_size}"]) == 0
+        checkpoint_of(folder)
+
+    return paint
+
+
 def painted(folder: Path) -> None:
     assert run(["infer"]) == 0
 
@@ -144,6 +188,8 @@ def nan_weight(content: dict) -> None:
 
 
 VOLUME = np.zeros((20, 18, 17), np.uint8)
+LATE = VOLUME.astype(np.float32)
+LATE[-1, -1, -1] = 0.5
 THIRD = np.full((20, 18, 17), 1 / 3)
 THIRDS = channels(THIRD, THIRD, THIRD)
 RGB = np.zeros((20, 18, 17, 3), np.uint8)
@@ -193,7 +239,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "unknown option": (lambda f: None, ["train", "--stepz", "3"], ["--stepz", "--help"]),
     # images
     "low-res missing": (lambda f: (f / "low.tif").unlink(), TRAIN, ["low.tif", "no such file"]),
-    "low-res float": (image("low.tif", VOLUME.astype(np.float32)), TRAIN, ["low.tif", "float", "segment"]),
+    "low-res float": (image("low.tif", VOLUME + np.float32(0.5)), TRAIN, ["low.tif", "holds 0.5", "float", "segment"]),
     "low-res RGB": (image("low.tif", RGB, photometric="rgb"), TRAIN, ["low.tif", "colour"]),
     "low-res truncated": (cut("low.tif", 0.6), TRAIN, ["low.tif"]),
     "low-res empty file": (text("low.tif", ""), TRAIN, ["low.tif"]),
@@ -249,13 +295,66 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         THIRDS, INFER, ["checkpoint.pt", "labels", "probabilities", "train anew"],
     ),
     "high-res missing": (lambda f: (f / "slice.tif").unlink(), TRAIN, ["slice.tif", "no such file"]),
-    "high-res float": (image("slice.tif", np.zeros((96, 96), np.float32)), TRAIN, ["slice.tif", "float"]),
+    "high-res float": (image("slice.tif", np.full((96, 96), 1.5, "f4")), TRAIN, ["slice.tif", "holds 1.5", "float"]),
     "high-res RGB": (
         image("slice.tif", np.zeros((96, 96, 3), np.uint8), photometric="rgb"), TRAIN, ["slice.tif", "colour"],
     ),
     "high-res unknown label": (image("slice.tif", np.full((96, 96), 9, np.uint8)), TRAIN, ["slice.tif", "9"]),
     "high-res smaller than a patch": (
         image("slice.tif", np.zeros((40, 96), np.uint8)), TRAIN, ["slice.tif", "40", "56"],
+    ),
+    # what the files say of themselves
+    "low-res float deep inside": (image("low.tif", LATE), TRAIN, ["low.tif", "holds 0.5 at voxel z 19, y 17, x 16"]),
+    "metrics float deep inside": (
+        image("late.npy", LATE), ["metrics", "late.npy", "--voxel-size", "1um"],
+        ["late.npy", "holds 0.5 at voxel z 19"],
+    ),
+    "two volumes": (two_volumes, TRAIN, ["low.tif", "holds 2 images", "low.tif:0", "low.tif:1"]),
+    "image of a file that has none": (both(two_volumes, low_res("low.tif:2")), TRAIN, ["low.tif:2", "no image 2"]),
+    "frames": (
+        image("low.tif", VOLUME, imagej=True, metadata={"axes": "TYX"}), TRAIN, ["low.tif", "20 frames", "axes t, z"],
+    ),
+    "channels": (image("low.tif", VOLUME, metadata={"axes": "ZYC"}), TRAIN, ["low.tif", "17 channels"]),
+    "virtual dataset without its source": (
+        both(hdf5_of(half_virtual), low_res("low.h5:/v")), TRAIN, ["low.h5:/v", "gone.h5:/d is missing"],
+    ),
+    "broken external link": (
+        both(hdf5_of(lambda h: h.update(a=h5py.ExternalLink("gone.h5", "/d"))), low_res("low.h5:/a")), TRAIN,
+        ["low.h5:/a", "gone.h5:/d, which is not there"],
+    ),
+    "empty dataset": (
+        both(hdf5_of(lambda h: h.update(a=h5py.Empty("u1"))), low_res("low.h5:/a")), TRAIN, ["is an empty dataset"],
+    ),
+    "objects": (
+        both(lambda f: np.save(f / "low.npy", np.array([[[{}]]])), low_res("low.npy")), TRAIN, ["Python objects"],
+    ),
+    "two voxel sizes of three": (
+        image("a.ome.tif", VOLUME, ome=True, metadata={"axes": "ZYX", "PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}),
+        ["metrics", "a.ome.tif"], ["a.ome.tif", "along z is not known", "--voxel-size Z,Y,X"],
+    ),
+    "two lengths of three": (
+        lambda f: None, ["tortuosity", "low.tif", "--voxel-size", "1um,2um"],
+        ["--voxel-size", "2 lengths", "2um,250nm"],
+    ),
+    "voxel size of a study by option": (
+        lambda f: painted(f), ["tortuosity", "--voxel-size", "1um"], ["study.yaml", "drop --voxel-size"],
+    ),
+    **{
+        f"low-res voxel size of another study, {command[0]}": (
+            fiji("low.tif", 260, 300), command, ["low.tif: its voxels are 300 nm along z", "260 nm (65 nm × 4)",
+                                                 "allow_voxel_size_mismatch: true"],
+        ) for command in (TRAIN, ["plan"], INFER, ["convert", "study.yaml"])
+    },
+    "image of another pixel size": (
+        fiji("slice.tif", 60), TRAIN, ["slice.tif: its voxels are 60 nm along y", "high_res.voxel_size is 65 nm"],
+    ),
+    **{
+        f"store of another voxel size, {command}": (
+            store_of("80 nm"), [command], ["labels.zarr: its voxels are 80 nm along z", "is 65 nm"],
+        ) for command in ("infer", "metrics", "tortuosity", "report")
+    },
+    "checkpoint of another voxel size": (
+        lambda f: checkpoint_of(f, "high_res.voxel_size=80 nm"), INFER, ["checkpoint.pt", "80 nm", "is 65 nm"],
     ),
     # training
     "no GPU": (lambda f: None, [*TRAIN, "--set", "device=cuda"], ["device", "cuda"]),

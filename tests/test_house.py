@@ -27,11 +27,12 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "signals": {"errors"},
     "geometry": {"errors"},
     "noise": {"geometry"},
-    "study": {"errors", "geometry"},
+    "lengths": {"errors", "geometry"},
+    "study": {"errors", "geometry", "lengths"},
     "study_file": {"errors", "study", "volumes"},
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
-    "volumes": {"errors", "geometry", "study", "volumes"},
+    "volumes": {"errors", "geometry", "lengths", "study", "volumes"},
     "checkpoint": {"errors", "networks", "study", "volumes"},
     "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
     "training": {
@@ -39,15 +40,15 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "training", "memory", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
     },
     "inference": {
-        "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory", "signals",
-        "metrics.counts", "metrics.named",
+        "errors", "geometry", "lengths", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory",
+        "signals", "metrics.counts", "metrics.named",
     },
-    "metrics": {"errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
-    "report": {"errors", "geometry", "study", "volumes", "metrics", "report"},
+    "metrics": {"errors", "geometry", "lengths", "study", "imaging", "volumes", "metrics", "memory"},
+    "report": {"errors", "geometry", "lengths", "study", "volumes", "metrics", "report"},
 }  # fmt: skip
 KEEPERS = {
-    "zarr": {"volumes/formats.py", "volumes/stores.py"}, "tifffile": {"volumes/tiff.py"},
-    "h5py": {"volumes/formats.py"},
+    "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"}, "tifffile": {"volumes/tiff.py"},
+    "h5py": {"volumes/hdf5.py"},
     "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
     "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": set(), "click": {"cli.py"},
 }  # fmt: skip

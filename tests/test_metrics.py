@@ -20,6 +20,7 @@ from small_volumes import plain_counts
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
+from hpcres.lengths import cubic
 from hpcres.metrics.agreement import agreement, changed_faces, lattice_imprint
 from hpcres.metrics.measure import count_volume, measure, measure_study, write_json
 from hpcres.metrics.schedule import block_shape, connect
@@ -103,7 +104,8 @@ def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
     np.save(tmp_path / "a.npy", a)
     study = small_study(tmp_path)
     found = measure(
-        open_volume(tmp_path / "a.npy"), client=client, phases=("pore", "solid"), voxel_size=study.high_res.voxel_size,
+        open_volume(tmp_path / "a.npy"), client=client, phases=("pore", "solid"),
+        voxel_size=cubic(study.high_res.voxel_size),
         progress=False,
     )  # fmt: skip
     assert found["specific_surface_area"]["unit"] == "1/micrometer"

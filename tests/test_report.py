@@ -17,12 +17,13 @@ from PIL import Image
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
+from hpcres.lengths import Length, cubic
 from hpcres.metrics.measure import header, measure, measure_study, write_json
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
 from hpcres.report.write import find_result, report_study, report_volume
-from hpcres.study import Study, SubVolumes, VoxelSize
+from hpcres.study import Study, SubVolumes
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS
 from hpcres.volumes.stores import LabelStore
@@ -279,7 +280,8 @@ def test_a_bare_volume_shows_all_that_metrics_shows_and_takes_what_was_measured(
     here = tmp_path / "out"
     path = str(tmp_path / "v.npy")
     assert find_result(open_volume(path), "metrics", here / "metrics.json", False, None) is not None
-    assert find_result(open_volume(path), "metrics", here / "metrics.json", False, VoxelSize(65, "nanometer")) is None
+    other = cubic(Length(65, "nanometer"))
+    assert find_result(open_volume(path), "metrics", here / "metrics.json", False, other) is None
     np.save(path, 1 - labels)  # what lies there is older than the volume now
     os.utime(path, ns=(time.time_ns() + 10**9,) * 2)
     for stage in ("metrics", "transport"):

@@ -241,6 +241,17 @@ def faulty(tmp_path: Path) -> dict[str, tuple[str, str]]:
     group = zarr.create_group(str(tmp_path / "group.zarr"))
     group.create_array("first", data=array)
     (tmp_path / "broken.zarr").mkdir()
+    for name, codec in (("codec2", {"id": "jpegxl"}), ("codec3", {"name": "wavpack", "configuration": {}})):
+        coded = tmp_path / f"{name}.zarr"
+        zarr.create_array(str(coded), data=array, zarr_format=int(name[-1]))
+        described = coded / (".zarray" if name == "codec2" else "zarr.json")
+        content = json.loads(described.read_text())
+        content |= {"compressor": codec} if name == "codec2" else {"codecs": [*content["codecs"][:-1], codec]}
+        described.write_text(json.dumps(content))
+    zarr.create_array(str(tmp_path / "text.zarr"), data=np.array([[["a"]]], "S1"), zarr_format=2)
+    newer = zarr.create_group(str(tmp_path / "newer.zarr"))
+    newer.create_array("0", data=array)
+    newer.attrs["ome"] = {"multiscales": [{"coordinateSystems": [], "datasets": [{"path": "0"}]}]}
     written("broken.zarr/zarr.json", b"{ no json")
     swapped = Path(ome_zarr("0.5")(tmp_path, array))
     meta = json.loads((swapped / "zarr.json").read_text())
@@ -256,33 +267,41 @@ def faulty(tmp_path: Path) -> dict[str, tuple[str, str]]:
         "empty": (written("empty.tif", b""), "is empty"),
         "suffix": (written("a.jpg", b"x"), "no volume format"),
         "no TIFF": (written("junk.tif", b"abcd" * 99), "corrupt"),
-        "float TIFF": (saved("float.tif", array.astype("f4")), "float32 grey values.*segment it first"),
+        "float TIFF": (saved("float.tif", array.astype("f4") / 2), "holds 0.5 at voxel .*float32 grey.*segment it"),
         "float NPY": (numpy("float.npy", array / 3), "float64 grey values.*segment it first"),
+        "not a number": (numpy("nan.npy", array * np.nan), "holds nan at voxel z 0, y 0, x 0"),
+        "float too large": (numpy("much.npy", array + 1e10), "holds 1e\\+10 at voxel"),
         "complex": (numpy("complex.npy", array * 1j), "not integer labels"),
         "RGB": (saved("rgb.tif", np.zeros((20, 20, 3), "u1"), photometric="rgb"), "colour image"),
         "RGB stack": (saved("rgbs.tif", np.zeros((5, 20, 20, 3), "u1"), photometric="rgb"), "colour image"),
         "2D TIFF": (saved("flat.tif", array[0]), "2D image.*3D volume is due"),
-        "one page": (saved("page.tif", array[:1]), "2D image.*3D volume is due"),
+        "one page of Fiji": (saved("page.tif", array[:1], imagej=True), "2D image.*3D volume is due"),
+        "one page of OME": (saved("page.ome.tif", array[:1], ome=True, metadata={"axes": "ZYX"}), "2D image"),
         "2D NPY": (numpy("flat.npy", array[0]), "2D image.*3D volume is due"),
         "4D": (numpy("time.npy", np.stack([array, array])), "4 axes"),
         "channels": (saved("c.tif", array[:4], imagej=True, metadata={"axes": "CYX"}), "channels"),
         "no voxels": (numpy("none.npy", array[:0]), "no voxels"),
         "sizes": (str(tmp_path / "sizes.tif"), "different sizes"),
+        "no such image": (str(tmp_path / "sizes.tif:2"), "no image 2 in it; it has .*sizes.tif:0 .*sizes.tif:1"),
         "cut plain": (cut("c1.tif", 0.6), "truncated or corrupt"),
         "cut at the end": (cut("c2.tif", 0.97, truncate=True), "truncated or corrupt"),
         "cut deflate": (cut("c3.tif", 0.6, compression="zlib"), "truncated or corrupt"),
         "cut tiles": (cut("c4.tif", 0.9, compression="zlib", tile=(16, 16)), "truncated or corrupt"),
         "bad deflate": (written("bad.tif", bytes(corrupt)), "truncated or corrupt.*page 0"),
         "cut NPY": (written("cut.npy", Path(npy(tmp_path, array)).read_bytes()[:500]), "truncated or corrupt"),
-        "pickled NPY": (numpy("object.npy", np.array([{}, 1])), "corrupt"),
+        "pickled NPY": (numpy("object.npy", np.array([{}, 1])), "holds Python objects"),
         "cut HDF5": (written("cut.h5", Path(hdf5(tmp_path, array)[:-13]).read_bytes()[:900]) + ":/a", "truncated"),
         "no dataset": (str(tmp_path / "a.h5"), "names no dataset; it has /scan/labels"),
         "wrong dataset": (str(tmp_path / "a.h5:/scan"), "no dataset /scan in it; it has /scan/labels"),
         "raw": (written("a.raw", b"123"), "raw file has no header"),
         "no zarr": (str(tmp_path / "folder"), "no zarr array or group"),
         "group": (str(tmp_path / "group.zarr"), "without OME multiscales.* of first"),
+        "zarr 2 codec": (str(tmp_path / "codec2.zarr"), "codec that is not installed .*jpegxl"),
+        "zarr 3 codec": (str(tmp_path / "codec3.zarr"), "codec that is not installed .*wavpack"),
+        "zarr of text": (str(tmp_path / "text.zarr"), "holds text"),
+        "OME-Zarr 0.6": (str(tmp_path / "newer.zarr"), "has coordinateSystems"),
         "broken zarr": (str(tmp_path / "broken.zarr"), "truncated or corrupt"),
-        "axes": (str(swapped), "has axes x, y, z, c, t"),
+        "axes": (str(swapped), "has axes x, y, z, c, t .* 50 channels"),
     }
 
 
@@ -404,6 +423,5 @@ def test_real_images_where_they_are(tmp_path):
     shares = counts / counts.sum()
     np.testing.assert_allclose(shares, [0.449917, 0.400466, 0.149616], atol=5e-7)
     assert read_images(data / "SOFC_hr_input.tif").shape == (1, 1024, 1024)
-    with pytest.raises(InputError, match="2D image"):
-        open_volume(data / "SOFC_hr_input.tif")
+    assert open_volume(data / "SOFC_hr_input.tif").shape == (1, 1024, 1024)  # it says three axes
     assert open_volume(data / "Separator_lr_input.tif").shape == (156, 75, 75)

@@ -42,13 +42,15 @@ from hpcres.inference.journal import (
 )
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.tasks import Desk, Shard, Tasks
+from hpcres.lengths import Length, cubic
 from hpcres.memory import keep_freed_memory
 from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described, spread
 from hpcres.signals import noted_signals
-from hpcres.study import Inference, RawHeader, Study, VoxelSize, parse_grid
+from hpcres.study import Inference, RawHeader, Study, parse_grid
 from hpcres.volumes.files import clear_leftovers, refuse_existing
 from hpcres.volumes.phases import PhaseMap, open_low_res
+from hpcres.volumes.sizes import compare_sizes, refuse_other_size
 from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
 from hpcres.volumes.volume import Volume
 
@@ -75,10 +77,12 @@ class Job:
     settings: Inference
     device: str
     command: str
-
-    @property
-    def voxel_size(self) -> VoxelSize:
-        return self.checkpoint.study.high_res.voxel_size
+    voxel_size: Length
+    """Of the output."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user, before anything is painted."""
+    any_voxel_size: bool = False
+    """Go on in a store of another voxel size."""
 
     @property
     def phase_map(self) -> PhaseMap:
@@ -122,11 +126,13 @@ def open_job(
     study: Study | None, *, checkpoint: str | None = None, low_res: str | Sequence[str] | None = None,
     output: str | None = None, tiles: str | None = None, seed: int | None = None, device: str | None = None,
     command: str = "", raw: Sequence[RawHeader | None] = (), inference: Mapping[str, Any] | None = None,
+    voxel_size: Length | None = None,
 ) -> Job:  # fmt: skip
     """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree.
 
     `low_res` is a volume of labels, or one of probabilities for each channel; `raw` the headers of those without one;
-    `inference` holds settings that go before the study's.
+    `inference` holds settings that go before the study's; `voxel_size` is that of a store which is there, so that
+    nothing is compared with the study's.
     """
     if study is None:
         if checkpoint is None or low_res is None or output is None:
@@ -150,7 +156,12 @@ def open_job(
             raise InputError(f"--tiles: {error}") from None
     plan = plan_job(loaded, volume, settings)
     chosen = basis.seed if seed is None else seed
-    return Job(loaded, volume, store, plan, chosen, settings, device or basis.device, command)
+    notes = [] if voxel_size else compare_sizes(basis, low_res=volume)
+    size = voxel_size or basis.high_res.voxel_size
+    return Job(
+        loaded, volume, store, plan, chosen, settings, device or basis.device, command, size, tuple(notes),
+        basis.allow_voxel_size_mismatch,
+    )  # fmt: skip
 
 
 def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
@@ -168,6 +179,9 @@ def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
                 f"{checkpoint.path}: was trained with {what} {old}, the study has {new}; train anew, or give the "
                 "study it was trained with"
             )
+    refuse_other_size(
+        checkpoint.path, cubic(theirs.high_res.voxel_size), study.high_res.voxel_size, study.allow_voxel_size_mismatch
+    )
 
 
 def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | None = None) -> Painted:
@@ -198,6 +212,8 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
             store.coarsen(np.zeros((2, 2, 2), np.uint8))
         counts.count(np.zeros((2, 2, 2), np.uint8), labels=range(len(job.checkpoint.phases)))
         if ranks.rank == 0:
+            for note in job.notes:
+                _say(note)
             _say(_opening(job, tiles, ranks, device, threads))
             if not claim.certain:
                 _say(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
@@ -351,8 +367,7 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
 
 def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
     """What `hpcres metrics` would say of the store, from the counts of its tiles, and how it varies with the seed."""
-    size = job.voxel_size
-    names = Named(dict(enumerate(job.checkpoint.phases)), (size.length,) * 3, size.unit)
+    names = Named(dict(enumerate(job.checkpoint.phases)), *cubic(job.voxel_size).lengths(str(job.output)))
     found = [described(total, names) for total in total_counts(store, len(job.seeds))]
     return {"measured": found[0], **({"spread": {"seeds": job.seeds, **spread(found)}} if len(found) > 1 else {})}
 
@@ -429,6 +444,9 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, c
     going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
     if going_on:
         _existing_provenance(job.output)
+        refuse_other_size(
+            str(job.output), LabelStore.open(job.output).volume.edges, job.voxel_size, job.any_voxel_size
+        )
         refuse_without_journal(job.output)
     else:
         refuse_existing(job.output, overwrite)

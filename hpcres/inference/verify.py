@@ -20,6 +20,7 @@ from hpcres.inference.generate import Painter
 from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journal, refuse_without_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
+from hpcres.lengths import RELATIVE, Length
 from hpcres.study import RawHeader, parse_boundary
 from hpcres.volumes.stores import LabelStore
 
@@ -118,6 +119,7 @@ def repair_job(path: Path, command: str = "") -> Job:
             "boundary": parse_boundary(provenance["boundary"]), "precision": provenance["precision"],
             "codec": provenance["codec"], "ensemble": provenance["ensemble"],
         },
+        voxel_size=LabelStore.open(path).volume.edges.x or Length(1.0, RELATIVE),
     )  # fmt: skip
     if job.checkpoint.sha256 != provenance["weights_sha256"]:
         raise InputError(

@@ -9,6 +9,7 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
                           planes (see appearance.py)
     low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
     published             figures of the literature from the study, as they stand there
+    notes                 lines on files whose voxel size is not the study's, where it lets them be
 
     volume: path, provenance (of the store), shape [z, y, x], periodic [axes whose sides meet],
         voxel_size [z, y, x] and voxel_unit, length_unit, phases [{label, name}],
@@ -37,6 +38,7 @@ from distributed import Client
 from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
+from hpcres.lengths import VoxelEdges, cubic
 from hpcres.metrics import counts
 from hpcres.metrics.appearance import appearance, appearance_of_images, images_by_plane, look
 from hpcres.metrics.counts import Counts, Rim
@@ -44,11 +46,12 @@ from hpcres.metrics.named import Named, described, summary
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, slabs, submit_with_neighbours, threads_of
 from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
-from hpcres.study import HighRes, Metrics, Study, SubVolumes, VoxelSize
+from hpcres.study import HighRes, Metrics, Study, SubVolumes
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PhaseMap, open_low_res
-from hpcres.volumes.volume import Volume
+from hpcres.volumes.sizes import compare_sizes
+from hpcres.volumes.volume import NotALabel, Volume
 
 SCHEMA = "hpcres metrics 1"
 OPEN = (False, False, False)
@@ -76,6 +79,8 @@ def _slabs(volume: Volume, box: Box, read: Callable[[Box], np.ndarray]) -> Itera
     for slab in slabs(box, volume.chunks, volume.dtype.itemsize):
         try:
             yield read(slab)
+        except NotALabel:
+            raise  # no block of it can be counted
         except (InputError, OSError, RuntimeError) as error:
             raise _Unreadable(" ".join(str(error).split())) from error
 
@@ -87,10 +92,14 @@ def _count_inner(box: Box, source: Source, labels: tuple[int, ...] | None) -> Le
             # What was never written is no phase, so it is looked for only where counting meets an unknown label.
             read = volume.read if labels is None else volume.read_unwritten
             return counts.count_inner(_slabs(volume, box, read), labels)
+        except NotALabel:
+            raise
         except InputError:
             return counts.count_inner(_slabs(volume, box, volume.read), labels)
     except _Unreadable as error:
         return Failure(box, str(error))
+    except NotALabel:
+        raise
     except InputError as error:
         raise InputError(f"{volume.path}: {error}") from None
 
@@ -143,27 +152,23 @@ def count_volume(
 
 
 def measure(
-    volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelSize | None = None,
+    volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelEdges | None = None,
     settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, periodic: Periodic = OPEN,
     block: Triple | None = None, statistics: Metrics | None = None, scratch: Path | None = None, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything metrics.json says of one volume (its `volume` entry).
 
     phases: names of labels 0, 1, 2, … (default: what the file knows, else the labels as they are found).
-    voxel_size: default what the file says, else one voxel. settings: the random sub-volumes, or none.
+    voxel_size: default what the file says, else one voxel; InputError where that is some of the edges.
+    settings: the random sub-volumes, or none.
     within: draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
     periodic: axes z, y, x whose two sides meet; sub-volumes and statistics stay inside the volume whatever it says.
     statistics: which of them, and how, or none; scratch: a folder for them that all workers see.
     """
+    size, unit = (voxel_size or volume.edges).lengths(volume.path)
     names = tuple(phases) if phases is not None else volume.phases
     known = None if names is None else tuple(range(len(names)))
     total = count_volume(volume, client=client, labels=known, periodic=periodic, block=block, progress=progress)
-    if voxel_size is not None:
-        size, unit = (voxel_size.length,) * 3, voxel_size.unit
-    elif volume.voxel_size is not None:
-        size, unit = volume.voxel_size, volume.unit or ("voxel" if set(volume.voxel_size) == {1.0} else "unit")
-    else:
-        size, unit = (1.0, 1.0, 1.0), "voxel"
     named = Named(dict(enumerate(names)) if names is not None else {i: str(i) for i in total.labels}, size, unit)
     result = {
         "path": os.path.abspath(volume.path),
@@ -220,12 +225,14 @@ def measure_study(
     within = None
     if reference is not None:
         within = [min(a, b) for a, b in zip(volume.shape, reference.shape, strict=True)]
-    settings, size = study.metrics.subvolumes, study.high_res.voxel_size
+    settings, size = study.metrics.subvolumes, cubic(study.high_res.voxel_size)
     if volume.phases is not None and volume.phases != study.phases:
         raise InputError(
             f"{volume.path}: has phases {', '.join(volume.phases)}, the study {', '.join(study.phases)}; "
             f"measure it with the study that made it"
         )
+
+    notes = compare_sizes(study, low_res=low_res, high_res=[volume], images=True, reference=True)
 
     def measured(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         return measure(
@@ -249,6 +256,7 @@ def measure_study(
         "images": {**measure_images(study.high_res), "planes": appearance_of_images(study.high_res)},
         "low_res": agreement(study, low_res, volume, client=client, progress=progress),
         "published": [p.model_dump(mode="json") for p in study.reference.published],
+        **({"notes": notes} if notes else {}),
     }
 
 
@@ -265,7 +273,7 @@ def measure_images(high_res: HighRes) -> dict[str, Any]:
         phase_map.where = image.path
         for one in read_images(image.path):
             total = counts.add(total, counts.count(phase_map.index(one[None]), labels=range(len(names))))
-    named = Named(dict(enumerate(names)), (high_res.voxel_size.length,) * 3, high_res.voxel_size.unit)
+    named = Named(dict(enumerate(names)), *cubic(high_res.voxel_size).lengths("high_res"))
     found = described(total, named)
     keep = ("voxel_size", "voxel_unit", "length_unit", "volume_fraction", "interphase_area")
     surface = found["specific_surface_area"]

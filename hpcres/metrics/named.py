@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.lengths import MICROMETERS
 from hpcres.metrics import counts
 from hpcres.metrics.counts import Counts, Densities
-
-_MICROMETERS = {"angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "meter": 1e6}
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,12 @@ class Named:
 
     @property
     def length_unit(self) -> str:
-        return "micrometer" if self.unit in _MICROMETERS else self.unit
+        return "micrometer" if self.unit in MICROMETERS else self.unit
 
     @property
     def lengths(self) -> tuple[float, float, float]:
         """Voxel edges in `length_unit`."""
-        z, y, x = (h * _MICROMETERS.get(self.unit, 1.0) for h in self.voxel_size)
+        z, y, x = (h * MICROMETERS.get(self.unit, 1.0) for h in self.voxel_size)
         return z, y, x
 
     def join(self, labels: Sequence[int]) -> str:

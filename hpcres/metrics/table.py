@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpcres.lengths import short_unit as short_length
+
 _SHORT_UNITS = {
     "1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel": "1/voxel", "1/voxel^2": "1/voxel²",
-    "micrometer": "µm", "nanometer": "nm", "millimeter": "mm", "angstrom": "Å", "meter": "m",
 }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class Row:
 
 
 def short_unit(unit: str) -> str:
-    return _SHORT_UNITS.get(unit, unit)
+    return _SHORT_UNITS.get(unit) or short_length(unit)
 
 
 def pair_name(key: str) -> str:

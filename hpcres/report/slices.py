@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from hpcres.geometry import AXES, Box, Triple, triple
+from hpcres.lengths import Spacing
 from hpcres.report import page
 from hpcres.study import Study
-from hpcres.volumes.formats import read_images
+from hpcres.volumes.formats import file_of, read_images
 from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap, likeliest
 from hpcres.volumes.volume import Volume
 
@@ -36,11 +37,11 @@ class Sight:
 
 
 def slices_section(
-    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: float, unit: str,
+    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: Spacing, unit: str,
     crop: tuple[str, str, int] | None,
 ) -> str:  # fmt: skip
     """A grid of images: a row per plane, a column per volume, all of the same physical region; then the crop,
-    as picture, caption and columns."""
+    as picture, caption and columns. voxel: edges z, y, x in `unit`."""
     main = next(s for s in sights if s.step == 1)
     middle = [n // 2 for n in main.volume.shape]
     planes, pictures, shown_edge = [], [], 0
@@ -58,8 +59,10 @@ def slices_section(
         planes.append(f"{AXES[axis]} = {middle[axis]}<br><small>{plane}</small>")
         for sight in sights:
             picture, alt = page.picture(_slice(sight, region, axis), sight.colours), f"{sight.title}, {plane} plane"
-            bar = _scale_bar(shown_edge, voxel, unit)
-            pictures.append(f"<div class='slice'><img alt='{escape(alt)}' src='{picture}'>{bar}</div>")
+            bar = _scale_bar(shown_edge, voxel[sides[1]], unit)
+            high, wide = (region.shape[a] * voxel[a] for a in sides)
+            ratio = "" if len(set(voxel)) == 1 else f" style='aspect-ratio:{wide:.6g}/{high:.6g}'"
+            pictures.append(f"<div class='slice'><img alt='{escape(alt)}' src='{picture}'{ratio}>{bar}</div>")
     if len(sights) == 1:  # one volume: its planes side by side
         cells = ["<div></div>", *(f"<div class='plane'>{plane}</div>" for plane in planes), "<div></div>", *pictures]
     else:
@@ -81,7 +84,7 @@ def slices_section(
         picture, caption, edge = crop
         training = (
             f"<div class='training'><div class='slice'><img alt='training image' src='{picture}'>"
-            f"{_scale_bar(edge, voxel, unit)}</div><p>{caption}</p></div>"
+            f"{_scale_bar(edge, voxel[2], unit)}</div><p>{caption}</p></div>"
         )
     return (
         f"<section><h2>Slices</h2><p class='legend'>{swatches}</p>{grid}"
@@ -133,4 +136,4 @@ def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
 
 
 def exists(path: str) -> bool:
-    return Path(path.split(":/")[0]).exists()
+    return file_of(path).exists()

@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 
 from hpcres.errors import InputError
+from hpcres.lengths import VoxelEdges
 from hpcres.metrics.table import short_unit, size_text
 from hpcres.report import page
 from hpcres.report.numbers import metrics_sections, transport_section, verdict
 from hpcres.report.slices import UNKNOWN_COLOUR, Sight, exists, palette, slices_section, training_crop
-from hpcres.study import Study, VoxelSize
-from hpcres.volumes.formats import open_volume
+from hpcres.study import Study
+from hpcres.volumes.formats import file_of, open_volume
 from hpcres.volumes.phases import open_low_res
+from hpcres.volumes.sizes import compare_sizes
 from hpcres.volumes.volume import Volume
 
 
 def report_study(study: Study, volume: Volume) -> Path:
     """report.html of a study, from labels.zarr and whatever metrics.json, transport.json, training.csv there is."""
     metrics, transport = _read_json(study.metrics_path), _read_json(study.transport_path)
+    notes = compare_sizes(study, high_res=[volume])
     colours = palette(len(study.phases))
     low_res = open_low_res(study.low_res)
     groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
@@ -54,8 +57,11 @@ def report_study(study: Study, volume: Volume) -> Path:
     body = [
         page.header(study.name, f"{_shape_text(volume)} voxels of {size}, scale factor {study.scale_factor}"),
         page.warning("metrics.json belongs to another labels.zarr; run hpcres metrics again") if stale else "",
+        *map(page.warning, notes),
         verdict(metrics, study),
-        slices_section(sights, legend, size.length, short_unit(size.unit), training_crop(study, colours, volume.shape)),
+        slices_section(
+            sights, legend, (size.length,) * 3, short_unit(size.unit), training_crop(study, colours, volume.shape)
+        ),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, "hpcres tortuosity"),
         _training(study.folder / "training.csv"),
@@ -79,7 +85,7 @@ def report_volume(
     solve = f"hpcres tortuosity {volume.path} --output {Path(target).parent / 'transport.json'}"
     body = [
         page.header(name, size_text(entry)),
-        slices_section([sight], legend, entry["voxel_size"][-1], short_unit(entry["voxel_unit"]), None),
+        slices_section([sight], legend, entry["voxel_size"], short_unit(entry["voxel_unit"]), None),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, solve),
         _provenance({**facts, **_flat(volume.provenance), **_commands(metrics, transport)}),
@@ -87,11 +93,11 @@ def report_volume(
     return page.write(Path(target), name, body)
 
 
-def find_result(volume: Volume, stage: str, path: Path, given: bool, edge: VoxelSize | None) -> dict[str, Any] | None:
+def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: VoxelEdges | None) -> dict[str, Any] | None:
     """What `hpcres metrics` or `hpcres tortuosity` (the stage: metrics, transport) wrote of a bare volume to `path`.
 
     A file that was not `given` but lies there is taken only if it is of this very volume as it is now, else None;
-    of one that was, InputError. edge: of a voxel, if the user named it.
+    of one that was, InputError. edges: of a voxel, if the user named them.
     """
     if not (given or path.is_file()):
         return None
@@ -107,13 +113,15 @@ def find_result(volume: Volume, stage: str, path: Path, given: bool, edge: Voxel
             raise InputError(f"{path}: is of {entry['shape']} voxels, {volume.path} has {list(volume.shape)}; {again}")
         if _made_by(entry.get("provenance", volume.provenance)) != _made_by(volume.provenance):
             raise InputError(f"{path}: belongs to another store than {volume.path}; {again}")
-        if edge is not None and (entry["voxel_size"], entry["voxel_unit"]) != ([edge.length] * 3, edge.unit):
-            raise InputError(f"{path}: {size_text(entry)} were measured, --voxel-size says {edge.length:g} {edge.unit}")
+        if edges is not None:
+            size, unit = edges.lengths(volume.path)
+            if (entry["voxel_size"], entry["voxel_unit"]) != (list(size), unit):
+                raise InputError(f"{path}: {size_text(entry)} were measured, not of {edges}; {again}")
     except InputError:
         if given:
             raise
         return None
-    file = volume.path.split(":/")[0]
+    file = file_of(volume.path)
     of_it = os.path.abspath(volume.path) == entry["path"] and path.stat().st_mtime >= os.stat(file).st_mtime
     return found if given or of_it else None
 

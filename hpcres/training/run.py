@@ -24,6 +24,8 @@ from hpcres.training.distributed import Processes, processes, seconds_without_a_
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.volumes.phases import open_low_res
+from hpcres.volumes.sizes import compare_sizes
 
 _COLUMNS = [
     "step", "seconds", "critic_loss", "wasserstein", "gradient_penalty", "generator_loss", "voxel_loss",
@@ -68,6 +70,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
         first, seconds_before = _place_of(before)
         if before is not None and (first >= settings.steps or seconds_before >= budget):
             return TrainingResult(str(study.checkpoint_path), first, seconds_before, first, True)
+        notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
         low_res, real = LowResCubes(study), RealSlices(study, group.device)
         models = Models(study, group)
         if before is not None:
@@ -84,7 +87,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             ["step", "seconds", *judge.columns] if judge else [], first,
         )  # fmt: skip
         try:
-            for message in _opening(study, group, models, low_res, real, before):
+            for message in (*notes, *_opening(study, group, models, low_res, real, before)):
                 journal.note(message)
             with noted_signals() as received:
                 started = time.monotonic()

@@ -11,6 +11,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import blocks
+from hpcres.lengths import MICROMETERS, RELATIVE
 from hpcres.volumes.files import made_whole, refuse_existing
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
 from hpcres.volumes.stores import LabelStore
@@ -29,13 +30,13 @@ def convert(
 
     phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. By default those that the
     source itself names; where it names none, the values are kept, and must lie in 0 … 254.
-    voxel_size, unit: those of the source where not given, else 1 voxel.
+    voxel_size, unit: those of the source where not given, else 1 voxel; InputError where it says some of the edges.
     progress(done, all): shards. The store appears at `output` when it is complete.
     """
     output = Path(output)
     refuse_existing(output, overwrite)
-    if voxel_size is None and source.voxel_size is not None:
-        voxel_size, unit = source.voxel_size, source.unit
+    if voxel_size is None:
+        voxel_size, unit = source.lengths()
     chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
     shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
     if phases is None and source.phases:
@@ -45,7 +46,7 @@ def convert(
     with made_whole(output) as temporary:
         store = LabelStore.create(
             temporary, source.shape, shard=shard, chunk_voxels=chunk,
-            voxel_size=1.0 if voxel_size is None else voxel_size, unit=unit or "voxel", phases=names, codec=codec,
+            voxel_size=voxel_size, unit=unit if unit in MICROMETERS else RELATIVE, phases=names, codec=codec,
             provenance={"source": source.path, **(provenance or {})},
         )  # fmt: skip
         done, total = 0, sum(len(store.shard_boxes(level)) for level in range(len(store.levels)))

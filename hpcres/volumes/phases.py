@@ -9,8 +9,9 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.study import LowRes
+from hpcres.volumes.axes import times
 from hpcres.volumes.formats import open_volume
-from hpcres.volumes.volume import Volume, times
+from hpcres.volumes.volume import Volume
 
 UNWRITTEN = 255
 """Fill value of every label store, so that a missing shard is never read as phase 0."""
@@ -77,7 +78,7 @@ def probabilities(parts: Sequence[Volume]) -> Volume:
         return found
 
     return Volume(
-        path, first.shape, np.dtype(np.float32), first.chunks, read, first.voxel_size, first.unit, parts=tuple(parts),
+        path, first.shape, np.dtype(np.float32), first.chunks, read, first.edges, parts=tuple(parts),
         files=tuple(file for part in parts for file in part.files), _reopen=(probabilities, (tuple(parts),)),
     )  # fmt: skip
 

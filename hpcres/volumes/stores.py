@@ -18,11 +18,14 @@ import zarr.storage
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Triple, blocks, triple
+from hpcres.lengths import RELATIVE, Spacing
+from hpcres.volumes.axes import arranged, times
 from hpcres.volumes.files import made_whole, move_into_place, refuse_existing, temporary_beside
-from hpcres.volumes.formats import open_volume, zarr_node
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.ome_zarr import zarr_node
 from hpcres.volumes.phases import PHASE_COLOURS, UNWRITTEN
 from hpcres.volumes.pyramid import coarsen_by_mean, coarsen_by_mode, pyramid
-from hpcres.volumes.volume import Spacing, Volume, corrupt, spacing_of, times, zyx
+from hpcres.volumes.volume import Volume, corrupt
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,13 @@ class LabelStore:
         """
         path, shape = Path(path), triple(shape)
         refuse_existing(path, overwrite)
-        zyx(str(path), shape, False)
+        arranged(str(path), shape)
         if any(edge % chunk_voxels or edge < 1 for edge in shard):
             raise InputError(f"{path}: shard {times(triple(shard))} is not whole chunks of {chunk_voxels}³ voxels")
-        edges = (voxel_size,) * 3 if isinstance(voxel_size, int | float) else tuple(voxel_size)
-        spacing = spacing_of(edges)
-        if spacing is None:
-            raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
+        z, y, x = (voxel_size,) * 3 if isinstance(voxel_size, int | float) else tuple(voxel_size)
+        spacing = (float(z), float(y), float(x))
+        if not (min(spacing) > 0 and max(spacing) < float("inf")):
+            raise InputError(f"{path}: voxel size {spacing} is not positive; give for example 65 nm")
         with made_whole(path) as temporary:
             cls._write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
         return cls.open(path)
@@ -230,7 +233,7 @@ class LabelStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
         for axis in axes:
-            axis |= {"unit": unit} if unit != "voxel" else {}
+            axis |= {"unit": unit} if unit != RELATIVE else {}
         levels = pyramid(shape)
         datasets: list[dict[str, Any]] = []
         for level, (_, step) in enumerate(levels):

@@ -7,8 +7,7 @@ import logging
 import os
 import re
 import threading
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -19,65 +18,120 @@ import tifffile
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
-from hpcres.study import OME_UNITS
+from hpcres.lengths import VoxelEdges
+from hpcres.volumes.axes import arranged, times
+from hpcres.volumes.calibration import ome_pixels, tiff_edges
 from hpcres.volumes.files import made_whole
-from hpcres.volumes.volume import (
-    Spacing,
-    Volume,
-    corrupt,
-    refuse_colour,
-    spacing_of,
-    times,
-    volume_over,
-    voxel_dtype,
-    zyx,
-)
+from hpcres.volumes.volume import Volume, corrupt, existing, refuse_colour, volume_over, voxel_dtype
+
+_BROKEN = ("invalid page offset", "failed to reshape", "invalid offset", "ImageJ series metadata invalid")
+"""What tifffile says of a file that it cannot read as it was written."""
+SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
+
+
+def tiff_parts(path: str) -> tuple[str, str] | None:
+    """File and image of `file.tif:1`; the image, a number from 0 or a name, is empty where the path names none."""
+    match = re.fullmatch(rf"(.*(?:{'|'.join(map(re.escape, SUFFIXES))}))(?::(.+))?", path, re.IGNORECASE)
+    return (match.group(1), match.group(2) or "") if match else None
 
 
 def open_tiff(path: str, flat: bool = False) -> Volume:
-    """A stack or volume; `flat` takes a single image for a stack of one."""
+    """A stack or volume, `file.tif`, or `file.tif:1` of a file with several; `flat` takes a single image for a stack of
+    one, and several images of one size for a stack."""
+    parts = tiff_parts(path)
+    assert parts
+    name, chosen = parts
+    if existing(name).is_dir():
+        raise InputError(f"{name}: is a folder where a TIFF file is due; check the path")
     with _complaints() as complaints:
         try:
-            tiff: Any = tifffile.TiffFile(path)
+            tiff: Any = tifffile.TiffFile(name)
             series = list(tiff.series)
-            pages: list[Any] = [page for one in series for page in one.pages]
+            pages_of: list[list[Any]] = [list(one.pages) for one in series]
         except Exception as error:  # tifffile raises whatever its parsing stumbles over
-            corrupt(path, error)
+            corrupt(name, error)
         if complaints.fatal:
-            corrupt(path, re.sub(r"<.*?> ?", "", complaints.fatal[0]))
+            corrupt(name, re.sub(r"<.*?> ?", "", complaints.fatal[0]))
+        number = _chosen(path, name, series, chosen, flat)
+        used = series if number is None else [series[number]]
+        pages = [page for k, every in enumerate(pages_of) if number in (None, k) for page in every]
+        if complaints.gone and None in pages:
+            raise InputError(f"{name}: {complaints.gone}; put it beside this one")
         if not pages or None in pages:
-            corrupt(path, "pages are missing")
-        voxel_size, unit = _voxel_size(tiff, pages[0])
+            corrupt(name, "pages are missing")
+        edges = tiff_edges(tiff, pages[0].keyframe, number or 0)
     key = pages[0].keyframe
     if key.samplesperpixel > 1 or key.photometric in (
         tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB,
     ):  # fmt: skip
         refuse_colour(path)
     dtype = voxel_dtype(path, key.dtype)
-    if "C" in series[0].axes:
-        raise InputError(f"{path}: has channels (axes {series[0].axes}) where z, y, x are due; save one channel")
-    shapes = {tuple(one.shape) for one in series}
-    if len(shapes) > 1 or any(page.keyframe.dtype != key.dtype for page in pages):
-        raise InputError(f"{path}: holds images of different sizes or types; save each stack as a file of its own")
     end = max(
         max((o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0),
-        *(one.dataoffset + prod(one.shape) * key.dtype.itemsize for one in series if one.dataoffset is not None), 0,
+        *(one.dataoffset + prod(one.shape) * key.dtype.itemsize for one in used if one.dataoffset is not None), 0,
     )  # fmt: skip
-    if end > tiff.filehandle.size:
-        corrupt(path, f"its pages end at byte {end}, the file at {tiff.filehandle.size}")
-    stacked = series[0].shape if len(series) == 1 else (len(series) * prod(series[0].shape[:-2]), *series[0].shape[-2:])
-    if len(series) == 1 and series[0].dataoffset is not None:
+    if end > tiff.filehandle.size and {page.parent for page in pages} == {tiff}:
+        corrupt(name, f"its pages end at byte {end}, the file at {tiff.filehandle.size}")
+    shape, names = _axes(tiff, used, number or 0, edges)
+    place = arranged(path, shape, names, flat)
+    if len(used) == 1 and used[0].dataoffset is not None:
         # Uncompressed and contiguous: the system pages in what a box touches.
-        array = np.memmap(path, key.dtype.newbyteorder(tiff.byteorder), "r", series[0].dataoffset, tuple(stacked))
-        if len(pages) == 1 and len(stacked) == 3 and stacked[0] == 1 and not flat:
-            stacked = stacked[1:]
-        zyx(path, stacked, flat)
-        return volume_over(path, array, flat, voxel_size=voxel_size, unit=unit)
-    shape = zyx(path, stacked, flat)
+        array = np.memmap(name, key.dtype.newbyteorder(tiff.byteorder), "r", used[0].dataoffset, shape)
+        return volume_over(path, array, arrangement=place, edges=edges)
     reader = _Pages(path, tiff, pages, shape, dtype)
-    volume = Volume(path, shape, dtype, reader.segment, reader.read, voxel_size, unit)
-    reader.read(Box((0, 0, 0), (1, 1, 1)))  # a codec that is not there should say so now
+    volume = volume_over(path, reader, reader.chunks, arrangement=place, edges=edges)
+    volume.read(Box((0, 0, 0), (1, 1, 1)))  # a codec that is not there should say so now
     return volume
+
+
+def _chosen(path: str, name: str, series: list[Any], chosen: str, flat: bool) -> int | None:
+    """The number of the image to read; None for all of them, single pages of one stack. InputError for several."""
+    about = [f"{one.axes} {times(one.shape)}" + (f", {one.name}" if one.name else "") for one in series]
+    listed = [f"{name}:{k} ({text})" for k, text in enumerate(about)]
+    if chosen:
+        named = [one.name for one in series]
+        if chosen in named and named.count(chosen) == 1:
+            return named.index(chosen)
+        if chosen.isdecimal() and int(chosen) < len(series):
+            return int(chosen)
+        raise InputError(f"{path}: no image {chosen} in it; it has {', '.join(listed[:8])}")
+    if len(series) == 1:
+        return 0
+    shapes = {tuple(n for n in one.shape if n != 1) if flat else tuple(one.shape) for one in series}
+    types = {one.dtype for one in series}
+    # OME-XML says of each that it is an image of its own; what else writes page by page means a stack.
+    if len(shapes) == len(types) == 1 and len(next(iter(shapes))) <= 2 and (flat or series[0].kind != "ome"):
+        return None
+    more = f", … {len(listed) - 8} more" if len(listed) > 8 else ""
+    what = "images" if len(shapes) == len(types) == 1 else "images of different sizes or types"
+    raise InputError(f"{path}: holds {len(series)} {what}; name one of {', '.join(listed[:8])}{more}")
+
+
+def _axes(
+    tiff: Any, series: list[Any], image: int, edges: VoxelEdges
+) -> tuple[tuple[int, ...], Sequence[str] | None]:
+    """The shape of an image with all its axes, and their names where the file says them."""
+    one = series[0]
+    if len(series) > 1:
+        return (len(series), *one.pages[0].keyframe.shape[:2]), None
+    shape = tuple(one.get_shape(False))
+    names: str | None = one.get_axes(False)
+    if one.kind == "shaped":
+        # tifffile invents names where its description has none.
+        said = tiff.shaped_metadata[image] if image < len(tiff.shaped_metadata or ()) else {}
+        return shape, names if len(said.get("axes", "")) == len(shape) else None
+    if tiff.is_ome and one.kind != "ome" and (pixels := ome_pixels(tiff, image)) is not None:
+        # What tifffile cannot lay out, such as planes of one column; channels and times are channels and times.
+        sizes = {axis: int(pixels.get(f"Size{axis}", 1)) for axis in "CTZ"}
+        if len(shape) == 4 and max(sizes["C"], sizes["T"]) == 1 and sizes["Z"] == shape[0]:
+            return shape, "ZYXS"
+        names = "".join(axis for axis in reversed(pixels.get("DimensionOrder", "XYCZT")) if axis in "CTZ") + "YX"
+        return (*(sizes[axis] for axis in names[:3]), *shape[-3:-1]), names
+    if prod(shape) == prod(one.pages[0].keyframe.shape[:2]) and edges.z is None:
+        # One plane of a file that has not said how thick it is: an image.
+        kept = [k for k, axis in enumerate(names or "") if axis in "YX"]
+        return tuple(shape[k] for k in kept), [names[k] for k in kept] if names else None
+    return shape, names
 
 
 def write_images(path: str | Path, stack: np.ndarray) -> None:
@@ -88,13 +142,16 @@ def write_images(path: str | Path, stack: np.ndarray) -> None:
 
 
 class _Pages:
-    """Reads only the strips or tiles that a box touches, page by page."""
+    """An image of `shape` that reads only the strips or tiles that a box touches, page by page."""
 
-    def __init__(self, path: str, tiff: Any, pages: list[Any], shape: Triple, dtype: np.dtype) -> None:
+    def __init__(self, path: str, tiff: Any, pages: list[Any], shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.path, self.tiff, self.pages, self.shape, self.dtype = path, tiff, pages, shape, dtype
         self.key = pages[0].keyframe
         _, depth, rows, columns, _ = self.key.shaped
-        if (rows, columns) != shape[1:] or depth * len(pages) != shape[0]:
+        self.stored: Triple = (depth * len(pages), rows, columns)
+        self._long = [axis for axis, n in enumerate(shape) if n != 1]
+        """Axes of the image that are axes of what is stored, in the same order; the others have one element."""
+        if [shape[axis] for axis in self._long] != [n for n in self.stored if n != 1]:
             corrupt(path, f"{len(pages)} pages of {depth} × {rows} × {columns} are not {times(shape)}")
         self.depth = depth
         if self.key.is_tiled:
@@ -102,12 +159,24 @@ class _Pages:
         else:
             self.segment = (1, min(self.key.rowsperstrip or rows, rows), columns)
         self.grid = triple([-(-n // s) for n, s in zip((depth, rows, columns), self.segment, strict=True)])
+        cheap = iter(s for s, n in zip(self.segment, self.stored, strict=True) if n != 1)
+        self.chunks = tuple(1 if n == 1 else next(cheap) for n in shape)
+
+    def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
+        """As of an array: a slice keeps an axis, a number drops it."""
+        ends = [(i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in index]
+        stored = iter([ends[axis] for axis in self._long])
+        start, stop = zip(*((0, 1) if n == 1 else next(stored) for n in self.stored), strict=True)
+        kept = [b - a for (a, b), i in zip(ends, index, strict=True) if isinstance(i, slice)]
+        if 0 in kept:
+            return np.empty(kept, self.dtype)
+        return self.read(Box(triple(start), triple(stop))).reshape(kept)
 
     def read(self, box: Box) -> np.ndarray:
         out = np.zeros(box.shape, self.dtype)
-        for number in range(box.start[0] // self.depth, -(-box.stop[0] // self.depth) if out.size else 0):
+        for number in range(box.start[0] // self.depth, -(-box.stop[0] // self.depth)):
             first = number * self.depth
-            here = box.relative_to((first, 0, 0)).clipped(Box.whole((self.depth, *self.shape[1:])))
+            here = box.relative_to((first, 0, 0)).clipped(Box.whole((self.depth, *self.stored[1:])))
             ranges = [
                 range(a // s, -(-b // s)) for a, b, s in zip(here.start, here.stop, self.segment, strict=True)
             ]
@@ -125,15 +194,14 @@ class _Pages:
         page, (_, rows, columns) = self.pages[number], self.grid
         index = (position[0] * rows + position[1]) * columns + position[2]
         offset, size = page.dataoffsets[index], page.databytecounts[index]
-        # pread keeps no position, so threads need no lock.
-        data = os.pread(page.parent.filehandle.fileno(), size, offset)
+        data = _bytes(page.parent.filehandle, offset, size)
         if len(data) < size:
             corrupt(self.path, f"page {number} ends early")
         try:
             segment, _, _ = page.keyframe.decode(data, index, jpegtables=page.jpegtables)
         except Exception as error:  # every codec has exceptions of its own
             if "imagecodecs" in str(error):
-                what = f"{self.path}: {self.key.compression.name} compression needs a package more"
+                what = f"{self.path}: no codec for {self.key.compression.name} compression ({error})"
                 raise InputError(f"{what}; pip install imagecodecs, or save it as deflate") from None
             corrupt(self.path, f"page {number}: {error or type(error).__name__}")
         if segment is None:  # a sparse tile: nothing was stored
@@ -141,25 +209,15 @@ class _Pages:
         return segment[..., 0].astype(self.dtype, copy=False)
 
 
-def _voxel_size(tiff: Any, page: Any) -> tuple[Spacing | None, str | None]:
-    """Voxel size where ImageJ or OME-XML metadata give all three edges; dots per inch say nothing of a sample."""
-    units = {**OME_UNITS, "micron": "micrometer", "microns": "micrometer", "\\u00B5m": "micrometer"}
-    imagej = tiff.imagej_metadata or {}
-    if imagej.get("spacing") and imagej.get("unit") in units:
-        per_unit = [page.tags.valueof(tag) for tag in ("YResolution", "XResolution")]
-        if all(r and r[0] for r in per_unit):
-            spacing = spacing_of([imagej["spacing"], *(r[1] / r[0] for r in per_unit)])
-            return spacing, spacing and units[imagej["unit"]]
-    if tiff.is_ome:
-        try:
-            pixels = ElementTree.fromstring(tiff.ome_metadata).find(".//{*}Pixels")
-        except ElementTree.ParseError:
-            pixels = None
-        given = {} if pixels is None else pixels.attrib
-        named = {units.get(given.get(f"PhysicalSize{a}Unit", "µm")) for a in "ZYX"}
-        if all(f"PhysicalSize{a}" in given for a in "ZYX") and len(named) == 1 and (unit := named.pop()):
-            return spacing_of([float(given[f"PhysicalSize{a}"]) for a in "ZYX"]), unit
-    return None, None
+def _bytes(handle: Any, offset: int, size: int) -> bytes:
+    """What a file, of which an image may have many, holds at a place."""
+    if not handle.closed:
+        return os.pread(handle.fileno(), size, offset)  # keeps no position, so threads need no lock
+    file = os.open(handle.path, os.O_RDONLY)
+    try:
+        return os.pread(file, size, offset)
+    finally:
+        os.close(file)
 
 
 class _Complaints(logging.Filter):
@@ -168,14 +226,18 @@ class _Complaints(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.fatal: list[str] = []
+        self.gone = ""
+        """A file of the image that is not there."""
         self._thread = threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.thread != self._thread:
             return True
         message = record.getMessage()
-        if any(sign in message for sign in ("invalid page offset", "failed to reshape", "invalid offset")):
+        if any(sign in message for sign in _BROKEN):
             self.fatal.append(message)
+        if missing := re.search(r"failed to read ('[^']*')", message):
+            self.gone = self.gone or f"the file {missing.group(1)} that it names is missing"
         return False
 
 

@@ -8,17 +8,25 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from hpcres.errors import InputError
-from hpcres.geometry import Boundaries, Box, Triple, pieces_of, triple
+from hpcres.geometry import Boundaries, Box, Triple, pieces_of
+from hpcres.lengths import UNKNOWN, Spacing, VoxelEdges
 from hpcres.study import RawHeader
+from hpcres.volumes.axes import Arrangement, arranged, times
 
-Spacing = tuple[float, float, float]
+_PEEK_VOXELS = 2**20
+"""Of floats, looked at before a run begins, so that grey values are refused then."""
+
+
+class NotALabel(InputError):
+    """A float with a fraction, or beyond int32, where a label is due."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,8 @@ class Volume:
     chunks: Triple
     """Shape in which reading is cheap."""
     _read: Callable[[Box], np.ndarray] = field(repr=False)
-    voxel_size: Spacing | None = None
-    """Edge lengths z, y, x in `unit`; None where the file does not say."""
-    unit: str | None = None
+    edges: VoxelEdges = UNKNOWN
+    """Of a voxel, as far as the file says."""
     phases: tuple[str, ...] | None = None
     """Names of the labels 0, 1, 2, … where the file knows them."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +53,20 @@ class Volume:
     """Those that `stamp` looks at."""
     _reopen: tuple[Callable[..., Volume], tuple[Any, ...]] | None = field(default=None, repr=False)
     """What opens it in another process."""
+
+    @property
+    def voxel_size(self) -> Spacing | None:
+        """Edge lengths z, y, x in `unit`; None where the file does not say all three."""
+        return self.lengths()[0] if all(self.edges.each) else None
+
+    @property
+    def unit(self) -> str | None:
+        """OME-Zarr's name of the unit of length; None where the file does not say one of all three edges."""
+        return self.lengths()[1] if self.edges.known else None
+
+    def lengths(self) -> tuple[Spacing, str]:
+        """Edge lengths z, y, x and their unit, as `VoxelEdges.lengths`; InputError where some are unknown."""
+        return self.edges.lengths(self.path)
 
     def read(self, box: Box) -> np.ndarray:
         """The voxels of `box`, (z, y, x) in the file's type, or float32 (z, y, x, channel) of probabilities; InputError
@@ -98,7 +119,7 @@ def read_beyond(read: Callable[[Box], np.ndarray], box: Box, shape: Triple, boun
 
 def array_volume(labels: np.ndarray, name: str) -> Volume:
     """A volume over an array (z, y, x) in memory; `name` stands where a file has its path. It does not pickle."""
-    return of_labels(volume_over(name, labels, False))
+    return of_labels(volume_over(name, labels))
 
 
 # ---- what the reader of any format asks of its file -------------------------------------------------------
@@ -118,11 +139,29 @@ def corrupt(path: str, why: object) -> NoReturn:
 
 
 def of_labels(volume: Volume) -> Volume:
-    if volume.dtype.kind == "f":
-        raise InputError(
-            f"{volume.path}: has {volume.dtype} grey values where labels are due; segment it first, one integer a phase"
-        )
-    return volume
+    """The same with floats read as the labels that they are: whole numbers, checked in every box that is read."""
+    if volume.dtype.kind != "f":
+        return volume
+    inner, path = volume._read, volume.path
+
+    def read(box: Box) -> np.ndarray:
+        values = inner(box)
+        with np.errstate(invalid="ignore"):
+            labels = values.astype(np.int32)
+            wrong = labels != values
+        if wrong.any():
+            z, y, x = (int(a + b) for a, b in zip(np.argwhere(wrong)[0], box.start, strict=True))
+            raise NotALabel(
+                f"{path}: holds {values[wrong][0]:.6g} at voxel z {z}, y {y}, x {x}, {volume.dtype} grey values where "
+                "labels are due; segment it first, one whole number a phase"
+            )
+        return labels
+
+    peek = [min(n, c) for n, c in zip(volume.shape, volume.chunks, strict=True)]
+    while np.prod(peek) > _PEEK_VOXELS:
+        peek[peek.index(max(peek))] //= 2
+    read(Box.whole(peek))
+    return replace(volume, dtype=np.dtype(np.int32), _read=read)
 
 
 def refuse_colour(path: str) -> NoReturn:
@@ -131,56 +170,41 @@ def refuse_colour(path: str) -> NoReturn:
 
 def voxel_dtype(path: str, dtype: np.dtype) -> np.dtype:
     """The type that voxels are handed out in: the file's own, native byte order, bits as uint8."""
+    if dtype.kind in "OSUTV":
+        what = {"O": "Python objects or strings", "V": "records of several fields"}.get(dtype.kind, "text")
+        raise InputError(f"{path}: holds {what} ({dtype}), not integer labels; save one whole number a voxel, as uint8")
     if dtype.kind not in "iubf":
         raise InputError(f"{path}: holds {dtype}, not integer labels; save it as uint8")
     return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
 
 
-def zyx(path: str, shape: Sequence[int], flat: bool) -> Triple:
-    """The last three axes; leading ones of length 1 fall away. `flat` takes an image for a stack of one."""
-    full = tuple(shape)
-    while len(shape) > 3 and shape[0] == 1:
-        shape = shape[1:]
-    if len(shape) == 2 and flat:
-        shape = (1, *shape)
-    if len(shape) > 3:
-        raise InputError(
-            f"{path}: has {len(full)} axes ({times(full)}) where z, y, x are due; save one time and channel of it"
-        )
-    if len(shape) < 3:
-        what = "2D image" if len(shape) == 2 else f"{len(shape)}D array"
-        raise InputError(f"{path}: is a {what} ({times(full)}) where a 3D volume is due; give the whole stack")
-    if 0 in shape:
-        raise InputError(f"{path}: has no voxels ({times(full)}); write it again")
-    return triple(shape)
+def volume_over(
+    path: str, array: Any, chunks: Sequence[int] | None = None, *, names: Sequence[str] | None = None,
+    flat: bool = False, arrangement: Arrangement | None = None, why: Callable[[Exception], NoReturn] | None = None,
+    **more: Any,
+) -> Volume:  # fmt: skip
+    """A volume of anything that has shape and dtype and is sliced like an array.
 
-
-def times(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
-
-
-def spacing_of(values: Sequence[float]) -> Spacing | None:
-    z, y, x = (float(v) for v in values)
-    return (z, y, x) if min(z, y, x) > 0 and max(z, y, x) < float("inf") else None
-
-
-def volume_over(path: str, array: Any, flat: bool, chunks: Sequence[int] | None = None, **more: Any) -> Volume:
-    """A volume of anything that has shape and dtype and is sliced like an array."""
-    dtype, shape = voxel_dtype(path, np.dtype(array.dtype)), zyx(path, array.shape, flat)
-    lead = (0,) * max(0, len(array.shape) - 3)
+    chunks, names: of the array's axes, in its order; flat: as of `arranged`, whose result may be given instead.
+    why: refuses the file where reading failed with an error.
+    """
+    place = arrangement or arranged(path, array.shape, names, flat)
+    dtype = voxel_dtype(path, np.dtype(array.dtype))
     pages = array.base if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) else None
 
     def read(box: Box) -> np.ndarray:
-        place = box.slices[1:] if len(array.shape) == 2 else (*lead, *box.slices)
         try:
-            voxels = np.asarray(array[place])
+            voxels = np.asarray(array[place.index(box)])
+        except InputError:
+            raise
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            corrupt(path, error)
+            (why or partial(corrupt, path))(error)
         if pages is not None:
             # A copy, and what the system has mapped of the file given back: a rank must not come to hold all of it.
             voxels = np.array(voxels)
             if hasattr(pages, "madvise"):
                 pages.madvise(mmap.MADV_DONTNEED)
-        return voxels.reshape(box.shape).astype(dtype, copy=False)
+        return place.turned(voxels, box).astype(dtype, copy=False)
 
-    return Volume(path, shape, dtype, triple((1, 1, 1, *(chunks or shape[1:]))[-3:]), read, **more)
+    cheap = place.of_axes(chunks or place.plane)
+    return Volume(path, place.shape, dtype, cheap, read, **more)

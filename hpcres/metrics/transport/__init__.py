@@ -282,7 +282,8 @@ def tortuosity(
 
     phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
     phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
-    while solving, finished(result) after each. field: a store for potential and flux density (see `fields`).
+    while solving, finished(result) after each. spacing: voxel edges z, y, x; by default what the file says, cubic where
+    it says nothing, InputError where it says some. field: a store for potential and flux density (see `fields`).
     """
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
     for direction in directions:
@@ -317,7 +318,7 @@ def tortuosity(
         systems = [(" + ".join(named[label] for label in conducting), conducting)]
     else:
         systems = [(name, {label: 1.0}) for label, name in named.items() if not only or name in only]
-    lengths = tuple(spacing or volume.voxel_size or (1.0, 1.0, 1.0))
+    lengths = tuple(spacing or volume.lengths()[0])
     results = []
     with ExitStack() as stack:
         fields: Any = None

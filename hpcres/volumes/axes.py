@@ -1,0 +1,131 @@
+"""The axes of a file's array, put into the order z, y, x, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcres.errors import InputError
+from hpcres.geometry import AXES, Box, Triple, triple
+
+_UNNAMED = ("", "i", "q", "?")
+"""What tifffile and vigra call an axis of which the file says nothing."""
+_AUTOMATIC = re.compile(r"^(phony_)?(dim|axis)_?\d+$")
+"""What xarray and netCDF call axes that nobody has named."""
+_CHANNELS, _TIMES = ("c", "s", "channel", "channels", "sample", "samples"), ("t", "time", "frame", "frames")
+
+
+def times(shape: Sequence[int]) -> str:
+    """`2 × 3 × 4`."""
+    return " × ".join(map(str, shape))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where the axes z, y, x of a volume are in a file's array; all others have length 1."""
+
+    full: tuple[int, ...]
+    """Shape of the array."""
+    places: tuple[int | None, int | None, int | None]
+    """For z, y, x the array's axis; None where it has none, and the volume one voxel."""
+
+    @property
+    def shape(self) -> Triple:
+        return triple([1 if place is None else self.full[place] for place in self.places])
+
+    @property
+    def plane(self) -> tuple[int, ...]:
+        """Shape of what lies together in an array without chunks: all but the first of three axes."""
+        first = sorted(place for place in self.places if place is not None)[:-2]
+        return tuple(1 if axis in first else n for axis, n in enumerate(self.full))
+
+    def of_axes(self, values: Sequence[int]) -> Triple:
+        """What belongs to the array's axes, as chunk lengths, by z, y, x."""
+        return triple([1 if place is None else values[place] for place in self.places])
+
+    def index(self, box: Box) -> tuple[slice | int, ...]:
+        """What of the array is in `box`."""
+        by_axis = {place: part for place, part in zip(self.places, box.slices, strict=True) if place is not None}
+        return tuple(by_axis.get(axis, 0) for axis in range(len(self.full)))
+
+    def turned(self, part: np.ndarray, box: Box) -> np.ndarray:
+        """The voxels of `box` (z, y, x) from what `index` gave, in the array's order."""
+        there = [place for place in self.places if place is not None]
+        return part.transpose(np.argsort(np.argsort(there))).reshape(box.shape)
+
+
+def arranged(
+    path: str, shape: Sequence[int], names: Sequence[str] | None = None, flat: bool = False
+) -> Arrangement:
+    """Find z, y, x among the axes of an array; InputError for any other axis of more than one element.
+
+    names: those that the file gives its axes, or None. Without names the order is z, y, x, and axes of one element
+    before, behind or between them fall away where that leaves one reading. flat: take an image for a stack of one,
+    and any one axis but channels for that of the slices.
+    """
+    shape = tuple(int(n) for n in shape)
+    given = [] if names is None else [_AUTOMATIC.sub("", str(name).strip().lower()) for name in names]
+    named = any(name not in _UNNAMED for name in given)
+    places = _by_name(path, shape, given, flat) if named else _by_order(path, shape, flat)
+    if 0 in shape:
+        raise InputError(f"{path}: has no voxels ({times(shape)}); write it again")
+    return Arrangement(shape, places)
+
+
+def _by_order(path: str, shape: tuple[int, ...], flat: bool) -> tuple[int | None, int, int]:
+    axes = list(range(len(shape)))
+    if flat:
+        while len(axes) > 2 and shape[axes[-1]] == 1:
+            axes.pop()
+    if len(axes) == 2 and flat:
+        return None, axes[0], axes[1]
+    if len(axes) < 3:
+        what = "2D image" if len(axes) == 2 else f"{len(axes)}D array"
+        raise InputError(f"{path}: is a {what} ({times(shape)}) where a 3D volume is due; give the whole stack")
+    long = [axis for axis in axes if shape[axis] != 1]
+    if len(long) > 3:
+        raise InputError(
+            f"{path}: has {len(shape)} axes ({times(shape)}) where z, y, x are due; save one time and channel of it"
+        )
+    if len(long) == 3:
+        return long[0], long[1], long[2]
+    windows = [axes[i : i + 3] for i in range(len(axes) - 2) if set(long) <= set(axes[i : i + 3])]
+    if flat:
+        windows = windows[-1:]
+    if len({tuple(shape[axis] for axis in window) for window in windows}) != 1:
+        raise InputError(
+            f"{path}: has {len(shape)} axes ({times(shape)}) without names, and which are z, y, x is not clear; save "
+            "it with three axes"
+        )
+    z, y, x = windows[0]
+    return z, y, x
+
+
+def _by_name(
+    path: str, shape: tuple[int, ...], names: list[str], flat: bool
+) -> tuple[int | None, int, int]:
+    said = f"axes {', '.join(name or '?' for name in names)} of {times(shape)}"
+    if len(names) != len(shape):
+        raise InputError(f"{path}: names {len(names)} axes ({', '.join(names)}) of {times(shape)}; correct them")
+    found = {axis: names.index(axis) for axis in AXES if axis in names}
+    others = [k for k, name in enumerate(names) if k not in found.values()]
+    long = [k for k in others if shape[k] != 1]
+    if len(set(names) & set(AXES)) < sum(name in AXES for name in names):
+        raise InputError(f"{path}: has {said}, one of them twice; name them z, y and x")
+    if "z" not in found or (flat and long and shape[found["z"]] == 1):
+        free = [k for k in (long or others) if names[k] in _UNNAMED or (flat and names[k] not in _CHANNELS)]
+        if len(free) == 1:
+            found["z"] = free[0]
+            long = [k for k in long if k != free[0]]
+    for k in long:
+        what = "channels" if names[k] in _CHANNELS else "frames" if names[k] in _TIMES else f"elements along {names[k]}"
+        remedy = "save one channel" if what == "channels" else "save one of them, or name the axes z, y, x"
+        raise InputError(f"{path}: has {said}, that is {shape[k]} {what}, where z, y, x are due; {remedy}")
+    if "y" not in found or "x" not in found or ("z" not in found and not flat):
+        what = "is a 2D image" if {"y", "x"} <= set(found) else "has other axes"
+        raise InputError(f"{path}: {what} ({said}) where a 3D volume is due with axes z, y, x; give the whole stack")
+    return found.get("z"), found["y"], found["x"]
+
