@@ -616,7 +616,7 @@ def tortuosity(
         nonlocal said
         if time.monotonic() - said > 5:
             said = time.monotonic()
-            line = f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.6f}, estimated error {error:.1e}"
+            line = f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.6g}, estimated error {error:.1e}"
             click.echo(line, err=True)
 
     meets = [axis in periodic for axis in "zyx"]

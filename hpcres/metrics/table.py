@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import floor, log10
 from typing import Any
 
 from hpcres.lengths import short_unit as short_length
@@ -120,7 +121,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     """The rows as a table of plain text."""
     rows = metric_rows(result)
     volume = result.get("volume", result)
-    columns = [["metric", *(row.name for row in rows)], ["value", *(f"{row.value:.6f}" for row in rows)]]
+    columns = [["metric", *(row.name for row in rows)], ["value", *(f"{row.value:.6g}" for row in rows)]]
     if any(row.error is not None for row in rows):
         columns.append(["± standard error", *("" if row.error is None else f"{row.error:.2g}" for row in rows)])
     columns.append(["unit", *(row.unit for row in rows)])
@@ -153,7 +154,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         compared += f", {low_res['unknown']:.2%} more unknown" if low_res.get("unknown") else ""
         lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
         if off := low_res.get("fraction_difference"):
-            each = ", ".join(f"{name} {value:.4f}" for name, value in off.items())
+            each = ", ".join(f"{name} {value:.4g}" for name, value in off.items())
             lines.append(f"fractions in low-res voxels differ by {each} in the mean")
         lines.append(f"faces by position in the low-res lattice: {low_res['lattice_imprint']:.1%} from flat at most")
     lines += list(_appearance_lines(result))
@@ -181,7 +182,7 @@ def _appearance_lines(result: Mapping[str, Any]) -> Iterator[str]:
         where = "" if plane == "all" else f" in {plane}"
         for name, one in {**errors, "a quarter of the images": quarters}.items():
             yield f"slices of {name}{where} against the images: " + ", ".join(
-                f"{title} {one[key]:.4f}" for key, title in _APPEARANCE.items() if key in one
+                f"{title} {one[key]:.4g}" for key, title in _APPEARANCE.items() if key in one
             )
 
 
@@ -218,12 +219,21 @@ def size_text(volume: Mapping[str, Any]) -> str:
 def _plus_minus(summary: Mapping[str, Any] | None) -> str:
     if not summary or summary["mean"] is None:
         return ""
-    return f"{summary['mean']:.5f}" + ("" if summary["std"] is None else f" ± {summary['std']:.5f}")
+    mean, std = summary["mean"], summary["std"]
+    return f"{mean:.6g}" if std is None else f"{with_error(mean, std)} ± {std:.2g}"
+
+
+def with_error(value: float, error: float) -> str:
+    """A number to one digit beyond the first one of its absolute error, at most 15: 0.21663 for ± 2e-4."""
+    if not 0 < error < abs(value):
+        return f"{value:.6g}"
+    digits = floor(log10(abs(value))) - floor(log10(error)) + 2
+    return f"{value:#.{min(digits, 15)}g}".rstrip(".")
 
 
 def transport_text(result: Mapping[str, Any]) -> str:
     """One line of a tortuosity result."""
-    what = f"{result['phase']}, {result['direction']}: volume fraction {result['volume_fraction']:.6f}, "
+    what = f"{result['phase']}, {result['direction']}: volume fraction {result['volume_fraction']:.6g}, "
     left_out = ""
     if result["voxels_left_out"]:
         left_out = f"; {result['clusters_left_out']} clusters, {result['voxels_left_out']} voxels left out"
@@ -234,14 +244,15 @@ def transport_text(result: Mapping[str, Any]) -> str:
     d_rel, error = result["D_rel"], result["error"]
     if result["state"] == "estimate":
         how = result["estimate"]
-        tau = "infinite" if result["tau"] is None else f"about {result['tau']:.4f}"
+        tau = "infinite" if result["tau"] is None else f"about {result['tau']:.4g}"
         return what + (
-            f"D_rel about {d_rel:.4f} as a network of {how['blocks']} blocks, {how['mean_D_rel']:.4f} as their mean, "
+            f"D_rel about {d_rel:.4g} as a network of {how['blocks']} blocks, {how['mean_D_rel']:.4g} as their mean, "
             f"tau {tau}: {how['unreliability']}; {result['seconds']:.1f} s"
         )
     return what + (
-        f"D_rel {d_rel:.6f} - {error * d_rel:.1g} (upper bound and its estimated error, {error:.1e} of it), "
-        f"tau {result['tau']:.5f} + {error * result['tau']:.1g} (percolating fraction "
-        f"{result['percolating_fraction']:.6f}, its tau {result['tau_percolating']:.5f}), "
+        f"D_rel {with_error(d_rel, error * d_rel)} - {error * d_rel:.1g} (upper bound and its estimated error, "
+        f"{error:.1e} of it), tau {with_error(result['tau'], error * result['tau'])} + {error * result['tau']:.1g} "
+        f"(percolating fraction {result['percolating_fraction']:.6g}, its tau "
+        f"{with_error(result['tau_percolating'], error * result['tau_percolating'])}), "
         f"{result['iterations']} iterations, {result['seconds']:.1f} s, {result['bytes'] / 2**20:.0f} MiB{left_out}"
     )

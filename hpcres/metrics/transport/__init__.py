@@ -114,7 +114,7 @@ def solve(
     one is given, after set-up on the cores.
     """
     # Compiled kernels; not needed to read a result.
-    from hpcres.metrics.transport.multigrid import System, by_label, pack, unpacked
+    from hpcres.metrics.transport.multigrid import by_label, pack
     from hpcres.metrics.transport.percolation import Clusters
     from hpcres.metrics.transport.threads import Threads
 
@@ -144,29 +144,18 @@ def solve(
                     "not percolating", fraction, 0.0, 0.0, 0.0, mean, 0.0, **left_out, seconds=seconds
                 )
                 continue
-            bits, solved_labels = through.bits, labels
             if direction == directions[-1]:
                 found = None
-            odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
-            check_memory(labels.shape, through.voxels / labels.size, odd, vectors=device is None)
-            if odd:
-                # Red and black meet nowhere around an odd number of voxels: twice the volume is the same system.
-                mask = unpacked(bits, labels.shape)
-                for a in odd:
-                    mask, solved_labels = (np.concatenate([v, v], axis=a) for v in (mask, solved_labels))
-                bits = pack(mask, np.arange(256) > 0, pool)
-            make: Any = System
-            if device is not None:
-                from hpcres.metrics.transport.device import DeviceSystem, check_device_memory
-
-                check_device_memory(device, solved_labels.shape, through.voxels * 2 ** len(odd), not uniform)
-                make = partial(DeviceSystem, device)
-            system = make(
-                bits, solved_labels.shape, spacing, axis, sides, pool, None if uniform else solved_labels, resistance
-            )
             share = through.voxels / labels.size
-            kept = share * unit if uniform else system.mean_conductivity(of_label)
+            make = partial(_system, labels, through.bits, share, spacing, axis, sides, pool, resistance, device)
+            system = make(careful=False)
             solved, potential = system.solve(rtol, report=progress)
+            if not solved.converged and system.real is np.float32:
+                # What float32 does not solve, float64 may.
+                del system, potential
+                system = make(careful=True)
+                solved, potential = system.solve(rtol, report=progress)
+            kept = share * unit if uniform else system.mean_conductivity(of_label)
             layers = None
             if profile:
                 layers = tuple(float(t) for t in system.profile(potential, of_label))
@@ -180,6 +169,33 @@ def solve(
             )  # fmt: skip
             del system, potential  # before the next direction's
     return results
+
+
+def _system(
+    labels: np.ndarray, bits: np.ndarray, share: float, spacing: Sequence[float], axis: int, sides: tuple[bool, ...],
+    pool: Any, resistance: np.ndarray | None, device: Any, careful: bool,
+) -> Any:  # fmt: skip
+    """The system of the conducting voxels in `bits`, a `share` of all; InputError where it would not fit in memory."""
+    from hpcres.metrics.transport.multigrid import System, bytes_per_conducting_voxel, pack, unpacked
+
+    odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
+    held = bytes_per_conducting_voxel(labels.shape, spacing, resistance, careful)
+    check_memory(labels.shape, share, odd, held=held if device is None else (0.0, held[1]))
+    if odd:
+        # Red and black meet nowhere around an odd number of voxels: twice the volume is the same system.
+        mask = unpacked(bits, labels.shape)
+        for a in odd:
+            mask, labels = (np.concatenate([v, v], axis=a) for v in (mask, labels))
+        bits = pack(mask, np.arange(256) > 0, pool)
+    make: Any = System
+    if device is not None:
+        from hpcres.metrics.transport.device import DeviceSystem, check_device_memory
+
+        voxels = round(share * labels.size)
+        check_device_memory(device, labels.shape, voxels, resistance is not None, held[0] + LEFT_OF_SET_UP * held[1])
+        make = partial(DeviceSystem, device)
+    of_voxels = None if resistance is None else labels
+    return make(bits, labels.shape, spacing, axis, sides, pool, of_voxels, resistance, careful=careful)
 
 
 def _scaled(report: Report, direction: str, unit: float, iterations: int, d_rel: float, error: float) -> None:
@@ -216,25 +232,25 @@ def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | 
 
 
 BYTES_PER_VOXEL = 2.0  # labels, bits, cells
-BYTES_PER_CONDUCTING_VOXEL = 35.0  # four vectors, the hierarchy and its set-up
-BYTES_OF_VECTORS = 16.0  # of these
+BYTES_OF_CUBIC = (16.0, 19.5)  # of vectors and hierarchy for a conducting voxel, where voxels are about cubic
+LEFT_OF_SET_UP = 0.68  # of the hierarchy's bytes, what stays when it is set up
 
 
 def check_memory(
     shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = (), on_node: int = 1,
-    vectors: bool = True,
+    held: tuple[float, float] = BYTES_OF_CUBIC,
 ) -> None:
     """InputError where the solve would not fit, with the numbers and what to do.
 
     conducting: share of the voxels once it is known, with labels in memory; until then 0.4 is assumed. doubled: axes
-    along which the volume is solved twice over. on_node: processes that each need as much on this node. vectors: are
-    in this memory.
+    along which the volume is solved twice over. on_node: processes that each need as much on this node. held: bytes of
+    vectors and hierarchy for a conducting voxel (`multigrid.bytes_per_conducting_voxel`).
     """
     import psutil
     from distributed.system import MEMORY_LIMIT
 
     share = 0.4 if conducting is None else conducting
-    per_voxel = BYTES_PER_VOXEL + (BYTES_PER_CONDUCTING_VOXEL - (0 if vectors else BYTES_OF_VECTORS)) * share
+    per_voxel = BYTES_PER_VOXEL + sum(held) * share
     per_voxel *= 2 ** len(doubled)
     need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT) / on_node
     if need > free:
@@ -286,9 +302,6 @@ def tortuosity(
     it says nothing, InputError where it says some. field: a store for potential and flux density (see `fields`).
     """
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
-    for direction in directions:
-        if box.shape[AXES.index(direction)] < 2:
-            raise InputError(f"direction {direction}: the volume is 1 voxel thin there; give a volume, not a slice")
     threads = threads or _cores()
     slabs: Any = None
     if comm is not None or memory is not None or estimate is not None:
@@ -300,7 +313,7 @@ def tortuosity(
         )  # fmt: skip
         found, solve_one = slabs.found, slabs.solve if estimate is None else partial(slabs.estimate, estimate)
     else:
-        check_memory(box.shape, vectors=device is None)
+        check_memory(box.shape, held=BYTES_OF_CUBIC if device is None else (0.0, BYTES_OF_CUBIC[1]))
         labels, found = _small_labels(volume.read(box), volume.path)
         solve_one = partial(solve, labels, threads=threads, device=device)
     names = tuple(phases) if phases is not None else volume.phases

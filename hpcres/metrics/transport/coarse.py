@@ -7,9 +7,9 @@ cells. Red parts come first; parts of one colour are in the order of rows of cel
 Voxels far from cubic and conductivities far apart need more (`Coarsening.robust`). Cells grow only along axes whose
 pitch is at most twice the smallest, so that what is relaxed point by point and what is coarsened fit (semi-coarsening).
 Members of a cell are one aggregate only where both ends of an edge find it strong: not below STRONG of the largest
-conductance that either has. Else two particles that touch a poor conductor in one cell would have one potential. An edge
-may then join parts of one cell, which have one colour; these are relaxed together, with the conductances between them
-added to their diagonals once more, so that a sweep converges (l1 smoothing: Baker, Falgout, Kolev & Yang 2011).
+conductance that either has. Else two particles that touch a poor conductor in one cell would have one potential. An
+edge may then join parts of one cell, which have one colour; these are relaxed together, with the conductances between
+them added to their diagonals once more, so that a sweep converges (l1 smoothing: Baker, Falgout, Kolev & Yang 2011).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
 inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 OVERCORRECTION = 2.0  # a coarse operator times one half: aggregates are stiffer than what they stand for
-# A robust coarse operator stands for some fields exactly (particles of one potential, an axis that is not coarsened) and
-# is too stiff by 2 for others. Between 1 and 2, a correction reduces both.
+# A robust coarse operator stands for some fields exactly (particles of one potential, an axis that is not coarsened)
+# and is too stiff by 2 for others. Between 1 and 2, a correction reduces both.
 ROBUST_CORRECTION = 1.5
 STRONG = 0.1  # of the largest conductance of a part
 WIDEST_PITCH = 2.0  # of an axis that is coarsened, over the smallest pitch
@@ -75,20 +75,21 @@ class Level:
 
     rows: np.ndarray  # (2, rows of cells + 1), int64: where the parts of a row begin, red and black
     cells: tuple[int, int, int]
-    mixed: bool  # edges between parts of one colour: in one cell, or across a periodic axis with an odd number of cells
+    mixed: bool  # edges between parts of one colour: in a cell, or across a periodic axis with an odd number of cells
     diagonal: np.ndarray
     places: np.ndarray
     values: np.ndarray
     more: tuple[np.ndarray, np.ndarray, np.ndarray]
     to_faces: np.ndarray | None = None  # of a robust level, whose residuals are sums of currents
     step: tuple[int, int, int] = (2, 2, 2)  # of its cells, to one of the next level
-    correction: Any = np.float32(OVERCORRECTION)
+    correction: float = OVERCORRECTION
     parent: np.ndarray | None = None  # the part of the next level that each is in
     inverse: np.ndarray | None = None
     factors: Any = None  # of the matrix of the last level where it has no inverse
 
     def __post_init__(self) -> None:
-        self.b, self.x, self.spare = (np.zeros(n, self.diagonal.dtype) for n in (self.parts, self.parts, self.parts * self.mixed))
+        sizes = (self.parts, self.parts, self.parts * self.mixed)
+        self.b, self.x, self.spare = (np.zeros(n, self.diagonal.dtype) for n in sizes)
 
     @property
     def parts(self) -> int:
@@ -153,8 +154,8 @@ def restrict(
 ):  # fmt: skip
     """coarse = the residual of `colours` colours (1: red, which is all there is after a sweep), summed over each part.
 
-    For the rows row0 … row1 - 1 of the next level's cells, which nobody else writes. With to_faces the residual is a sum
-    of currents: a particle of one potential leaves none in its inside, however well it conducts.
+    For the rows row0 … row1 - 1 of the next level's cells, which nobody else writes. With to_faces the residual is a
+    sum of currents: a particle of one potential leaves none in its inside, however well it conducts.
     """
     for row in range(row0, row1):
         for colour in range(2):
@@ -523,7 +524,7 @@ def as_level(
     each(lambda a, b: fill_more(*csr, red, twice, *more, before[a // CHUNK], a, b), parts, CHUNK)
     level = Level(rows, cells, mixed or odd, diagonal, places, values, more)
     if robust:
-        level.to_faces, level.correction = graph.to_faces, real.type(ROBUST_CORRECTION)
+        level.to_faces, level.correction = graph.to_faces, ROBUST_CORRECTION
     return level
 
 
@@ -592,7 +593,7 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
     red, parts, x, b = level.red, level.parts, level.x, level.b
     graph = (level.places, level.values, *level.more, level.diagonal, b)
     rows = below.cells[0] * below.cells[1]
-    scale = level.correction
+    scale = level.diagonal.dtype.type(level.correction)
 
     def sweep(begin: int, end: int) -> None:
         if level.mixed:

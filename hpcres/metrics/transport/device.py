@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from hpcres.errors import InputError
-from hpcres.metrics.transport import coarse, fine
+from hpcres.metrics.transport import coarse
 from hpcres.metrics.transport.coarse import OVERCORRECTION, ROBUST_CORRECTION, Level
 from hpcres.metrics.transport.multigrid import Solved, System
 from hpcres.metrics.transport.threads import Threads
@@ -29,7 +29,6 @@ LEAST_PIECE = 1 << 22  # voxels; with fewer, a GPU waits for the next launch
 MATRIX = 512  # parts of a level from which on the cycle is one matrix: one launch instead of hundreds
 RED = (0, 3, 5, 6)  # places of a cell of 2×2×2, 4 dz + 2 dy + dx, with even z + y + x
 WORK_BYTES, WORK_BYTES_SEVERAL = 34, 50  # held at once for a voxel of a piece, its margins included
-LEVEL_BYTES = 13  # of all levels together, for a conducting voxel
 Piece = tuple[int, int, int, int]
 """Planes and rows: z0, z1, y0, y1; all even."""
 
@@ -45,13 +44,18 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_device_memory(device: torch.device, shape: Sequence[int], voxels: int, several: bool) -> None:
-    """InputError where a solve with so many conducting voxels would not fit on a GPU; several: conductivities."""
+def check_device_memory(
+    device: torch.device, shape: Sequence[int], voxels: int, several: bool, per_voxel: float
+) -> None:
+    """InputError where a solve with so many conducting voxels, of `per_voxel` bytes each, would not fit on a GPU.
+
+    several: conductivities.
+    """
     if device.type != "cuda":
         return
     size = prod(shape)
     work = 1.2 * max(size / PIECES, min(size, LEAST_PIECE)) * (WORK_BYTES_SEVERAL if several else WORK_BYTES)
-    need = size * (0.15 + several) + work + voxels * (16 + LEVEL_BYTES)
+    need = size * (0.15 + several) + work + voxels * per_voxel
     free = torch.cuda.mem_get_info(device)[0]
     if need > free:
         raise InputError(
@@ -63,12 +67,12 @@ def check_device_memory(device: torch.device, shape: Sequence[int], voxels: int,
 class DeviceSystem(System):
     """A `System` whose vectors and levels are on a device; its potential comes back as an array."""
 
-    def __init__(self, device: torch.device, *arguments: Any) -> None:
+    def __init__(self, device: torch.device, *arguments: Any, careful: bool = False) -> None:
         """arguments: as of `System`."""
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        super().__init__(*arguments)
+        super().__init__(*arguments, careful=careful)
         planes, rows, columns = self.geometry[:3]
         self._width = columns + columns % 2
         number = self.levels[0].parts

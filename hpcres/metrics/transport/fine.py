@@ -12,8 +12,8 @@ bits: uint16 (planes + 2, rows + 2, words + 2), bit i of word k + 1 is column 16
 repeat the opposite ones where the axis is periodic. g: conductances of a face between voxels of conductivity 1, z, y,
 x. With several conductivities `labels` (z, y, x) and `resistance` (half a voxel's, by label) are arrays, else None.
 
-A cell is a block of step[0] × step[1] × step[2] voxels, each step 1 or 2: axes along which voxels are coupled weakly are
-not coarsened. Its number is the key of three tables: how many parts it has, the part of each of its 8 places
+A cell is a block of step[0] × step[1] × step[2] voxels, each step 1 or 2: axes along which voxels are coupled weakly
+are not coarsened. Its number is the key of three tables: how many parts it has, the part of each of its 8 places
 4 dz + 2 dy + dx, and the mask of its conducting places. Where parts are the connected components of the mask, the
 number is the mask (`TABLES`); where conductivities split parts, it is the rank of the partition (`partition_tables`).
 """
@@ -304,7 +304,7 @@ def _face_conductance(z, y, k, geometry, g, labels, resistance, buffer):
 @compiled
 def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, width):
     """With several conductivities: of the faces towards x - 1, y - 1 and z - 1 of plane z, three rings of `buffer`."""
-    columns, infinite = geometry[2], resistance.dtype.type(np.inf)
+    columns, nothing, infinite = geometry[2], resistance.dtype.type(0), resistance.dtype.type(np.inf)
     here, below = _wrapped(z, labels.shape[0], geometry[4]), _wrapped(z - 1, labels.shape[0], geometry[4])
     for j in range(rows + 2 * MARGIN):
         y = _wrapped(y0 + j - MARGIN, labels.shape[1], geometry[5])
@@ -319,8 +319,8 @@ def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, wi
             own = resistance[labels[here, y, x]]
             buffer[at + x] = g[2] / (own + last)
             last = own
-            buffer[size + at + x] = g[1] / (own + resistance[labels[here, before, x]]) if before >= 0 else g[1] * 0
-            buffer[2 * size + at + x] = g[0] / (own + resistance[labels[below, y, x]]) if below >= 0 else resistance.dtype.type(0)
+            buffer[size + at + x] = g[1] / (own + resistance[labels[here, before, x]]) if before >= 0 else nothing
+            buffer[2 * size + at + x] = g[0] / (own + resistance[labels[below, y, x]]) if below >= 0 else nothing
         buffer[at + columns] = buffer[at] if geometry[6] else np.float32(0)
 
 

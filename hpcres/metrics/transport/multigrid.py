@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf, prod
 from typing import Any
 
@@ -20,9 +21,9 @@ from hpcres.metrics.transport.threads import Threads
 ROUNDING = 1e-7  # of float32 vectors, on D_rel; no smaller error is claimed
 ROBUST_ROUNDING = 5e-7  # of the robust form: of conductances in float32
 LEAST_CONTRAST = 0.1  # of conductivities, lowest over highest; below it, and for flat voxels, the solver is robust
-# Of conductances, largest over smallest, in float32: rounding of a correction in a good conductor must not dissipate more
-# than what the correction gains in a poor one. Beyond, all is float64.
-WIDEST_RANGE = 1e7
+# Of conductances, largest over smallest, in float32: rounding of a correction in a good conductor must not dissipate
+# more than what the correction gains in a poor one. Beyond, all is float64.
+WIDEST_RANGE = 1e5
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,11 @@ class Voxels:
         self, bits: np.ndarray, shape: Sequence[int], spacing: Sequence[float], axis: int,
         periodic: Sequence[bool], threads: Threads, labels: np.ndarray | None = None,
         resistance: np.ndarray | None = None, *, first: int = 0, own: tuple[int, int] | None = None,
-        unit_planes: int | None = None,
+        unit_planes: int | None = None, careful: bool = False,
     ) -> None:  # fmt: skip
         """shape: of the whole volume. bits begin at its plane `first`, and planes own[0] … own[1] - 1 after that one
-        are worked on; without `own` they are the whole volume. labels: of the same planes."""
+        are worked on; without `own` they are the whole volume. labels: of the same planes. careful: robust and in
+        float64, whatever voxels and conductivities are."""
         self.shape, self.threads, self.bits = tuple(shape), threads, bits
         self.labels, self.resistance, self.first = labels, resistance, first
         planes, even = bits.shape[0] - 2, tuple(n + n % 2 for n in shape)
@@ -63,7 +65,7 @@ class Voxels:
         h = np.asarray(spacing, np.float64)
         unit = h[0] * h[1] * h[2] / h[axis] ** 2
         # Conductances in units of one face along the axis, so that D_rel = energy × length / area in voxels.
-        self.real = real_of(self.shape, spacing, resistance)
+        self.real = np.float64 if careful else real_of(self.shape, spacing, resistance)
         if resistance is not None:
             resistance = self.resistance = resistance.astype(self.real)
         self.g = tuple(self.real(h.prod() / step**2 / unit) for step in h)
@@ -76,7 +78,7 @@ class Voxels:
             for z in range(self.own[0], self.own[1], deep) for y in range(0, even[1], rows)
         ]  # fmt: skip
         self.floats = fine.scratch_floats(rows, words)
-        self.coarsening = coarsening_of(self.shape, spacing, resistance)
+        self.coarsening = coarsening_of(self.shape, spacing, resistance, careful)
         self.robust, self.step = self.coarsening.robust, self.coarsening.step(self.shape)
         cells = tuple(
             n // s for n, s in zip((planes, even[1], shape[2] + shape[2] % 2), self.step, strict=True)
@@ -87,6 +89,7 @@ class Voxels:
         self.tables: Any = fine.partition_tables() if self.split else fine.TABLES
         self.cells = np.empty(cells, np.uint16 if self.split else np.uint8)
         if self.split:
+            assert resistance is not None
             strong, of_voxel = strong_pairs(self.g, self.shape, resistance), self.labels
             shared = (bits, of_voxel, strong, self.step, fine.COMPLETIONS, self.cells)
             self.voxels = sum(each(lambda a, b: fine.find_split_cells(*shared, a, b), cells[0], 8))
@@ -272,8 +275,8 @@ class Solver(ABC):
     """Conjugate gradients; what they do to vectors is that of a subclass, where a vector is whatever it says.
 
     The robust form is for voxels far from cubic and conductivities far apart, where float32 leaves nothing of small
-    differences: the solution is in two floats, or in float64 as all vectors where two floats are not enough; residuals are sums of currents between neighbours, and the last one is
-    computed anew from the solution before an error is claimed.
+    differences. The solution is in two floats, or in float64 as all vectors where that is not enough; residuals are
+    sums of currents between neighbours; and the last one is computed anew from the solution before an error is claimed.
     """
 
     to_d_rel: float
@@ -400,8 +403,8 @@ class Solver(ABC):
 class System(Voxels, Solver):
     """Bits, vectors and the hierarchy of one volume and direction."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, careful: bool = False) -> None:
+        super().__init__(*arguments, careful=careful)
         self.contrast = contrast(self.resistance)
         graph = self.first_graph()
         level = self.first_level(graph, self.periodic)
@@ -410,7 +413,8 @@ class System(Voxels, Solver):
     @property
     def bytes(self) -> int:
         own = (self.bits, self.cells, self.rows)
-        return sum(a.nbytes for a in own) + sum(level.bytes for level in self.levels) + bytes_of_vectors(self.robust, self.real) * self.voxels
+        levels = sum(level.bytes for level in self.levels)
+        return sum(a.nbytes for a in own) + levels + bytes_of_vectors(self.robust, self.real) * self.voxels
 
     def vector(self) -> np.ndarray:
         return np.zeros(self.voxels, self.real)
@@ -481,12 +485,14 @@ def tau_of_layers(energy: np.ndarray, conductivity: np.ndarray) -> np.ndarray:
     return conductivity * energy / energy.sum() ** 2
 
 
-def coarsening_of(shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None) -> Coarsening:
-    """How voxels are coarsened: robustly where they are far from cubic, or conductivities far apart."""
+def coarsening_of(
+    shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None, careful: bool = False
+) -> Coarsening:
+    """How voxels are coarsened: robustly where they are far from cubic, or conductivities far apart, or `careful`."""
     z, y, x = map(float, spacing)
     several = [h for h, n in zip((z, y, x), shape, strict=True) if n > 1] or [1.0]
     flat = max(several) > WIDEST_PITCH * (1 + 1e-9) * min(several)
-    return Coarsening((z, y, x), flat or contrast(resistance) < LEAST_CONTRAST)
+    return Coarsening((z, y, x), careful or flat or contrast(resistance) < LEAST_CONTRAST)
 
 
 def real_of(shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None) -> Any:
@@ -499,6 +505,29 @@ def real_of(shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarr
 def bytes_of_vectors(robust: bool, real: Any) -> int:
     """Of x, r, p and z, for a conducting voxel."""
     return 32 if real is np.float64 else 20 if robust else 16
+
+
+BYTES_PER_PART = 108  # of a level and its set-up, for one part
+
+
+def bytes_per_conducting_voxel(
+    shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None, careful: bool = False
+) -> tuple[float, float]:
+    """What vectors, and the hierarchy with its set-up, hold at most for a conducting voxel.
+
+    A cell of v voxels has about 1.25 parts; in the robust form with several conductivities, twice as many.
+    """
+    coarsening = coarsening_of(shape, spacing, resistance, careful)
+    robust, real = coarsening.robust, np.float64 if careful else real_of(shape, spacing, resistance)
+    cells, share, parts = tuple(shape), 1.0, 0.0
+    while max(cells) > 1:
+        step = coarsening.step(cells)
+        cells = tuple(-(-n // s) for n, s in zip(cells, step, strict=True))
+        coarsening, share = coarsening.after(step), share / prod(step)
+        parts += share
+    several = 2 if robust and resistance is not None else 1
+    wide = 1.6 if real is np.float64 else 1.0
+    return bytes_of_vectors(robust, real), BYTES_PER_PART * 1.25 * several * wide * min(parts, 2.0)
 
 
 def strong_pairs(g: Sequence[float], shape: Sequence[int], resistance: np.ndarray) -> np.ndarray:
@@ -600,7 +629,7 @@ def claim(steps: Sequence[float], sizes: Sequence[float], energy: float) -> floa
     least = LEAST_EIGENVALUE
     if steps:
         # The matrix of Lanczos that conjugate gradients make on their way; its eigenvalues are above the least.
-        turns = [after / before for before, after in zip(sizes, sizes[1:], strict=False)][: len(steps) - 1]
+        turns = [after / before for before, after in pairwise(sizes)][: len(steps) - 1]
         diagonal = [1 / step for step in steps]
         for i, turn in enumerate(turns):
             diagonal[i + 1] += turn / steps[i]

@@ -85,7 +85,7 @@ class RankPlace(Place):
 
     # Whether a slab fits was settled before any was read (`check_memory`), and nothing outlives the process.
 
-    def expect(self, kept: int, parts: int, labels: int) -> None:
+    def expect(self, kept: int, parts: int, labels: int, wide: tuple[float, float]) -> None:
         return
 
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:

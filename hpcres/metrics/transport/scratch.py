@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.errors import InputError
+from hpcres.metrics.transport import BYTES_OF_CUBIC
 from hpcres.metrics.transport.coarse import Level
 from hpcres.metrics.transport.slabs import Extent, Place, Slab
 
@@ -109,6 +110,8 @@ class ScratchPlace(Place):
             file.write(at, array)
             places.append((at, array.shape, array.dtype))
             at += array.nbytes
+        self._levels.pop(slab.number, None)
+        self._labels.clear()
         self._stored[slab.number] = file, places, (level.cells, level.mixed, level.step, level.correction)
 
     def level(self, slab: Slab) -> Level:
@@ -138,10 +141,12 @@ class ScratchPlace(Place):
     ) -> None:
         vector.memory[:] = whole
 
-    def expect(self, kept: int, parts: int, labels: int) -> None:
-        """Say what scratch storage a solve will take, and refuse where that is not free. parts: of level 1, at most."""
+    def expect(self, kept: int, parts: int, labels: int, wide: tuple[float, float]) -> None:
+        """Say what scratch storage a solve will take, and refuse where that is not free."""
         wider = max(e.planes / (e.end - e.begin) for e in self.extents)
-        need = int(16 * kept + parts * (8 + 64 * wider) + labels * wider)
+        # Parts of 2×2×2 voxels are level 1 where voxels are about cubic; elsewhere there are more.
+        of_parts = parts * (8 + 64 * wider) * max(1.0, wide[1] / BYTES_OF_CUBIC[1])
+        need = int(wide[0] * kept + of_parts + labels * wider)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise InputError(

@@ -23,7 +23,16 @@ import numpy as np
 from hpcres.geometry import AXES
 from hpcres.metrics.transport import Solution, coarse, fine
 from hpcres.metrics.transport.coarse import CHUNK, Graph, Level
-from hpcres.metrics.transport.multigrid import Solver, Voxels, by_label, contrast, hierarchy, pack, tau_of_layers
+from hpcres.metrics.transport.multigrid import (
+    Solver,
+    Voxels,
+    by_label,
+    bytes_per_conducting_voxel,
+    contrast,
+    hierarchy,
+    pack,
+    tau_of_layers,
+)
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
 
@@ -80,11 +89,13 @@ class Slab(Voxels):
 
     def __init__(
         self, number: int, extent: Extent, unit_planes: int, bits: np.ndarray, *arguments: Any,
-        read_labels: Callable[[], np.ndarray] | None = None,
+        read_labels: Callable[[], np.ndarray] | None = None, careful: bool = False,
     ) -> None:  # fmt: skip
         self.number, self.extent, self._read_labels = number, extent, read_labels
         own = (extent.low, extent.low + extent.end - extent.begin)
-        super().__init__(bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes)
+        super().__init__(
+            bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes, careful=careful
+        )
         whole = [-(-n // s) for n, s in zip(self.shape, self.step, strict=True)]
         self.step_next = self.coarsening.after(self.step).step(whole)
 
@@ -205,8 +216,10 @@ class Place(ABC):
         """Labels of a slab and its neighbours, to be read again."""
 
     @abstractmethod
-    def expect(self, kept: int, parts: int, labels: int) -> None:
-        """So many conducting voxels, parts of level 1 at most, and voxels whose labels are needed are to come."""
+    def expect(self, kept: int, parts: int, labels: int, wide: tuple[float, float]) -> None:
+        """So many conducting voxels, parts of cells of 2×2×2, and voxels whose labels are needed are to come.
+
+        wide: bytes of vectors and hierarchy for a conducting voxel (`multigrid.bytes_per_conducting_voxel`)."""
 
     @abstractmethod
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
@@ -446,7 +459,7 @@ class SlabSolver(Solver):
     def _prolong(self, slab: Slab) -> None:
         level, x, correction = self.place.level(slab), self.x.of(slab), self.x_next.of(slab)
         for own in slab.own_part(1)[: 2 if level.mixed else 1]:
-            coarse.prolong(correction, level.parent, x, level.correction, own.start, own.stop)
+            coarse.prolong(correction, level.parent, x, slab.real(level.correction), own.start, own.stop)
         self.x.put(slab, x)
 
     def _cycle(self) -> None:
@@ -572,29 +585,40 @@ def solve_in_slabs(
     if kept == 0:
         seconds = time.perf_counter() - start
         return Solution("not percolating", fraction, 0.0, 0.0, 0.0, mean, 0.0, **left_out, seconds=seconds)
-    place.expect(kept, parts, 0 if uniform else voxels)
-    place.hold([t.bits for t in through])
+    held = [t.bits for t in through]
     del through
-    slabs = []
-    for number in place.here:
-        extent = place.extents[number]
-        read_labels = None
-        if not uniform:
-            planes = range(extent.first, min(extent.first + extent.planes, shape[0] + extent.high * periodic[0]))
-            read_labels = place.keep_labels(number, _around(read, planes, shape[0]))
-        slabs.append(
-            Slab(
-                number, extent, unit_planes, place.with_neighbours(number), shape, spacing, axis, periodic, threads,
-                None, resistance, read_labels=read_labels,
-            )
-        )  # fmt: skip
-    solver = SlabSolver(place, slabs, threads)
-    share = kept / voxels
-    conducted = share * unit if uniform else solver.mean_conductivity(of_label)
     progress = None
     if report is not None and place.first:
         progress = partial(_scaled, report, unit)
+
+    def solver_of(careful: bool) -> SlabSolver:
+        wide = bytes_per_conducting_voxel(shape, spacing, resistance, careful)
+        place.expect(kept, parts, 0 if uniform else voxels, wide)
+        place.hold(held)
+        slabs = []
+        for number in place.here:
+            extent = place.extents[number]
+            read_labels = None
+            if not uniform:
+                planes = range(extent.first, min(extent.first + extent.planes, shape[0] + extent.high * periodic[0]))
+                read_labels = place.keep_labels(number, _around(read, planes, shape[0]))
+            slabs.append(
+                Slab(
+                    number, extent, unit_planes, place.with_neighbours(number), shape, spacing, axis, periodic, threads,
+                    None, resistance, read_labels=read_labels, careful=careful,
+                )
+            )  # fmt: skip
+        return SlabSolver(place, slabs, threads)
+
+    solver = solver_of(False)
     solved, potential = solver.solve(rtol, report=progress)
+    if not solved.converged and solver.real is np.float32:
+        # What float32 does not solve, float64 may.
+        del solver, potential
+        solver = solver_of(True)
+        solved, potential = solver.solve(rtol, report=progress)
+    share = kept / voxels
+    conducted = share * unit if uniform else solver.mean_conductivity(of_label)
     layers = tuple(map(float, tau_of_layers(*solver.layers(potential, of_label)))) if profile else None
     if keep is not None:
         solver._run(lambda slab: keep(slab, potential.of(slab, 1)))

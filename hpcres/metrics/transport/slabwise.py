@@ -13,7 +13,6 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
 from hpcres.metrics.transport import (
-    BYTES_PER_CONDUCTING_VOXEL,
     BYTES_PER_VOXEL,
     Report,
     Solution,
@@ -21,7 +20,7 @@ from hpcres.metrics.transport import (
     solve,
 )
 from hpcres.metrics.transport.fields import FIELD_PLANES
-from hpcres.metrics.transport.multigrid import planes_of_unit
+from hpcres.metrics.transport.multigrid import by_label, bytes_per_conducting_voxel, planes_of_unit
 from hpcres.metrics.transport.ranked import RankPlace
 from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
 from hpcres.metrics.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
@@ -165,7 +164,8 @@ class SlabVolume:
         numbers = {number: self.counts[v] for v, number in self.found.items()}
         conducting = sum(numbers[label] for label in conductivity)
         if self._memory is not None:
-            need = BYTES_PER_VOXEL * prod(shape) + BYTES_PER_CONDUCTING_VOXEL * conducting
+            held = bytes_per_conducting_voxel(shape, spacing, by_label(conductivity)[2])
+            need = BYTES_PER_VOXEL * prod(shape) + sum(held) * conducting
             if need <= self._memory:
                 return solve(
                     self.read(0, shape[0]), conductivity, directions=(direction,), spacing=spacing, periodic=periodic,
