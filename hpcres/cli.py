@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shlex
@@ -42,6 +43,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def main() -> None:
     """Run a command and leave with its exit status. Only rank 0 speaks of errors that every rank sees."""
+    # Without a home that can be written, matplotlib warns that it keeps its fonts in a temporary folder.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         commands.main(standalone_mode=False)
         status = 0

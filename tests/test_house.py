@@ -23,15 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcres"
 ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
     "errors": set(),
+    "compiled": set(),
     "memory": set(),
     "signals": {"errors"},
     "geometry": {"errors"},
-    "noise": {"geometry"},
+    "noise": {"compiled", "geometry"},
     "study": {"errors", "geometry"},
     "study_file": {"errors", "study", "volumes"},
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
-    "volumes": {"errors", "geometry", "study", "volumes"},
+    "volumes": {"compiled", "errors", "geometry", "study", "volumes"},
     "checkpoint": {"errors", "networks", "study", "volumes"},
     "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
     "training": {
@@ -40,9 +41,9 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     },
     "inference": {
         "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory", "signals",
-        "metrics.counts", "metrics.named",
+        "metrics.counts", "metrics.named", "compiled",
     },
-    "metrics": {"errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
+    "metrics": {"compiled", "errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
     "report": {"errors", "geometry", "study", "volumes", "metrics", "report"},
 }  # fmt: skip
 KEEPERS = {
@@ -50,6 +51,7 @@ KEEPERS = {
     "h5py": {"volumes/formats.py"},
     "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
     "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": set(), "click": {"cli.py"},
+    "numba": {"compiled.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py"},
 }  # fmt: skip
 COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report"]
 
