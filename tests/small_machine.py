@@ -6,8 +6,10 @@ checkpoint it is trained first. The last line says, as JSON, which CPU the libra
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 AVX2 = {
@@ -41,6 +43,26 @@ def machine() -> dict[str, object]:
     }  # fmt: skip
 
 
+def prepared() -> str:
+    """A digest of what is computed before a network runs: weights of smooth noise, of interpolation and of a layer."""
+    import numpy as np
+
+    from hpcres.inference import winograd
+    from hpcres.networks.folded import Stage
+    from hpcres.noise import gaussian_taps
+
+    digest = hashlib.sha256()
+    for d in (8, 16, 24, 33, 40, 64):
+        scale = Fraction(64, d)
+        digest.update(winograd.axis_of("resized", scale, "replicate", 0, 640 * 64 // d, 640).table.tobytes())
+        for sigma in range(1, 60):
+            digest.update(gaussian_taps(sigma / 7, scale).tobytes())
+    weight = np.random.default_rng(0).standard_normal((64, 64, 3, 3, 3))
+    layer = winograd._layer_of(Stage("", "convolution", weight, np.zeros(64), True, Fraction(1), "zeros"))
+    digest.update(layer.weights.tobytes())
+    return digest.hexdigest()
+
+
 def main(folder: Path, output: Path) -> None:
     from hpcres.cli import commands
 
@@ -54,7 +76,7 @@ def main(folder: Path, output: Path) -> None:
         commands(paint, standalone_mode=False)
         for command, file in (("metrics", "metrics.json"), ("tortuosity", "transport.json")):
             commands([command, str(into / "labels.zarr"), "--output", str(into / file)], standalone_mode=False)
-    print(json.dumps(machine()))
+    print(json.dumps({"machine": machine(), "prepared": prepared()}))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def coin_toss_study(folder: Path, case: str) -> None:
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
-    """Folders that this machine and one with AVX2 left, each with what it took itself to be, under the key "is"."""
+    """Folders that this machine and one with AVX2 left, each with what it took itself to be and what it prepared."""
     folder = tmp_path_factory.mktemp("machines")
     for case in CASES:
         coin_toss_study(folder / "studies", case)
@@ -65,13 +65,13 @@ def chains(tmp_path_factory):
         command = [sys.executable, str(TESTS / "small_machine.py"), str(folder / "studies"), str(folder / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
-        found[name] = {"folder": folder / name, "is": json.loads(done.stdout.splitlines()[-1])}
+        found[name] = {"folder": folder / name, **json.loads(done.stdout.splitlines()[-1])}
     return found
 
 
 @pytest.mark.machines
 def test_the_libraries_take_the_machine_to_have_avx2_only(chains):
-    assert chains["avx2"]["is"] == {
+    assert chains["avx2"]["machine"] == {
         "torch": "AVX2", "numpy": False, "numba": "haswell", "numba_has_avx512": False,
         "register_floats": 8, "widest": 8,
     }  # fmt: skip
@@ -80,13 +80,18 @@ def test_the_libraries_take_the_machine_to_have_avx2_only(chains):
 @pytest.mark.machines
 @pytest.mark.parametrize("case", CASES)
 def test_registers_of_8_and_of_16_floats_paint_the_same_bytes(chains, case):
-    if chains["here"]["is"]["register_floats"] == 8:
+    if chains["here"]["machine"]["register_floats"] == 8:
         pytest.skip("this machine has no AVX-512 to compare with")
     here, there = (chains[name]["folder"] / case / "labels.zarr" for name in ("here", "avx2"))
     counts = LabelStore.open(here).provenance["measured"]["volume_fraction"]
     assert min(counts.values()) > 0.02  # coins do fall either way
     assert store_bytes(here) == store_bytes(there)
     assert LabelStore.open(there).provenance["measured"] == LabelStore.open(here).provenance["measured"]
+
+
+@pytest.mark.machines
+def test_what_is_computed_before_a_network_runs_is_the_same(chains):
+    assert chains["here"]["prepared"] == chains["avx2"]["prepared"]
 
 
 @pytest.mark.machines
