@@ -24,6 +24,7 @@ PACKAGE = ROOT / "hpcres"
 ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
     "errors": set(),
     "compiled": set(),
+    "cores": set(),
     "memory": set(),
     "signals": {"errors"},
     "geometry": {"errors"},
@@ -34,16 +35,16 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "imaging": {"networks", "study"},
     "volumes": {"compiled", "errors", "geometry", "study", "volumes"},
     "checkpoint": {"errors", "networks", "study", "volumes"},
-    "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
+    "phantoms": {"cores", "errors", "geometry", "imaging", "study", "volumes"},
     "training": {
-        "errors", "geometry", "networks", "study", "study_file", "imaging", "noise", "volumes", "checkpoint",
+        "cores", "errors", "geometry", "networks", "study", "study_file", "imaging", "noise", "volumes", "checkpoint",
         "training", "memory", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
     },
     "inference": {
         "errors", "geometry", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory", "signals",
-        "metrics.counts", "metrics.named", "compiled",
+        "metrics.counts", "metrics.named", "compiled", "cores",
     },
-    "metrics": {"compiled", "errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
+    "metrics": {"compiled", "cores", "errors", "geometry", "study", "imaging", "volumes", "metrics", "memory"},
     "report": {"errors", "geometry", "study", "volumes", "metrics", "report"},
 }  # fmt: skip
 KEEPERS = {

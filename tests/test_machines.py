@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from small_machine import AVX2
 from small_painting import lively, make_study, store_bytes
 from small_training import study_of
 
-from hpcres import compiled
+from hpcres import cli, compiled
 from hpcres.checkpoint import build_generator, save_checkpoint
+from hpcres.errors import InputError
+from hpcres.metrics.transport.scratch import _File
 from hpcres.study_file import load_study, save_study
 from hpcres.volumes.stores import LabelStore
 
@@ -241,3 +244,64 @@ def test_commands_of_a_read_only_installation_work_and_say_nothing_of_it(install
         done = run("-m", "hpcres", *arguments)
         assert done.returncode == 0, done.stderr
         assert not re.search(r"warn|writable|cache|matplotlib|Traceback", done.stderr, re.IGNORECASE), done.stderr
+
+
+# ---- other systems -----------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import json, mmap, os, signal, sys
+import distributed, h5py, matplotlib, numba, scipy.ndimage, tifffile, torch, zarr  # these may use what there is
+for name in json.loads(sys.argv.pop(1)):
+    module, _, attribute = name.partition(".")
+    delattr(sys.modules[module], attribute) if attribute else sys.modules.update({module: None})
+from hpcres import cli, memory
+class Elsewhere:
+    platform = sys.argv.pop(1)
+    def __getattr__(self, name):
+        return getattr(sys, name)
+cli.sys = memory.sys = Elsewhere()
+cli.main()
+"""
+ONLY_LINUX = [
+    "os.sched_getaffinity", "os.posix_fallocate", "os.posix_fadvise", "os.preadv", "mmap.MADV_HUGEPAGE",
+]  # fmt: skip
+
+
+@pytest.fixture
+def elsewhere():
+    """A command on a system of another name that lacks what is named."""
+
+    def run(platform: str, absent: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-c", ELSEWHERE, json.dumps(absent), platform]
+        return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
+
+    return run
+
+
+def test_macos_paints_and_solves_the_same(elsewhere, study, painted, tmp_path):
+    checkpoint = study.parent / "out" / "checkpoint.pt"
+    done = elsewhere("darwin", ONLY_LINUX, "infer", study, "--output", tmp_path, "--checkpoint", checkpoint)
+    assert done.returncode == 0, done.stderr
+    assert store_bytes(tmp_path / "labels.zarr") == store_bytes(painted)
+    done = elsewhere("darwin", ONLY_LINUX, "tortuosity", painted, "--direction", "z")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("missing", ["os.posix_fallocate", "os.preadv"])
+def test_a_system_that_cannot_reserve_scratch_storage_says_so(missing, monkeypatch, tmp_path):
+    monkeypatch.delattr(missing)
+    with pytest.raises(InputError, match=r"cannot reserve scratch storage .*; solve in memory"):
+        _File(SimpleNamespace(folder=tmp_path), 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_windows_measures(elsewhere, painted):
+    done = elsewhere("win32", [*ONLY_LINUX, "os.pread", "os.pwrite", "fcntl"], "metrics", painted)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "infer", "verify"])
+def test_windows_is_told_in_one_line_where_to_run_the_rest(command, study, monkeypatch):
+    monkeypatch.setattr(cli, "sys", SimpleNamespace(platform="win32"))
+    with pytest.raises(InputError, match=rf"^hpcres {command} needs Linux or macOS: .* WSL 2 .*$"):
+        cli.commands([command, str(study)], standalone_mode=False)
