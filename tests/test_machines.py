@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -70,6 +71,12 @@ def chains(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         found[name] = {"folder": folder / name, **json.loads(done.stdout.splitlines()[-1])}
     return found
+
+
+def test_the_manual_says_how_to_be_such_a_machine():
+    manual = (TESTS.parent / "docs" / "machines.md").read_text()
+    block = next(block for block in manual.split("```")[1::2] if "ONEDNN" in block)
+    assert dict(word.split("=", 1) for word in shlex.split(block)) == AVX2
 
 
 @pytest.mark.machines
