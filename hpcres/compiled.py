@@ -13,6 +13,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,10 +32,8 @@ def compiled(function: Any = None, **options: Any) -> Any:
     if function is None:
         return lambda decorated: compiled(decorated, **options)
     dispatcher = numba.njit(nogil=True, **options)(function)
-    try:
+    with suppress(RuntimeError):  # no folder can be written: numba calls it "no locator available"
         dispatcher._cache = _Cache(function)
-    except RuntimeError:  # no folder can be written: numba calls it "no locator available"
-        pass
     return dispatcher
 
 
@@ -96,8 +95,21 @@ class _Files(caching.IndexDataCacheFile):
     """The index and the machine code, each piece in a file that is named by what it is for.
 
     numba numbers the files. Two processes that compile for different CPUs or types at the same time then take the
-    same number, and one may later run the other's machine code.
+    same number, and one may later run the other's machine code. Files that a loss of power cut short, or that
+    another user alone may read, are as good as none.
     """
+
+    def _load_index(self) -> Any:
+        try:
+            return super()._load_index()
+        except Exception:  # pickle raises whatever the bytes lead it to
+            return {}
+
+    def load(self, key: Any) -> Any:
+        try:
+            return super().load(key)
+        except Exception:
+            return None
 
     def save(self, key: Any, data: Any) -> None:
         overloads = self._load_index()
@@ -117,6 +129,10 @@ class _Cache(caching.FunctionCache):
     def __init__(self, function: Any) -> None:
         super().__init__(function)
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, sources_digest(function.__module__))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk or quota: the next process compiles again
+            super().save_overload(sig, data)
 
 
 def sources_digest(module: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 import torch
 import yaml
 from small_machine import AVX2
-from small_painting import lively, make_study, store_bytes
+from small_painting import lively, make_study, store_bytes, truncate
 from small_training import study_of
 
 from hpcres import cli, compiled
@@ -163,6 +164,26 @@ def test_two_processes_that_save_at_once_do_not_take_each_other_s_machine_code(t
     found = {key: compiled._Files(str(tmp_path), "kernel", "source").load(f"for the {key}") for key in ORDINALS}
     assert found["first"] == b"of the first"
     assert found["second"] in (None, b"of the second")
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_machine_code_that_was_cut_short_is_none_and_is_made_again(tmp_path, ending):
+    files = compiled._Files(str(tmp_path), "kernel", "source")
+    files.save("key", b"code" * 100)
+    for file in tmp_path.glob(f"*.{ending}"):
+        truncate(file)
+    assert files.load("key") is None
+    files.save("key", b"code" * 100)
+    assert files.load("key") == b"code" * 100
+
+
+def test_a_full_disk_costs_the_next_process_a_compilation_and_this_one_nothing(tmp_path, monkeypatch):
+    def full(self, name, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compiled._Files, "_save_data", full)
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    assert compiled.compiled(lambda x: x + 1)(2) == 3
 
 
 ORDINALS = ("first", "second")
