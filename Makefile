@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 RANKS ?= 2
+TESTERS ?= 2
 # Two ranks must start on any machine: as root in a container, and with fewer cores than ranks.
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
@@ -10,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference bench-metrics bench-transport bench-quality clean
+.PHONY: help install demo test lint types test-machines test-slurm test-kills case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
 	@echo "make demo    the main job on a phantom, 4 minutes on two idle cores once set up; ends with results/demo/report.html"
@@ -20,7 +21,7 @@ help:
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
 	@echo "make bench-quality     the quality bars, three seeds each, six hours"
-	@echo "make lint types test-slurm test-kills clean"
+	@echo "make lint types test-machines test-slurm test-kills clean"
 
 install: .venv/installed
 
@@ -65,7 +66,11 @@ case3: install
 	hpcres report configs/case3-sofc-small.yaml
 
 test: .venv/tested
-	pytest tests -m "not slow and not slurm"
+	pytest tests -m "not slow and not slurm and not machines" -n $(TESTERS) --dist worksteal
+
+# The main job as a CPU without AVX-512 does it, and from an installation that nobody can write to.
+test-machines: .venv/tested
+	pytest tests -m machines
 
 # Sixty jobs killed at random moments and resumed, ten minutes.
 test-kills: .venv/tested

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import shlex
@@ -38,11 +39,14 @@ _DISK_ERRORS = {
     errno.ENOTDIR: "a part of this path is a file, not a folder; check the path",
     errno.EISDIR: "is a folder where a file is due; check the path",
 }
+_NOT_ON_WINDOWS = ("train", "plan", "infer", "verify")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def main() -> None:
     """Run a command and leave with its exit status. Only rank 0 speaks of errors that every rank sees."""
+    # Without a home that can be written, matplotlib warns that it keeps its fonts in a temporary folder.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         commands.main(standalone_mode=False)
         status = 0
@@ -113,7 +117,8 @@ def _is_study(source: str) -> bool:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hpcres")
-def commands() -> None:
+@click.pass_context
+def commands(context: click.Context) -> None:
     """Fuse a coarse 3D image and sharp 2D ones into a sharp 3D label volume, and measure it.
 
     Every command reads one study file (study.yaml in the working directory by default).
@@ -124,6 +129,11 @@ def commands() -> None:
     hpcres metrics                      measure it, with Dask
     hpcres report                       one HTML page of it all
     """
+    if sys.platform == "win32" and context.invoked_subcommand in _NOT_ON_WINDOWS:
+        raise InputError(
+            f"hpcres {context.invoked_subcommand} needs Linux or macOS: Windows has neither its file locks nor its "
+            "signals; run it in WSL 2 (https://learn.microsoft.com/windows/wsl)"
+        )
 
 
 @contextmanager

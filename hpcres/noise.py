@@ -7,14 +7,15 @@ is a sum over the same voxels in the same order wherever the box it is asked for
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil
 
-import numba
 import numpy as np
 from scipy.ndimage import correlate1d
 from scipy.special import ndtri
 
+from hpcres.compiled import compiled
 from hpcres.geometry import PERIODIC, Box, Triple, pieces_of
 
 NOISE_VOXELS = 2**32
@@ -26,7 +27,7 @@ _QUANTILES = ndtri((np.arange(65536) + 0.5) / 65536)
 _QUANTILES = (_QUANTILES / np.sqrt(np.mean(_QUANTILES**2))).astype(np.float32)
 
 
-@numba.njit(cache=True, inline="always")
+@compiled(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):
     mask = np.uint64(0xFFFFFFFF)
     for _ in range(10):
@@ -38,7 +39,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _fill(out, z0, y0, x0, k0, k1, channel, quantiles):
     nz, ny, nx = out.shape
     shift = np.uint64(16)
@@ -75,11 +76,16 @@ def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
 def gaussian_taps(sigma_voxels: float, scale: Fraction) -> np.ndarray:
     """Weights along one axis, float64, of an odd number of low-res voxels, that make white noise one of correlation
     exp(−h² / 4σ²) at distance h and unit variance; σ in high-res voxels. Of σ = 0 the single weight 1.
+
+    In decimal arithmetic, which is the same on every machine: a library's exp differs by processor in its last bit.
     """
     sigma = sigma_voxels / float(scale)
-    place = np.arange(-ceil(_REACH * sigma), ceil(_REACH * sigma) + 1)
-    taps = np.exp(-0.5 * (place / max(sigma, 1e-9)) ** 2)
-    return np.asarray(taps / np.sqrt(np.square(taps).sum()))
+    reach = ceil(_REACH * sigma)
+    with localcontext(prec=28):
+        places = [Decimal(place) / Decimal(sigma or 1) for place in range(-reach, reach + 1)]
+        taps = [(-place * place / 2).exp() for place in places]
+        norm = sum((tap * tap for tap in taps), Decimal()).sqrt()
+        return np.array([float(tap / norm) for tap in taps])
 
 
 def smoothed(white: np.ndarray, taps: np.ndarray) -> np.ndarray:

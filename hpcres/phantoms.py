@@ -6,7 +6,6 @@ than the volume, so that opposite faces are independent. Lengths are voxels, arr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from math import exp, log, pi, prod, sqrt
 from pathlib import Path
@@ -17,6 +16,7 @@ from scipy import fft
 from scipy.special import ndtri
 
 from hpcres import __version__
+from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, blocks, triple
 from hpcres.volumes.convert import convert
@@ -49,15 +49,15 @@ def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosi
     covariance = np.exp(np.sqrt(square) * np.float32(-gamma_squared))
     del square
     # The half spectrum of an even real array, mirrored back: its eigenvalues, none negative but for rounding.
-    eigenvalues = fft.rfftn(covariance, overwrite_x=True, workers=_workers()).real
+    eigenvalues = fft.rfftn(covariance, overwrite_x=True, workers=cores()).real
     del covariance
     np.sqrt(np.clip(eigenvalues, 0, None, out=eigenvalues), out=eigenvalues)
     half = eigenvalues.shape[2]
-    spectrum = fft.fftn(field, overwrite_x=True, workers=_workers())
+    spectrum = fft.fftn(field, overwrite_x=True, workers=cores())
     spectrum[..., :half] *= eigenvalues
     spectrum[..., half:] *= eigenvalues[..., 1 : torus[2] - half + 1][..., ::-1]
     del eigenvalues
-    field = fft.ifftn(spectrum, overwrite_x=True, workers=_workers())[tuple(slice(n) for n in shape)]
+    field = fft.ifftn(spectrum, overwrite_x=True, workers=cores())[tuple(slice(n) for n in shape)]
     return (field.real**2 + field.imag**2 >= -2 * log(1 - porosity)).astype(np.uint8)
 
 
@@ -112,7 +112,7 @@ def _smooth_field(shape: Sequence[int], seed: Seed, lengths: Sequence[float], la
     |κ|² exp(−|κ|²/2), κ = k·ℓ per axis (−ρ'' = 5/3ℓ²), or layered along x: κx⁴ exp(−|κ|²/2) (−ρ'' = 5/ℓ²).
     """
     torus = _torus(shape, [4 * length for length in lengths])
-    spectrum = fft.rfftn(_white(torus, seed, 1), overwrite_x=True, workers=_workers())
+    spectrum = fft.rfftn(_white(torus, seed, 1), overwrite_x=True, workers=cores())
     square = np.zeros(spectrum.shape, np.float32)
     for axis, (n, length) in enumerate(zip(torus, lengths, strict=True)):
         wave = fft.rfftfreq(n) if axis == 2 else fft.fftfreq(n)
@@ -122,7 +122,7 @@ def _smooth_field(shape: Sequence[int], seed: Seed, lengths: Sequence[float], la
     square *= np.float32(-0.25)
     spectrum *= np.exp(square, out=square)
     del square
-    field = fft.irfftn(spectrum, torus, overwrite_x=True, workers=_workers())
+    field = fft.irfftn(spectrum, torus, overwrite_x=True, workers=cores())
     deviation = field.std(dtype=np.float64)
     return field[tuple(slice(n) for n in shape)] / np.float32(deviation)
 
@@ -159,10 +159,6 @@ def _top_share(field: np.ndarray, share: float) -> np.ndarray:
         return np.full(field.shape, count > 0)
     threshold = np.partition(field, field.size - count, axis=None)[field.size - count]
     return field >= threshold
-
-
-def _workers() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 # ---- the files of `hpcres phantom` -------------------------------------------------------------------------

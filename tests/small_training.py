@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from itertools import combinations
 
 import numpy as np
@@ -96,25 +94,6 @@ def anisotropic(folder, **training):
         low_res={"path": str(folder / "low.npy"), "phases": {0: "a", 1: ["b", "c"]}},
         imaging={"operator": "under-resolved"},
         training={"slices_per_axis": None, "critic_steps": 1, "cubes": 3} | training,
-    )  # fmt: skip
-
-
-def free_ports(count):
-    """Ports that nobody listens on, each another one."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def as_rank(rank, size, port):
-    """The variables by which torchrun tells a process who it is."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from small_training import ALONE, anisotropic, as_rank, free_ports, study_of
+from small_group import as_rank, free_ports, leave, leave_again_and_again, run_ranks
+from small_training import ALONE, anisotropic, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.study_file import save_study
@@ -52,7 +53,7 @@ def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(
     else:
         study = anisotropic(tmp_path)
     save_step(study, ALONE, tmp_path / "1-0.pt")
-    torch.multiprocessing.spawn(ranked_step, (size, free_ports(1)[0], study, tmp_path), size)
+    run_ranks(ranked_step, (size, free_ports(1)[0], study, tmp_path), size)
     alone = torch.load(tmp_path / "1-0.pt")
     for rank in range(size):
         shared = torch.load(tmp_path / f"{size}-{rank}.pt")
@@ -63,22 +64,9 @@ def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(
             assert (ours - theirs).norm() < 1e-5 * theirs.norm(), kind
 
 
-def leave(rank, port):
-    as_rank(rank, 2, port)
-    with processes("cpu", 1) as group:
-        model = group.parallel(torch.nn.Linear(50, 50))  # freed after the group, as what a traceback holds
-        model(torch.ones(4, 50)).sum().backward()
-        assert group.mean(torch.tensor([1.0, rank])).tolist() == [1, 0.5]
-
-
-def leave_again_and_again(rank, ports):
-    for port in ports:
-        leave(rank, port)
-
-
 def test_a_group_can_be_left_while_a_model_still_holds_it():
     """Of twelve times, some hung for ever: gloo's thread and the model's end waited for each other."""
-    group = torch.multiprocessing.spawn(leave_again_and_again, (free_ports(12),), 2, join=False)
+    group = run_ranks(leave_again_and_again, (free_ports(12),), 2, join=False)
     deadline = time.monotonic() + 100
     while not group.join(timeout=5):
         if time.monotonic() > deadline:
@@ -88,7 +76,10 @@ def test_a_group_can_be_left_while_a_model_still_holds_it():
 
 
 def test_a_process_can_end_as_soon_as_the_group_is_left():
-    """One of four processes died of SIGABRT: gloo's thread let go of a tensor while Python ended."""
+    """One of four processes died of SIGABRT: gloo's thread let go of a tensor while Python ended.
+
+    Each is a Python of its own, since a forked one ends without clearing up.
+    """
     for port in free_ports(6):
         torch.multiprocessing.spawn(leave, (port,), 2)
 

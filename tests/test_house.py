@@ -23,27 +23,31 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcres"
 ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
     "errors": set(),
+    "compiled": set(),
+    "cores": set(),
     "memory": set(),
     "signals": {"errors"},
     "geometry": {"errors"},
-    "noise": {"geometry"},
+    "noise": {"compiled", "geometry"},
     "lengths": {"errors", "geometry"},
     "study": {"errors", "geometry", "lengths"},
     "study_file": {"errors", "study", "volumes"},
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
-    "volumes": {"errors", "geometry", "lengths", "study", "volumes"},
+    "volumes": {"compiled", "errors", "geometry", "lengths", "study", "volumes"},
     "checkpoint": {"errors", "networks", "study", "volumes"},
-    "phantoms": {"errors", "geometry", "imaging", "study", "volumes"},
+    "phantoms": {"cores", "errors", "geometry", "imaging", "study", "volumes"},
     "training": {
-        "errors", "geometry", "networks", "study", "study_file", "imaging", "noise", "volumes", "checkpoint",
+        "cores", "errors", "geometry", "networks", "study", "study_file", "imaging", "noise", "volumes", "checkpoint",
         "training", "memory", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
     },
     "inference": {
         "errors", "geometry", "lengths", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory",
-        "signals", "metrics.counts", "metrics.named",
+        "signals", "metrics.counts", "metrics.named", "compiled", "cores",
     },
-    "metrics": {"errors", "geometry", "lengths", "study", "imaging", "volumes", "metrics", "memory"},
+    "metrics": {
+        "compiled", "cores", "errors", "geometry", "lengths", "study", "imaging", "volumes", "metrics", "memory",
+    },
     "report": {"errors", "geometry", "lengths", "study", "volumes", "metrics", "report"},
 }  # fmt: skip
 KEEPERS = {
@@ -51,6 +55,7 @@ KEEPERS = {
     "h5py": {"volumes/hdf5.py"},
     "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
     "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": set(), "click": {"cli.py"},
+    "numba": {"compiled.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py"},
 }  # fmt: skip
 COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report"]
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from small_training import as_rank, free_ports, history, same, study_of, weights
+from small_group import as_rank, free_ports, run_ranks
+from small_training import history, same, study_of, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
@@ -153,7 +154,7 @@ def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capf
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut", "other")
     )
     ports = free_ports(3)
-    torch.multiprocessing.spawn(cut_and_whole, (ports, whole, cut, other), 2)
+    run_ranks(cut_and_whole, (ports, whole, cut, other), 2)
     assert load_checkpoint(cut.checkpoint_path).step == 5
     assert same(weights(whole), weights(cut))
     assert history(whole) == history(cut)

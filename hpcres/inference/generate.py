@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -264,10 +263,6 @@ class Painter:
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def operations(generator: SuperResGenerator, box: Box) -> float:

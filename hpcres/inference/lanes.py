@@ -1,7 +1,7 @@
 """Vectors of 8 or 16 floats for numba kernels, in registers, with fused multiply-adds spelled out.
 
-A kernel asks for a width by the type of its argument `lanes`: an int8 stands for 8 floats, an int16 for 16 (the
-width of the machine's registers in floats). Every operation is an IEEE one in the order it is written, so a value
+A kernel asks for a width by the type of its argument `lanes`: an int8 stands for 8 floats, an int16 for 16 (WIDEST: the
+registers of the CPU that numba compiles for). Every operation is an IEEE one in the order it is written, so a value
 does not depend on the width, the compiler or the neighbours it is computed with. Arrays are flat float32; indices
 are in floats.
 """
@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as _intrinsic
 from numba.extending import models, register_model
 
-WIDEST: Any = np.int16(0) if llvmlite.binding.get_host_cpu_features().get("avx512f") else np.int8(0)
+from hpcres.compiled import register_floats
+
+WIDEST: Any = np.int16(0) if register_floats() == 16 else np.int8(0)
 NARROW: Any = np.int8(0)
 
 

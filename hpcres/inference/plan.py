@@ -10,8 +10,9 @@ from math import ceil, prod
 import numpy as np
 import torch
 
+from hpcres.cores import cores
 from hpcres.geometry import Box, TilePlan, high_res_shape, plan_tiles, tiles_of_rank
-from hpcres.inference.generate import Painter, cores, halo_of, operations
+from hpcres.inference.generate import Painter, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study

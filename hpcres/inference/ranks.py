@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from hpcres.cores import allowed_cores
 from hpcres.errors import InputError, Stopped, Unfinished
 
 _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MPI_LOCALNRANKS", "HPCRES_MPI")
@@ -33,7 +34,7 @@ class Ranks:
         self.size: int = comm.Get_size() if comm else 1
         self.local_rank, self.on_node = 0, 1
         self.stopping = False
-        allowed = frozenset(os.sched_getaffinity(0))
+        allowed = allowed_cores()
         self.cores = len(allowed)
         if comm:
             from mpi4py import MPI

@@ -19,9 +19,9 @@ from functools import lru_cache
 from math import floor, prod
 from typing import Any
 
-import numba
 import numpy as np
 
+from hpcres.compiled import compiled
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.inference.lanes import (
@@ -52,8 +52,11 @@ _A3 = [[p**i for p in _POINTS] + [float(i == 3)] for i in range(4)]
 _G3 = np.array(
     [[p**k / prod(p - other for other in _POINTS if other != p) for k in range(3)] for p in _POINTS] + [[0, 0, 1]]
 )
+# Row p: coefficients of x (x² − 1/2) (x² − 2) / (x − p), lowest power first; the last row: of the whole product.
 _B3 = np.array(
-    [[*np.poly([other for other in _POINTS if other != p])[::-1], 0] for p in _POINTS] + [np.poly(_POINTS)[::-1]]
+    [[1, 0, -2.5, 0, 1, 0]]
+    + [[0, -p * other, -other, p, 1, 0] for p, other in zip(_POINTS[1:], (2, 2, 0.5, 0.5), strict=True)]
+    + [[0, 1, 0, -2.5, 0, 1]]
 )
 # F(2, 2) for the even outputs (first three products) and for the odd ones: taps 3, 1 and 2, 0 of four.
 _A4 = [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
@@ -104,7 +107,7 @@ def axis_of(
         for i, one in enumerate(taken):
             for j, weight in one.items():
                 weights[i, j - low] += float(weight)
-        rows.append((low, (_B4 if kind == "transposed" else _B3) @ weights))
+        rows.append((low, _product(_B4 if kind == "transposed" else _B3, weights)))
     width = next(n for n in _TAP_COUNTS if n >= max(table.shape[1] for _, table in rows))
     reads = range(min(low for low, _ in rows), max(low + table.shape[1] for low, table in rows))
     taps = np.array([[min(low + j, reads.stop - 1) for j in range(width)] for low, _ in rows]) - reads.start
@@ -113,6 +116,16 @@ def axis_of(
         tables[number, :, : table.shape[1]] = table
     begin, finish = 4 * first, 4 * last
     return Axis(begin, finish if end is None else min(finish, end), reads, taps.astype(np.int64), tables)
+
+
+def _product(matrix: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Σ_k matrix[:, k] · some[k], k = 0, 1, … in this order: BLAS would round it as suits the processor."""
+    total = np.zeros((len(matrix), *some.shape[1:]))
+    for column, one in zip(matrix.T, some, strict=True):
+        for row, factor in zip(total, column, strict=True):
+            if factor:
+                row += factor * one
+    return total
 
 
 def _window(kind: str) -> range:
@@ -144,7 +157,7 @@ def _inputs(
 # ---- kernels -----------------------------------------------------------------------------------------------
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _combine(taps, target, t, step, source, s, offsets, o, table, k, lanes):
     if taps == 4:
         _combine_4(target, t, step, source, s, offsets, o, table, k, lanes)
@@ -154,7 +167,7 @@ def _combine(taps, target, t, step, source, s, offsets, o, table, k, lanes):
         _combine_7(target, t, step, source, s, offsets, o, table, k, lanes)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _combine_to_one(taps, target, t, source, s, offsets, o, table, k, lanes):
     if taps == 4:
         _one_of_4(target, t, 0, source, s, offsets, o, table, k, lanes)
@@ -164,7 +177,7 @@ def _combine_to_one(taps, target, t, source, s, offsets, o, table, k, lanes):
         _one_of_7(target, t, 0, source, s, offsets, o, table, k, lanes)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _take_in(
     g, x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, values, t0, rows, strip, pile, lanes
 ):  # fmt: skip
@@ -200,7 +213,7 @@ def _take_in(
                 )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _along_x(values, at, step, strip, xo, xt, cell, channels, lanes):
     """The last of the three transforms for four taps, where most of the time goes: its table stays in registers."""
     width, k = floats(lanes), 24 * cell
@@ -225,12 +238,12 @@ def _along_x(values, at, step, strip, xo, xt, cell, channels, lanes):
         at += 6 * step
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _four(table, k, lanes):
     return splat(table, k, lanes), splat(table, k + 1, lanes), splat(table, k + 2, lanes), splat(table, k + 3, lanes)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _multiply(g, values, weights, products, rows, used, inputs, outputs, lanes):
     """products (6, 6, rows, outputs) = values (6, 6, rows, inputs) · weights (6, 6, 6, inputs, outputs)[g].
 
@@ -266,7 +279,7 @@ def _multiply(g, values, weights, products, rows, used, inputs, outputs, lanes):
                 )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _gather(transposed, g, products, rows, used, channels, planes, scratch, lanes):
     """Outputs along y and x of product g along z, into `planes` (rows, channels, 6, 4, 4), all of them registers."""
     width, plane = floats(lanes), rows * channels
@@ -285,7 +298,7 @@ def _gather(transposed, g, products, rows, used, channels, planes, scratch, lane
                     _four_of_3(planes, at + x * width, 4 * width, scratch, x * width, 4 * width, lanes)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _give_out(
     transposed, planes, t0, channels, begin, end, bias, relu, out, at, z_step, y_step, depth, height, length,
     before, b_at, bz_step, by_step, after, a_at, az_step, ay_step, scratch, lanes,
@@ -318,7 +331,7 @@ def _give_out(
                         store(out, at + z * z_step + y * y_step + along, value)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _convolve(
     x, inputs, taps, tables, cells, transposed, weights, bias, relu, outputs, out, place, extent, steps,
     before, b_place, b_steps, after, a_place, a_steps, rows, values, products, planes, strip, pile, scratch,
@@ -358,7 +371,7 @@ def _convolve(
                     )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _label(features, planes, y_step, height, length, channels, weights, bias, phases, labels, logits, lanes):
     """The last convolution and the most likely phase of one plane of `height` × `length` voxels.
 
@@ -726,7 +739,7 @@ def _layer_of(stage: Stage) -> _Layer:
     for first in range(0, inputs, 32):  # in parts, because these are doubles
         some = weight[..., first : first + 32, :]
         for _ in range(3):  # each turn transforms the first axis and moves it behind the other two
-            some = np.moveaxis(np.tensordot(change, some, (1, 0)), 0, 2)
+            some = np.moveaxis(_product(change, some), 0, 2)
         filled.reshape(shape)[..., first : first + some.shape[3], :outputs] = some
     bias = np.zeros(_filled(outputs), np.float32)
     bias[:outputs] = stage.bias

@@ -21,10 +21,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from distributed import Client
 
+from hpcres.compiled import compiled
 from hpcres.geometry import Box, blocks
 from hpcres.metrics import counts
 from hpcres.metrics.schedule import Source, follow, submit
@@ -89,7 +89,7 @@ class Seen:
         return {spacing: found / max(1, found.sum()) for spacing, found in self.windows.items()}
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count_windows(stack, phases, spacing, found):
     rows, columns = stack.shape[1] - 2 * spacing, stack.shape[2] - 2 * spacing
     for image in stack:
@@ -102,7 +102,7 @@ def _count_windows(stack, phases, spacing, found):
                 found[code] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count_together(lines, together):
     """lines (line, place); together (phase, lag from 1 on)."""
     for line in lines:

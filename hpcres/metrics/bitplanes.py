@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from hpcres.compiled import compiled
 from hpcres.metrics.counts import pack_bits, pack_phases
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pack_block(block, planes):
     slices, rows, length = block.shape
     n, words = planes.shape[0], planes.shape[3]
@@ -44,7 +44,7 @@ def pack(index: np.ndarray, phases: int, words: int | None = None) -> np.ndarray
     return planes
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _transpose(square):
     """Bit k of word i becomes bit i of word k, of 64 words."""
     half, low = 32, np.uint64(0xFFFFFFFF)
@@ -59,7 +59,7 @@ def _transpose(square):
         low ^= low << np.uint64(half)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _transpose_rows(planes, out):
     square = np.empty(64, np.uint64)
     for p in range(planes.shape[0]):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from hpcres.compiled import compiled
 from hpcres.metrics.counts import popcount, trailing_zeros
 
 
@@ -37,7 +37,7 @@ class Rows:
     changed: np.ndarray
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _changes(planes, z, y, before_z, before_y, w):
     """Voxels of a word whose phase is not that of the voxel beside them in another row."""
     found = np.uint64(0)
@@ -46,7 +46,7 @@ def _changes(planes, z, y, before_z, before_y, w):
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _down(block, planes, axis, chords, first, last):
     """Chords (phase, length) inside the block along z (axis 0) or y (1); first and last (line) are their open ends."""
     slices, rows, words = block.shape[0], block.shape[1], planes.shape[3]
@@ -84,7 +84,7 @@ def _down(block, planes, axis, chords, first, last):
                 last[y, x] = slices - begun[y, x]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count_runs(planes, columns):
     """Changes along the rows, and their number row by row (the first run of a row not counted)."""
     n, slices, rows, words = planes.shape
@@ -110,7 +110,7 @@ def _count_runs(planes, columns):
     return changed, count
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _row_runs(block, changed, index, start, phase, chords, first, last):
     slices, rows, columns = block.shape
     for z in range(slices):
@@ -153,7 +153,7 @@ def runs_of(block: np.ndarray, planes: np.ndarray, phases: int) -> tuple[list[np
     return inside, ends, rows
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_rows(planes, in_z, in_y):
     for p in range(planes.shape[0]):
         for z in range(planes.shape[1]):
@@ -178,7 +178,7 @@ def in_planes(block: np.ndarray, planes: np.ndarray, turned: np.ndarray, phases:
     return found
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _stitch(open_phase, open_length, first_phase, first, last_phase, last, position, thickness, whole, cut):
     for line in range(first.size):
         phase, length = first_phase[line], first[line]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
+from hpcres.compiled import compiled
 from hpcres.metrics.chords import Rows
 from hpcres.metrics.counts import popcount
 
@@ -49,7 +49,7 @@ class Connected:
     percolating: tuple[int, int, int]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _root(parent, i):
     while parent[i] != i:
         parent[i] = parent[parent[i]]
@@ -57,7 +57,7 @@ def _root(parent, i):
     return i
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _merge(parent, i, j):
     i, j = _root(parent, i), _root(parent, j)
     if i < j:
@@ -66,7 +66,7 @@ def _merge(parent, i, j):
         parent[i] = j
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _join_rows(planes, row, other, changed, index, number, parent):
     """Give the runs of a row the numbers of those of the same phase beside them in an `other`, which become one."""
     n, words, one = planes.shape[0], planes.shape[2], np.uint64(1)
@@ -91,7 +91,7 @@ def _join_rows(planes, row, other, changed, index, number, parent):
         beside += np.int64(popcount(others))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _label(planes, rows, index, changed, number, parent):
     """`number` becomes that of each run's cluster, in the order of their first runs; how many there are.
 
@@ -123,7 +123,7 @@ def _label(planes, rows, index, changed, number, parent):
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _measure(columns, start, index, phase, number, voxels, of_phase):
     for row in range(index.size - 1):
         for run in range(index[row], index[row + 1]):
@@ -132,7 +132,7 @@ def _measure(columns, start, index, phase, number, voxels, of_phase):
             of_phase[number[run]] = phase[run]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _paint(start, index, number, first_row, step, plane):
     """Numbers of every voxel of the rows first_row, first_row + step, …"""
     columns = plane.shape[1]
@@ -194,7 +194,7 @@ def touching(
     return np.stack([both // _BLOCK + places[0] * _BLOCK, both % _BLOCK + places[1] * _BLOCK], axis=1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _join(parent, pairs):
     for k in range(pairs.shape[0]):
         _merge(parent, pairs[k, 0], pairs[k, 1])

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from hpcres.compiled import compiled
 from hpcres.metrics.counts import popcount
 
 _STRIP = 512
 """Words compared at a time, so that a strip of every lag stays in the nearest caches."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_together(a, at, b, to, words, found):
     """found[i, j] += bits set in both of `words` words of a[i] from `at` on and of b[j] from `to` on."""
     if a.shape[0] == 2:  # three phases: every word is fetched once
@@ -43,7 +43,7 @@ def _add_together(a, at, b, to, words, found):
             found[i, j] += np.int64(both)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _inside(planes, outer, words, pairs):
     """planes (p, `outer` sets of rows of `words`): pairs of rows of a set."""
     size = planes.shape[1] // outer
@@ -58,7 +58,7 @@ def _inside(planes, outer, words, pairs):
                     _add_together(planes, at, planes, at + r * words, taken, pairs[r])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _across(tail, head, outer, words, pairs):
     """Pairs of a row of `tail` and one of `head`, which follows it; both as in `_inside`."""
     before, after = tail.shape[1] // outer // words, head.shape[1] // outer // words

@@ -16,12 +16,12 @@ from functools import reduce
 from itertools import combinations
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from hpcres.compiled import compiled
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, triple
 
@@ -113,7 +113,7 @@ _fourth_bits = _of_64_bytes(lambda builder, v: builder.trunc(builder.lshr(v, _co
 _above_three = _of_64_bytes(lambda builder, v: builder.icmp_unsigned(">", v, _constant(v, 3)))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def pack_phases(row, planes, first, n):
     """Bit x of the words planes[p, first:] tells whether row[x] is phase p < n, n up to four. Not 0 if any is none."""
     whole, strange = row.shape[0] // 64, np.uint64(0)
@@ -144,7 +144,7 @@ def pack_phases(row, planes, first, n):
     return strange
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pack_slice(labels, owned, followed, voxels, beside, pairs, n):
     """Bit planes (n, words) of a slice: its voxels, those one further along x, and either; only the owned along x.
 
@@ -170,7 +170,7 @@ def _pack_slice(labels, owned, followed, voxels, beside, pairs, n):
     return strange == 0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _either(a, b, out, n):
     for p in range(n):
         one, other, both = a[p], b[p], out[p]
@@ -178,7 +178,7 @@ def _either(a, b, out, n):
             both[w] = one[w] | other[w]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_faces(a, b, shift, words, n, faces):
     """Of `words` words: faces between the phases of `a` and those of `b`, `shift` words further on."""
     for i in range(n):
@@ -190,7 +190,7 @@ def _add_faces(a, b, shift, words, n, faces):
             faces[i * n + j] += np.int64(found)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_edges(a, b, shift, words, n, edges):
     """The same for edges whose four voxels are two pairs; `a` and `b` hold the phases of either pair together."""
     a0, a1, a2 = a[0, :words], a[1, :words], a[2, :words]
@@ -218,7 +218,7 @@ def _add_edges(a, b, shift, words, n, edges):
     edges[0b1111] += np.int64(four)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
     """Up to four phases, 64 voxels at a time: a slice is one bit plane per phase, counts are population counts.
 
@@ -265,7 +265,7 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
     return known
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def pack_bits(row, planes, first):
     """Bit x of the words planes[k, first:] is bit k of row[x], k below 4."""
     whole = row.shape[0] // 64
@@ -282,7 +282,7 @@ def pack_bits(row, planes, first):
             planes[k, first + whole] = bits
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _unequal(a, b, shift, out):
     """Which voxels of `out`'s words are of different phases in `a` and, `shift` words further on, in `b`."""
     a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
@@ -291,7 +291,7 @@ def _unequal(a, b, shift, out):
         out[w] = (a0[w] ^ b0[w]) | (a1[w] ^ b1[w]) | (a2[w] ^ b2[w]) | (a3[w] ^ b3[w])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _unequal_in_slice(labels, followed, planes, along_x, along_y):
     """Bits of a slice's phases, and where a voxel's phase is not that of the next along x and along y."""
     rows, length = labels.shape
@@ -310,7 +310,7 @@ def _unequal_in_slice(labels, followed, planes, along_x, along_y):
     _unequal(planes, planes, words, along_y[: size - words])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _crossings(a, b, c, d, out):
     """Where three of the four steps around an edge, from voxel to voxel, change the phase.
 
@@ -320,7 +320,7 @@ def _crossings(a, b, c, d, out):
         out[w] = (a[w] & b[w] & (c[w] | d[w])) | (c[w] & d[w] & (a[w] | b[w]))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _places(found, owned, length, places):
     """Positions in a flat slice, rows of `length`, where `found` and `owned` have a bit; how many."""
     words, one, n = (length + 63) // 64, np.uint64(1), 0
@@ -341,7 +341,7 @@ def _places(found, owned, length, places):
     return n
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_faces_at(places, found, near, far, shift, n, faces):
     """Faces between the voxels of the flat slice `near` at the first `found` places and those `shift` on in `far`."""
     further, phases = np.uint64(shift), np.uint64(n)
@@ -350,7 +350,7 @@ def _add_faces_at(places, found, near, far, shift, n, faces):
         faces[k & 1, np.uint64(near[at]) * phases + np.uint64(far[at + further])] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_edges_at(places, found, near, far, shift, edges):
     """Edges between two voxels of `near` and two of `far`, `shift` apart in either."""
     phase, further = np.uint64(1), np.uint64(shift)
@@ -360,7 +360,7 @@ def _add_edges_at(places, found, near, far, shift, edges):
         edges[shown] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _count_many(block, nz, ny, nx, n, voxels, faces, edges):
     """Up to sixteen phases: 64 voxels at a time where nothing changes, one by one where something does.
 
@@ -418,13 +418,13 @@ def _count_many(block, nz, ny, nx, n, voxels, faces, edges):
     return True
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _next_along_x(bits, out):
     for w in range(bits.shape[0] - 1):
         out[w] = (bits[w] >> np.uint64(1)) | (bits[w + 1] << np.uint64(63))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_voxels(planes, owned, n, voxels):
     for p in range(n):
         # Flips the bits that phase p has not.
@@ -606,7 +606,7 @@ def indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarray
     return np.searchsorted(np.array(known), block).astype(np.uint8), known
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _seen(flat):
     seen = np.zeros(256, np.uint8)
     for i in range(flat.size):
@@ -614,7 +614,7 @@ def _seen(flat):
     return seen
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _through(flat, table):
     out = np.empty(flat.size, np.uint8)
     for i in range(flat.size):

@@ -36,10 +36,10 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from distributed import Client
 
+from hpcres.compiled import compiled
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics import counts
@@ -125,7 +125,7 @@ def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[T
     return tuple(triple(s) for s in steps), tuple(weights)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _enter(halo_label, halo_distance, label, distance, places, offsets, weights):
     """Steps from halo voxels (`places`) into the block where they shorten a path; the voxels that they reach."""
     reached = np.empty(max(places.size, 16), np.int64)
@@ -146,7 +146,7 @@ def _enter(halo_label, halo_distance, label, distance, places, offsets, weights)
     return reached[:count]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _spread(label, distance, seeds, offsets, weights, queue_of, queues, onward):
     """Dijkstra from `seeds` (places in order of their distance) inside each phase; the longest path found.
 

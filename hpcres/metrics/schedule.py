@@ -23,6 +23,7 @@ from distributed.comm import CommClosedError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hpcres.cores import cores
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
@@ -76,7 +77,7 @@ def connect(
 def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
     if scheduler is None:
         # Threads share the address space, so results and open files are never copied between processes.
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or cores()
         keep_freed_memory(shared_by_threads=True)  # before there are threads, each with an arena of its own
         with (
             # A computer that slept longer than this has a worker still.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.memory import keep_freed_memory
 
@@ -97,7 +98,7 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     place = _device(device, local_rank, local_size)
-    torch.set_num_threads(threads or max(1, _cores() // local_size))
+    torch.set_num_threads(threads or max(1, cores() // local_size))
     keep_freed_memory()
     if size == 1:
         yield Processes(rank, size, local_size, place)
@@ -155,10 +156,6 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
             f"use --nproc-per-node {torch.cuda.device_count()} or device: cpu"
         )
     return torch.device("cuda", local_rank)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class GlobalBatchNorm3d(nn.BatchNorm3d):

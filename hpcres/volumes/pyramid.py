@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from hpcres.compiled import compiled
 from hpcres.geometry import Triple, triple
 
 _TOP_VOXELS = 256
@@ -21,7 +21,7 @@ def pyramid(shape: Triple) -> list[tuple[Triple, Triple]]:
     return levels
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _mode(fine: np.ndarray, coarse: np.ndarray) -> None:
     nz, ny, nx = fine.shape
     seen = np.empty(8, np.uint8)
@@ -63,7 +63,7 @@ def coarsen_by_mode(labels: np.ndarray) -> np.ndarray:
     return coarse
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _mean(fine: np.ndarray, coarse: np.ndarray) -> None:
     nz, ny, nx = fine.shape
     for z in range(coarse.shape[0]):

@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
 from hpcres.volumes.volume import Volume
@@ -123,7 +124,7 @@ def solve(
     conducts, of_label, resistance, unit = by_label(conductivity)
     uniform = resistance is None
     results = {}
-    with Threads(threads or _cores()) as pool:
+    with Threads(threads or cores()) as pool:
         counted = sum(pool.each(lambda a, b: np.bincount(labels[a:b].reshape(-1), minlength=256), len(labels), 16))
         fraction, mean = float(counted[conducts].sum()) / labels.size, float(counted @ of_label) / labels.size
         found: tuple[tuple[bool, ...], Any] | None = None
@@ -200,10 +201,6 @@ def _system(
 
 def _scaled(report: Report, direction: str, unit: float, iterations: int, d_rel: float, error: float) -> None:
     report(direction, iterations, d_rel * unit, error)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | None = None) -> dict[str, Any]:
@@ -302,7 +299,7 @@ def tortuosity(
     it says nothing, InputError where it says some. field: a store for potential and flux density (see `fields`).
     """
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
-    threads = threads or _cores()
+    threads = threads or cores()
     slabs: Any = None
     if comm is not None or memory is not None or estimate is not None:
         from hpcres.metrics.transport.slabwise import SlabVolume

@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 
-compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
-inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+from hpcres.metrics.transport.vectors import compiled, inlined
+
 OVERCORRECTION = 2.0  # a coarse operator times one half: aggregates are stiffer than what they stand for
 # A robust coarse operator stands for some fields exactly (particles of one potential, an axis that is not coarsened)
 # and is too stiff by 2 for others. Between 1 and 2, a correction reduces both.

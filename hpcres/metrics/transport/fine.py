@@ -21,16 +21,16 @@ number is the mask (`TABLES`); where conductivities split parts, it is the rank 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
-import numba
 import numpy as np
 
 from hpcres.metrics.transport.vectors import (
     add,
     add_product,
+    compiled,
     fma,
     gathered,
+    inlined,
     inverse,
     keep,
     load,
@@ -47,8 +47,6 @@ from hpcres.metrics.transport.vectors import (
     total,
 )  # fmt: skip
 
-compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")
-inlined: Any = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 PAD = 16  # floats before and after a row in scratch memory, of which one is used
 RING = 4  # planes of scratch memory
 MARGIN = 3  # rows of scratch memory beyond a unit

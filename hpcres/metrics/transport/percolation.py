@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from hpcres.metrics.transport.coarse import root
-from hpcres.metrics.transport.fine import PART, PARTS, compiled, find_cells
+from hpcres.metrics.transport.fine import PART, PARTS, find_cells
 from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.vectors import popcount
+from hpcres.metrics.transport.vectors import compiled, popcount
 
 _SLABS = 16
 

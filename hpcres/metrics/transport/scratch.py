@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -240,6 +241,11 @@ class _File:
 
     def __init__(self, place: ScratchPlace, size: int) -> None:
         self._place = place
+        if not (hasattr(os, "posix_fallocate") and hasattr(os, "preadv")):
+            raise InputError(
+                f"{place.folder}: {platform.system()} cannot reserve scratch storage for a solve (posix_fallocate); "
+                "solve in memory, without a limit, or on Linux"
+            )
         self._file = tempfile.TemporaryFile(dir=place.folder, buffering=0)
         if size:
             self._checked(lambda: os.posix_fallocate(self._file.fileno(), 0, size))

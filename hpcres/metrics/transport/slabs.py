@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.geometry import AXES
-from hpcres.metrics.transport import Solution, coarse, fine
+from hpcres.metrics.transport import Solution, coarse
 from hpcres.metrics.transport.coarse import CHUNK, Graph, Level
 from hpcres.metrics.transport.multigrid import (
     Solver,
@@ -35,6 +35,7 @@ from hpcres.metrics.transport.multigrid import (
 )
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
+from hpcres.metrics.transport.vectors import compiled
 
 HALO = 8  # planes of voxels
 RED, BLACK = 0, 1
@@ -491,7 +492,7 @@ class SlabSolver(Solver):
 # ---- percolation across slabs ------------------------------------------------------------------------------
 
 
-@fine.compiled
+@compiled
 def _groups(a, b, up):
     """up: the first member of every node's group, where a[i] and b[i] are in one."""
     for i in range(len(up)):

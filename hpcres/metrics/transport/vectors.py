@@ -6,16 +6,21 @@ same. Arrays are flat, float32 or float64, and so are the registers filled from 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as _intrinsic
 from numba.extending import models, register_model
 
+from hpcres.compiled import compiled as compiled_in_general
+from hpcres.compiled import register_floats
+
+compiled: Any = partial(compiled_in_general, error_model="numpy")
+inlined: Any = partial(compiled, forceinline=True)
 LANES = 16
-_COMPRESSES = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+_COMPRESSES = register_floats() == LANES
 
 intrinsic: Any = _intrinsic  # what it makes is called without the typing context
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)

@@ -1,0 +1,83 @@
+"""The main job in a process of its own, as another CPU would do it: `python small_machine.py FOLDER OUTPUT`.
+
+FOLDER holds a folder per study. Of each the volume is painted, counted and solved into OUTPUT; where there is no
+checkpoint it is trained first. The last line says, as JSON, which CPU the libraries took themselves to be on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",  # torch's convolutions
+    "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",  # torch's matrix products
+    "OPENBLAS_CORETYPE": "Haswell",  # those of numpy and scipy
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "",  # or numba adds those of this machine to that CPU's
+}
+"""The environment in which a machine with AVX-512 behaves like one that has AVX2 only."""
+
+
+def machine() -> dict[str, object]:
+    """Which CPU each library takes this machine to be."""
+    import numpy as np
+    import torch
+    from numba.core.registry import cpu_target
+
+    from hpcres.compiled import register_floats
+    from hpcres.inference import lanes
+
+    numpy_has = np._core._multiarray_umath.__cpu_features__
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return {
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "numpy": any(numpy_has.get(one) for one in ("X86_V4", "AVX512_SKX")),
+        "numba": name, "numba_has_avx512": "+avx512f" in features,
+        "register_floats": register_floats(), "widest": lanes.width_of(lanes.WIDEST),
+    }  # fmt: skip
+
+
+def prepared() -> str:
+    """A digest of what is computed before a network runs: weights of smooth noise, of interpolation and of a layer."""
+    import numpy as np
+
+    from hpcres.inference import winograd
+    from hpcres.networks.folded import Stage
+    from hpcres.noise import gaussian_taps
+
+    digest = hashlib.sha256()
+    for d in (8, 16, 24, 33, 40, 64):
+        scale = Fraction(64, d)
+        digest.update(winograd.axis_of("resized", scale, "replicate", 0, 640 * 64 // d, 640).table.tobytes())
+        for sigma in range(1, 60):
+            digest.update(gaussian_taps(sigma / 7, scale).tobytes())
+    weight = np.random.default_rng(0).standard_normal((64, 64, 3, 3, 3))
+    layer = winograd._layer_of(Stage("", "convolution", weight, np.zeros(64), True, Fraction(1), "zeros"))
+    digest.update(layer.weights.tobytes())
+    return digest.hexdigest()
+
+
+def main(folder: Path, output: Path) -> None:
+    from hpcres.cli import commands
+
+    for study in sorted(folder.glob("*/study.yaml")):
+        into = output / study.parent.name
+        checkpoint = study.parent / "out" / "checkpoint.pt"
+        if not checkpoint.exists():
+            commands(["train", str(study), "--output", str(into)], standalone_mode=False)
+            checkpoint = into / "checkpoint.pt"
+        paint = ["infer", str(study), "--output", str(into), "--checkpoint", str(checkpoint)]
+        commands(paint, standalone_mode=False)
+        for command, file in (("metrics", "metrics.json"), ("tortuosity", "transport.json")):
+            commands([command, str(into / "labels.zarr"), "--output", str(into / file)], standalone_mode=False)
+    print(json.dumps({"machine": machine(), "prepared": prepared()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
