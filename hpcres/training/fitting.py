@@ -134,8 +134,9 @@ def _narrower(study: Study) -> Study:
 
 
 def _why_precision(precision: str, ratio: float, group: Processes) -> str:
-    device = "GPU" if group.device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
-    times = f"{ratio:.1f} times" if ratio >= 1 else f"{ratio:.2g} of"
+    threads = torch.get_num_threads()
+    device = "GPU" if group.device.type == "cuda" else f"CPU with {threads} thread{'s' * (threads > 1)}"
+    times = f"{ratio:.2f} times" if ratio >= 1 else f"{ratio:.2g} of"
     return f"precision {precision}: in a trial on this {device}, bf16 had {times} the speed of fp32"
 
 
