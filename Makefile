@@ -55,6 +55,7 @@ demo: install
 	hpcres metrics configs/demo.yaml
 	hpcres tortuosity configs/demo.yaml --phase pore --phase active --direction z --crop 0:160,0:160,0:160
 	hpcres report configs/demo.yaml
+	python bench/demo.py configs/demo.yaml
 	@echo "open results/demo/report.html"
 
 case3: install

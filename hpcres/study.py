@@ -280,8 +280,8 @@ class Network(Section):
 
     width: Annotated[int, Field(ge=2, le=10)] = 8
     least_width: Annotated[int, Field(ge=2, le=10)] | None = None
-    """How narrow training may make the generator, and the critics by as much, where the machine's minutes are too few
-    for training.least_steps; as wide as asked for by default."""
+    """How narrow training may make the generator, and then the critics to 2 above it, where the machine's minutes are
+    too few for training.least_steps; by default it may not."""
     residual_blocks: Annotated[int, Field(ge=1, le=16)] = 1
     padding: Literal["replicate", "zeros"] = "replicate"
     last_stage: Literal["resize", "transposed"] = "resize"

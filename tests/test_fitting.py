@@ -151,7 +151,7 @@ def test_a_network_is_as_narrow_as_the_minutes_want_and_stays_so(tmp_path, monke
     assert "about 2 steps in 40 s" in said
     saved = load_checkpoint(study.checkpoint_path)
     assert saved.generator.config["width"] == saved.study.network.width == 2
-    assert saved.study.network.critic_width == 4  # the least there is
+    assert saved.study.network.critic_width == 4
     steps_take(monkeypatch, {4: 1e-3})
     more = study.model_copy(update={"training": study.training.model_copy(update={"steps": 3})})
     assert train(more).resumed_step == 2
