@@ -68,18 +68,28 @@ def test_without_hardware_for_bf16_fp32_is_chosen(tmp_path):
     assert float(ratio) < 1
 
 
-@pytest.mark.parametrize(("each", "smallest"), [(1e-6, False), (1e-4, False), (1.0, False), (1e-6, True)])
-def test_what_takes_long_is_extrapolated_from_a_smaller_size(each, smallest):
+@pytest.mark.parametrize("constant", [0.0, 0.1])
+@pytest.mark.parametrize(("each", "last"), [(1e-6, 16), (5e-5, 16), (1e-3, 4), (1.0, 2)])
+def test_what_takes_long_is_extrapolated_from_smaller_sizes(each, last, constant):
+    """A size at which it would take more than half a second is not run, but for the second: one point is no line."""
     measured = []
 
     def seconds_at(size):
         measured.append(size)
-        return each * size**3
+        return constant + each * size**3
 
-    found = _extrapolated(seconds_at, _sizes(16, 2), 3, smallest)
-    assert found == pytest.approx(each * 16**3)
-    assert measured[-1] == (2 if smallest or each == 1.0 else 16)
-    assert sum(each * n**3 for n in measured) < 4 * 16**3 * min(each, 1e-4) + 2**3
+    found = _extrapolated(seconds_at, _sizes(16, 2), 3, smallest=False)
+    assert measured[-1] == last
+    if last > 2:
+        assert found == pytest.approx(constant + each * 16**3)
+    else:
+        assert found == pytest.approx((constant + each * 2**3) * 8**3)  # all of it is taken to grow
+
+
+def test_a_first_comparison_looks_at_the_smallest_size_alone():
+    measured = []
+    assert _extrapolated(lambda size: measured.append(size) or 1e-3 * size, [2, 4, 8], 1, smallest=True) == 8e-3
+    assert set(measured) == {2}
 
 
 def test_sizes_grow_by_at_most_two_to_the_last():

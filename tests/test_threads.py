@@ -58,7 +58,7 @@ def test_work_that_arrives_leaves_one_thread_and_when_it_ends_two_are_back():
     machine.taken = 1
     (said,) = machine.run(threads, 5)
     assert "the 2 threads of this process wait for a core 50% of their time" in said
-    assert "going on with 1 (with another number of threads sums are rounded otherwise" in said
+    assert "going on with 1; with another number of threads sums are rounded otherwise" in said
     assert torch.get_num_threads() == 1
     machine.run(threads, 300)
     assert torch.get_num_threads() == 1  # two were tried now and then, and were slower
@@ -108,6 +108,17 @@ def test_the_first_steps_begin_with_one_thread_where_two_collapse():
     assert torch.get_num_threads() == 1
     torch.set_num_threads(2)
     assert Machine(taken=0).threads().try_out(Machine().step) is None
+    assert torch.get_num_threads() == 2
+
+
+def test_minutes_are_not_refused_for_threads_that_collapse():
+    torch.set_num_threads(2)
+    machine = Machine(taken=1)
+    seconds, said = machine.threads().try_one(machine.step, 3.0)
+    assert (seconds, torch.get_num_threads()) == (1.0, 1)
+    assert said.startswith("going on with one thread, 3.0 times as fast as 2; with another number of threads")
+    torch.set_num_threads(2)
+    assert Machine().threads().try_one(machine.step, 0.5) == (0.5, None)
     assert torch.get_num_threads() == 2
 
 

@@ -6,6 +6,7 @@ It is chosen once, before a run begins, kept in the checkpoint, and the same eve
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, inf
 from typing import Any
 
@@ -58,7 +59,12 @@ def fit(
         record["training.precision"] = {"asked": "auto", "chosen": precision}
         study = with_settings(study, precision=precision)
         messages.append(_why_precision(precision, ratio, group))
-    narrowed, seconds = study, step_seconds(study, group, low_res, real)
+    seconds = step_seconds(study, group, low_res, real)
+    if _too_few(study, seconds):
+        seconds, message = threads.try_one(partial(step_seconds, study, group, low_res, real), seconds)
+        if message is not None:
+            messages.append(message)
+    narrowed = study
     while _too_few(narrowed, seconds) and _may_be_narrower(narrowed):
         narrowed = _narrower(narrowed)
         seconds = step_seconds(narrowed, group, low_res, real)

@@ -22,6 +22,10 @@ _RETRY_SECONDS = 60.0
 """After so long more threads are tried again; each time in vain it is twice as long."""
 _FASTER = 1.1
 """More threads are kept where steps are so many times faster."""
+_ROUNDED = (
+    "with another number of threads sums are rounded otherwise, so this run's numbers are its own (training.threads "
+    "fixes the number)"
+)
 
 
 def seconds_without_a_core() -> float:
@@ -78,6 +82,19 @@ class Threads:
             return None
         self._change(fewer(threads, starved), step)
         return self._judge_change(seconds_of_a_step()) or _lowered(threads, starved)
+
+    def try_one(self, seconds_of_a_step: Callable[[], float], step: float) -> tuple[float, str | None]:
+        """Seconds of a step by one thread, if they are fewer than `step`, and what to tell the user; else as before."""
+        threads = torch.get_num_threads()
+        if self._fixed:
+            return step, None
+        torch.set_num_threads(1)
+        alone = seconds_of_a_step()
+        if alone < step:
+            self._raise_from = self._clock() + self._patience
+            return alone, f"going on with one thread, {step / alone:.1f} times as fast as {threads}; {_ROUNDED}"
+        torch.set_num_threads(threads)
+        return step, None
 
     def step_begins(self) -> None:
         self._started, self._waited_before = self._clock(), self._waited()
@@ -141,6 +158,5 @@ class Threads:
 def _lowered(threads: int, starved: float) -> str:
     return (
         f"the {threads} threads of this process wait for a core {starved / threads:.0%} of their time, then for each "
-        f"other: other work has the cores; going on with {torch.get_num_threads()} (with another number of threads "
-        "sums are rounded otherwise, so this run's numbers are its own; training.threads fixes the number)"
+        f"other: other work has the cores; going on with {torch.get_num_threads()}; {_ROUNDED}"
     )

@@ -117,19 +117,29 @@ def _sizes(most: int, least: int) -> list[int]:
 
 
 def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: int, smallest: bool) -> float:
-    """Seconds at the last of `sizes`, which grow as the size to the `power`, from the largest that takes little."""
+    """Seconds at the last of `sizes`, from sizes at which a part takes little.
 
-    def least_at(size: int) -> float:
+    A part takes a constant time, for its weights, and one that grows as the size to the `power`, both found from the
+    two largest sizes measured.
+    """
+
+    def least_at(size: int) -> tuple[int, float]:
         # The first run of a size fetches memory and compiles kernels; it counts only where it takes long anyway.
         first = seconds_at(size)
-        return first if first > _PART_SECONDS else min(seconds_at(size), seconds_at(size))
+        return size**power, first if first > _PART_SECONDS else min(seconds_at(size), seconds_at(size))
 
-    at, found = sizes[0], least_at(sizes[0])
+    def expected_at(size: int) -> float:
+        if len(found) == 1:
+            return found[0][1] * size**power / found[0][0]
+        (small, before), (large, after) = found[-2:]
+        return after + max(0.0, after - before) / (large - small) * (size**power - large)
+
+    found = [least_at(sizes[0])]
     for size in [] if smallest else sizes[1:]:
-        if found * (size / at) ** power > _PART_SECONDS:
+        if (found[0][1] if len(found) == 1 else expected_at(size)) > _PART_SECONDS:
             break
-        at, found = size, least_at(size)
-    return found * (sizes[-1] / at) ** power
+        found.append(least_at(size))
+    return expected_at(sizes[-1])
 
 
 def _alone(study: Study, group: Processes) -> Models:
