@@ -168,9 +168,10 @@ def main() -> None:
         folder = Path(name)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # an earlier run's would hide what it costs
         plain = study_of(folder, {**FAST, "training": {**FAST["training"], "precision": "fp32"}}, options.device)
-        precision, ratio = choose_precision(plain, group)
+        found = choose_precision(plain, group)
+        precision = found.name
         FAST["training"]["precision"] = precision
-        print(f"configs/fast.yaml takes {precision}: bf16 had {ratio:.2f} times the speed of fp32 in the trial")
+        print(f"configs/fast.yaml takes {precision}: bf16 had {found.ratio:.2f} times the speed of fp32 in the trial")
         rows = {f"configs/fast.yaml, {precision}": FAST}
         for change, (section, values) in CHANGES.items():
             if values != {"precision": precision}:

@@ -36,7 +36,9 @@ def _one_thread():
 def test_precision_is_the_faster_and_bf16_must_be_worth_it(tmp_path, monkeypatch, fp32, bf16, chosen):
     times = {"fp32": fp32, "bf16": bf16}
     monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_: times[study.training.precision])
-    assert choose_precision(study_of(tmp_path), ALONE) == (chosen, pytest.approx(fp32 / bf16))
+    found = choose_precision(study_of(tmp_path), ALONE)
+    assert (found.name, found.ratio) == (chosen, pytest.approx(fp32 / bf16))
+    assert found.seconds == (times[chosen] if 1 / 3 < fp32 / bf16 < 3 else None)
 
 
 def test_processes_choose_by_the_slowest_of_them(tmp_path, monkeypatch):
@@ -44,7 +46,7 @@ def test_processes_choose_by_the_slowest_of_them(tmp_path, monkeypatch):
     mine, theirs = {"fp32": 2.0, "bf16": 1.0}, (2.0, 9.0)
     monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_: mine[study.training.precision])
     monkeypatch.setattr(Processes, "largest", lambda self, *ours: list(map(max, ours, theirs)))
-    assert choose_precision(study_of(tmp_path), ALONE)[0] == "fp32"
+    assert choose_precision(study_of(tmp_path), ALONE).name == "fp32"
 
 
 ON_AVX2 = """
@@ -53,7 +55,8 @@ from hpcres.study_file import load_study
 from hpcres.training.distributed import processes
 from hpcres.training.trial import choose_precision
 with processes("cpu", 1) as group:
-    print(*choose_precision(load_study(sys.argv[1]), group))
+    found = choose_precision(load_study(sys.argv[1]), group)
+    print(found.name, found.ratio)
 """
 
 
@@ -129,14 +132,14 @@ def test_the_chosen_precision_is_kept_wherever_a_run_goes_on(tmp_path, monkeypat
     )
     train(whole)
     begun = auto.model_copy(update={"training": auto.training.model_copy(update={"steps": 2})})
-    monkeypatch.setattr(fitting, "choose_precision", lambda *_: ("fp32", 0.25))
+    monkeypatch.setattr(fitting, "choose_precision", lambda *_: trial.Precision("fp32", 0.25, 1.0))
     train(begun)
     said = "precision fp32: in a trial on this CPU with 1 thread, bf16 had 0.25 of the speed of fp32"
     assert said in capfd.readouterr().err
     saved = load_checkpoint(auto.checkpoint_path)
     assert saved.study.training.precision == "fp32"
     assert saved.training_state["fitted"] == {"training.precision": {"asked": "auto", "chosen": "fp32"}}
-    monkeypatch.setattr(fitting, "choose_precision", lambda *_: ("bf16", 4.0))
+    monkeypatch.setattr(fitting, "choose_precision", lambda *_: trial.Precision("bf16", 4.0, 1.0))
     train(auto)
     assert "precision fp32, as this run began" in capfd.readouterr().err
     assert same(weights(auto), weights(whole))

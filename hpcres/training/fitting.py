@@ -18,11 +18,14 @@ from hpcres.study import Study
 from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
-from hpcres.training.trial import choose_precision, short_trial, step_seconds, with_settings
+from hpcres.training.trial import Precision, choose_precision, short_trial, step_seconds, with_settings
 
 _CRITICS_ABOVE = 2
 """A narrowed generator has critics whose width is this much above its own, as in configs/fast.yaml."""
 _FEW_STEPS = 50
+"""A run of no more is its own trial."""
+_STARVED_A_LITTLE = 0.05
+"""Threads without a core, on average over a trial, from which on it is repeated with one before a run is refused."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,16 @@ def fit(
         return Fitted(study, record, messages)
     if (message := threads.try_out(short_trial(with_settings(study, precision="fp32"), group))) is not None:
         messages.append(message)
+    estimate: float | None = None
+    threads.step_begins()
     if study.training.precision == "auto":
-        precision, ratio = choose_precision(study, group)
-        record["training.precision"] = {"asked": "auto", "chosen": precision}
-        study = with_settings(study, precision=precision)
-        messages.append(_why_precision(precision, ratio, group))
-    seconds = step_seconds(study, group, low_res, real)
-    if _too_few(study, seconds):
+        precision = choose_precision(study, group)
+        estimate = precision.seconds
+        record["training.precision"] = {"asked": "auto", "chosen": precision.name}
+        study = with_settings(study, precision=precision.name)
+        messages.append(_why_precision(precision, group))
+    seconds = step_seconds(study, group, low_res, real, estimate)
+    if _too_few(study, seconds) and group.largest(threads.starved())[0] > _STARVED_A_LITTLE:
         seconds, message = threads.try_one(partial(step_seconds, study, group, low_res, real), seconds)
         if message is not None:
             messages.append(message)
@@ -139,11 +145,12 @@ def _narrower(study: Study) -> Study:
     )
 
 
-def _why_precision(precision: str, ratio: float, group: Processes) -> str:
+def _why_precision(precision: Precision, group: Processes) -> str:
+    ratio = precision.ratio
     threads = torch.get_num_threads()
     device = "GPU" if group.device.type == "cuda" else f"CPU with {threads} thread{'s' * (threads > 1)}"
     times = f"{ratio:.2f} times" if ratio >= 1 else f"{ratio:.2g} of"
-    return f"precision {precision}: in a trial on this {device}, bf16 had {times} the speed of fp32"
+    return f"precision {precision.name}: in a trial on this {device}, bf16 had {times} the speed of fp32"
 
 
 def _why_narrower(study: Study, narrowed: Study) -> str:

@@ -77,7 +77,7 @@ class Threads:
         if self._fixed or threads == 1:
             return None
         self.step_begins()
-        step, starved = seconds_of_a_step(), self._starved_since_begin()
+        step, starved = seconds_of_a_step(), self.starved()
         if starved <= STARVED * threads:
             return None
         self._change(fewer(threads, starved), step)
@@ -99,14 +99,14 @@ class Threads:
     def step_begins(self) -> None:
         self._started, self._waited_before = self._clock(), self._waited()
 
-    def _starved_since_begin(self) -> float:
-        """Threads without a core, on average."""
+    def starved(self) -> float:
+        """How many threads have stood without a core, on average, since `step_begins`."""
         return (self._waited() - self._waited_before) / max(1e-9, self._clock() - self._started)
 
     def step_ends(self) -> str | None:
         """Look at the steps of late; what to tell the user, if anything. May change the number of threads."""
         taken = self._clock() - self._started
-        self._starved_seconds += self._starved_since_begin() * taken
+        self._starved_seconds += self.starved() * taken
         self._seconds += taken
         self._steps += 1
         if self._most == 1 or self._seconds < _WINDOW_SECONDS:

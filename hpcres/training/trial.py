@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,33 +43,45 @@ def with_settings(study: Study, network: dict[str, Any] | None = None, **trainin
     )
 
 
-def choose_precision(study: Study, group: Processes) -> tuple[str, float]:
-    """fp32 or bf16, whichever makes a step of `study` faster here, and how many times faster bf16 is than fp32.
+@dataclass(frozen=True)
+class Precision:
+    """The faster one, how many times faster bf16 is than fp32, and, where it was estimated, a step's seconds."""
 
-    The same on every process. Parts of a step are measured in both, first of a small network on little data, which
-    shows whether there is hardware for bf16, then of the study's own.
+    name: str
+    ratio: float
+    seconds: float | None
+
+
+def choose_precision(study: Study, group: Processes) -> Precision:
+    """fp32 or bf16, whichever makes a step of `study` faster here. The same on every process.
+
+    Parts of a step are measured in both, first of a small network on little data, which shows whether there is hardware
+    for bf16, then of the study's own.
     """
     widths = {key: min(most, getattr(study.network, key)) for key, most in _SMALL_WIDTHS.items()}
-    ratio = _ratio(with_settings(study, widths), group, smallest=True)
-    if 1 / _CLEARLY < ratio < _CLEARLY:
-        ratio = _ratio(study, group, smallest=False)
-    return ("bf16" if ratio > _WORTH else "fp32"), ratio
+    fp32, bf16 = _in_both(with_settings(study, widths), group, smallest=True)
+    clear = not 1 / _CLEARLY < fp32 / bf16 < _CLEARLY
+    if not clear:
+        fp32, bf16 = _in_both(study, group, smallest=False)
+    name, seconds = ("bf16", bf16) if fp32 > _WORTH * bf16 else ("fp32", fp32)
+    return Precision(name, fp32 / bf16, None if clear else seconds)
 
 
-def _ratio(study: Study, group: Processes, smallest: bool) -> float:
-    seconds = [
-        estimated_seconds(with_settings(study, precision=precision), group, smallest) for precision in ("fp32", "bf16")
-    ]
-    fp32, bf16 = group.largest(*seconds)
-    return fp32 / bf16
+def _in_both(study: Study, group: Processes, smallest: bool) -> list[float]:
+    return group.largest(
+        *(estimated_seconds(with_settings(study, precision=name), group, smallest) for name in ("fp32", "bf16"))
+    )
 
 
-def step_seconds(study: Study, group: Processes, low_res: LowResCubes, real: RealSlices) -> float:
-    """Seconds of a generator step with all its critic steps: measured, or estimated where a step takes seconds.
+def step_seconds(
+    study: Study, group: Processes, low_res: LowResCubes, real: RealSlices, estimate: float | None = None
+) -> float:
+    """Seconds of a generator step with all its critic steps: measured, or the estimate where a step takes seconds.
 
     The same on every process. Reports, judgements and checkpoints are not in it.
     """
-    estimate = group.largest(estimated_seconds(study, group))[0]
+    if estimate is None:
+        (estimate,) = group.largest(estimated_seconds(study, group))
     if estimate > _LONG_STEP_SECONDS:
         return estimate
     models, cubes = _alone(study, group), range(_share(study, group))
