@@ -177,7 +177,7 @@ finally:
 @has_schedstat
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no second thread to wait for")
 def test_beside_work_on_one_of_two_cores_training_goes_on_with_one_thread(tmp_path):
-    settings = {"steps": 40, "minutes": 0.1, "least_steps": 1, "threads": None}
+    settings = {"steps": 8, "minutes": 0.05, "least_steps": 1, "threads": None}
     study = save_study(study_of(tmp_path, training=settings), "train")
     done = subprocess.run(
         [sys.executable, "-c", BESIDE_ANOTHER_PROCESS, study], capture_output=True, text=True, timeout=120
