@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help install demo test lint types test-slurm test-kills case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
-	@echo "make demo    the main job on a phantom, 4 minutes on two idle cores once set up; ends with results/demo/report.html"
+	@echo "make demo    the main job on a phantom, 3 to 8 minutes on two idle cores once set up; ends with results/demo/report.html"
 	@echo "make test    the tests"
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
