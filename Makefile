@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help install demo test lint types test-machines test-slurm test-kills case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
-	@echo "make demo    the main job on a phantom, 4 minutes on two idle cores once set up; ends with results/demo/report.html"
+	@echo "make demo    the main job on a phantom, 3 to 8 minutes on two idle cores once set up; ends with results/demo/report.html"
 	@echo "make test    the tests"
 	@echo "make case3   the main job on the real fuel-cell anode (HPCRES_DATA), small network"
 	@echo "make bench-inference   how fast painting is on this machine, an hour"
@@ -56,6 +56,7 @@ demo: install
 	hpcres metrics configs/demo.yaml
 	hpcres tortuosity configs/demo.yaml --phase pore --phase active --direction z --crop 0:160,0:160,0:160
 	hpcres report configs/demo.yaml
+	python bench/demo.py configs/demo.yaml
 	@echo "open results/demo/report.html"
 
 case3: install

@@ -413,7 +413,7 @@ def main() -> None:
         os.environ["HPCRES_DATA"] = options.data
     name = {"sofc": "case3-sofc-small", "phantom": "demo", "separator": "case2-separator-small"}[options.case]
     config = CONFIGS / f"{name}.yaml"
-    budget = [f"training.minutes={options.minutes:g}"]
+    budget = [f"training.minutes={options.minutes:g}", "training.steps=100000"]
     if options.steps:
         budget = ["training.minutes=null", f"training.steps={options.steps}"]
     length = f"{options.steps}-steps" if options.steps else f"{options.minutes:g}-minutes"

@@ -315,7 +315,7 @@ def train(
 @_tiles
 @click.option("--ranks", type=click.IntRange(1), help="MPI ranks; the study's cluster by default.")
 def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, ranks: int | None) -> None:
-    """What infer would cost: tiles, memory, bytes, hours from a ten-second trial, and the sbatch lines. Dry run.
+    """What infer would cost: tiles, memory, bytes, hours from a trial of seconds, and the sbatch lines. Dry run.
 
     \b
     hpcres plan --tiles 8x8x8

@@ -89,6 +89,51 @@ def test_plan_is_that_of_the_job(study, monkeypatch):
     assert large.rank_bytes - cost.rank_bytes > 0.9 * tiles
 
 
+class Clock:
+    """Time that only painting passes: a second for so many multiply-adds."""
+
+    def __init__(self, monkeypatch, painter, per_second):
+        self.now, self.painted = 0.0, []
+        monkeypatch.setattr(plan.time, "monotonic", lambda: self.now)
+
+        def paint(tile, read):
+            assert read(tile.read).shape[:3] == tile.read.shape
+            self.painted.append(tile.write)
+            self.now += painter.network.work(tile.write) / per_second
+
+        monkeypatch.setattr(painter, "paint", paint)
+
+
+@pytest.mark.parametrize(("per_second", "whole"), [(1e12, True), (1e9, False), (2e6, False)])
+def test_a_trial_takes_seconds_and_knows_the_speed_of_a_whole_block(study, monkeypatch, per_second, whole):
+    """On a machine on which a block takes minutes, too: then a part of it is painted, and its work counts."""
+    loaded = load_study(study)
+    tiles = plan_tiles((96, 96, 96), Fraction(4), (2, 2, 2), 5, 64)
+    phases = PhaseMap(loaded.low_res.labels, "x")
+    painter = Painter(SuperResGenerator(2, 3, Fraction(4), 5).eval(), tiles, phases, 0, torch.device("cpu"), 1)
+    block = painter.blocks_of(tiles.tiles[0].write)[0]
+    clock = Clock(monkeypatch, painter, per_second)
+    found = plan._trial(loaded, painter, 1)
+    assert found == pytest.approx(block.voxels * per_second / painter.network.work(block))
+    assert (block in clock.painted) == whole
+    least = painter.network.work(Box(block.start, tuple(start + 32 for start in block.start))) / per_second
+    assert clock.now < 3 * plan._TRIAL_SECONDS + 2 * least
+    painter.close()
+
+
+def test_the_work_of_a_box_is_that_of_its_layers():
+    """Far from the faces it grows with the volume; what lies around a box is counted for each box."""
+    generator = SuperResGenerator(2, 3, Fraction(4), 4)
+    network = Painter(
+        generator, plan_tiles((256,) * 3, Fraction(4), (1, 1, 1), 5, 64), PhaseMap((0, 1), "x"), 0,
+        torch.device("cpu"), 1,
+    ).network  # fmt: skip
+    small, large = (network.work(Box((256,) * 3, (256 + edge,) * 3)) for edge in (64, 512))
+    assert 0.3 * 512 < large / small < 512
+    parts = sum(network.work(Box((256 + z, 256, 256), (256 + z + 64, 320, 320))) for z in (0, 64))
+    assert network.work(Box((256,) * 3, (384, 320, 320))) < parts
+
+
 def test_plan_prints_what_infer_does(study, hpcres):
     done = hpcres("plan", study, "--tiles", "2x2x2", "--ranks", "3")
     assert done.returncode == 0, done.stderr

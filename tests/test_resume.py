@@ -179,36 +179,3 @@ def test_a_run_that_never_finds_the_low_res_volume_says_so(tmp_path, monkeypatch
     best = load_checkpoint(study.checkpoint_path).training_state["best"]
     said = f"of step {best['step']}, disagrees with the low-res volume in {best['disagreement']:.0%} of its voxels"
     assert (said in capfd.readouterr().err) == (most == 0.0)
-
-
-TWO_THREADS_ON_A_CORE = """
-import hashlib, os, threading, time
-from hpcres.training.distributed import seconds_without_a_core
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-begun, used, before = time.monotonic(), time.process_time(), seconds_without_a_core()
-end = begun + 1.5
-def work():
-    while time.monotonic() < end:
-        hashlib.sha256(bytes(1 << 20))
-    time.sleep(1)  # the count of a thread goes with it
-threads = [threading.Thread(target=work) for _ in range(2)]
-for thread in threads:
-    thread.start()
-time.sleep(1.6)
-print(seconds_without_a_core() - before, 2 * 1.5 - (time.process_time() - used))
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the system does not count it")
-def test_the_time_without_a_core_is_what_the_clock_has_and_the_processor_has_not():
-    said = subprocess.run([sys.executable, "-c", TWO_THREADS_ON_A_CORE], capture_output=True, text=True, check=True)
-    waited, expected = (float(word) for word in said.stdout.split())
-    assert expected > 1
-    assert waited == pytest.approx(expected, rel=0.2)
-
-
-@pytest.mark.parametrize(("share", "threads", "warned"), [(0.3, 2, True), (0.1, 2, False), (0.3, 1, False)])
-def test_threads_that_wait_for_a_core_are_told_of_once(tmp_path, monkeypatch, capfd, share, threads, warned):
-    monkeypatch.setattr(run, "seconds_without_a_core", lambda: 2 * share * time.monotonic())
-    train(study_of(tmp_path, training={"steps": 3, "report_seconds": 1e-6, "threads": threads}))
-    assert capfd.readouterr().err.count("threads of this process wait for a core") == warned

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from math import floor, prod
 from typing import Protocol
 
@@ -104,6 +105,19 @@ class TorchNetwork:
         return f"torch {version} {self._network.device.type} {self._precision}, {self.together} × {block_voxels}³"
 
 
+@dataclass(frozen=True)
+class BesideFp32:
+    """What another precision does to a sample of labels: how many differ, and how many times as fast it paints."""
+
+    labels: int
+    differ: int
+    speed: float
+
+    @property
+    def share(self) -> float:
+        return self.differ / self.labels
+
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -170,21 +184,28 @@ class Painter:
         list(self._pool.map(some, [cut[i : i + together] for i in range(0, len(cut), together)]))
         return labels
 
-    def flips(self, generator: SuperResGenerator, read: Callable[[Box], np.ndarray]) -> tuple[int, int]:
-        """Labels of a sample from the middle of the volume, a million where there are, and how many fp32 changes."""
+    def beside_fp32(self, generator: SuperResGenerator, read: Callable[[Box], np.ndarray]) -> BesideFp32:
+        """A sample from the middle of the volume, a million labels where there are, painted in fp32 as well."""
         exact, memory = network_of(generator, self.plan, self.device), Memory()
         compared = differ = 0
+        ours_seconds = exact_seconds = 0.0
+        # An exact network of its own threads computes one block on all of them, another a block on each.
+        blocks_at_a_time = 1 if isinstance(exact, TorchNetwork) else self._torch_threads
         middle = len(self.plan.tiles) // 2
         for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
             low_res = self._labels(read, tile.read)
             for block in self.blocks_of(tile.write):
                 if compared >= _SAMPLE_VOXELS:
-                    return compared, differ
+                    break
+                started = time.perf_counter()
                 (ours,) = self._paint([block], low_res, tile.read, self.seed)
-                part = self._window(block, low_res, tile.read, self.seed, exact)
+                between = time.perf_counter()
+                (theirs,) = exact.paint([self._window(block, low_res, tile.read, self.seed, exact)], memory)
+                ours_seconds += between - started
+                exact_seconds += (time.perf_counter() - between) / blocks_at_a_time
                 compared += ours.size
-                differ += int(np.count_nonzero(ours != exact.paint([part], memory)[0]))
-        return compared, differ
+                differ += int(np.count_nonzero(ours != theirs))
+        return BesideFp32(compared, differ, exact_seconds / ours_seconds)
 
     def _labels(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
         return self._phase_map.index(read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries))

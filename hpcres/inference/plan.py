@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from hpcres.cores import cores
-from hpcres.geometry import Box, TilePlan, high_res_shape, plan_tiles, tiles_of_rank
+from hpcres.geometry import Box, TilePlan, high_res_shape, plan_tiles, tiles_of_rank, triple
 from hpcres.inference.generate import Painter, halo_of, operations
 from hpcres.inference.run import chunk_edge
+from hpcres.inference.winograd import WinogradNetwork
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
 from hpcres.volumes.phases import PhaseMap
@@ -24,7 +25,10 @@ COMPRESSION = 10
 LARGE_VOXELS = 8192
 """Edge of the output that every plan also tells the cost of; whole low-res voxels at every scale factor 64/d."""
 _LARGE_RANKS, _LARGE_TILE_VOXELS = 1024, 512
-_TRIAL_SECONDS = 5.0
+_TRIAL_SECONDS = 2.0
+"""How long the trial of either size of block paints, once kernels are there."""
+_TRIAL_VOXELS = 32
+"""Edge of the first trial block; others are as large as take no longer than the trial."""
 _PROCESS_BYTES = 450 * 2**20
 
 
@@ -73,7 +77,7 @@ def estimate(
 ) -> tuple[Cost, Cost]:
     """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
 
-    Paints blocks of noise for five seconds each to learn this machine's speed with blocks of either size.
+    Paints blocks of noise for some seconds to learn this machine's speed with blocks of either size.
     """
     settings = study.inference
     shape = high_res_shape(low_res_shape, study.scale_factor)
@@ -119,25 +123,52 @@ def large_plan(plan: TilePlan) -> TilePlan:
 
 
 def _trial(study: Study, painter: Painter, threads: int) -> float:
-    """Output voxels per second of painting the first block again and again, on as many threads as a rank would."""
-    write = painter.blocks_of(painter.plan.tiles[0].write)[0]
-    tile = replace(painter.plan.tiles[0], read=painter.network.reads(write), write=write)
+    """Output voxels per second of painting whole blocks, on as many threads as a rank would.
+
+    Paints the first block again and again, or, where that would take longer than the trial, its largest part that does
+    not, whose time is multiplied by the ratio of their work.
+    """
+    network = painter.network
+    assert isinstance(network, WinogradNetwork)
+    whole = painter.blocks_of(painter.plan.tiles[0].write)[0]
     values, channels = np.array(study.low_res.labels), len(study.low_res.channels)
     rng = np.random.default_rng(0)
-    low_res = rng.choice(values, tile.read.shape)
-    if channels:
-        low_res = rng.random((*tile.read.shape, channels), np.float32)
 
-    def read(box: Box) -> np.ndarray:
-        return low_res[Box.whole(box.shape).slices]
+    def seconds_of(part: Box) -> float:
+        """Of painting a part on every thread at a time."""
+        tile = replace(painter.plan.tiles[0], read=network.reads(part), write=part)
+        shape = tile.read.shape
+        low_res = rng.random((*shape, channels), np.float32) if channels else rng.choice(values, shape)
 
-    painter.paint(tile, read)  # compiles, and takes its memory
-    started, done = time.monotonic(), 0
-    with ThreadPoolExecutor(threads) as pool:
-        while done == 0 or time.monotonic() - started < _TRIAL_SECONDS:
-            for _ in pool.map(lambda _: painter.paint(tile, read), range(threads)):
-                done += write.voxels
-    return done / (time.monotonic() - started)
+        def read(box: Box) -> np.ndarray:
+            return low_res[Box.whole(box.shape).slices]
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda _: painter.paint(tile, read), range(threads)))
+        return time.monotonic() - started
+
+    parts = _parts_of(whole, painter.plan.scale.numerator)
+    part, seconds = parts[0], min(seconds_of(parts[0]) for _ in range(2))  # compiles, and takes its memory
+    for larger in parts[1:]:
+        if seconds * network.work(larger) / network.work(part) > _TRIAL_SECONDS:
+            break
+        part, seconds = larger, seconds_of(larger)
+    started, runs = time.monotonic(), [seconds]
+    while time.monotonic() - started + seconds < _TRIAL_SECONDS:
+        runs.append(seconds_of(part))
+    per_part = sum(runs) / len(runs) * network.work(whole) / network.work(part)
+    return threads * whole.voxels / per_part
+
+
+def _parts_of(block: Box, unit: int) -> list[Box]:
+    """Growing parts of a block, cubes of whole low-res voxels as far as it reaches, and last all of it."""
+    parts, edge = [], -(-_TRIAL_VOXELS // unit) * unit
+    while edge < max(block.shape):
+        ends = [min(start + edge, stop) for start, stop in zip(block.start, block.stop, strict=True)]
+        parts.append(Box(block.start, triple(ends)))
+        edge *= 2
+    return [*parts, block]
 
 
 def describe(study: Study, cost: Cost, large: Cost, source: str) -> str:

@@ -532,6 +532,16 @@ class WinogradNetwork:
         window = len(self._inner(edge)[0].reads) ** 3 * self.channels
         return 4 * (sum(self._floats(edge).values()) + window) + edge**3
 
+    def work(self, write: Box) -> float:
+        """What labelling a high-res box costs, in multiply-adds, its margins on every grid counted: the time that two
+        boxes take is about in this proportion."""
+        axes = [self._axes(a, write.start[a], write.stop[a]) for a in range(3)]
+        total = float(write.voxels * 27 * self._end_channels * self.phases)
+        for number, layer in enumerate(self._layers):
+            products = layer.inputs * layer.outputs + _TRANSFORMS * (layer.inputs + layer.outputs)
+            total += 6.0**3 * products * prod(one[number].cells for one in axes)
+        return total
+
     def _inner(self, edge: int) -> list[Axis]:
         start = 64 * edge  # on every grid's cells
         return _cells([layer.stage for layer in self._layers], None, start, start + edge)
@@ -767,6 +777,8 @@ def _rows_together(layer: _Layer, row: int) -> int:
 
 
 _CACHE_BYTES = 2**20
+_TRANSFORMS = 8
+"""Multiply-adds to transform one of a cell's 6³ inputs or outputs, about."""
 
 
 def _widened(one: Axis, taps: int) -> tuple[np.ndarray, np.ndarray]:

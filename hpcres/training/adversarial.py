@@ -8,7 +8,7 @@ low-res cube it was given when the imaging operator looks at its output.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,8 @@ class Outcome:
 class Models:
     """Generator, its average, critics and their optimizers, on one process of a group."""
 
-    def __init__(self, study: Study, group: Processes) -> None:
+    def __init__(self, study: Study, group: Processes, fitted: Mapping[str, Any] | None = None) -> None:
+        assert study.training.precision != "auto", "fitting.fit chooses one"
         self.study, self.group = study, group
         settings = study.training
         torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
@@ -89,6 +90,8 @@ class Models:
         self.of_late: dict[str, Tensor] = {}
         """Running means of the shares of patterns, and of thin features, in generated slices."""
         self.best: dict[str, Any] | None = None
+        self._fitted = dict(fitted or {})
+        """fitting.Fitted.record, of what is saved."""
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
         self.operator = ImagingOperator.of(study).to(group.device)
@@ -117,12 +120,7 @@ class Models:
                     seen = self.generate(other, learn=False)
             draw = real.draw(step, critic_step, cubes)
             fake = self.slices(seen, draw.chosen)
-            self.critic_optimizer.zero_grad()
-            with self._autocast():
-                wasserstein, penalty = self._critics(draw.real, fake, draw.mix)
-            # Each critic has its own loss; their sum, since Adam's ε sees the size of a gradient.
-            (len(self.critics.critics) * (settings.gradient_penalty * penalty - wasserstein)).backward()
-            self.critic_optimizer.step()
+            wasserstein, penalty = self.criticise(draw.real, fake, draw.mix)
         if probabilities is None:
             probabilities = self.generate(given)
         warm_up_steps = settings.warm_up_steps if self.init_from is None else 0
@@ -157,6 +155,18 @@ class Models:
                 torch._foreach_lerp_(self.average, list(self.generator.parameters()), 1 - decay)
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
+
+    def criticise(self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """A step of the critics' optimizer; Wasserstein distance and gradient penalty before it. Arguments as of
+        Critics.forward."""
+        self.critic_optimizer.zero_grad()
+        with self._autocast():
+            wasserstein, penalty = self._critics(real, fake, mix)
+        # Each critic has its own loss; their sum, since Adam's ε sees the size of a gradient.
+        weight = self.study.training.gradient_penalty
+        (len(self.critics.critics) * (weight * penalty - wasserstein)).backward()
+        self.critic_optimizer.step()
+        return wasserstein, penalty
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
         """Phase probabilities, float32 (cubes, phases, 64, 64, 64), of cubes `given` with their surroundings, by batch
@@ -282,7 +292,7 @@ class Models:
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "seconds": seconds, "processes": self.group.size, "best": self.best,
-            "of_late": self.of_late,
+            "of_late": self.of_late, "fitted": self._fitted,
         }  # fmt: skip
         save_checkpoint(
             self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state,

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,20 +114,6 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
         yield Processes(rank, size, local_size, place)
     finally:
         dist.destroy_process_group()
-
-
-def seconds_without_a_core() -> float:
-    """How long this process's threads, summed, have stood ready to run while other work had the cores.
-
-    Linux says so in /proc (scheduler statistics); 0 where the system does not.
-    """
-    waited = 0
-    for statistics in Path("/proc/self/task").glob("*/schedstat"):
-        try:
-            waited += int(statistics.read_text().split()[1])
-        except (OSError, IndexError, ValueError):  # a thread that ended meanwhile, or a kernel that keeps no count
-            continue
-    return waited / 1e9
 
 
 def _collective(collective: Callable[..., Any], *tensors: Any, **options: Any) -> None:

@@ -20,10 +20,12 @@ from hpcres.signals import noted_signals
 from hpcres.study import Study
 from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
-from hpcres.training.distributed import Processes, processes, seconds_without_a_core
+from hpcres.training.distributed import Processes, processes
+from hpcres.training.fitting import Fitted, as_before, fit
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.threads import Threads
 from hpcres.volumes.phases import open_low_res
 from hpcres.volumes.sizes import compare_sizes
 
@@ -35,14 +37,11 @@ _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
 _MAY_CHANGE = {
     "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
-    "compile", "match_fractions",
+    "compile", "match_fractions", "least_steps",
 }  # fmt: skip
 """Training settings that a resumed run may have different from the run it continues."""
 _ASTRAY = 0.1
 """Of the low-res voxels, the disagreement with the best generator from which on something is wrong with a training."""
-
-_STARVED = 0.2
-"""Share of their time that threads stand ready without a core, from which on a run would be faster with fewer."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,10 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             return TrainingResult(str(study.checkpoint_path), first, seconds_before, first, True)
         notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
         low_res, real = LowResCubes(study), RealSlices(study, group.device)
-        models = Models(study, group)
+        threads = Threads(fixed=settings.threads is not None)
+        fitted = fit(study, group, low_res, real, threads, before)
+        study = fitted.study
+        models = Models(study, group, fitted.record)
         if before is not None:
             models.restore(before)
         elif settings.init_from is not None:
@@ -87,17 +89,19 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             ["step", "seconds", *judge.columns] if judge else [], first,
         )  # fmt: skip
         try:
-            for message in (*notes, *_opening(study, group, models, low_res, real, before)):
+            for message in (*notes, *_opening(study, group, models, low_res, real, before, fitted)):
                 journal.note(message)
             with noted_signals() as received:
                 started = time.monotonic()
                 reported = saved = paged = seconds = seconds_before
                 done = 0.0
-                waited, warned = seconds_without_a_core(), torch.get_num_threads() == 1
                 for step in range(first, settings.steps):
                     begun = max(step / settings.steps, seconds / budget)
                     rate = learning_rate(study, begun)
+                    threads.step_begins()
                     outcome = models.step(step, cubes, low_res, real, rate)
+                    if (said := threads.step_ends()) is not None:
+                        journal.note(said)
                     stop, broken, seconds = group.largest(
                         bool(received), not outcome.finite, seconds_before + time.monotonic() - started
                     )
@@ -114,10 +118,6 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         row = models.report(outcome, low_res.channels)
                         row |= {"step": step + 1, "seconds": seconds, "learning_rate": rate}
                         journal.report(min(done, 1.0), row)
-                        starved = (seconds_without_a_core() - waited) / (seconds - seconds_before)
-                        if not warned and starved > _STARVED * torch.get_num_threads():
-                            warned = True
-                            journal.note(_short_of_cores(starved / torch.get_num_threads()))
                     if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
                         if judge is not None:
                             models.judge(judge, step + 1, seconds, low_res, real, journal)
@@ -159,7 +159,7 @@ def _resumable(study: Study) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if checkpoint.training_state is None:
         raise InputError(f"{path}: holds no training state to go on from; use --overwrite or another --output")
-    old, new = _what_matters(checkpoint.study), _what_matters(study)
+    old, new = _what_matters(checkpoint.study), _what_matters(as_before(study, checkpoint))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise InputError(
@@ -183,7 +183,8 @@ def _what_matters(study: Study) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    add("", study.model_dump(mode="json", include=sections, exclude={"training": _MAY_CHANGE}, exclude_none=True))
+    exclude = {"training": _MAY_CHANGE, "network": {"least_width"}}
+    add("", study.model_dump(mode="json", include=sections, exclude=exclude, exclude_none=True))
     return flat
 
 
@@ -204,13 +205,15 @@ def _check_writable(study: Study) -> None:
 
 
 def _opening(
-    study: Study, group: Processes, models: Models, low_res: LowResCubes, real: RealSlices, before: Checkpoint | None
-) -> Iterator[str]:
+    study: Study, group: Processes, models: Models, low_res: LowResCubes, real: RealSlices, before: Checkpoint | None,
+    fitted: Fitted,
+) -> Iterator[str]:  # fmt: skip
     counts = [sum(p.numel() for p in module.parameters()) for module in (models.generator, models.critics)]
     yield (
         f"{group.size} process{'es' * (group.size > 1)} on {group.device.type} with {torch.get_num_threads()} threads "
         f"each; generator {counts[0]:,} weights, critic {counts[1]:,}; scale factor {study.scale_factor}"
     )
+    yield from fitted.messages
     origin, asked = models.init_from, study.training.init_from
     if before is None and origin is not None:
         yield (
@@ -233,14 +236,6 @@ def _opening(
         yield f"{low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
     for phase in real.missing_phases():
         yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
-
-
-def _short_of_cores(share: float) -> str:
-    return (
-        f"warning: the {torch.get_num_threads()} threads of this process wait for a core {share:.0%} of their time, "
-        "then for each other: other work has the cores; end that work, or begin this again with --set "
-        "training.threads=1, or as many as there are cores to spare"
-    )
 
 
 def _closing(study: Study, models: Models, steps: int) -> Iterator[str]:

@@ -1,0 +1,221 @@
+"""What training takes from the machine: precision, and a network that the minutes are enough for."""
+
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from math import ceil
+
+import pytest
+import torch
+from small_training import ALONE, history, same, study_of, weights
+
+from hpcres.checkpoint import load_checkpoint
+from hpcres.errors import InputError
+from hpcres.inference.run import open_job
+from hpcres.study_file import save_study
+from hpcres.training import fitting, trial
+from hpcres.training.distributed import Processes
+from hpcres.training.run import train
+from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.trial import _extrapolated, _sizes, choose_precision, estimated_seconds, step_seconds
+
+NETWORK = {"width": 4, "critic_width": 5, "padding": "zeros", "last_stage": "transposed", "least_width": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+# ---- the trial ----
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 9.0, "fp32"), (1.0, 0.99, "fp32")])
+def test_precision_is_the_faster_and_bf16_must_be_worth_it(tmp_path, monkeypatch, fp32, bf16, chosen):
+    times = {"fp32": fp32, "bf16": bf16}
+    monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_: times[study.training.precision])
+    found = choose_precision(study_of(tmp_path), ALONE)
+    assert (found.name, found.ratio) == (chosen, pytest.approx(fp32 / bf16))
+    assert found.seconds == (times[chosen] if 1 / 3 < fp32 / bf16 < 3 else None)
+
+
+def test_processes_choose_by_the_slowest_of_them(tmp_path, monkeypatch):
+    """bf16 is faster on this one and slower on another."""
+    mine, theirs = {"fp32": 2.0, "bf16": 1.0}, (2.0, 9.0)
+    monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_: mine[study.training.precision])
+    monkeypatch.setattr(Processes, "largest", lambda self, *ours: list(map(max, ours, theirs)))
+    assert choose_precision(study_of(tmp_path), ALONE).name == "fp32"
+
+
+ON_AVX2 = """
+import sys
+from hpcres.study_file import load_study
+from hpcres.training.distributed import processes
+from hpcres.training.trial import choose_precision
+with processes("cpu", 1) as group:
+    found = choose_precision(load_study(sys.argv[1]), group)
+    print(found.name, found.ratio)
+"""
+
+
+def test_without_hardware_for_bf16_fp32_is_chosen(tmp_path):
+    study = save_study(study_of(tmp_path), "train")
+    without = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_AVX2, study], capture_output=True, text=True, env=os.environ | without, timeout=120
+    )
+    chosen, ratio = done.stdout.split()
+    assert chosen == "fp32"
+    assert float(ratio) < 1
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1])
+@pytest.mark.parametrize(("each", "last"), [(1e-6, 16), (5e-5, 16), (1e-3, 4), (1.0, 2)])
+def test_what_takes_long_is_extrapolated_from_smaller_sizes(each, last, constant):
+    """A size at which it would take more than half a second is not run, but for the second: one point is no line."""
+    measured = []
+
+    def seconds_at(size):
+        measured.append(size)
+        return constant + each * size**3
+
+    found = _extrapolated(seconds_at, _sizes(16, 2), 3, smallest=False)
+    assert measured[-1] == last
+    if last > 2:
+        assert found == pytest.approx(constant + each * 16**3)
+    else:
+        assert found == pytest.approx((constant + each * 2**3) * 8**3)  # all of it is taken to grow
+
+
+def test_a_first_comparison_looks_at_the_smallest_size_alone():
+    measured = []
+    assert _extrapolated(lambda size: measured.append(size) or 1e-3 * size, [2, 4, 8], 1, smallest=True) == 8e-3
+    assert set(measured) == {2}
+
+
+def test_sizes_grow_by_at_most_two_to_the_last():
+    for most in range(2, 65):
+        sizes = _sizes(most, 2)
+        assert (sizes[0], sizes[-1]) == (2, most)
+        assert all(a < b <= 2 * a for a, b in pairwise(sizes))
+
+
+def test_a_trial_leaves_no_trace(tmp_path):
+    """The networks of a run are the same after a trial as without one."""
+    study = study_of(tmp_path, training={"steps": 3})
+    train(study)
+    alone = weights(study)
+    tried = study_of(tmp_path, output=str(tmp_path / "tried"), training={"steps": 3, "minutes": 100})
+    train(tried)
+    assert same(weights(tried), alone)
+    assert history(tried)[-1][:4] == history(study)[-1][:4]
+
+
+def test_a_step_is_estimated_from_its_parts(tmp_path):
+    """Within a factor, since other work may come in between."""
+    study = study_of(tmp_path, training={"slices_per_axis": 8, "reuse_generated": True})
+    low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
+    whole, estimated = step_seconds(study, ALONE, low_res, real), estimated_seconds(study, ALONE)
+    assert whole / 6 < estimated < 6 * whole
+
+
+# ---- what is chosen, kept and said ----
+
+
+def test_the_chosen_precision_is_kept_wherever_a_run_goes_on(tmp_path, monkeypatch, capfd):
+    """Resumed where bf16 would be faster, a run begun in fp32 is the uninterrupted fp32 run, bit for bit."""
+    whole, auto = (
+        study_of(tmp_path, output=str(tmp_path / name), training={"steps": 4, "precision": precision})
+        for name, precision in (("whole", "fp32"), ("auto", "auto"))
+    )
+    train(whole)
+    begun = auto.model_copy(update={"training": auto.training.model_copy(update={"steps": 2})})
+    monkeypatch.setattr(fitting, "choose_precision", lambda *_: trial.Precision("fp32", 0.25, 1.0))
+    train(begun)
+    said = "precision fp32: in a trial on this CPU with 1 thread, bf16 had 0.25 of the speed of fp32"
+    assert said in capfd.readouterr().err
+    saved = load_checkpoint(auto.checkpoint_path)
+    assert saved.study.training.precision == "fp32"
+    assert saved.training_state["fitted"] == {"training.precision": {"asked": "auto", "chosen": "fp32"}}
+    monkeypatch.setattr(fitting, "choose_precision", lambda *_: trial.Precision("bf16", 4.0, 1.0))
+    train(auto)
+    assert "precision fp32, as this run began" in capfd.readouterr().err
+    assert same(weights(auto), weights(whole))
+    other = auto.model_copy(update={"training": auto.training.model_copy(update={"steps": 6, "precision": "bf16"})})
+    with pytest.raises(InputError, match=r"was trained with training.precision fp32, the study now says bf16"):
+        train(other)
+
+
+def steps_take(monkeypatch, seconds_of_width):
+    monkeypatch.setattr(
+        fitting, "step_seconds", lambda study, *_: seconds_of_width.get(study.network.width, 1e9)
+    )
+
+
+def test_a_network_is_as_narrow_as_the_minutes_want_and_stays_so(tmp_path, monkeypatch, capfd):
+    """At one minute and two steps or more: widths of 100 and 40 s are too slow, one of 20 s is not."""
+    steps_take(monkeypatch, {4: 100.0, 3: 40.0, 2: 20.0})
+    study = study_of(tmp_path, network=NETWORK, training={"steps": 2, "minutes": 1, "least_steps": 2})
+    train(study)
+    said = capfd.readouterr().err
+    assert "1 minutes are too few for 2 steps with a network of width 4 here, so its width is 2 and" in said
+    assert "about 2 steps in 40 s" in said
+    saved = load_checkpoint(study.checkpoint_path)
+    assert saved.generator.config["width"] == saved.study.network.width == 2
+    assert saved.study.network.critic_width == 4
+    steps_take(monkeypatch, {4: 1e-3})
+    more = study.model_copy(update={"training": study.training.model_copy(update={"steps": 3})})
+    assert train(more).resumed_step == 2
+    assert "a network of width 2, as this run began" in capfd.readouterr().err
+    assert load_checkpoint(study.checkpoint_path).generator.config["width"] == 2
+    assert open_job(more).checkpoint.generator.config["width"] == 2
+    wider = more.model_copy(update={"network": more.network.model_copy(update={"width": 5})})
+    with pytest.raises(InputError, match=r"was trained with network.width 2, the study now says 5"):
+        train(wider)
+
+
+@pytest.mark.parametrize("least_width", [None, 3])
+def test_minutes_that_are_too_few_are_refused_before_anything_is_written(tmp_path, monkeypatch, least_width):
+    steps_take(monkeypatch, {4: 12.0, 3: 7.0})
+    network = NETWORK | {"least_width": least_width}
+    study = study_of(tmp_path, network=network, training={"steps": 1000, "minutes": 1})
+    needed = ceil(100 * (12.0 if least_width is None else 7.0) / 60)
+    with pytest.raises(InputError, match=rf"1 are enough.*set training.minutes to {needed} or more") as refused:
+        train(study)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    enough = study.model_copy(update={"training": study.training.model_copy(update={"minutes": needed})})
+    assert not fitting._too_few(enough, 12.0 if least_width is None else 7.0)
+
+
+@pytest.mark.parametrize("more", [{"minutes": None}, {"steps": 5}, {"least_steps": 5}, {"init_from": "x.pt"}])
+def test_a_run_is_not_refused_for_what_its_user_asks(tmp_path, more):
+    study = study_of(tmp_path, training={"steps": 1000, "minutes": 1} | more)
+    assert not fitting._too_few(study, 12.0)
+    assert fitting._too_few(study_of(tmp_path, training={"steps": 1000, "minutes": 1}), 12.0)
+
+
+def test_how_long_a_run_takes_is_said(tmp_path):
+    by_steps = study_of(tmp_path, training={"steps": 300})
+    assert fitting._outlook(by_steps, 2.0) == "a step takes about 2 s here: about 300 steps in 10 minutes"
+    assert "about 100 more steps in 3.33 minutes" in fitting._outlook(by_steps, 2.0, 200, 500.0)
+    by_time = study_of(tmp_path, training={"steps": 300, "minutes": 5})
+    assert "about 150 steps in 5 minutes" in fitting._outlook(by_time, 2.0)
+    assert "about 50 more steps in 100 s" in fitting._outlook(by_time, 2.0, 100, 200.0)
+    paper = study_of(tmp_path, training={"steps": 100_000})
+    assert "100000 steps in 162 days, longer than cluster.train_hours 12" in fitting._outlook(paper, 140.0)
+
+
+def test_the_papers_network_on_a_cpu_is_refused_for_a_minute_at_once(tmp_path):
+    """As a first study without a recipe; ten seconds of one core, with all that is measured."""
+    study = study_of(
+        tmp_path, network={}, training={"steps": 100_000, "minutes": 1, "cubes": 8, "slices_per_axis": None,
+                                        "critic_steps": 5, "precision": "auto"},
+    )  # fmt: skip
+    began = time.process_time()
+    with pytest.raises(InputError, match=r"steps of a network of width 8 at .* take a recipe for few cores"):
+        train(study)
+    assert time.process_time() - began < 10
+    assert not (tmp_path / "out").exists()

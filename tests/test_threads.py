@@ -1,0 +1,195 @@
+"""Training with as many threads as there are cores for: by a clock of our own, and beside real work."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_training import study_of
+
+from hpcres.study_file import save_study
+from hpcres.training import run
+from hpcres.training.run import train
+from hpcres.training.threads import Threads, fewer
+
+has_schedstat = pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the system does not count it")
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Machine:
+    """Cores of which `taken` are busy: a step takes a second by one thread, half by two, and three by two where one of
+    two cores is taken, and then each waits for a core half of the time."""
+
+    def __init__(self, taken=0):
+        self.taken, self.now, self.waited = taken, 0.0, 0.0
+
+    def step(self):
+        starved = self.taken and torch.get_num_threads() == 2
+        seconds = 3.0 if starved else 1.0 / torch.get_num_threads()
+        self.now += seconds
+        self.waited += seconds if starved else 0.0
+        return seconds
+
+    def threads(self, fixed=False):
+        return Threads(fixed, lambda: self.now, lambda: self.waited)
+
+    def run(self, threads, steps):
+        """What is said in so many steps."""
+        said = []
+        for _ in range(steps):
+            threads.step_begins()
+            self.step()
+            said.append(threads.step_ends())
+        return [message for message in said if message]
+
+
+def test_work_that_arrives_leaves_one_thread_and_when_it_ends_two_are_back():
+    torch.set_num_threads(2)
+    machine = Machine()
+    threads = machine.threads()
+    assert machine.run(threads, 20) == []
+    machine.taken = 1
+    (said,) = machine.run(threads, 5)
+    assert "the 2 threads of this process wait for a core 50% of their time" in said
+    assert "going on with 1; with another number of threads sums are rounded otherwise" in said
+    assert torch.get_num_threads() == 1
+    machine.run(threads, 300)
+    assert torch.get_num_threads() == 1  # two were tried now and then, and were slower
+    machine.taken = 0
+    (said,) = machine.run(threads, 1500)
+    assert said == "going on with 2 threads, 2.0 times as fast"
+    assert torch.get_num_threads() == 2
+
+
+def test_trials_of_more_threads_cost_little_of_a_long_run():
+    torch.set_num_threads(2)
+    machine = Machine(taken=1)
+    threads = machine.threads()
+    machine.run(threads, 3600)
+    assert machine.now < 1.02 * 3600
+
+
+def test_fewer_threads_that_are_no_faster_are_given_up():
+    torch.set_num_threads(2)
+    machine = Machine(taken=1)
+    threads = machine.threads()
+    steps = iter([3.0, 4.0, 3.0, 3.0])
+
+    def step():
+        seconds = next(steps)
+        machine.now += seconds
+        machine.waited += seconds if torch.get_num_threads() == 2 else 0
+
+    machine.step = step
+    lowered, back = machine.run(threads, 4)
+    assert "going on with 1" in lowered
+    assert back == "going on with 2 threads: 1 are no faster"
+
+
+def test_a_number_that_is_set_is_kept_and_warned_of_once():
+    torch.set_num_threads(2)
+    machine = Machine(taken=1)
+    (said,) = machine.run(machine.threads(fixed=True), 10)
+    assert said.startswith("warning: the 2 threads of this process wait for a core 50% of their time")
+    assert torch.get_num_threads() == 2
+
+
+def test_the_first_steps_begin_with_one_thread_where_two_collapse():
+    torch.set_num_threads(2)
+    machine = Machine(taken=1)
+    assert "going on with 1" in machine.threads().try_out(machine.step)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    assert Machine(taken=0).threads().try_out(Machine().step) is None
+    assert torch.get_num_threads() == 2
+
+
+def test_minutes_are_not_refused_for_threads_that_collapse():
+    torch.set_num_threads(2)
+    machine = Machine(taken=1)
+    seconds, said = machine.threads().try_one(machine.step, 3.0)
+    assert (seconds, torch.get_num_threads()) == (1.0, 1)
+    assert said.startswith("going on with one thread, 3.0 times as fast as 2; with another number of threads")
+    torch.set_num_threads(2)
+    assert Machine().threads().try_one(machine.step, 0.5) == (0.5, None)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("threads", "starved", "left"), [(2, 0.9, 1), (2, 0.4, 1), (16, 0.9, 15), (16, 7.5, 8), (8, 9, 1)]
+)
+def test_as_many_threads_are_left_as_have_cores(threads, starved, left):
+    assert fewer(threads, starved) == left
+
+
+TWO_THREADS_ON_A_CORE = """
+import hashlib, os, threading, time
+from hpcres.training.threads import seconds_without_a_core
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+begun, used, before = time.monotonic(), time.process_time(), seconds_without_a_core()
+end = begun + 1.5
+def work():
+    while time.monotonic() < end:
+        hashlib.sha256(bytes(1 << 20))
+    time.sleep(1)  # the count of a thread goes with it
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+time.sleep(1.6)
+print(seconds_without_a_core() - before, 2 * 1.5 - (time.process_time() - used))
+"""
+
+
+@has_schedstat
+def test_the_time_without_a_core_is_what_the_clock_has_and_the_processor_has_not():
+    said = subprocess.run([sys.executable, "-c", TWO_THREADS_ON_A_CORE], capture_output=True, text=True, check=True)
+    waited, expected = (float(word) for word in said.stdout.split())
+    assert expected > 1
+    assert waited == pytest.approx(expected, rel=0.2)
+
+
+BESIDE_ANOTHER_PROCESS = """
+import os, subprocess, sys
+cores = sorted(os.sched_getaffinity(0))[:2]
+os.sched_setaffinity(0, cores)
+busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+for one in busy:
+    os.sched_setaffinity(one.pid, cores[1:])
+try:
+    import torch
+    from hpcres.study_file import load_study
+    from hpcres.training.run import train
+    train(load_study(sys.argv[1]))
+    print(torch.get_num_threads())
+finally:
+    for one in busy:
+        one.kill()
+"""
+
+
+@has_schedstat
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no second thread to wait for")
+def test_beside_work_on_one_of_two_cores_training_goes_on_with_one_thread(tmp_path):
+    settings = {"steps": 8, "minutes": 0.05, "least_steps": 1, "threads": None}
+    study = save_study(study_of(tmp_path, training=settings), "train")
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_ANOTHER_PROCESS, study], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the 2 threads of this process wait for a core" in done.stderr
+    assert done.stdout.split() == ["1"]
+
+
+def test_the_run_says_what_its_threads_say(tmp_path, monkeypatch, capfd):
+    machine = Machine(taken=1)
+    monkeypatch.setattr(run, "Threads", lambda fixed: Threads(fixed, lambda: machine.step() and machine.now,
+                                                              lambda: machine.waited))  # fmt: skip
+    train(study_of(tmp_path, training={"steps": 3, "threads": 2}))
+    assert capfd.readouterr().err.count("warning: the 2 threads of this process wait for a core") == 1
