@@ -14,6 +14,7 @@ from hpcres.geometry import Box, TilePlan, high_res_shape, plan_tiles, tiles_of_
 from hpcres.inference.generate import Painter, cores, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.networks.superres import SuperResGenerator
+from hpcres.signals import end_if_asked
 from hpcres.study import Study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.pyramid import pyramid
@@ -134,6 +135,7 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(threads) as pool:
         while done == 0 or time.monotonic() - started < _TRIAL_SECONDS:
+            end_if_asked()
             for _ in pool.map(lambda _: painter.paint(tile, read), range(threads)):
                 done += write.voxels
     return done / (time.monotonic() - started)
