@@ -11,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-machines test-slurm test-kills case3 bench-inference bench-metrics bench-transport bench-quality clean
+.PHONY: help install demo test lint types test-machines test-slurm test-kills test-interruptions case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
 	@echo "make demo    the main job on a phantom, 3 to 8 minutes on two idle cores once set up; ends with results/demo/report.html"
@@ -21,7 +21,7 @@ help:
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
 	@echo "make bench-quality     the quality bars, three seeds each, six hours"
-	@echo "make lint types test-machines test-slurm test-kills clean"
+	@echo "make lint types test-machines test-slurm test-kills test-interruptions clean"
 
 install: .venv/installed
 
@@ -54,7 +54,7 @@ demo: install
 	hpcres train configs/demo.yaml --overwrite
 	mpirun -n $(RANKS) hpcres infer configs/demo.yaml --tiles 2x2x2 --overwrite
 	hpcres metrics configs/demo.yaml
-	hpcres tortuosity configs/demo.yaml --phase pore --phase active --direction z --crop 0:160,0:160,0:160
+	hpcres tortuosity configs/demo.yaml --phase pore --phase active --direction z --crop 0:160,0:160,0:160 --overwrite
 	hpcres report configs/demo.yaml
 	python bench/demo.py configs/demo.yaml
 	@echo "open results/demo/report.html"
@@ -63,7 +63,7 @@ case3: install
 	hpcres train configs/case3-sofc-small.yaml --overwrite
 	mpirun -n $(RANKS) hpcres infer configs/case3-sofc-small.yaml --overwrite
 	hpcres metrics configs/case3-sofc-small.yaml
-	hpcres tortuosity configs/case3-sofc-small.yaml
+	hpcres tortuosity configs/case3-sofc-small.yaml --overwrite
 	hpcres report configs/case3-sofc-small.yaml
 
 test: .venv/tested
@@ -76,6 +76,11 @@ test-machines: .venv/tested
 # Sixty jobs killed at random moments and resumed, ten minutes.
 test-kills: .venv/tested
 	pytest tests/test_kills.py -s
+
+# Every stage stopped by signals at 50 random moments, an hour on two idle cores; the table goes into
+# docs/interruption.md. INTERRUPTIONS=5 for fewer.
+test-interruptions: .venv/tested
+	pytest tests/test_signals.py -m slow -s
 
 # Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
 test-slurm: .venv/tested

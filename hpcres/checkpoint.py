@@ -22,10 +22,11 @@ from torch import nn
 from hpcres import __version__
 from hpcres.errors import InputError
 from hpcres.networks.superres import SuperResGenerator
+from hpcres.outputs import CHECKPOINT_MARK
 from hpcres.study import Study
 from hpcres.volumes.files import made_whole
 
-_FORMAT = "hpcres-checkpoint-1"
+_FORMAT = f"{CHECKPOINT_MARK}1"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def save_checkpoint(
         "format": _FORMAT,
         "network": generator.config,
         "weights": {name: tensor.detach().cpu() for name, tensor in generator.state_dict().items()},
-        "study": study.model_dump_json(exclude_none=True),
+        "study": study.as_json(),
         "step": step,
         "versions": {"hpcres": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "training": training_state,
@@ -115,7 +116,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     config = dict(content["network"])
     assert config.pop("family") == "superres"
     try:
-        study = Study.model_validate_json(content["study"])
+        study = Study.of_json(content["study"])
         generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})
     except (ValidationError, TypeError) as error:  # TypeError names a keyword
         others = error.errors() if isinstance(error, ValidationError) else []

@@ -15,20 +15,23 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
 from hpcres import __version__
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.lengths import VoxelEdges, cubic, parse_voxel_edges
-from hpcres.study import Metrics, Study
-from hpcres.study_file import load_study, save_study
+from hpcres.outputs import FIELDS, METRICS, PAGE, STUDY, TRANSPORT, refuse_output
+from hpcres.signals import EXIT_STOPPED, end_if_asked, has_said, is_first_rank, keeps, listening, received, stopped_by
+from hpcres.study import Metrics, Study, checked_phase_name
+from hpcres.study_file import files_of, load_study, save_study, saved_study
+from hpcres.terminal import speak_what_it_can
 
-EXIT_INPUT, EXIT_UNFINISHED, EXIT_STOPPED = 2, 3, 75
+EXIT_INPUT, EXIT_UNFINISHED = 2, 3
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left; free some or write elsewhere with --output, then run again",
     errno.EDQUOT: "disk quota reached; free some or write elsewhere with --output, then run again",
@@ -47,8 +50,10 @@ def main() -> None:
     """Run a command and leave with its exit status. Only rank 0 speaks of errors that every rank sees."""
     # Without a home that can be written, matplotlib warns that it keeps its fonts in a temporary folder.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    speak_what_it_can()
     try:
-        commands.main(standalone_mode=False)
+        with listening("hpcres"):
+            commands.main(prog_name="hpcres", standalone_mode=False)
         status = 0
     except click.exceptions.Exit as request:
         status = request.exit_code
@@ -68,19 +73,28 @@ def main() -> None:
         if error.errno not in _DISK_ERRORS:
             raise
         status = _complain(f"{error.filename or 'output'}: {_DISK_ERRORS[error.errno]}", EXIT_INPUT)
-    sys.stdout.flush()
+    has_said(status)
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.exit(status)
 
 
-def _is_first_rank() -> bool:
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+def _echo(text: object, err: bool = False) -> None:
+    """click's own would write to an ASCII terminal as if it were another."""
+    print(text, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def _complain(message: str, status: int) -> int:
-    if _is_first_rank():
-        click.echo("hpcres: " + " ".join(message.split()), err=True)
+    if is_first_rank():
+        with suppress(OSError):  # of a terminal that is gone
+            _echo("hpcres: " + " ".join(message.split()), err=True)
     return status
+
+
+class _Stage(click.Command):
+    def invoke(self, ctx: click.Context) -> Any:
+        with listening(self.name or "hpcres"):
+            return super().invoke(ctx)
 
 
 def _study_options(command: _Command) -> _Command:
@@ -115,7 +129,9 @@ def _is_study(source: str) -> bool:
     return Path(source).suffix in (".yaml", ".yml")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=True
+)
 @click.version_option(__version__, prog_name="hpcres")
 @click.pass_context
 def commands(context: click.Context) -> None:
@@ -134,6 +150,11 @@ def commands(context: click.Context) -> None:
             f"hpcres {context.invoked_subcommand} needs Linux or macOS: Windows has neither its file locks nor its "
             "signals; run it in WSL 2 (https://learn.microsoft.com/windows/wsl)"
         )
+    if context.invoked_subcommand is None:
+        _echo(context.get_help())
+
+
+commands.command_class = _Stage
 
 
 @contextmanager
@@ -153,7 +174,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
         nonlocal said
         if done == total or time.monotonic() - said > 5:
             said = time.monotonic()
-            click.echo(f"{what}: {done} of {total}", err=True)
+            _echo(f"{what}: {done} of {total}", err=True)
 
     yield line
 
@@ -174,9 +195,13 @@ def phantom(study: str, settings: tuple[str, ...], output: str | None, overwrite
     """
     from hpcres.phantoms import make_phantom
 
-    loaded = load_study(study, settings, output)
-    for path in make_phantom(loaded, overwrite, lambda name: click.echo(f"phantom: {name}", err=True)):
-        click.echo(path)
+    def say(name: str) -> None:
+        end_if_asked()
+        _echo(f"phantom: {name}", err=True)
+
+    loaded = _study_of(study, settings, output, "phantom")
+    for path in make_phantom(loaded, overwrite, say):
+        _echo(path)
     save_study(loaded, "phantom")
 
 
@@ -224,12 +249,13 @@ def convert(
         volume = open_volume(source)
         edges, notes = _voxel_edges(volume, voxel_size)
     size, unit = edges.lengths(source)
+    _say_absent(volume)
     with _progress("convert") as progress:
         convert_volume(
             volume, target, phases=names, voxel_size=size, unit=unit, overwrite=overwrite, progress=progress
         )
     _say(notes)
-    click.echo(target)
+    _echo(target)
 
 
 def _voxel_edges(volume: Any, text: str | None) -> tuple[VoxelEdges, list[str]]:
@@ -256,7 +282,7 @@ def _voxel_edges(volume: Any, text: str | None) -> tuple[VoxelEdges, list[str]]:
 
 def _say(lines: Sequence[str]) -> None:
     for line in lines:
-        click.echo(line, err=True)
+        _echo(line, err=True)
 
 
 def _parse_phases(text: str | None) -> dict[int, str] | None:
@@ -268,7 +294,10 @@ def _parse_phases(text: str | None) -> dict[int, str] | None:
         match = re.fullmatch(r"\s*(-?\d+)\s*=\s*(\S.*?)\s*", part)
         if not match:
             raise InputError(f"--phases {text}: {part!r} is no LABEL=NAME; write for example 0=pore,128=active")
-        label, name = int(match.group(1)), match.group(2)
+        try:
+            label, name = int(match.group(1)), checked_phase_name(match.group(2))
+        except ValueError as error:
+            raise InputError(f"--phases {text}: {error}") from None
         if label in phases or name in phases.values():
             raise InputError(f"--phases {text}: {part.strip()!r} repeats a label or a name; give each once")
         phases[label] = name
@@ -302,11 +331,13 @@ def train(
 
     if init_from is not None:
         settings = (*settings, f"training.init_from={json.dumps(str(Path(init_from).resolve()), ensure_ascii=False)}")
-    result = run(load_study(study, settings, output), overwrite=overwrite)
-    if _is_first_rank():
+    loaded = _study_of(study, settings, output, "train")
+    _say_absent(*_volumes_of(loaded))
+    result = run(loaded, overwrite=overwrite)
+    if is_first_rank():
         if result.already_finished:
-            click.echo(f"already trained to step {result.step}; --overwrite trains anew", err=True)
-        click.echo(result.checkpoint)
+            _echo(f"already trained to step {result.step}; --overwrite trains anew", err=True)
+        _echo(result.checkpoint)
 
 
 @commands.command()
@@ -338,7 +369,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     notes = compare_sizes(loaded, low_res=volume, images=True, reference=True)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
     _say(notes)
-    click.echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
+    _echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
 
 
 @commands.command()
@@ -375,16 +406,18 @@ def infer(
 
     alone = checkpoint and low_res and not Path(study).exists()
     with join_ranks() as ranks:
-        loaded = None if alone else load_study(study, settings, output)
+        loaded = None if alone else _study_of(study, settings, output, "infer")
         job = open_job(
             loaded, checkpoint=checkpoint, low_res=low_res, output=output, tiles=tiles, seed=seed, device=device,
             command=_command_line(), inference={} if ensemble is None else {"ensemble": ensemble},
         )  # fmt: skip
+        if ranks.rank == 0:
+            _say_absent(job.low_res)
         painted = run(job, ranks, overwrite=overwrite)
         if ranks.rank == 0:
             if loaded is not None:
                 save_study(loaded, "infer")
-            click.echo(painted.store)
+            _echo(painted.store)
 
 
 @commands.command()
@@ -421,7 +454,7 @@ def verify(
 
         def say(line: str) -> None:
             if ranks.rank == 0:
-                click.echo(line)
+                _echo(line)
 
         def check() -> Any:
             with _progress("verify") as progress:
@@ -467,11 +500,12 @@ _STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum",
 @click.option("--with", "added", type=_STATISTIC, multiple=True, help="Measure this too; repeatable.")
 @click.option("--without", "left_out", type=_STATISTIC, multiple=True, help="Do not measure this; repeatable.")
 @click.option("--lags", type=click.IntRange(1), help="Largest distance of correlations, in voxels.  [default: 64]")
+@_overwrite
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
 def metrics(
     source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, worker_wait: float,
     voxel_size: str | None, periodic: tuple[str, ...], added: tuple[str, ...], left_out: tuple[str, ...],
-    lags: int | None, as_json: bool,
+    lags: int | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure volume fractions, surface and interphase areas, TPB, their spread over sub-volumes, correlations, chords,
     connected shares, spectra, and the standard error of each number.
@@ -484,49 +518,54 @@ def metrics(
     hpcres metrics --with geodesic                  the shortest paths too: 8 bytes a voxel of scratch space
     hpcres metrics --scheduler tcp://node1:8786     on a running Dask cluster
 
-    Writes <output>/metrics.json; for a bare volume only where --output names a file.
+    Writes <output>/metrics.json; for a bare volume only where --output names a file, which may hold earlier metrics of
+    the same volume, or with --overwrite those of another.
     """
-    import json
-
-    from hpcres.metrics.measure import header, measure, measure_study, write_json
+    from hpcres.metrics.measure import header, is_of, measure, measure_study
     from hpcres.metrics.schedule import connect
     from hpcres.metrics.table import metrics_text
-    from hpcres.signals import ended_by_signals
     from hpcres.study import SubVolumes
+    from hpcres.volumes.files import write_json
     from hpcres.volumes.formats import open_volume
 
     command, (z, y, x) = _command_line(), (axis in periodic for axis in "zyx")
     if _is_study(source):
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
-        study = load_study(source, settings, output)
+        study = _study_of(source, settings, output, "metrics")
         chosen = _statistics(study.metrics, added, left_out, lags)
         study = study.model_copy(update={"metrics": chosen})
         volume = _study_volume(study)
         target: Path | None = study.metrics_path
-        _writable(study.metrics_path)
-        with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
+        refuse_output(study.metrics_path, METRICS, inputs=[*study.inputs, volume.path], renewed=True)
+        absent = _say_absent(volume, *_volumes_of(study))
+        with connect(scheduler, worker_wait=worker_wait) as client:
             result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
         notes = result.get("notes", [])
+        end_if_asked()
         save_study(study, "metrics")
     else:
         _no_settings(source, settings)
         volume, target = open_volume(source), Path(output) if output else None
         edges, notes = _voxel_edges(volume, voxel_size)
         if target is not None:
-            _writable(target)
-        with ended_by_signals("metrics"), connect(scheduler, worker_wait=worker_wait) as client:
+            refuse_output(target, METRICS, inputs=[source], overwrite=overwrite, renewed=is_of(target, volume))
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)  # the scratch folder of geodesic paths is there
+        absent = _say_absent(volume)
+        with connect(scheduler, worker_wait=worker_wait) as client:
             measured = measure(
                 volume, client=client, voxel_size=edges, settings=SubVolumes(count=0), periodic=(z, y, x),
                 statistics=_statistics(Metrics(), added, left_out, lags), scratch=target and target.absolute().parent,
             )  # fmt: skip
         result = {**header(command), "volume": measured}
+    result["absent_chunks"] = absent
+    end_if_asked()
     if target is not None:
         write_json(target, result)
     _say(notes)
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else metrics_text(result))
+    _echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else metrics_text(result))
     if target is not None:
-        click.echo(f"written to {target}", err=as_json)
+        _echo(f"written to {target}", err=as_json)
 
 
 @commands.command()
@@ -580,20 +619,19 @@ def tortuosity(
     hpcres tortuosity --device cuda                     on a GPU
 
     Needs about 15 bytes a voxel where 40 % conduct, together over all ranks; with --memory down to 4, and 15 of
-    scratch storage. Writes <output>/transport.json; for a bare volume only where --output names a
-    file.
+    scratch storage. Writes <output>/transport.json after each solve; for a bare volume only where --output names a
+    file. What it holds of other phases, directions and settings stays in it, and what it holds of the same is not
+    solved again.
     """
-    import json
-
     from hpcres.inference.ranks import join_ranks
-    from hpcres.metrics.measure import write_json
     from hpcres.metrics.table import transport_text
     from hpcres.metrics.transport import BLOCK_VOXELS, SCHEMA, describe
     from hpcres.metrics.transport import tortuosity as solve
+    from hpcres.metrics.transport.results import ResultsFile
     from hpcres.volumes.formats import open_volume
     from hpcres.volumes.sizes import compare_sizes
 
-    study = load_study(source, settings, output) if _is_study(source) else None
+    study = _study_of(source, settings, output, "tortuosity") if _is_study(source) else None
     if study is None:
         _no_settings(source, settings)
     elif voxel_size:
@@ -607,8 +645,11 @@ def tortuosity(
     else:
         edges, notes = _voxel_edges(volume, voxel_size)
     target = study.transport_path if study else Path(output) if output else None
+    inputs = [volume.path, *(study.inputs if study else ())]
     if target is not None:
-        _writable(target)
+        refuse_output(target, TRANSPORT, inputs=inputs, renewed=True)
+    if field is not None:
+        refuse_output(field, FIELDS, inputs=[*inputs, target], overwrite=overwrite)
     limit = _parse_bytes("--memory", memory)
     refused = {"--memory": memory, "--device": device, "--profile": profile, "--field": field, "--periodic": periodic}
     if estimate and (other := next((name for name, given in refused.items() if given), None)):
@@ -618,16 +659,20 @@ def tortuosity(
     if limit is not None and device is not None:
         raise InputError(f"--device {device}: a GPU holds all of the volume, --memory a part of it; drop one of them")
     place = Path(scratch) if scratch else (target.absolute().parent if target else Path.cwd())
+    if limit is not None and scratch is None:
+        place.mkdir(parents=True, exist_ok=True)
     if limit is not None and not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"--scratch {place}: is no folder that can be written; make it, or name another")
-    said = time.monotonic()
+    said, again = time.monotonic(), f"run {'it without --overwrite' if overwrite else 'the same command'} to go on"
 
     def report(phase: str, direction: str, iterations: int, d_rel: float, error: float) -> None:
         nonlocal said
+        if alone:  # several ranks look together, between two solves
+            end_if_asked()
         if time.monotonic() - said > 5:
             said = time.monotonic()
             line = f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.6g}, estimated error {error:.1e}"
-            click.echo(line, err=True)
+            _echo(line, err=True)
 
     meets = [axis in periodic for axis in "zyx"]
     with join_ranks() as ranks:
@@ -645,43 +690,58 @@ def tortuosity(
             gpu = find_device(device)
         solver = describe(rtol, meets, BLOCK_VOXELS if estimate else None)
         heading, lines = iter([f"{solver['method']}; stops at {solver['stop']}"]), iter(notes)
+        header = {"schema": SCHEMA, "hpcres": __version__, "command": _command_line(), "solver": solver}
+        results = ResultsFile(target, header)
+        results.begin({} if overwrite else ranks.from_first(results.read))
+        absent = _say_absent(volume)
 
-        def finished(result: dict[str, Any]) -> None:
-            _say([*lines] if first else [])
-            for line in (*heading, transport_text(result)) if first else ():
-                click.echo(line, err=as_json)
+        def measured(which: Literal["volume", "reference"], one: Any, **more: Any) -> None:
+            digest = ranks.from_first(lambda: results.digest_for(which, one))
+            part = results.part(which, one, digest)
+            skipped = iter([f"{target}: results that are there already are not solved again; --overwrite begins anew"])
 
-        measured = partial(
-            solve, phases=study.phases if study else None, only=only, conductivity=conductivity,
-            directions=directions or ("z", "y", "x"), spacing=edges.lengths(source)[0],
-            periodic=meets, crop=crop, rtol=rtol,
-            threads=threads or (None if alone else ranks.cores), profile=profile, report=report, finished=finished,
-            comm=ranks.communicator, on_node=ranks.on_node, memory=limit, scratch=place,
-            say=partial(click.echo, err=True), estimate=BLOCK_VOXELS if estimate else None, device=gpu,
-        )  # fmt: skip
-        result: dict[str, Any] = {
-            "schema": SCHEMA, "hpcres": __version__, "command": _command_line(),
-            "solver": solver, "volume": None, "reference": None, "published": [],
-        }  # fmt: skip
-        result["volume"] = measured(volume, field=field, overwrite=overwrite)
+            def finished(result: dict[str, Any]) -> None:
+                known = part.solved(result) is result
+                _say([*lines] if first else [])
+                for line in (*heading, *(skipped if known else ()), transport_text(result)) if first else ():
+                    _echo(line, err=as_json)
+                if not known:
+                    part.add(result)
+                    if first and target is not None:
+                        results.save()
+                        keeps(f"finished results are in {target}; {again}")
+                if numbers := [number for heard in ranks.everyone(received()) for number in heard]:
+                    raise stopped_by(numbers[0])
+
+            solve(
+                one, phases=study.phases if study else None, only=only, conductivity=conductivity,
+                directions=directions or ("z", "y", "x"), spacing=edges.lengths(source)[0], periodic=meets, crop=crop,
+                rtol=rtol,
+                threads=threads or (None if alone else ranks.cores), profile=profile, report=report, finished=finished,
+                solved=None if field else part.solved, comm=ranks.communicator, on_node=ranks.on_node, memory=limit,
+                scratch=place, say=partial(_echo, err=True), estimate=BLOCK_VOXELS if estimate else None, device=gpu,
+                **more,
+            )  # fmt: skip
+
+        measured("volume", volume, field=field, overwrite=overwrite)
         if field is not None and first:
-            click.echo(f"fields written to {field}", err=as_json)
+            _echo(f"fields written to {field}", err=as_json)
         if study is not None:
             if study.reference.volume is not None:
                 if first:
-                    click.echo(f"reference {study.reference.volume}:", err=as_json)
-                result["reference"] = measured(open_volume(study.reference.volume))
-            result["published"] = [p.model_dump(mode="json") for p in study.reference.published]
+                    _echo(f"reference {study.reference.volume}:", err=as_json)
+                measured("reference", open_volume(study.reference.volume))
+            results.content["published"] = [p.model_dump(mode="json") for p in study.reference.published]
         if not first:
             return
         if study is not None:
             save_study(study, "tortuosity")
-        if target is not None:
-            write_json(target, result)
+        results.content["absent_chunks"] = absent
+        results.save()
         if as_json:
-            click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+            _echo(json.dumps(results.content, indent=1, ensure_ascii=False))
         if target is not None:
-            click.echo(f"written to {target}", err=as_json)
+            _echo(f"written to {target}", err=as_json)
 
 
 def _parse_bytes(option: str, text: str | None) -> int | None:
@@ -739,41 +799,45 @@ def report(
     from hpcres.report.write import find_result, report_study, report_volume
     from hpcres.volumes.formats import open_volume
 
+    end_if_asked()
+
     if _is_study(source):
         if voxel_size:
             raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
         if file := measured_file or solved_file:
             raise InputError(f"{file}: a study has its own results; drop --metrics and --transport")
         study = load_study(source, settings, output)
-        _writable(study.report_path)
-        path = report_study(study, _study_volume(study))
+        made: list[str | Path] = [study.labels_path, study.metrics_path, study.transport_path, *files_of(source)]
+        refuse_output(study.report_path, PAGE, inputs=[*study.inputs, *made], renewed=True)
+        _say_absent(volume := _study_volume(study), *_volumes_of(study))
+        path = report_study(study, volume)
     else:
         from hpcres.metrics.measure import header, measure
         from hpcres.metrics.schedule import connect
-        from hpcres.signals import ended_by_signals
         from hpcres.study import SubVolumes
 
         _no_settings(source, settings)
         volume, target = open_volume(source), Path(output or "report.html")
         given, notes = _voxel_edges(volume, voxel_size) if voxel_size else (None, [])
-        _writable(target)
+        refuse_output(target, PAGE, inputs=[source, measured_file, solved_file], renewed=True)
+        _say_absent(volume)
 
         def found(stage: str, named: str | None, edges: VoxelEdges | None) -> dict[str, Any] | None:
             file = Path(named) if named else target.parent / f"{stage}.json"
             result = find_result(volume, stage, file, named is not None, edges)
             if result is not None:
-                click.echo(f"{stage} from {file}", err=True)
+                _echo(f"{stage} from {file}", err=True)
             return result
 
         result, solved = found("metrics", measured_file, given), found("transport", solved_file, None)
         if result is None:
             edges, notes = (given, notes) if given else _voxel_edges(volume, None)
-            with ended_by_signals("report"), connect(scheduler, worker_wait=worker_wait) as client:
+            with connect(scheduler, worker_wait=worker_wait) as client:
                 measured = measure(volume, client=client, voxel_size=edges, settings=SubVolumes(), statistics=Metrics())
             result = {**header(_command_line()), "volume": measured}
         path = report_volume(volume, result, target, solved)
         _say(notes)
-    click.echo(path)
+    _echo(path)
 
 
 def _study_volume(study: Study) -> Any:
@@ -793,10 +857,35 @@ def _no_settings(source: str, settings: tuple[str, ...]) -> None:
         raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
 
 
-def _writable(path: Path) -> None:
-    """Fail before hours of work rather than after them."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder where a file is due; name the file in it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: permission denied; write elsewhere with --output")
+def _study_of(source: str, settings: tuple[str, ...], output: str | None, stage: str) -> Study:
+    """The study, where its copy beside the results of the stage may be written: not after hours of work."""
+    study = load_study(source, settings, output)
+    copy = saved_study(study, stage)
+    if copy.exists() and copy.samefile(source):
+        if settings or output:
+            raise InputError(
+                f"{copy}: is the study that is read, and what is set besides would be saved in it; write elsewhere "
+                "with --output, or copy it first"
+            )
+        return study
+    refuse_output(copy, STUDY, inputs=[*study.inputs, *files_of(source)], renewed=True)
+    return study
+
+
+def _volumes_of(study: Study) -> list[Any]:
+    """What the study compares a volume with, as far as it is there."""
+    from hpcres.volumes.formats import open_volume
+
+    paths = [*study.low_res.paths, study.reference.volume]
+    return [open_volume(path, grey=True) for path in paths if path is not None and Path(path).is_dir()]
+
+
+def _say_absent(*volumes: Any) -> list[dict[str, Any]]:
+    """One line for each store in which chunk files are absent, and what is to be said of it in results."""
+    from hpcres.volumes.absent import absent_chunks
+
+    found = [one for volume in volumes if (one := absent_chunks(volume)) is not None]
+    for one in found:
+        if is_first_rank():
+            _echo(f"warning: {one}", err=True)
+    return [one.as_json() for one in found]

@@ -19,6 +19,8 @@ from hpcres import __version__
 from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, blocks, triple
+from hpcres.outputs import PHANTOM, refuse_output
+from hpcres.signals import end_if_asked
 from hpcres.volumes.convert import convert
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.tiff import write_images
@@ -209,6 +211,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
                 array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
                 voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
             )  # fmt: skip
+        end_if_asked()
     return [folder / name for name in _files(study)]
 
 
@@ -254,11 +257,7 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
     low_res = [int(n / study.scale_factor) for n in phantom.voxels]
     if min(low_res) < 1:
         raise InputError(f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} has no whole low-res voxel; use more")
-    if folder.exists():
-        if not overwrite:
-            raise InputError(f"{folder}: exists already; give --overwrite, or write elsewhere with --output")
-        if not (folder / "truth.zarr").is_dir():
-            raise InputError(f"{folder}: exists and holds no phantom, so --overwrite will not remove it; move it")
+    refuse_output(folder, PHANTOM, overwrite=overwrite)
     torus = max(prod(n + 6 * phantom.feature_voxels for n in shape) for shape in _shapes(study, phantom))
     need, have = _BYTES_PER_VOXEL * torus, _memory_bytes()
     if need > have:

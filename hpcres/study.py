@@ -6,13 +6,15 @@ Lengths carry their unit (`65 nm`). How it is read from a file is in `study_file
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from hpcres.errors import InputError
 from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
@@ -50,7 +52,20 @@ BoundarySetting = Annotated[
 Plane = Literal["zy", "zx", "yx", "yz", "xz", "xy"]
 """Rows and columns of an image: `zx` is a slice normal to y whose rows run along z."""
 Device = Literal["auto", "cpu", "cuda"]
-PhaseName = Annotated[str, Field(min_length=1)]
+PhaseName = Annotated[str, AfterValidator(lambda v: checked_phase_name(v))]
+
+
+def checked_phase_name(name: str) -> str:
+    """The name, where it can stand in tables, keys as pore|nickel, and paths; ValueError in words where not."""
+    remedy = "write letters, digits, blanks, - and _"
+    if not name or name != name.strip():
+        raise ValueError(f"phase name {name!r} is empty, or begins or ends with a blank; {remedy}")
+    if bad := next((c for c in name if c in "|/\\" or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
+        what = f"{bad!r}" if bad in "|/\\" else f"the control character {bad!r}"
+        raise ValueError(f"phase name {name!r} holds {what}, which parts names in results and paths; {remedy}")
+    if name in (".", "..") or ".." in name:
+        raise ValueError(f"phase name {name!r} would lead out of a folder as a path; {remedy}")
+    return name
 
 
 def parse_grid(value: Any) -> tuple[int, int, int]:
@@ -501,6 +516,19 @@ class Study(Section):
             )
         return self
 
+    def plain(self, **options: Any) -> dict[str, Any]:
+        """Every setting as JSON and YAML have it; options as of pydantic's model_dump. Its own JSON mode refuses names
+        of files that are no UTF-8."""
+        return _plain(self.model_dump(**options))
+
+    def as_json(self) -> str:
+        return json.dumps(self.plain(exclude_none=True))
+
+    @classmethod
+    def of_json(cls, text: str) -> Study:
+        """What `as_json` wrote; pydantic's ValidationError where it is none."""
+        return cls.model_validate(json.loads(text))
+
     @property
     def phases(self) -> tuple[str, ...]:
         """Phase names in the order of the output's labels 0, 1, 2, …"""
@@ -513,6 +541,13 @@ class Study(Section):
     @property
     def folder(self) -> Path:
         return Path(self.output)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Every file that the study names as one to read."""
+        named = [image.path for image in self.high_res.images], self.low_res.paths
+        single = self.reference.volume, self.training.init_from
+        return [*(path for paths in named for path in paths), *(path for path in single if path is not None)]
 
     @property
     def checkpoint_path(self) -> Path:
@@ -538,3 +573,9 @@ class Study(Section):
     @property
     def report_path(self) -> Path:
         return self.folder / "report.html"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpcres.errors import InputError
+from hpcres.outputs import STUDY, STUDY_MARK, refuse_output
 from hpcres.study import Section, Study
 from hpcres.volumes.files import made_whole
 
@@ -76,6 +77,23 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
             raise InputError(f"{path}: base {base} leads back to itself; name another file")
         merged = _merged(merged, _read(base, (*below, path.resolve())))
     return _merged(merged, raw)
+
+
+def files_of(path: str | Path) -> list[str]:
+    """A study file and those it is based on, as far as they can be read."""
+    found, waiting = list[str](), [Path(path)]
+    while waiting:
+        file = waiting.pop()
+        found.append(str(file))
+        try:
+            raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        bases = raw.get("base", []) if isinstance(raw, dict) else []
+        for name in [bases] if isinstance(bases, str) else bases:
+            base = Path(_place(str(name), file.resolve().parent))
+            waiting += [] if str(base) in found else [base]
+    return found
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -176,11 +194,19 @@ def _place(path: str, folder: Path) -> str:
     return os.path.normpath(folder / expanded)
 
 
-def save_study(study: Study, stage: str) -> Path:
-    """Write the resolved study beside the results of `stage`, as `study-<stage>.yaml`."""
-    study.folder.mkdir(parents=True, exist_ok=True)
-    path = study.folder / f"study-{stage}.yaml"
-    text = yaml.safe_dump(study.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+def saved_study(study: Study, stage: str, folder: Path | None = None) -> Path:
+    """Where `save_study` puts it."""
+    return (folder or study.folder) / f"study-{stage}.yaml"
+
+
+def save_study(study: Study, stage: str, folder: Path | None = None) -> Path:
+    """Write the resolved study beside the results of `stage`, as `study-<stage>.yaml`, or into `folder`."""
+    path = saved_study(study, stage, folder)
+    refuse_output(path, STUDY, renewed=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = study.plain(exclude_none=True)
+    text = f"{STUDY_MARK}: the study of its last {stage}\n"
+    text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     with made_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -210,6 +210,13 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         lambda f: study_with(f, lambda s: s["high_res"].update(phases={0: "pore", 1: "pore", 2: "ceramic"})),
         TRAIN, ["'pore' is named twice"],
     ),
+    **{
+        f"phase named {name!r}": (
+            lambda f, name=name: study_with(f, lambda s: s["high_res"].update(phases={0: name, 1: "b", 2: "c"})),
+            TRAIN, ["high_res.phases", "phase name", "write letters"],
+        )
+        for name in ("a|b", "a/b", "a\\b", "..", "a..b", "a\nb", "a\x1bb", " a", "a ", "")
+    },
     "phase unknown to high-res": (
         lambda f: study_with(f, lambda s: s["low_res"].update(phases={0: "pore", 1: "nikel", 2: "ceramic"})),
         TRAIN, ["'nikel'", "did you mean 'nickel'?"],
@@ -402,6 +409,49 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "metrics voxel size": (lambda f: None, ["metrics", "low.tif", "--voxel-size", "big"], ["--voxel-size", "65 nm"]),
     "metrics scheduler file": (
         lambda f: None, ["metrics", "low.tif", "--scheduler", "none.json"], ["none.json", "--scheduler"],
+    ),
+    **{
+        f"scheduler file {name}": (
+            text("s.json", content), ["metrics", "low.tif", "--scheduler", "s.json"], ["--scheduler s.json", "start"],
+        )
+        for name, content in {
+            "empty": "", "half-written": '{"type": "Scheduler", "id": "Sch', "of another program": '{"jobs": [1, 2]}',
+            "that is a list": "[]", "of no address": '{"address": null}', "of text": "tcp",
+        }.items()
+    },
+    "metrics onto its input": (
+        lambda f: None, ["metrics", "low.tif", "--output", "low.tif", "--overwrite"], ["low.tif", "input", "lost"],
+    ),
+    "metrics onto another file": (
+        text("notes.txt", "mine"), ["metrics", "low.tif", "--output", "notes.txt"], ["notes.txt", "no metrics file"],
+    ),
+    "tortuosity onto another file": (
+        text("notes.txt", "mine"), ["tortuosity", "low.tif", "--output", "notes.txt", "--overwrite"], ["notes.txt"],
+    ),
+    "fields onto another folder": (
+        foreign_folder("f.zarr"), ["tortuosity", "low.tif", "--field", "f.zarr", "--overwrite"], ["f.zarr", "fields"],
+    ),
+    "report onto another file": (
+        text("notes.html", "<p>mine"), ["report", "low.tif", "--output", "notes.html"], ["notes.html", "no page"],
+    ),
+    "convert onto another folder": (
+        foreign_folder("mine"), ["convert", "low.tif", "--output", "mine", "--overwrite"], ["mine", "no zarr"],
+    ),
+    "convert to a phase with a slash": (
+        lambda f: None, ["convert", "low.tif", "--output", "o.zarr", "--phases", "0=a/b"], ["--phases", "'/'"],
+    ),
+    "train over a table of another program": (
+        text("results/training.csv", "time,voltage\n"), TRAIN, ["training.csv", "no table of hpcres train"],
+    ),
+    "train over a checkpoint of another program": (
+        text("results/checkpoint.pt", "mine"), TRAIN, ["checkpoint.pt", "no checkpoint of hpcres"],
+    ),
+    "phantom over other files": (
+        both(
+            append("phantom: {kind: three-phase, voxels: 64x64x64, slice_voxels: 64}\n"),
+            foreign_folder("results/phantom"),
+        ),
+        ["phantom", "--overwrite"], ["phantom", "holds no phantom"],
     ),
     "metrics output is a folder": (lambda f: None, ["metrics", "low.tif", "--output", "results"], ["is a folder"]),
     "settings without a study": (lambda f: None, ["metrics", "low.tif", "--set", "a.b=1"], ["not a study"]),

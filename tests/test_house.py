@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from contextlib import suppress
 from graphlib import TopologicalSorter
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 from hpcres.cli import commands
 from hpcres.errors import InputError
@@ -27,26 +32,29 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "cores": set(),
     "memory": set(),
     "signals": {"errors"},
+    "outputs": {"errors"},
+    "terminal": set(),
     "geometry": {"errors"},
     "noise": {"compiled", "geometry"},
     "lengths": {"errors", "geometry"},
     "study": {"errors", "geometry", "lengths"},
-    "study_file": {"errors", "study", "volumes"},
+    "study_file": {"errors", "outputs", "study", "volumes"},
     "networks": {"errors", "networks"},
     "imaging": {"networks", "study"},
-    "volumes": {"compiled", "errors", "geometry", "lengths", "study", "volumes"},
-    "checkpoint": {"errors", "networks", "study", "volumes"},
-    "phantoms": {"cores", "errors", "geometry", "imaging", "study", "volumes"},
+    "volumes": {"compiled", "errors", "geometry", "lengths", "outputs", "signals", "study", "volumes"},
+    "checkpoint": {"errors", "networks", "outputs", "study", "volumes"},
+    "phantoms": {"cores", "errors", "geometry", "imaging", "outputs", "signals", "study", "volumes"},
     "training": {
         "cores", "errors", "geometry", "networks", "study", "study_file", "imaging", "noise", "volumes", "checkpoint",
-        "training", "memory", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
+        "training", "memory", "outputs", "signals", "metrics.agreement", "metrics.appearance", "metrics.counts",
     },
     "inference": {
         "errors", "geometry", "lengths", "networks", "study", "noise", "volumes", "checkpoint", "inference", "memory",
-        "signals", "metrics.counts", "metrics.named", "compiled", "cores",
+        "signals", "outputs", "metrics.counts", "metrics.named", "compiled", "cores",
     },
     "metrics": {
         "compiled", "cores", "errors", "geometry", "lengths", "study", "imaging", "volumes", "metrics", "memory",
+        "signals",
     },
     "report": {"errors", "geometry", "lengths", "study", "volumes", "metrics", "report"},
 }  # fmt: skip
@@ -92,6 +100,54 @@ def test_no_module_needs_itself():
     files = [file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"]
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
     TopologicalSorter({module: imports(file) & set(modules) for module, file in modules.items()}).prepare()
+
+
+def stated() -> set[str]:
+    """The packages that pyproject.toml declares."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return {canonical(re.split(r"[<>=!~; \[]", each)[0]) for each in content["project"]["dependencies"]}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_every_package_that_is_imported_is_declared(file):
+    """Also inside functions, and also what another package happens to bring."""
+    made_by = packages_distributions()
+    for name in {one.split(".")[0] for one in imports(file)} - sys.stdlib_module_names - {"hpcres"}:
+        assert {canonical(one) for one in made_by.get(name, [])} & stated(), f"{file.name} imports {name}, not declared"
+
+
+def test_every_module_is_imported_with_only_the_declared_packages():
+    """And with those that they declare in turn: all others are as if they were not installed."""
+    needed, waiting = set[str](), stated()
+    while waiting:
+        needed |= waiting
+        found = set()
+        for name in waiting:
+            with suppress(PackageNotFoundError):
+                for each in map(Requirement, requires(name) or []):
+                    if each.marker is None or each.marker.evaluate({"extra": ""}):
+                        found.add(canonical(each.name))
+        waiting = found - needed
+    hidden = sorted(
+        module for module, made in packages_distributions().items()
+        if not {canonical(one) for one in made} & needed and module != "hpcres"
+    )  # fmt: skip
+    assert "pytest" in hidden
+    modules = sorted(".".join(f.relative_to(ROOT).with_suffix("").parts) for f in PACKAGE.rglob("*.py"))
+    program = (
+        "import importlib, sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name.split('.')[0] in {hidden!r}: raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        f"for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

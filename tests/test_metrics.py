@@ -22,10 +22,11 @@ from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
 from hpcres.lengths import cubic
 from hpcres.metrics.agreement import agreement, changed_faces, lattice_imprint
-from hpcres.metrics.measure import count_volume, measure, measure_study, write_json
+from hpcres.metrics.measure import count_volume, measure, measure_study
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
 from hpcres.study import Study, SubVolumes
+from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
 
 DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))

@@ -18,12 +18,13 @@ from PIL import Image
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.lengths import Length, cubic
-from hpcres.metrics.measure import header, measure, measure_study, write_json
+from hpcres.metrics.measure import header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
 from hpcres.report.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes
+from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS
 from hpcres.volumes.stores import LabelStore

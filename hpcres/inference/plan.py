@@ -16,6 +16,7 @@ from hpcres.inference.generate import Painter, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.inference.winograd import WinogradNetwork
 from hpcres.networks.superres import SuperResGenerator
+from hpcres.signals import end_if_asked
 from hpcres.study import Study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.pyramid import pyramid
@@ -153,9 +154,11 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     for larger in parts[1:]:
         if seconds * network.work(larger) / network.work(part) > _TRIAL_SECONDS:
             break
+        end_if_asked()
         part, seconds = larger, seconds_of(larger)
     started, runs = time.monotonic(), [seconds]
     while time.monotonic() - started + seconds < _TRIAL_SECONDS:
+        end_if_asked()
         runs.append(seconds_of(part))
     per_part = sum(runs) / len(runs) * network.work(whole) / network.work(part)
     return threads * whole.voxels / per_part

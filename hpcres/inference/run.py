@@ -46,9 +46,10 @@ from hpcres.lengths import Length, cubic
 from hpcres.memory import keep_freed_memory
 from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described, spread
-from hpcres.signals import noted_signals
+from hpcres.outputs import LABELS, refuse_output
+from hpcres.signals import listening
 from hpcres.study import Inference, RawHeader, Study, parse_grid
-from hpcres.volumes.files import clear_leftovers, refuse_existing
+from hpcres.volumes.files import clear_leftovers
 from hpcres.volumes.phases import PhaseMap, open_low_res
 from hpcres.volumes.sizes import compare_sizes, refuse_other_size
 from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
@@ -188,7 +189,7 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | Non
     """Paint every tile that is missing, and the pyramid meanwhile. Collective: every rank of `ranks` calls it.
 
     claim: the store's, where the caller has taken it. InputError where the job does not fit what is there, another
-    job paints it, or the input changes meanwhile; Stopped after the tiles in hand on SIGTERM or SIGUSR1 of any rank;
+    job paints it, or the input changes meanwhile; Stopped after the tiles in hand on a signal to any rank;
     Unfinished where some tiles could not be read or written; OSError, on every rank, where the disk is full.
     """
     with nullcontext(claim) if claim is not None else Claim(job.output) as held:
@@ -218,8 +219,10 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
             if not claim.certain:
                 _say(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
         started = time.monotonic()
-        with noted_signals() as received, Journal(job.output, ranks.rank) as journal:
-            stop = _Stop(ranks, received, job.low_res)
+        again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
+        kept = f"what is painted is kept in {job.output}; {again}"
+        with listening("infer", kept) as received, Journal(job.output, ranks.rank) as journal:
+            stop = _Stop(ranks, received, job.low_res, again)
             outcome = ranks.everyone(_make(missing, _Maker(job, painter, stores, journal, stop), ranks, stop))
             painted = sum(part[0] for part in outcome)
             stop.end_here_if_asked(job.output, f"{painted} of {tiles} missing tiles are painted")
@@ -390,8 +393,8 @@ def _end_if_failed(tiles: int, failures: list[str]) -> None:
 class _Stop:
     """Whether to begin nothing new: a signal, a disk that takes no more, or an input that changed, on any rank."""
 
-    def __init__(self, ranks: Ranks, received: list[int], low_res: Volume) -> None:
-        self._ranks, self._received, self._low_res = ranks, received, low_res
+    def __init__(self, ranks: Ranks, received: list[int], low_res: Volume, again: str) -> None:
+        self._ranks, self._received, self._low_res, self._again = ranks, received, low_res, again
         self._stamp = low_res.stamp()
         self._fault: OSError | InputError | None = None
 
@@ -428,11 +431,10 @@ class _Stop:
             first = faults[0]
             if isinstance(first, OSError):
                 raise OSError(first.errno, first.strerror, str(output))
-            raise InputError(f"{first}; {state} in {output}; put it back as it was and run the same command to go on")
+            raise InputError(f"{first}; {state} in {output}; put it back as it was and {self._again}")
         if signals := [number for numbers, _ in told for number in numbers]:
             raise Stopped(
-                f"infer: stopped by {signal.Signals(signals[0]).name}; {state} in {output}; run the same command to "
-                "go on"
+                f"infer: stopped by {signal.Signals(signals[0]).name}; {state} in {output}; {self._again}"
             )
 
 
@@ -455,9 +457,10 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, c
         )
         refuse_without_journal(job.output)
     else:
-        refuse_existing(job.output, overwrite)
+        inputs = [*(part.path for part in job.low_res.parts or (job.low_res,)), job.checkpoint.path]
+        refuse_output(job.output, LABELS, inputs=inputs, overwrite=overwrite)
         if len(job.seeds) > 1:
-            refuse_existing(agreement, overwrite and _is_agreement(agreement))
+            refuse_output(agreement, LABELS, inputs=inputs, overwrite=overwrite and _is_agreement(agreement))
     claim.take()
     for path in (job.output, agreement):
         clear_leftovers(path)

@@ -38,7 +38,7 @@ _BLOCK_HIGH_RES = 128
 
 @lru_cache(maxsize=4)
 def _operator(study_json: str) -> ImagingOperator:
-    return ImagingOperator.of(Study.model_validate_json(study_json))
+    return ImagingOperator.of(Study.of_json(study_json))
 
 
 def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
@@ -75,7 +75,7 @@ def _compare(
     """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64, the faces of the
     high-res voxels inside it as `changed_faces` counts them, and with probabilities (3, group), float64: sums over the
     known voxels of what is given, what is seen, and their absolute difference."""
-    study = Study.model_validate_json(study_json)
+    study = Study.of_json(study_json)
     operator, sharp = _operator(study_json), volume.open()
     p, q = study.scale_factor.numerator, study.scale_factor.denominator
     # The operator gives the volume's own values away from cut faces, in windows that start at whole low-res voxels.
@@ -118,7 +118,7 @@ def agreement(
     shape = compared_shape(study, low_res.shape)
     tasks = submit(
         client, _compare, blocks(shape, (edge,) * 3), low_res=Source.of(low_res), volume=Source.of(volume),
-        study_json=study.model_dump_json(),
+        study_json=study.as_json(),
     )  # fmt: skip
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
     confusions, faces, sums = zip(*client.gather(tasks), strict=True)

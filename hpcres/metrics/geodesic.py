@@ -53,6 +53,7 @@ from hpcres.metrics.schedule import (
     submit,
     threads_of,
 )  # fmt: skip
+from hpcres.signals import half_made
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.formats import map_npy, read_npz
 from hpcres.volumes.volume import Volume
@@ -353,17 +354,13 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
 @contextmanager
 def _scratch(where: Path) -> Iterator[str]:
     """A folder that is gone afterwards, also where a signal ends the run while tasks write to it or it is removed."""
-    folder = str(where / f"hpcres-geodesic-{secrets.token_hex(6)}")  # named before it is there, or a signal may lose it
-    try:
-        os.mkdir(folder, 0o700)
-        yield folder
-    finally:
+    folder = str(where / f"hpcres-geodesic-{secrets.token_hex(6)}")
+    with half_made(Path(folder)):
         try:
+            os.mkdir(folder, 0o700)
+            yield folder
+        finally:
             _remove(folder)
-        except BaseException:
-            # A first signal that comes only now; those after it are passed over.
-            _remove(folder)
-            raise
 
 
 def _remove(folder: str) -> None:

@@ -10,6 +10,7 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
     low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
     published             figures of the literature from the study, as they stand there
     notes                 lines on files whose voxel size is not the study's, where it lets them be
+    absent_chunks         [{path, absent, chunks, fill_value}] of the stores that lack chunk files (volumes/absent.py)
 
     volume: path, provenance (of the store), shape [z, y, x], periodic [axes whose sides meet],
         voxel_size [z, y, x] and voxel_unit, length_unit, phases [{label, name}],
@@ -47,7 +48,6 @@ from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, s
 from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Metrics, Study, SubVolumes
-from hpcres.volumes.files import made_whole
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PhaseMap, open_low_res
 from hpcres.volumes.sizes import compare_sizes
@@ -294,11 +294,11 @@ def header(command: str = "") -> dict[str, Any]:
     return {"schema": SCHEMA, "hpcres": __version__, "command": command}
 
 
-def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
-    """Whole or not at all; NaN and infinities are refused, because JSON has none."""
-    path = Path(path)
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with made_whole(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    return path
+def is_of(file: Path, volume: Volume) -> bool:
+    """Whether a metrics.json is of this volume, by its path; False for what cannot be read."""
+    if not file.is_file():  # to read from a pipe would be to wait
+        return False
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["volume"]["path"] == os.path.abspath(volume.path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ from hpcres.cores import cores
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
+from hpcres.signals import end_if_asked
 from hpcres.study import RawHeader
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import probabilities
@@ -35,7 +37,7 @@ from hpcres.volumes.volume import Volume
 BLOCK_BYTES = 64 * 2**20
 _SLAB_BYTES = 16 * 2**20
 """Of a block that are held at a time: what a core's share of cache has room for."""
-_LINE_SECONDS = 5.0
+_LINE_SECONDS, _POLL_SECONDS = 5.0, 0.1
 WORKER_WAIT_SECONDS = 900.0
 """How long a run waits for a worker once none is left: as long as a batch system may take to start another."""
 
@@ -58,11 +60,13 @@ def connect(
             with nullcontext() if scheduler is None else _watched(client, where, worker_wait, given_up):
                 yield client
     except KilledWorker as error:
+        end_if_asked()
         raise Unfinished(
             f"{where}: one block killed {error.allowed_failures + 1} workers in turn, the last "
             f"{error.last_worker.address}; nothing is written: give them more memory or see their logs, then run again"
         ) from None
     except (CancelledError, CommClosedError):
+        end_if_asked()  # a terminal's signal goes to workers that it started, too, which then end
         if given_up.is_set():
             raise Unfinished(
                 f"{where}: no worker for {worker_wait:.0f} s; nothing is written: {_start_workers(where)}, then run "
@@ -90,8 +94,8 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
             yield client
         return
     is_file = "://" not in scheduler
-    if is_file and not Path(scheduler).is_file():
-        raise InputError(f"--scheduler {scheduler}: no such scheduler file; give one, or an address as tcp://host:8786")
+    if is_file:
+        _refuse_scheduler_file(scheduler)
     try:
         client = Client(scheduler_file=scheduler, timeout=20) if is_file else Client(scheduler, timeout=20)
     except (OSError, TimeoutError, ValueError) as error:
@@ -103,6 +107,24 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
         except TimeoutError:
             raise InputError(f"--scheduler {scheduler}: it has no workers; start some with `dask worker`") from None
         yield client
+
+
+def _refuse_scheduler_file(path: str) -> None:
+    """InputError where there is no such file, or after a second, in which it may be written, none of a scheduler."""
+    deadline = time.monotonic() + 1.0
+    if not Path(path).is_file():
+        raise InputError(f"--scheduler {path}: no such scheduler file; give one, or an address as tcp://host:8786")
+    while True:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if "://" in found["address"]:
+                return
+            why = "names no scheduler's address"
+        except (ValueError, KeyError, TypeError):
+            why = "is empty, half-written or no file of `dask scheduler --scheduler-file`"
+        if time.monotonic() > deadline:
+            raise InputError(f"--scheduler {path}: {why}; start the scheduler anew, or give its address")
+        time.sleep(0.05)
 
 
 def _start_workers(where: str) -> str:
@@ -255,8 +277,15 @@ def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[in
 
 def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
     """Futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
+    waiting = as_completed(futures)
     try:
-        for future in as_completed(futures):
+        while not waiting.is_empty():
+            end_if_asked()
+            if not waiting.has_ready():
+                with waiting.thread_condition:  # as its own __next__ waits, with a look for signals in between
+                    waiting.thread_condition.wait(timeout=_POLL_SECONDS)
+                continue
+            future = next(waiting)
             if future.status == "cancelled":  # by a scheduler that is gone, or for want of workers
                 raise CancelledError(what)
             if future.status != "finished":

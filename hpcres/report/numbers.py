@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -356,22 +357,24 @@ def _cube_transport(metrics: Mapping[str, Any] | None, which: str) -> Mapping[st
 
 
 def _transport_table(transport: Mapping[str, Any]) -> str:
-    truth = {
-        (r["phase"], r["direction"]): r for r in (transport.get("reference") or {"results": []})["results"]
-    }  # fmt: skip
+    results = transport["volume"]["results"]
+    truth = {_solved(r): r for r in (transport.get("reference") or {"results": []})["results"]}
+    differ = [name for name in ("crop", "periodic", "rtol", "voxel_size", "blocks") if not _same(results, name)]
     published = transport.get("published") or []
     heads = ["", "", "D_rel", *(["truth", "relative"] if truth else []), "tau", *(["truth"] if truth else [])]
     heads += ["tau of the percolating part", "percolating share"]
     figures = {
         phase: [p for p in published if p["metric"] in ("tau", "D_rel") and p["of"] == phase]
-        for phase in {r["phase"] for r in transport["volume"]["results"]}
+        for phase in {r["phase"] for r in results}
     }
     heads += ["published"] if any(figures.values()) else []
     lines, last = [], None
-    for one in transport["volume"]["results"]:
-        other = truth.get((one["phase"], one["direction"]))
+    for one in results:
+        other = truth.get(_solved(one))
         phase = escape(one["phase"]) if one["phase"] != last else ""
-        cells = [f"<th>{phase}</th><th>{one['direction']}</th>", page.cell(_state(one, "D_rel"), "strong")]
+        how = ", ".join(f"{name.replace('_', ' ')} {_setting(one, name)}" for name in differ)
+        direction = f"{one['direction']} <small>{escape(how)}</small>" if how else one["direction"]
+        cells = [f"<th>{phase}</th><th>{direction}</th>", page.cell(_state(one, "D_rel"), "strong")]
         if truth:
             cells.append(page.cell(_state(other, "D_rel") if other else ""))
             both = other and one["D_rel"] is not None and other["D_rel"]
@@ -388,14 +391,38 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
             cells.append(page.cell("<br>".join(f"{p['metric']} {_published(p)}" for p in here), "source"))
         lines.append(f"<tr class='{'first' if phase else ''}'>{''.join(cells)}</tr>")
         last = one["phase"]
-    solver, volume = transport["solver"], transport["volume"]
-    ranges = ", ".join(f"{axis} {a}:{b}" for axis, (a, b) in zip(AXES, volume.get("crop") or (), strict=False))
-    crop = f" Only {ranges} of the volume." if ranges else ""
+    solver = transport["solver"]
+    guesses = {one["estimate"]["unreliability"] for one in results if one["state"] == "estimate"}
+    guessed = "".join(f" Blocks: {text}." for text in guesses if text not in solver["method"])
+    crop = "" if "crop" in differ or not transport["volume"]["crop"] else (
+        f" Only {_setting({'settings': transport['volume']}, 'crop')} of the volume."
+    )
     return (
         f"{page.table(heads, lines)}<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. What follows − "
         "or + is the solver's estimated error, always to that side; percolating shares are exact counts. "
-        f"{escape(solver['name'])}: {escape(solver['method'])}; stops at {escape(solver['stop'])}.{escape(crop)}</p>"
+        f"{escape(solver['name'])}: {escape(solver['method'])}; stops at {escape(solver['stop'])}."
+        f"{escape(guessed + crop)}</p>"
     )
+
+
+def _solved(result: Mapping[str, Any]) -> str:
+    """What was solved, but for the size of the volume's own voxels and the part of it."""
+    settings = {k: v for k, v in result.get("settings", {}).items() if k in ("periodic", "rtol", "blocks")}
+    return json.dumps([result["phase"], result["direction"], result.get("conductivity"), settings], sort_keys=True)
+
+
+def _same(results: Sequence[Mapping[str, Any]], setting: str) -> bool:
+    values = [one.get("settings", {}).get(setting) for one in results]
+    return all(value == values[0] for value in values)
+
+
+def _setting(result: Mapping[str, Any], name: str) -> str:
+    value = result.get("settings", {}).get(name)
+    if name == "crop" and value is not None:
+        return ", ".join(f"{axis} {a}:{b}" for axis, (a, b) in zip(AXES, value, strict=True))
+    if isinstance(value, list):
+        return " × ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) or "none"
+    return "none" if value is None else f"{value:g}"
 
 
 def _state(result: Mapping[str, Any], key: str) -> str:

@@ -34,7 +34,7 @@ def write(target: Path, title: str, body: Iterable[str]) -> Path:
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     with made_whole(target) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     return target
 
 

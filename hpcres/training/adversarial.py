@@ -23,6 +23,7 @@ from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
 from hpcres.training.distributed import Processes
+from hpcres.training.folder import RunFolder
 from hpcres.training.journal import Journal
 from hpcres.training.losses import (
     Critics,
@@ -75,6 +76,7 @@ class Models:
     def __init__(self, study: Study, group: Processes, fitted: Mapping[str, Any] | None = None) -> None:
         assert study.training.precision != "auto", "fitting.fit chooses one"
         self.study, self.group = study, group
+        self.run = RunFolder(study.folder)
         settings = study.training
         torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
         self.generator = build_generator(study)
@@ -278,7 +280,7 @@ class Models:
         is_best = self.best is None or found["score"] < self.best["score"]
         if is_best:
             save_checkpoint(
-                self.study.best_path, generator=generator, study=self.study, step=step, init_from=self.init_from
+                self.run.best, generator=generator, study=self.study, step=step, init_from=self.init_from
             )
             self.best = {"step": step, "score": found["score"], "disagreement": found["disagreement"]}
         journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
@@ -286,7 +288,7 @@ class Models:
     def save(self, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, finished: bool) -> None:
         """Write the checkpoint with all that `restore` needs; a finished run's generator may be the best one's."""
         best = finished and self.study.training.keep == "best"
-        generator = load_checkpoint(self.study.best_path).generator if best else self.settled(low_res, real)
+        generator = load_checkpoint(self.run.best).generator if best else self.settled(low_res, real)
         state = {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
@@ -295,7 +297,7 @@ class Models:
             "of_late": self.of_late, "fitted": self._fitted,
         }  # fmt: skip
         save_checkpoint(
-            self.study.checkpoint_path, generator=generator, study=self.study, step=step, training_state=state,
+            self.run.checkpoint, generator=generator, study=self.study, step=step, training_state=state,
             init_from=self.init_from,
         )  # fmt: skip
 

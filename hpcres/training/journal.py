@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from hpcres.training.events import Events
+from hpcres.training.folder import RunFolder
 from hpcres.volumes.phases import PHASE_COLOURS
 
 _FLOAT = "{:.6g}"
@@ -43,16 +44,17 @@ class _Rows:
 
 
 class Journal:
-    """The files in `folder` and progress on stderr. With `folder` None (every process but the first) it says nothing.
+    """The files of a `run` and progress on stderr. With `run` None (every process but the first) it says nothing.
 
     `quality` are the columns of quality.csv, none where nothing is judged.
     """
 
-    def __init__(self, folder: Path | None, columns: list[str], quality: list[str], resume_step: int) -> None:
-        self._folder = folder
+    def __init__(self, run: RunFolder | None, columns: list[str], quality: list[str], resume_step: int) -> None:
+        self._run = run
         self._live: Live | None = None
-        if folder is None:
+        if run is None:
             return
+        folder = run.path
         self._rows = _Rows(folder / "training.csv", columns, resume_step)
         self._fractions = [name for name in columns if name.startswith("fraction_")]
         self._judged = _Rows(folder / "quality.csv", quality, resume_step) if quality else None
@@ -72,12 +74,12 @@ class Journal:
             self._live.start()
 
     def note(self, message: str) -> None:
-        if self._folder is not None:
+        if self._run is not None:
             self._console.print(f"train: {message}", highlight=False, markup=False, soft_wrap=True)
 
     def report(self, done: float, row: Mapping[str, float]) -> None:
         """Add a row of exactly the columns; `done` is the share of the run, 0 to 1."""
-        if self._folder is None:
+        if self._run is None:
             return
         self._rows.add(row)
         step = int(row["step"])
@@ -102,15 +104,15 @@ class Journal:
 
     def judged(self, row: Mapping[str, float], labels: np.ndarray, is_best: bool) -> None:
         """A row of quality.csv, and a slice (row, column) of labels."""
-        assert self._folder is not None
+        assert self._run is not None
         assert self._judged is not None
         self._judged.add(row)
         step = int(row["step"])
         self._events.add(step, {f"quality/{name}": v for name, v in row.items() if name not in ("step", "seconds")})
         image = Image.fromarray(np.ascontiguousarray(labels, np.uint8), mode="P")
         image.putpalette(np.array(PHASE_COLOURS, np.uint8).tobytes())
-        (self._folder / "training-slices").mkdir(exist_ok=True)
-        image.save(self._folder / "training-slices" / f"step-{step:08d}.png")
+        (self._run.path / "training-slices").mkdir(exist_ok=True)
+        image.save(self._run.path / "training-slices" / f"step-{step:08d}.png")
         self._score = f"{row['score']:.2f}{' best' if is_best else ''}"
         if self._live is None:
             tpb = f"  TPB {row['tpb']:.5f} (images {row['tpb_images']:.5f})" if "tpb" in row else ""
@@ -121,13 +123,13 @@ class Journal:
 
     def write_page(self, title: str) -> None:
         """training.html from the files as they are now."""
-        if self._folder is not None:
+        if self._run is not None:
             from hpcres.training.page import write_page  # brings matplotlib
 
-            write_page(self._folder, title)
+            write_page(self._run.path, title)
 
     def close(self) -> None:
-        if self._folder is None:
+        if self._run is None:
             return
         if self._live is not None:
             self._live.stop()

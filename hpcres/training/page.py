@@ -59,7 +59,7 @@ def write_page(folder: Path, title: str) -> Path:
     )
     target = folder / "training.html"
     with made_whole(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 
 

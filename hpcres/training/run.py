@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.signals import noted_signals
+from hpcres.signals import keeps, listening
 from hpcres.study import Study
 from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.fitting import Fitted, as_before, fit
+from hpcres.training.folder import RunFolder, recover, refuse_outputs
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -59,11 +61,14 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
     """Train what `study` asks for, or go on where its checkpoint stands; the checkpoint is in study.checkpoint_path.
 
     Raises InputError before anything is written where study, images, volume or an existing checkpoint do not fit;
-    Stopped after saving on SIGTERM or SIGUSR1; Unfinished where a loss is no longer finite.
+    Stopped after saving on SIGINT, SIGTERM, SIGHUP or SIGUSR1; Unfinished where a loss is no longer finite.
     """
     settings = study.training
-    with processes(study.device, settings.threads) as group:
+    with processes(study.device, settings.threads) as group, ExitStack() as ending:
         cubes = group.share(settings.cubes)
+        if group.rank == 0:
+            recover(study.folder)
+        group.largest(0.0)  # nobody reads what is not yet in its place
         before = None if overwrite or not study.checkpoint_path.exists() else _resumable(study)
         budget = settings.minutes * 60 if settings.minutes else float("inf")
         first, seconds_before = _place_of(before)
@@ -79,19 +84,22 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             models.restore(before)
         elif settings.init_from is not None:
             models.begin_from(settings.init_from)
-        _check_writable(study)
+        refuse_outputs(study, overwrite, [] if before else study.inputs)
+        run = models.run = RunFolder(study.folder, anew=before is None)
+        ending.enter_context(run.prepared(group.rank == 0))
         if group.rank == 0:
-            save_study(study, "train")
+            save_study(study, "train", run.path)
         judge = Judge(study, low_res, models.operator) if settings.quality_steps and group.rank == 0 else None
         columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
         journal = Journal(
-            study.folder if group.rank == 0 else None, columns,
+            run if group.rank == 0 else None, columns,
             ["step", "seconds", *judge.columns] if judge else [], first,
         )  # fmt: skip
         try:
             for message in (*notes, *_opening(study, group, models, low_res, real, before, fitted)):
                 journal.note(message)
-            with noted_signals() as received:
+            again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
+            with listening("train", _kept(study, run, first, again)) as received:
                 started = time.monotonic()
                 reported = saved = paged = seconds = seconds_before
                 done = 0.0
@@ -106,10 +114,8 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         bool(received), not outcome.finite, seconds_before + time.monotonic() - started
                     )
                     if broken:
-                        kept = f"{study.checkpoint_path} of an earlier step is kept"
                         raise Unfinished(
-                            f"training: a loss is no longer finite at step {step + 1}; "
-                            f"{kept if study.checkpoint_path.exists() else 'nothing was saved'}; "
+                            f"training: a loss is no longer finite at step {step + 1}; {_kept(study, run, step)}; "
                             "lower training.learning_rate or use precision fp32, and run with --overwrite"
                         )
                     done = max((step + 1) / settings.steps, seconds / budget)
@@ -127,6 +133,8 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         models.refuse_broken_weights(step + 1)
                         if group.rank == 0:
                             models.save(step + 1, seconds, low_res, real, finished=done >= 1)
+                            run.take_over()
+                            keeps(_kept(study, run, step + 1, again))
                             if done >= 1 or stop or seconds - paged >= _PAGE_SECONDS:
                                 paged = seconds
                                 journal.write_page(f"Training of {study.name}")
@@ -137,7 +145,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         name = signal.Signals(received[0]).name if received else "a signal"
                         raise Stopped(
                             f"training: stopped by {name} after saving step {step + 1} to "
-                            f"{study.checkpoint_path}; run the same command to go on"
+                            f"{study.checkpoint_path}; {again}"
                         )
                 for message in _closing(study, models, step + 1):
                     journal.note(message)
@@ -184,7 +192,7 @@ def _what_matters(study: Study) -> dict[str, Any]:
             flat[key] = value
 
     exclude = {"training": _MAY_CHANGE, "network": {"least_width"}}
-    add("", study.model_dump(mode="json", include=sections, exclude=exclude, exclude_none=True))
+    add("", study.plain(include=sections, exclude=exclude, exclude_none=True))
     return flat
 
 
@@ -195,13 +203,13 @@ def _place_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
     return checkpoint.step, float(checkpoint.training_state["seconds"])
 
 
-def _check_writable(study: Study) -> None:
-    study.folder.mkdir(parents=True, exist_ok=True)
-    probe = study.folder / f".write-{os.getpid()}"
-    try:
-        probe.touch()
-    finally:
-        probe.unlink(missing_ok=True)
+def _kept(study: Study, run: RunFolder, step: int, again: str = "") -> str:
+    """What is there where a run ends in its tracks, before or after the step that is given."""
+    if run.waits:
+        return f"the earlier run in {study.folder} is kept"
+    if not study.checkpoint_path.exists():
+        return "nothing is saved"
+    return f"{study.checkpoint_path} of step {step} or before is kept{'; ' * bool(again)}{again}"
 
 
 def _opening(

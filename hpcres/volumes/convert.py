@@ -12,7 +12,9 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.geometry import blocks
 from hpcres.lengths import MICROMETERS, RELATIVE
-from hpcres.volumes.files import made_whole, refuse_existing
+from hpcres.outputs import LABELS, refuse_output
+from hpcres.signals import end_if_asked
+from hpcres.volumes.files import made_whole
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import Volume
@@ -34,7 +36,7 @@ def convert(
     progress(done, all): shards. The store appears at `output` when it is complete.
     """
     output = Path(output)
-    refuse_existing(output, overwrite)
+    refuse_output(output, LABELS, inputs=[source.path], overwrite=overwrite)
     if voxel_size is None:
         voxel_size, unit = source.lengths()
     chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
@@ -62,12 +64,14 @@ def convert(
                 labels = _kept(source.path, labels)
                 seen.update(np.flatnonzero(np.bincount(labels.ravel(), minlength=UNWRITTEN)).tolist())
             for shard_box in store.shards_in(0, block):
+                end_if_asked()
                 store.write(0, shard_box, labels[shard_box.relative_to(block.start).slices])
                 done += 1
                 if progress:
                     progress(done, total)
         for level in range(1, len(store.levels)):
             for shard_box in store.shard_boxes(level):
+                end_if_asked()
                 store.write_coarser(level, shard_box)
                 done += 1
                 if progress:

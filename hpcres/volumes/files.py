@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from hpcres.errors import InputError
+from hpcres.signals import half_made, publishing
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 """What describes a zarr array or group; a folder without any of them is none."""
-
-
-def refuse_existing(path: str | Path, overwrite: bool) -> None:
-    """InputError where `path` is there already and may not be replaced, or its folder could not be written."""
-    path = Path(path)
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir():
-        raise InputError(f"{path}: cannot be written, because {nearest} is a file; write elsewhere with --output")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written, no permission in {nearest}; write elsewhere with --output")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; remove it, write elsewhere with --output, or give --overwrite")
-    if path.exists() and not any((path / name).is_file() for name in ZARR_FILES):
-        raise InputError(f"{path}: exists and is no zarr, so --overwrite will not remove it; write elsewhere")
+METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
+"""Everything in a zarr that is no chunk."""
 
 
 def temporary_beside(path: Path) -> Path:
@@ -38,12 +28,15 @@ def temporary_beside(path: Path) -> Path:
 def made_whole(path: Path) -> Iterator[Path]:
     """Where to make a file or folder, which is moved to `path` when the block ends well and removed when it does not.
 
-    An error of the file system then names `path`, not the place beside it that nobody asked for.
+    An error of the file system then names `path`, not the place beside it that nobody asked for. Where `path` is a
+    link, what it leads to is replaced, on the file system that this is on.
     """
-    temporary = temporary_beside(path)
+    place = path.resolve() if path.is_symlink() else path
+    temporary = temporary_beside(place)
     try:
-        yield temporary
-        move_into_place(temporary, path)
+        with half_made(temporary):
+            yield temporary
+            move_into_place(temporary, place)
     except OSError as error:
         error.filename = str(path)
         raise
@@ -56,6 +49,7 @@ def made_whole(path: Path) -> Iterator[Path]:
 
 def clear_leftovers(path: Path) -> None:
     """Remove what a killed process left half-made in a store and beside it. Only while nobody else writes it."""
+    path = path.resolve() if path.is_symlink() else path
     for half in [*path.rglob("*.partial"), *path.glob(".zarr.json.*")]:
         half.unlink()
     for beside in path.absolute().parent.iterdir():
@@ -66,9 +60,22 @@ def clear_leftovers(path: Path) -> None:
 def move_into_place(temporary: Path, path: Path) -> None:
     """Rename a finished file or folder to `path`; what was there is removed after that."""
     if not path.is_dir():
-        os.replace(temporary, path)
+        with publishing():
+            os.replace(temporary, path)
         return
     old = temporary_beside(path.with_name(path.name + ".old"))
-    path.rename(old)
-    temporary.rename(path)
+    with publishing():
+        path.rename(old)
+        temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
+    """Whole or not at all; NaN and infinities are refused, because JSON has none. Names need not be UTF-8."""
+    path = Path(path)
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with made_whole(path) as temporary:
+        # A byte of a file name that is no UTF-8 is a lone surrogate to Python, and \udcXX to both of them.
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    return path

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,8 +20,10 @@ import zarr.storage
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Triple, blocks, triple
 from hpcres.lengths import RELATIVE, Spacing
+from hpcres.outputs import FIELDS, LABELS, refuse_output
+from hpcres.signals import half_made
 from hpcres.volumes.axes import arranged, times
-from hpcres.volumes.files import made_whole, move_into_place, refuse_existing, temporary_beside
+from hpcres.volumes.files import made_whole, move_into_place, temporary_beside
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.ome_zarr import zarr_node
 from hpcres.volumes.phases import PHASE_COLOURS, UNWRITTEN
@@ -82,7 +85,7 @@ class LabelStore:
         InputError unless `overwrite`, which removes it last of all.
         """
         path, shape = Path(path), triple(shape)
-        refuse_existing(path, overwrite)
+        refuse_output(path, LABELS, overwrite=overwrite)
         arranged(str(path), shape)
         if any(edge % chunk_voxels or edge < 1 for edge in shard):
             raise InputError(f"{path}: shard {times(triple(shard))} is not whole chunks of {chunk_voxels}³ voxels")
@@ -289,7 +292,7 @@ class FieldStore:
         self, path: str | Path, shape: Triple, attributes: Mapping[str, Any], overwrite: bool = False,
         shared: Callable[[Callable[[], Any]], Any] | None = None,
     ) -> None:  # fmt: skip
-        refuse_existing(path, overwrite)
+        refuse_output(path, FIELDS, overwrite=overwrite)
         self.path, self.shape = Path(path), shape
         self._shared = shared or (lambda make: make())
         self._attributes = dict(attributes)
@@ -302,6 +305,8 @@ class FieldStore:
             return temporary
 
         self._temporary: Path = self._shared(make)
+        self._ending = ExitStack()
+        self._ending.enter_context(half_made(self._temporary))
         self._group = zarr.open_group(zarr.storage.LocalStore(self._temporary), mode="r+")
         return self
 
@@ -315,6 +320,7 @@ class FieldStore:
                 self._shared(finish)
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
+            self._ending.close()
 
     def add(self, name: str, components: int | None = None) -> zarr.Array:
         """An array to be written in slabs of whole 64 planes."""

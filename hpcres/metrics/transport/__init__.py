@@ -9,8 +9,11 @@ transport.json (schema "hpcres transport 2"):
 
     schema, hpcres, command
     solver                name, method with its boundary, stop, rtol, periodic [axes]
-    volume, reference     path, shape, crop (or null), voxel_size, results; reference null without one
-    results               [{phase, labels, conductivity {name: value} or null, direction, state, volume_fraction,
+    volume, reference     path, shape, digest (see `results`), crop and voxel_size (null where they differ among the
+                          results, crop also for the whole volume), results; reference null without one
+    absent_chunks         as in metrics.json
+    results               [{phase, labels, conductivity {name: value} or null, direction, settings {rtol, periodic,
+                          crop, voxel_size, profile, blocks of an estimate}, state, volume_fraction,
                           percolating_fraction, clusters_left_out, voxels_left_out, D_rel, error, tau,
                           tau_percolating, iterations, seconds, bytes, profile or null}]
 
@@ -282,6 +285,7 @@ def tortuosity(
     rtol: float = DEFAULT_RTOL, threads: int | None = None, profile: bool = False,
     report: Callable[[str, str, int, float, float], None] | None = None,
     finished: Callable[[dict[str, Any]], None] | None = None,
+    solved: Callable[[Mapping[str, Any]], dict[str, Any] | None] | None = None,
     field: str | None = None, overwrite: bool = False, comm: Any = None, on_node: int = 1, memory: int | None = None,
     scratch: Path | None = None, say: Callable[[str], None] | None = None, estimate: int | None = None,
     device: Any = None,
@@ -295,8 +299,10 @@ def tortuosity(
 
     phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
     phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
-    while solving, finished(result) after each. spacing: voxel edges z, y, x; by default what the file says, cubic where
-    it says nothing, InputError where it says some. field: a store for potential and flux density (see `fields`).
+    while solving, finished(result) after each. solved(what): an earlier result of the same phase, labels, conductivity,
+    direction and settings, which is then not solved again, or None; the same on every rank. spacing: voxel edges z, y,
+    x; by default what the file says, cubic where it says nothing, InputError where it says some. field: a store for
+    potential and flux density (see `fields`).
     """
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
     threads = threads or cores()
@@ -329,6 +335,11 @@ def tortuosity(
     else:
         systems = [(name, {label: 1.0}) for label, name in named.items() if not only or name in only]
     lengths = tuple(spacing or volume.lengths()[0])
+    cut = None if crop is None else [[a, b] for a, b in zip(box.start, box.stop, strict=True)]
+    settings = {
+        "rtol": rtol, "periodic": [axis for axis, meets in zip(AXES, periodic, strict=True) if meets], "crop": cut,
+        "voxel_size": list(lengths), "profile": profile, "blocks": estimate,
+    }  # fmt: skip
     results = []
     with ExitStack() as stack:
         fields: Any = None
@@ -340,15 +351,23 @@ def tortuosity(
             present = {found[label]: k for label, k in conducting.items() if label in found}
             given = {named[label]: k for label, k in conducting.items()} if conductivity else None
             for direction in directions:
+                what = {
+                    "phase": name, "labels": list(conducting), "conductivity": given, "direction": direction,
+                    "settings": settings,
+                }  # fmt: skip
+                if solved is not None and (known := solved(what)) is not None:
+                    results.append(known)
+                    if finished is not None:
+                        finished(known)
+                    continue
                 if fields is not None:
                     fields.begin(name, direction)
-                solved = solve_one(
+                solution = solve_one(
                     present, directions=(direction,), spacing=lengths, periodic=periodic, rtol=rtol, profile=profile,
                     report=None if report is None else lambda *now, n=name: report(n, *now),
                     keep=None if fields is None else lambda _, *of: fields.write(*of),
                 )[direction]  # fmt: skip
-                what = {"phase": name, "labels": list(conducting), "conductivity": given, "direction": direction}
-                results.append({**what, **solved.as_json()})
+                results.append({**what, **solution.as_json()})
                 if estimate is not None:
                     results[-1]["estimate"] = {"edge": estimate, **slabs.estimated(direction)}
                 if finished is not None:
@@ -356,7 +375,7 @@ def tortuosity(
     return {
         "path": os.path.abspath(volume.path),
         "shape": list(volume.shape),
-        "crop": None if crop is None else [[a, b] for a, b in zip(box.start, box.stop, strict=True)],
+        "crop": cut,
         "voxel_size": list(lengths),
         "results": results,
     }
