@@ -11,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-machines test-slurm test-kills test-interruptions case3 bench-inference bench-metrics bench-transport bench-quality clean
+.PHONY: help install demo test lint types test-machines test-slurm test-kills test-interruptions test-threads case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
 	@echo "make demo    the main job on a phantom, 3 to 8 minutes on two idle cores once set up; ends with results/demo/report.html"
@@ -21,7 +21,7 @@ help:
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
 	@echo "make bench-quality     the quality bars, three seeds each, six hours"
-	@echo "make lint types test-machines test-slurm test-kills test-interruptions clean"
+	@echo "make lint types test-machines test-slurm test-kills test-interruptions test-threads clean"
 
 install: .venv/installed
 
@@ -81,6 +81,10 @@ test-kills: .venv/tested
 # docs/interruption.md. INTERRUPTIONS=5 for fewer.
 test-interruptions: .venv/tested
 	pytest tests/test_signals.py -m slow -s
+
+# Training beside other work on one of two cores; on an otherwise idle machine.
+test-threads: .venv/tested
+	pytest tests/test_threads.py -m slow
 
 # Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
 test-slurm: .venv/tested

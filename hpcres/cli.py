@@ -675,6 +675,7 @@ def tortuosity(
             _echo(line, err=True)
 
     meets = [axis in periodic for axis in "zyx"]
+    unsolved: list[str] = []
     with join_ranks() as ranks:
         alone, first = ranks.communicator is None, ranks.rank == 0
         if not alone and limit is not None:
@@ -702,6 +703,8 @@ def tortuosity(
 
             def finished(result: dict[str, Any]) -> None:
                 known = part.solved(result) is result
+                if result["state"] == "not converged":
+                    unsolved.append(f"{result['phase']}, {result['direction']}")
                 _say([*lines] if first else [])
                 for line in (*heading, *(skipped if known else ()), transport_text(result)) if first else ():
                     _echo(line, err=as_json)
@@ -732,16 +735,20 @@ def tortuosity(
                     _echo(f"reference {study.reference.volume}:", err=as_json)
                 measured("reference", open_volume(study.reference.volume))
             results.content["published"] = [p.model_dump(mode="json") for p in study.reference.published]
-        if not first:
-            return
-        if study is not None:
-            save_study(study, "tortuosity")
-        results.content["absent_chunks"] = absent
-        results.save()
-        if as_json:
-            _echo(json.dumps(results.content, indent=1, ensure_ascii=False))
-        if target is not None:
-            _echo(f"written to {target}", err=as_json)
+        if first:
+            if study is not None:
+                save_study(study, "tortuosity")
+            results.content["absent_chunks"] = absent
+            results.save()
+            if as_json:
+                _echo(json.dumps(results.content, indent=1, ensure_ascii=False))
+            if target is not None:
+                _echo(f"written to {target}", err=as_json)
+    if unsolved:
+        raise Unfinished(
+            f"{' and '.join(unsolved)}: not solved to --rtol {rtol:g}, so without a number; all else is solved. Try a "
+            "larger --rtol, conductivities less far apart, or a part of the volume with --crop"
+        )
 
 
 def _parse_bytes(option: str, text: str | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 from math import inf, pi
 from pathlib import Path
@@ -15,8 +16,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix
 from scipy.sparse.linalg import spsolve
 
+from hpcres import cli
 from hpcres.errors import InputError
-from hpcres.metrics.transport import check_memory, fine, parse_crop, solve, solve_phase, tortuosity
+from hpcres.metrics.table import with_error
+from hpcres.metrics.transport import check_memory, fine, multigrid, parse_crop, solve, solve_phase, tortuosity
 from hpcres.metrics.transport.multigrid import ROBUST_ROUNDING, claim, error_bound, pack, unpacked
 from hpcres.metrics.transport.percolation import Clusters
 from hpcres.metrics.transport.threads import Threads
@@ -474,6 +477,39 @@ def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
     for bad in ("0:8", "0:9,:,:", "a:b,:,:", "4:4,:,:"):
         with pytest.raises(InputError, match="--crop"):
             parse_crop(bad, volume.shape)
+
+
+def test_what_does_not_converge_has_no_number_and_all_else_is_solved(tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "a.npy", (np.random.default_rng(1).random((12, 12, 12)) < 0.7).astype(np.uint8))
+    solve_it, axes = multigrid.Solver.solve, []
+
+    def limited(self, rtol, **settings):
+        axes.append(self.geometry[7])
+        return solve_it(self, rtol, **{**settings, "limit": 1 if axes[-1] == 1 else 200})
+
+    monkeypatch.setattr(multigrid.Solver, "solve", limited)
+    arguments = ["tortuosity", str(tmp_path / "a.npy"), "--phase", "1", "--output", str(tmp_path / "t.json")]
+    monkeypatch.setattr("sys.argv", ["hpcres", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 3
+    assert axes == [0, 1, 1, 2]  # float64 is tried before it is given up
+    out, err = capsys.readouterr()
+    assert "1, y: not solved to --rtol 0.001" in err
+    assert "Try a larger --rtol" in err
+    assert len(err.strip().splitlines()[-1]) < 300
+    assert "written to" in out
+    results = json.loads((tmp_path / "t.json").read_text())["volume"]["results"]
+    assert [r["state"] for r in results] == ["converged", "not converged", "converged"]
+    assert results[1]["D_rel"] is None
+
+
+def test_numbers_have_the_digits_of_their_error():
+    assert with_error(0.216626595, 1.7e-4) == "0.21663"
+    assert with_error(2.000005e-8, 2e-13) == "2.000005e-08"
+    assert with_error(12.3456, 0.5) == "12.35"
+    assert with_error(0.0, 1e-7) == "0"
+    assert with_error(1234.5, 0.0) == "1234.5"
 
 
 def test_labels_of_any_integer_type_keep_their_names(tmp_path):

@@ -290,7 +290,8 @@ def test_tortuosity_takes_the_edge_of_each_axis(blobs, tmp_path, monkeypatch):
         (["pixel.tif", "--voxel-size", "65nm"], cube, "pixel.tif: --voxel-size 65 nm goes before the file's own, 4 "),
         (["pixel.tif", "--voxel-size", "40nm,10nm,10nm"], due, ""),
     ):  # fmt: skip
-        status, _, said = hpcres("tortuosity", *arguments, "--phase", "1", "--rtol", "1e-6", "--output", "t.json")
+        written = ("--phase", "1", "--rtol", "1e-6", "--output", "t.json", "--overwrite")
+        status, _, said = hpcres("tortuosity", *arguments, *written)
         assert status == 0
         assert said.startswith(line) if line else "voxel" not in said, said
         found = [each["D_rel"] for each in json.loads(Path("t.json").read_text())["volume"]["results"]]
