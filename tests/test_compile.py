@@ -21,6 +21,12 @@ needs_compiler = pytest.mark.skipif(
 TRAINING = {"cubes": 2, "reuse_generated": True, "learning_rate": 1e-30}
 
 
+@pytest.fixture(autouse=True)
+def _own_code(tmp_path, monkeypatch):
+    """torch keeps what it compiled by user, not by CPU: what is left of another kind of CPU crashes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+
 def small_study(folder, **training):
     """At scale factor 2, where the generator has the fewest layers to compile."""
     return study_of(folder, volume=blobs((34, 33, 32), 1), scale_factor=2, training=TRAINING | training)
