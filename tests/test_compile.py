@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_group import as_rank, free_ports, run_ranks
+from small_group import as_rank, free_ports
 from small_training import ALONE, blobs, study_of
 from torch._dynamo.utils import counters
 
@@ -19,6 +19,12 @@ needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, so torch.compile cannot work"
 )
 TRAINING = {"cubes": 2, "reuse_generated": True, "learning_rate": 1e-30}
+
+
+@pytest.fixture(autouse=True)
+def _own_code(tmp_path, monkeypatch):
+    """torch keeps what it compiled by user, not by CPU: what is left of another kind of CPU crashes."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
 
 
 def small_study(folder, **training):
@@ -70,7 +76,7 @@ def test_two_compiled_processes_are_one_plain_one(tmp_path):
     """With gradients and batch norm over both: the collectives stand inside what is compiled. A minute and more."""
     # Without reuse the critics' forward has no gradient, which is a graph of its own.
     study = small_study(tmp_path, compile=True, reuse_generated=False)
-    run_ranks(ranked_step, (free_ports(1)[0], study, tmp_path), 2)
+    torch.multiprocessing.spawn(ranked_step, (free_ports(1)[0], study, tmp_path), 2)
     plain = step_of(small_study(tmp_path, reuse_generated=False))
     for rank in range(2):
         assert_same(torch.load(tmp_path / f"{rank}.pt"), plain)
