@@ -112,7 +112,13 @@ def optional(file: Path) -> set[str]:
     """The modules that a file goes on without: imported where an ImportError is caught."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h.type) for h in node.handlers if h.type):
+        caught = list[ast.expr]()
+        if isinstance(node, ast.Try):
+            caught = [handler.type for handler in node.handlers if handler.type]
+        elif isinstance(node, ast.With):  # suppress(ImportError)
+            caught = [item.context_expr for item in node.items]
+        if any("ImportError" in ast.unparse(one) for one in caught):
+            assert isinstance(node, ast.Try | ast.With)
             for inner in ast.walk(ast.Module(node.body, [])):
                 names |= {alias.name for alias in inner.names} if isinstance(inner, ast.Import) else set()
     return names
