@@ -25,7 +25,7 @@ from pathlib import Path
 from hpcres.errors import Stopped
 
 EXIT_STOPPED, EXIT_AT_ONCE = 75, 130
-PATIENCE_SECONDS = 6.0
+PATIENCE_SECONDS = 5.0
 """How long the work may go on after the first SIGINT, SIGTERM or SIGHUP; a batch system kills after some 30 s."""
 _AGAIN_SECONDS, _AGAIN_LAUNCHED_SECONDS = 0.5, 3.0
 """A SIGINT that follows another sooner is the same key press, passed on by a shell, or by a launcher of processes."""

@@ -136,7 +136,7 @@ def test_a_study_that_is_read_is_not_saved_over(template, capfd):
     assert run(["metrics", str(template / "results" / "study-metrics.yaml"), *given]) == 2
     assert "is the study that is read" in capfd.readouterr().err
     assert run(["train", str(template / "study.yaml"), "--output", str(template / "results"), "--overwrite"]) == 2
-    assert "study-train.yaml: exists and is no study saved by hpcres" in capfd.readouterr().err
+    assert "study-train.yaml: exists already and is no study saved by hpcres" in capfd.readouterr().err
     assert (template / "results" / "study-metrics.yaml").read_bytes() == before
 
 
