@@ -242,9 +242,9 @@ def test_device_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
         assert (stopped.value.code, len(lines)) == (2, 1)
         assert said in lines[0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 << 30, 10 << 30))
-    check_device_memory(torch.device("cuda"), (512,) * 3, 512**3 // 2, False)
+    check_device_memory(torch.device("cuda"), (512,) * 3, 512**3 // 2, False, 29.0)
     with pytest.raises(InputError, match=r"1920 × 1920 × 1920 voxels: needs 9\d.* GiB on cuda, 10.0 GiB are free"):
-        check_device_memory(torch.device("cuda"), (1920,) * 3, 1920**3 // 2, False)
+        check_device_memory(torch.device("cuda"), (1920,) * 3, 1920**3 // 2, False, 29.0)
 
 
 def test_device_is_refused_on_several_ranks(tmp_path):

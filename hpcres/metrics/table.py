@@ -121,7 +121,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     """The rows as a table of plain text."""
     rows = metric_rows(result)
     volume = result.get("volume", result)
-    columns = [["metric", *(row.name for row in rows)], ["value", *(f"{row.value:.6g}" for row in rows)]]
+    columns = [["metric", *(row.name for row in rows)], ["value", *(plain(row.value) for row in rows)]]
     if any(row.error is not None for row in rows):
         columns.append(["± standard error", *("" if row.error is None else f"{row.error:.2g}" for row in rows)])
     columns.append(["unit", *(row.unit for row in rows)])
@@ -221,6 +221,11 @@ def _plus_minus(summary: Mapping[str, Any] | None) -> str:
         return ""
     mean, std = summary["mean"], summary["std"]
     return f"{mean:.6g}" if std is None else f"{with_error(mean, std)} ± {std:.2g}"
+
+
+def plain(value: float) -> str:
+    """An exact number to six places, or to six digits where these would hide it."""
+    return f"{value:.6f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.6g}"
 
 
 def with_error(value: float, error: float) -> str:
