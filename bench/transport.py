@@ -4,6 +4,8 @@
     python bench/transport.py --grow 128 256 512  iterations, time and memory of growing volumes (10 minutes)
     python bench/transport.py --ranks 1 2 4 --edge 512        over MPI: time, memory of each rank (5 minutes)
     python bench/transport.py --memory 1GiB 2GiB --edge 512   out of core: time, memory, streamed bytes (5 minutes)
+    python bench/transport.py --far               flat voxels and conductivities far apart (5 minutes)
+    python bench/transport.py --beside CHECKOUT   the same solves by another version of hpcres, by turns (2 minutes)
     python bench/transport.py --blocks            how far off and how slow --estimate blocks is (2 minutes)
     python bench/transport.py --grow 256 512 1024 --device cuda    the same on a GPU, with seconds of an iteration there
 
@@ -40,42 +42,75 @@ def solve_alone(settings: dict) -> None:
     from hpcres.metrics.transport import solve
     from hpcres.volumes.formats import open_volume
 
-    edge, label = settings["edge"], settings["label"]
+    edge = settings["edge"]
+    conductivity = {int(label): k for label, k in settings["conductivity"].items()}
     if settings["blobs"]:
         labels = repeated_blobs(edge)
     else:
         volume = open_volume(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
         labels = np.ascontiguousarray(volume.read(Box((0, 0, 0), (edge,) * 3)))
-    how = {"directions": "z", "rtol": settings["rtol"], "device": None}
+    how = {"directions": settings["direction"], "spacing": settings["spacing"], "rtol": settings["rtol"]}
+    how |= {"device": None}
     if settings["device"] is not None:
         from hpcres.metrics.transport.device import find_device
 
         how |= {"device": find_device(settings["device"])}
-    solve(labels[:32, :32, :32].copy(), {label: 1.0}, **how)  # compiles
+    solve(labels[:32, :32, :32].copy(), conductivity, **how)  # compiles
     before, seconds, iterated = status("VmRSS"), {threads: [] for threads in settings["threads"]}, []
     for _ in range(settings["repeats"]):
         for threads in settings["threads"]:  # by turns, because neighbours on the machine come and go
             iterated.clear()
             how |= {"threads": threads, "report": lambda *_: iterated.append(time.perf_counter())}
             started = time.perf_counter()
-            one = solve(labels, {label: 1.0}, **how)["z"]
+            one = solve(labels, conductivity, **how)[settings["direction"]]
             seconds[threads].append(time.perf_counter() - started)
     held = status("VmHWM") - before + labels.nbytes if settings["device"] is None else one.bytes
     line = {
         "iteration": (iterated[-1] - iterated[0]) / max(1, len(iterated) - 1),
         "seconds": [min(found) for found in seconds.values()], "tau": one.tau, "error": one.error,
-        "iterations": one.iterations, "fraction": one.volume_fraction, "bytes": held / labels.size,
+        "iterations": one.iterations, "fraction": one.volume_fraction, "bytes": held / labels.size, "d_rel": one.d_rel,
     }  # fmt: skip
     print(json.dumps(line), flush=True)
 
 
-def measure(**settings: object) -> dict:
-    usual = {"label": 1, "edge": 256, "threads": [1], "rtol": 1e-3, "blobs": False, "repeats": 2, "device": None}
-    settings = {**usual, **settings}
-    done = subprocess.run(
-        [sys.executable, __file__, "--alone", json.dumps(settings)], stdout=subprocess.PIPE, text=True, check=True
-    )
+def measure(label: int = 1, checkout: str | None = None, **settings: object) -> dict:
+    """Solves in a process of its own; checkout: a folder with another version of hpcres, whose code is run."""
+    usual = {"edge": 256, "threads": [1], "rtol": 1e-3, "blobs": False, "repeats": 2, "device": None}
+    usual |= {"conductivity": {label: 1.0}, "spacing": (1, 1, 1), "direction": "z"}
+    command = [sys.executable, __file__, "--alone", json.dumps({**usual, **settings})]
+    environment = os.environ if checkout is None else {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_far() -> None:
+    """Voxels far from cubic and conductivities far apart, beside cubic voxels of one conductivity."""
+    one, three = {0: 1.0}, {0: 1.0, 85: 1e-4, 170: 1e-6}
+    systems = [(one, (1, 1, 1), "z"), (one, (25, 1, 1), "z"), (one, (25, 1, 1), "x"), (one, (1, 1, 100), "z")]
+    systems += [({170: 1.0}, (50, 1, 1), "x"), (three, (1, 1, 1), "z"), ({**three, 170: 1e-9}, (25, 1, 1), "x")]
+    heads = "conductivity by label | voxel edges z, y, x | direction | D_rel | estimated error | iterations"
+    print(f"| {heads} | seconds, one core | bytes a voxel |\n|" + "---|" * 8)
+    for conductivity, spacing, direction in systems:
+        found = measure(conductivity=conductivity, spacing=spacing, direction=direction, repeats=1)
+        several = ", ".join(f"{label}: {k:g}" for label, k in conductivity.items())
+        print(
+            f"| {several} | {', '.join(map(str, spacing))} | {direction} | {found['d_rel']:.6g} | "
+            f"{found['error']:.1e} | {found['iterations']} | {found['seconds'][0]:.1f} | {found['bytes']:.1f} |", flush=True,
+        )  # fmt: skip
+
+
+def compare_versions(checkout: str) -> None:
+    """Seconds of cubic voxels by this version and another one, by turns; each the least of all turns."""
+    print("| conductivity by label | D_rel, ours | theirs | seconds, ours | theirs | ratio |\n|" + "---|" * 6)
+    for conductivity in ({0: 1.0}, {85: 1.0}, {170: 1.0}, {0: 1.0, 85: 0.5}):
+        both = (None, checkout)
+        turns = [[measure(conductivity=conductivity, repeats=3, checkout=c) for c in both] for _ in range(3)]
+        ours, theirs = (min(turn[i]["seconds"][0] for turn in turns) for i in (0, 1))
+        several = ", ".join(f"{label}: {k:g}" for label, k in conductivity.items())
+        print(
+            f"| {several} | {turns[0][0]['d_rel']!r} | {turns[0][1]['d_rel']!r} | {ours:.3f} | {theirs:.3f} | "
+            f"{ours / theirs:.3f} |", flush=True,
+        )  # fmt: skip
 
 
 def taufactor_seconds(label: int, iterations: int = 20) -> float:
@@ -199,6 +234,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each process, for --ranks and --memory")
     parser.add_argument("--scratch", metavar="DIR", help="for --memory")
     parser.add_argument("--blocks", action="store_true", help="the estimate from blocks against the whole volume")
+    parser.add_argument("--far", action="store_true", help="flat voxels and conductivities far apart")
+    parser.add_argument("--beside", metavar="CHECKOUT", help="another version of hpcres")
     parser.add_argument("--labels", type=int, nargs="*", default=[0, 85, 170])
     parser.add_argument("--device", help="with --grow: a GPU, such as cuda")
     options = parser.parse_args()
@@ -213,8 +250,8 @@ def main() -> None:
     if options.ranks or options.memory:
         compare_stores(options.edge, options.ranks, options.memory, options.threads, options.scratch)
         return
-    if options.blocks:
-        compare_blocks()
+    if options.blocks or options.far or options.beside:
+        compare_blocks() if options.blocks else measure_far() if options.far else compare_versions(options.beside)
         return
     if options.grow:
         where = options.device or "one core"

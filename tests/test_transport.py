@@ -19,10 +19,11 @@ from scipy.sparse.linalg import spsolve
 from hpcres import cli
 from hpcres.errors import InputError
 from hpcres.metrics.table import with_error
-from hpcres.metrics.transport import check_memory, fine, multigrid, parse_crop, solve, solve_phase, tortuosity
-from hpcres.metrics.transport.multigrid import ROBUST_ROUNDING, claim, error_bound, pack, unpacked
+from hpcres.metrics.transport import cells, check_memory, parse_crop, solve, solve_phase, solver, tortuosity
 from hpcres.metrics.transport.percolation import Clusters
+from hpcres.metrics.transport.solver import ROBUST_ROUNDING, claimed_error, error_bound
 from hpcres.metrics.transport.threads import Threads
+from hpcres.metrics.transport.voxels import pack, unpacked
 from hpcres.volumes.formats import open_volume
 
 DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
@@ -174,13 +175,13 @@ def test_the_least_eigenvalue_seen_is_what_a_claim_is_made_of():
     # Steps of conjugate gradients on eigenvalues 0.02 and 1: a claim that took 0.1 for granted would be five times off.
     steps, sizes = [1.0, 25.0], [1.0, 0.5, 1e-3]
     least = 0.5 * np.linalg.eigvalsh([[1.0, 0.5**0.5], [0.5**0.5, 0.04 + 0.5]])[0]
-    assert claim(steps, sizes, 1.0) == pytest.approx(error_bound(steps, sizes, 1.0, min(0.1, least)))
-    assert claim([], [0.0], 1.0) == ROBUST_ROUNDING
-    assert claim([1.0], [1.0, -1e-9], 1.0) == np.inf  # rounding that would pass for nothing left to correct
+    assert claimed_error(steps, sizes, 1.0) == pytest.approx(error_bound(steps, sizes, 1.0, min(0.1, least)))
+    assert claimed_error([], [0.0], 1.0) == ROBUST_ROUNDING
+    assert claimed_error([1.0], [1.0, -1e-9], 1.0) == np.inf  # rounding that would pass for nothing left to correct
 
 
 def test_partitions_of_a_cell_are_ranked_and_unranked():
-    numbers, part, mask = fine.partition_tables()
+    numbers, part, mask = cells.partition_tables()
     assert len(numbers) == 21147  # Bell's number of 9: eight voxels and what stands for those that insulate
     assert len({(int(m), *map(int, p)) for m, p in zip(mask, part, strict=True)}) == 21147
     rng = np.random.default_rng(0)
@@ -190,12 +191,12 @@ def test_partitions_of_a_cell_are_ranked_and_unranked():
         bits = pack(labels, conducts, threads)
     strong = np.zeros((3, 256, 256), bool)
     strong[:, np.arange(256), np.arange(256)] = True
-    cells = np.empty((8, 8, 16), np.uint16)
-    assert fine.find_split_cells(bits, labels, strong, (2, 2, 2), fine.COMPLETIONS, cells, 0, 8) == (labels > 0).sum()
+    ranks, shared = np.empty((8, 8, 16), np.uint16), (bits, labels, strong, (2, 2, 2), cells.COMPLETIONS)
+    assert cells.find_split_cells(*shared, ranks, 0, 8) == (labels > 0).sum()
     for z, y, x in np.ndindex(8, 8, 16):
         block = labels[2 * z : 2 * z + 2, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
         expected = sum(ndimage.label(block == value)[1] for value in (1, 2, 3))
-        cell = cells[z, y, x]
+        cell = ranks[z, y, x]
         assert numbers[cell] == expected
         assert mask[cell] == sum(int(v > 0) << i for i, v in enumerate(block.reshape(-1)))
         for i, j in itertools.combinations(np.flatnonzero(block.reshape(-1)), 2):
@@ -481,13 +482,13 @@ def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
 
 def test_what_does_not_converge_has_no_number_and_all_else_is_solved(tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "a.npy", (np.random.default_rng(1).random((12, 12, 12)) < 0.7).astype(np.uint8))
-    solve_it, axes = multigrid.Solver.solve, []
+    solve_it, axes = solver.Solver.solve, []
 
     def limited(self, rtol, **settings):
         axes.append(self.geometry[7])
         return solve_it(self, rtol, **{**settings, "limit": 1 if axes[-1] == 1 else 200})
 
-    monkeypatch.setattr(multigrid.Solver, "solve", limited)
+    monkeypatch.setattr(solver.Solver, "solve", limited)
     arguments = ["tortuosity", str(tmp_path / "a.npy"), "--phase", "1", "--output", str(tmp_path / "t.json")]
     monkeypatch.setattr("sys.argv", ["hpcres", *arguments])
     with pytest.raises(SystemExit) as ended:

@@ -22,8 +22,8 @@ from hpcres.errors import InputError
 from hpcres.metrics.transport import device as module
 from hpcres.metrics.transport import solve, solve_phase, tortuosity
 from hpcres.metrics.transport.device import DeviceSystem, _Window, check_device_memory
-from hpcres.metrics.transport.multigrid import pack
 from hpcres.metrics.transport.threads import Threads
+from hpcres.metrics.transport.voxels import pack
 from hpcres.volumes.formats import open_volume
 
 DEVICES = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(min(1, torch.cuda.device_count())))]

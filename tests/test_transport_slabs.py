@@ -17,10 +17,10 @@ from small_painting import command, mpirun
 from hpcres.errors import InputError
 from hpcres.metrics.table import transport_text
 from hpcres.metrics.transport import solve, tortuosity
-from hpcres.metrics.transport.multigrid import planes_of_unit
 from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, ScratchPlace
 from hpcres.metrics.transport.slabs import cut, solve_in_slabs
 from hpcres.metrics.transport.threads import Threads
+from hpcres.metrics.transport.voxels import planes_of_unit
 from hpcres.volumes.formats import open_volume
 
 TINY = 16 << 20

@@ -22,7 +22,7 @@ state is "converged"; "not percolating" (D_rel 0, tau null, which means infinite
 edge, number, mean_D_rel, and how far off such numbers are).
 D_rel is an upper bound, and `error` the estimate of how much it is too high, as a share of it. tau takes the whole
 volume fraction, tau_percolating that of the clusters which touch both faces; voxels_left_out is what is in the others.
-profile: tau of each layer along the direction (see `multigrid.tau_of_layers`), on request.
+profile: tau of each layer along the direction (see `voxels.tau_of_layers`), on request.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def solve(
     one is given, after set-up on the cores.
     """
     # Compiled kernels; not needed to read a result.
-    from hpcres.metrics.transport.multigrid import by_label, pack
     from hpcres.metrics.transport.percolation import Clusters
     from hpcres.metrics.transport.threads import Threads
+    from hpcres.metrics.transport.voxels import by_label, pack
 
     assert labels.dtype == np.uint8, labels.dtype
     assert all(k > 0 for k in conductivity.values()), conductivity
@@ -152,12 +152,11 @@ def solve(
                 found = None
             share = through.voxels / labels.size
             make = partial(_system, labels, through.bits, share, spacing, axis, sides, pool, resistance, device)
-            system = make(careful=False)
+            system = make(in_float64=False)
             solved, potential = system.solve(rtol, report=progress)
-            if not solved.converged and system.real is np.float32:
-                # What float32 does not solve, float64 may.
+            if not solved.converged and system.form.dtype is np.float32:
                 del system, potential
-                system = make(careful=True)
+                system = make(in_float64=True)
                 solved, potential = system.solve(rtol, report=progress)
             kept = share * unit if uniform else system.mean_conductivity(of_label)
             layers = None
@@ -177,14 +176,17 @@ def solve(
 
 def _system(
     labels: np.ndarray, bits: np.ndarray, share: float, spacing: Sequence[float], axis: int, sides: tuple[bool, ...],
-    pool: Any, resistance: np.ndarray | None, device: Any, careful: bool,
+    pool: Any, resistance: np.ndarray | None, device: Any, in_float64: bool,
 ) -> Any:  # fmt: skip
     """The system of the conducting voxels in `bits`, a `share` of all; InputError where it would not fit in memory."""
-    from hpcres.metrics.transport.multigrid import System, bytes_per_conducting_voxel, pack, unpacked
+    from hpcres.metrics.transport.form import Form
+    from hpcres.metrics.transport.multigrid import System
+    from hpcres.metrics.transport.voxels import pack, unpacked
 
     odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
-    held = bytes_per_conducting_voxel(labels.shape, spacing, resistance, careful)
-    check_memory(labels.shape, share, odd, held=held if device is None else (0.0, held[1]))
+    form = Form.of(labels.shape, spacing, resistance, in_float64)
+    vectors, levels = float(form.bytes_of_vectors), form.bytes_of_levels(labels.shape)
+    check_memory(labels.shape, share, odd, held=(vectors if device is None else 0.0, levels))
     if odd:
         # Red and black meet nowhere around an odd number of voxels: twice the volume is the same system.
         mask = unpacked(bits, labels.shape)
@@ -196,10 +198,10 @@ def _system(
         from hpcres.metrics.transport.device import DeviceSystem, check_device_memory
 
         voxels = round(share * labels.size)
-        check_device_memory(device, labels.shape, voxels, resistance is not None, held[0] + LEFT_OF_SET_UP * held[1])
+        check_device_memory(device, labels.shape, voxels, form.several, vectors + LEFT_OF_SET_UP * levels)
         make = partial(DeviceSystem, device)
     of_voxels = None if resistance is None else labels
-    return make(bits, labels.shape, spacing, axis, sides, pool, of_voxels, resistance, careful=careful)
+    return make(bits, labels.shape, spacing, axis, sides, pool, of_voxels, resistance, in_float64=in_float64)
 
 
 def _scaled(report: Report, direction: str, unit: float, iterations: int, d_rel: float, error: float) -> None:
@@ -232,8 +234,8 @@ def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | 
 
 
 BYTES_PER_VOXEL = 2.0  # labels, bits, cells
-BYTES_OF_CUBIC = (16.0, 19.5)  # of vectors and hierarchy for a conducting voxel, where voxels are about cubic
-LEFT_OF_SET_UP = 0.68  # of the hierarchy's bytes, what stays when it is set up
+BYTES_OF_CUBIC = (16.0, 19.5)  # of vectors and coarse levels for a conducting voxel, in the plain form
+LEFT_OF_SET_UP = 0.68  # share of the coarse levels' bytes that is still held after their set-up
 
 
 def check_memory(
@@ -244,7 +246,7 @@ def check_memory(
 
     conducting: share of the voxels once it is known, with labels in memory; until then 0.4 is assumed. doubled: axes
     along which the volume is solved twice over. on_node: processes that each need as much on this node. held: bytes of
-    vectors and hierarchy for a conducting voxel (`multigrid.bytes_per_conducting_voxel`).
+    vectors and of coarse levels for a conducting voxel (see `form.Form`).
     """
     import psutil
     from distributed.system import MEMORY_LIMIT

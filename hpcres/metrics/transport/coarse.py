@@ -1,15 +1,13 @@
-"""The coarse levels: graphs of aggregates. An aggregate is a connected part of conducting voxels of one cell.
+"""The coarse levels: graphs of aggregates, called parts, and a multigrid cycle over them.
 
-Cells of level 1 are 2×2×2 voxels, those of the next level 2×2×2 cells, and so on. An edge joins parts of cells that
-share a face, so the graph has two colours, those of the cells' parity, unless a periodic axis has an odd number of
-cells. Red parts come first; parts of one colour are in the order of rows of cells (z, y), then x.
+Cells of level 1 are 2×2×2 voxels, those of the next level 2×2×2 cells, and so on. A part is a connected part of the
+conducting voxels of one cell. An edge joins parts of cells that share a face, so the graph has two colours, those of
+the cells' parity, unless a periodic axis has an odd number of cells. Red parts come first; parts of one colour are in
+the order of rows of cells (z, y), then x. `aggregation` makes a level from the one below it.
 
-Voxels far from cubic and conductivities far apart need more (`Coarsening.robust`). Cells grow only along axes whose
-pitch is at most twice the smallest, so that what is relaxed point by point and what is coarsened fit (semi-coarsening).
-Members of a cell are one aggregate only where both ends of an edge find it strong: not below STRONG of the largest
-conductance that either has. Else two particles that touch a poor conductor in one cell would have one potential. An
-edge may then join parts of one cell, which have one colour; these are relaxed together, with the conductances between
-them added to their diagonals once more, so that a sweep converges (l1 smoothing: Baker, Falgout, Kolev & Yang 2011).
+In the robust form an edge may join parts of one cell, which have one colour. A sweep then updates both from their old
+values. The conductances of such edges are added to the diagonal a second time, so that the sweep converges (l1
+smoothing: Baker, Falgout, Kolev & Yang, SIAM J. Sci. Comput. 33, 2011).
 """
 
 from __future__ import annotations
@@ -20,40 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.metrics.transport.form import PLAIN_CORRECTION, Form
 from hpcres.metrics.transport.vectors import compiled, inlined
 
-OVERCORRECTION = 2.0  # a coarse operator times one half: aggregates are stiffer than what they stand for
-# A robust coarse operator stands for some fields exactly (particles of one potential, an axis that is not coarsened)
-# and is too stiff by 2 for others. Between 1 and 2, a correction reduces both.
-ROBUST_CORRECTION = 1.5
-STRONG = 0.1  # of the largest conductance of a part
-WIDEST_PITCH = 2.0  # of an axis that is coarsened, over the smallest pitch
 SLOTS = 6  # neighbours of a part that are stored with it; few have more
 CHUNK = 1 << 14  # parts that one thread takes at a time
-DENSE = 160  # parts of a level that is solved by its inverse
-FACTORED = 4000  # parts of a robust level of one cell that is solved by its factors, and the most of any
-MOST_FACTORED = 50000
-
-
-@dataclass(frozen=True)
-class Coarsening:
-    """How cells grow from one level to the next. pitch: edges z, y, x of a cell (a voxel on the finest level)."""
-
-    pitch: tuple[float, float, float]
-    robust: bool = False
-
-    def step(self, cells: Sequence[int]) -> tuple[int, int, int]:
-        """Cells of this level that make one of the next along z, y, x: 1 or 2."""
-        if not self.robust:
-            return 2, 2, 2
-        left = [h for h, n in zip(self.pitch, cells, strict=True) if n > 1]
-        widest = WIDEST_PITCH * (1 + 1e-9) * min(left, default=0.0)
-        z, y, x = (2 if n > 1 and h <= widest else 1 for h, n in zip(self.pitch, cells, strict=True))
-        return z, y, x
-
-    def after(self, step: Sequence[int]) -> Coarsening:
-        z, y, x = (h * s for h, s in zip(self.pitch, step, strict=True))
-        return Coarsening((z, y, x), self.robust)
 
 
 @dataclass
@@ -79,12 +48,12 @@ class Level:
     places: np.ndarray
     values: np.ndarray
     more: tuple[np.ndarray, np.ndarray, np.ndarray]
-    to_faces: np.ndarray | None = None  # of a robust level, whose residuals are sums of currents
-    step: tuple[int, int, int] = (2, 2, 2)  # of its cells, to one of the next level
-    correction: float = OVERCORRECTION
+    to_faces: np.ndarray | None = None  # in the robust form, whose residuals are sums of currents
+    step: tuple[int, int, int] = (2, 2, 2)  # cells of this level in one of the next, z, y, x
+    correction: float = PLAIN_CORRECTION
     parent: np.ndarray | None = None  # the part of the next level that each is in
     inverse: np.ndarray | None = None
-    factors: Any = None  # of the matrix of the last level where it has no inverse
+    factors: Any = None  # LU factors of the last level's matrix, where `inverse` is None
 
     def __post_init__(self) -> None:
         sizes = (self.parts, self.parts, self.parts * self.mixed)
@@ -153,8 +122,8 @@ def restrict(
 ):  # fmt: skip
     """coarse = the residual of `colours` colours (1: red, which is all there is after a sweep), summed over each part.
 
-    For the rows row0 … row1 - 1 of the next level's cells, which nobody else writes. With to_faces the residual is a
-    sum of currents: a particle of one potential leaves none in its inside, however well it conducts.
+    For the rows row0 … row1 - 1 of the next level's cells, which no other thread writes. Where to_faces is not None,
+    the residual is a sum of currents, which is exactly 0 inside a particle of constant potential.
     """
     for row in range(row0, row1):
         for colour in range(2):
@@ -201,238 +170,12 @@ def multiply_dense(matrix, b, x):
         x[i] = s
 
 
-# ---- set-up ------------------------------------------------------------------------------------------------
-
-
-@compiled
-def count_members(numbers, cells_next, step, row0, row1):
-    """The largest number of parts in one cell of the next level."""
-    most = 0
-    for row in range(row0, row1):
-        z, y = row // cells_next[1], row % cells_next[1]
-        for x in range(cells_next[2]):
-            n = 0
-            for zz in range(step[0] * z, min(step[0] * (z + 1), numbers.shape[0])):
-                for yy in range(step[1] * y, min(step[1] * (y + 1), numbers.shape[1])):
-                    for xx in range(step[2] * x, min(step[2] * (x + 1), numbers.shape[2])):
-                        n += numbers[zz, yy, xx]
-            most = max(most, n)
-    return most
-
-
-@compiled
-def _gather_members(numbers, rows, step, place, z, y, x, members):
-    """Parts of the cells below; `place` (4, 2) moves on along the rows."""
-    n = 0
-    for d in range(4):
-        zz, yy = step[0] * z + (d >> 1), step[1] * y + (d & 1)
-        if d >> 1 >= step[0] or d & 1 >= step[1] or zz >= numbers.shape[0] or yy >= numbers.shape[1]:
-            continue
-        for xx in range(step[2] * x, min(step[2] * (x + 1), numbers.shape[2])):
-            colour = zz + yy + xx & 1
-            for _ in range(numbers[zz, yy, xx]):
-                members[n] = place[d, colour]
-                place[d, colour] += 1
-                n += 1
-    return n
-
-
-@compiled
-def _start_rows(rows, cells, step, z, y, place):
-    for d in range(4):
-        zz, yy = step[0] * z + (d >> 1), step[1] * y + (d & 1)
-        if d >> 1 < step[0] and d & 1 < step[1] and zz < cells[0] and yy < cells[1]:
-            for colour in range(2):
-                place[d, colour] = rows[colour, zz * cells[1] + yy]
-
-
-@compiled
-def root(up, i):
-    """Of a forest in which up[i] is nearer to the root; shortens the way as it goes."""
-    while up[i] != i:
-        up[i] = up[up[i]]
-        i = up[i]
-    return i
-
-
-@compiled
-def find_largest(starts, values, to_faces, largest, begin, end):
-    """largest[i]: of the conductances of each part, that to the outer faces included."""
-    for i in range(begin, end):
-        largest[i] = to_faces[i]
-        for k in range(starts[i], starts[i + 1]):
-            largest[i] = max(largest[i], values[k])
-
-
-HELD, BOUND = 1, 2  # has a strong edge, or hangs on the outer faces; of the latter, on nothing else
-
-
-@compiled
-def find_bonds(starts, places, values, to_faces, largest, bonds, begin, end):
-    """bonds[i]: HELD where a part has an edge that both ends find strong; HELD | BOUND where all its edges are weak
-    beside its conductance to the outer faces; 0 where its strong edges lead to parts that find them weak."""
-    for i in range(begin, end):
-        most = values.dtype.type(0)
-        held = 0
-        for k in range(starts[i], starts[i + 1]):
-            most = max(most, values[k])
-            if values[k] >= STRONG * max(largest[i], largest[places[k]]):
-                held = HELD
-        bonds[i] = HELD | BOUND if most < STRONG * to_faces[i] else held
-
-
-@inlined
-def _union(up, a, b):
-    a, b = root(up, a), root(up, b)
-    if a != b:
-        up[max(a, b)] = min(a, b)
-
-
-@compiled
-def join_parts(
-    starts, places, values, numbers, rows, cells_next, step, most, largest, bonds, row0, row1, parent, numbers_next,
-    counts,
-):  # fmt: skip
-    """parent = which aggregate of its next cell each part is in (0, 1, …); numbers_next, how many each cell has.
-
-    Without `largest` all that is connected within the cell is one aggregate. With it, what strong edges connect; parts
-    that hang on the outer faces are one more, since relaxing alone finds their potentials; and a part whose strong
-    edges lead only to parts that find them weak, such as a pocket of a poor conductor in a good one, joins the
-    strongest of these, so that it does not stay a part for ever.
-    """
-    members, up = np.empty(most, np.int64), np.empty(most, np.int64)
-    place = np.zeros((4, 2), np.int64)
-    for row in range(row0, row1):
-        z, y = row // cells_next[1], row % cells_next[1]
-        _start_rows(rows, numbers.shape, step, z, y, place)
-        both = np.zeros(2, np.int64)
-        for x in range(cells_next[2]):
-            n = _gather_members(numbers, rows, step, place, z, y, x, members)
-            for m in range(n):
-                parent[members[m]] = m
-                up[m] = m
-            bound = -1
-            for m in range(n):
-                i = members[m]
-                for k in range(starts[i], starts[i + 1]):
-                    j = places[k]
-                    # Where another thread works, `parent` may be anything; only our own members are where it says.
-                    other = parent[j]
-                    if 0 <= other < n and members[other] == j:
-                        if largest is None or values[k] >= STRONG * max(largest[i], largest[j]):
-                            _union(up, m, other)
-                if largest is not None and bonds[i] & BOUND:
-                    if bound >= 0:
-                        _union(up, m, bound)
-                    bound = m
-            if largest is not None:
-                for m in range(n):
-                    i = members[m]
-                    if bonds[i]:
-                        continue
-                    strongest, to = np.float64(STRONG * largest[i]), -1
-                    for k in range(starts[i], starts[i + 1]):
-                        j = places[k]
-                        other = parent[j]
-                        if 0 <= other < n and members[other] == j and bonds[j] and values[k] >= strongest:
-                            if to < 0 or values[k] > strongest:
-                                strongest, to = np.float64(values[k]), other
-                    if to >= 0:
-                        _union(up, m, to)
-            found = 0
-            for m in range(n):
-                if up[m] == m:
-                    found += 1
-            # Numbered in the order of their first members.
-            label = 0
-            for m in range(n):
-                if up[m] == m:
-                    parent[members[m]] = label
-                    label += 1
-                else:
-                    parent[members[m]] = parent[members[root(up, m)]]
-            numbers_next[z, y, x] = found
-            both[z + y + x & 1] += found
-        counts[0, row], counts[1, row] = both[0], both[1]
-
-
-@compiled
-def number_parts(numbers, rows, step, rows_next, numbers_next, most, row0, row1, parent):
-    """parent: from the number within a cell to the number within the level."""
-    members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
-    for row in range(row0, row1):
-        z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
-        _start_rows(rows, numbers.shape, step, z, y, place)
-        begin[0], begin[1] = rows_next[0, row], rows_next[1, row]
-        for x in range(numbers_next.shape[2]):
-            n = _gather_members(numbers, rows, step, place, z, y, x, members)
-            for m in range(n):
-                parent[members[m]] += begin[z + y + x & 1]
-            begin[z + y + x & 1] += numbers_next[z, y, x]
-
-
-@compiled
-def connect(
-    starts, places, values, to_faces, numbers, rows, step, numbers_next, rows_next, parent, most, row0, row1, degrees,
-    to_faces_next,
-):  # fmt: skip
-    """Neighbours of the next level's parts in some rows of cells, by colour: places and sums of conductances.
-
-    degrees[i + 1] = the number of neighbours of part i.
-    """
-    members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
-    room = np.zeros(2, np.int64)
-    for row in range(row0, row1):
-        z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
-        for d in range(4):
-            zz, yy = step[0] * z + (d >> 1), step[1] * y + (d & 1)
-            if d >> 1 < step[0] and d & 1 < step[1] and zz < numbers.shape[0] and yy < numbers.shape[1]:
-                at = zz * numbers.shape[1] + yy
-                for colour in range(2):
-                    # A red cell below may lie in a black one of the next level.
-                    room += starts[rows[colour, at + 1]] - starts[rows[colour, at]]
-    red, black = (np.empty(room[0], places.dtype), np.empty(room[1], places.dtype))
-    red_values, black_values = (np.empty(room[0], values.dtype), np.empty(room[1], values.dtype))
-    used = np.zeros(2, np.int64)
-    for row in range(row0, row1):
-        z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
-        _start_rows(rows, numbers.shape, step, z, y, place)
-        begin[0], begin[1] = rows_next[0, row], rows_next[1, row]
-        for x in range(numbers_next.shape[2]):
-            n = _gather_members(numbers, rows, step, place, z, y, x, members)
-            colour = z + y + x & 1
-            near, sums = (black, black_values) if colour else (red, red_values)
-            for own in range(begin[colour], begin[colour] + numbers_next[z, y, x]):
-                first = used[colour]
-                last = first
-                for m in range(n):
-                    i = members[m]
-                    if parent[i] != own:
-                        continue
-                    to_faces_next[own] += to_faces[i]
-                    for k in range(starts[i], starts[i + 1]):
-                        other = parent[places[k]]
-                        if other == own:
-                            continue
-                        at = first
-                        while at < last and near[at] != other:
-                            at += 1
-                        if at == last:
-                            near[at], sums[at] = other, 0
-                            last += 1
-                        sums[at] += values[k]
-                degrees[own + 1] = last - first
-                used[colour] = last
-            begin[colour] += numbers_next[z, y, x]
-    return red[: used[0]].copy(), red_values[: used[0]].copy(), black[: used[1]].copy(), black_values[: used[1]].copy()
-
-
 @compiled
 def fill_slots(starts, places, values, to_faces, red, mixed, diagonal, slots, slot_values, begin, end):
     """The first six neighbours of each part, and the sum of all its conductances; returns how many more there are.
 
-    `mixed`: a part with neighbours of its own colour is a neighbour of itself, with the sum of the conductances to
-    these, which so stands in the diagonal twice.
+    mixed: a part with neighbours of its own colour is made a neighbour of itself, with the sum of the conductances to
+    these. The sum is added to the diagonal too, so that the product of matrix and vector does not change.
     """
     more = 0
     for i in range(begin, end):
@@ -502,79 +245,27 @@ def running(starts: np.ndarray) -> np.ndarray:
 
 
 def as_level(
-    graph: Graph, rows: np.ndarray, periodic: Sequence[bool], robust: bool, each: Each, mixed: bool | None = None
+    graph: Graph, rows: np.ndarray, periodic: Sequence[bool], form: Form, each: Each, mixed: bool | None = None
 ) -> Level:
-    """The form that cycles use. mixed: whether there may be edges within cells; without, a robust graph is searched."""
+    """The form of a graph that cycles read.
+
+    mixed: whether edges may join parts of one cell; None: find out.
+    """
     parts, kind, red = len(graph.to_faces), graph.places.dtype, int(rows[1, 0])
-    real = graph.values.dtype
-    diagonal = np.empty(parts, real)
-    places, values = np.empty((parts, SLOTS), kind), np.empty((parts, SLOTS), real)
+    diagonal = np.empty(parts, form.dtype)
+    places, values = np.empty((parts, SLOTS), kind), np.empty((parts, SLOTS), form.dtype)
     csr = (graph.starts, graph.places, graph.values)
     cells: Any = graph.numbers.shape
     odd = any(p and n % 2 for p, n in zip(periodic, cells, strict=True))
     if mixed is None:
-        mixed = robust and sum(each(lambda a, b: count_of_one_colour(*csr[:2], red, a, b), parts, CHUNK)) > 0
-    twice = robust and (mixed or odd)
-    found = each(
-        lambda a, b: fill_slots(*csr, graph.to_faces, red, twice, diagonal, places, values, a, b), parts, CHUNK
-    )
+        mixed = form.robust and sum(each(lambda a, b: count_of_one_colour(*csr[:2], red, a, b), parts, CHUNK)) > 0
+    l1 = form.robust and (mixed or odd)
+    found = each(lambda a, b: fill_slots(*csr, graph.to_faces, red, l1, diagonal, places, values, a, b), parts, CHUNK)
     before = np.concatenate([[0], np.cumsum(found)]).astype(np.int64)
-    more = np.empty(before[-1], kind), np.empty(before[-1], kind), np.empty(before[-1], real)
-    each(lambda a, b: fill_more(*csr, red, twice, *more, before[a // CHUNK], a, b), parts, CHUNK)
-    level = Level(rows, cells, mixed or odd, diagonal, places, values, more)
-    if robust:
-        level.to_faces, level.correction = graph.to_faces, ROBUST_CORRECTION
-    return level
-
-
-def bonds_of(graph: Graph, robust: bool, each: Each) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What `join_parts` needs to know strong edges from weak ones: the largest conductance of each part, and its
-    bonds."""
-    if not robust:
-        return None, None
-    parts = len(graph.to_faces)
-    largest, bonds = np.empty(parts, graph.values.dtype), np.empty(parts, np.uint8)
-    each(lambda a, b: find_largest(graph.starts, graph.values, graph.to_faces, largest, a, b), parts, CHUNK)
-    csr = (graph.starts, graph.places, graph.values)
-    each(lambda a, b: find_bonds(*csr, graph.to_faces, largest, bonds, a, b), parts, CHUNK)
-    return largest, bonds
-
-
-def coarser(level: Level, graph: Graph, step: tuple[int, int, int], robust: bool, each: Each) -> tuple[Graph, Any]:
-    """The graph of the next level, and its rows; sets `parent`."""
-    numbers = graph.numbers.astype(np.int32, copy=False)
-    below: Any = tuple(-(-n // s) for n, s in zip(level.cells, step, strict=True))
-    rows = below[0] * below[1]
-    at_once = max(1, rows // 64)
-    most = max(each(lambda a, b: count_members(numbers, below, step, a, b), rows, at_once))
-    numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
-    parent = np.full(level.parts, -1, graph.places.dtype)
-    csr = (graph.starts, graph.places, graph.values)
-    known = bonds_of(graph, robust, each)
-    each(
-        lambda a, b: join_parts(
-            *csr, numbers, level.rows, below, step, most, *known, a, b, parent, numbers_next, counts
-        ),
-        rows, at_once,
-    )  # fmt: skip
-    rows_next, parts = accumulated(counts)
-    each(
-        lambda a, b: number_parts(numbers, level.rows, step, rows_next, numbers_next, most, a, b, parent), rows, at_once
-    )
-    degrees, to_faces = np.zeros(parts + 1, np.int32), np.zeros(parts, graph.to_faces.dtype)
-    found = each(
-        lambda a, b: connect(
-            *csr, graph.to_faces, numbers, level.rows, step, numbers_next, rows_next, parent, most, a, b, degrees,
-            to_faces,
-        ),
-        rows, at_once,
-    )  # fmt: skip
-    # Units come in the order of rows, so red ones one after the other, then black ones, are in the order of parts.
-    kind = index_type(parts)
-    places = np.concatenate([part[0] for part in found] + [part[2] for part in found]).astype(kind, copy=False)
-    values = np.concatenate([part[1] for part in found] + [part[3] for part in found])
-    level.parent, level.step = parent, step
-    return Graph(running(degrees), places, values, to_faces, numbers_next), rows_next
+    more = np.empty(before[-1], kind), np.empty(before[-1], kind), np.empty(before[-1], form.dtype)
+    each(lambda a, b: fill_more(*csr, red, l1, *more, before[a // CHUNK], a, b), parts, CHUNK)
+    to_faces = graph.to_faces if form.robust else None
+    return Level(rows, cells, mixed or odd, diagonal, places, values, more, to_faces, correction=form.correction)
 
 
 def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:

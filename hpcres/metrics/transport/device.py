@@ -20,8 +20,9 @@ import torch
 
 from hpcres.errors import InputError
 from hpcres.metrics.transport import coarse
-from hpcres.metrics.transport.coarse import OVERCORRECTION, ROBUST_CORRECTION, Level
-from hpcres.metrics.transport.multigrid import Solved, System
+from hpcres.metrics.transport.coarse import Level
+from hpcres.metrics.transport.multigrid import System
+from hpcres.metrics.transport.solver import Solved
 from hpcres.metrics.transport.threads import Threads
 
 PIECES = 100  # of a volume: what a pass needs for one is small beside the vectors
@@ -67,12 +68,12 @@ def check_device_memory(
 class DeviceSystem(System):
     """A `System` whose vectors and levels are on a device; its potential comes back as an array."""
 
-    def __init__(self, device: torch.device, *arguments: Any, careful: bool = False) -> None:
+    def __init__(self, device: torch.device, *arguments: Any, in_float64: bool = False) -> None:
         """arguments: as of `System`."""
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        super().__init__(*arguments, careful=careful)
+        super().__init__(*arguments, in_float64=in_float64)
         planes, rows, columns = self.geometry[:3]
         self._width = columns + columns % 2
         number = self.levels[0].parts
@@ -85,13 +86,12 @@ class DeviceSystem(System):
         self._parts = put(self.parts[:, :-1].astype(coarse.index_type(number + 1)))
         self._labels = None if self.labels is None else put(self.labels)
         self._resistance = None if self.resistance is None else put(self.resistance)
-        self.dtype = torch.float64 if self.real is np.float64 else torch.float32
-        # A sweep leaves a residual at red voxels only; in other cells than 2×2×2 they are not at the same places.
+        self.dtype = torch.float64 if self.form.dtype is np.float64 else torch.float32
+        # A sweep leaves a residual at red voxels only. In cells that are not 2×2×2 these are at different places.
         within = [i for i in range(8) if all((i >> 2 - a & 1) < n for a, n in enumerate(self.step))]
         self._places = RED if self.step == (2, 2, 2) else tuple(within)
         self._cells = put(self.cells.astype(np.int16)) if self.split else None
         self._numbers, self._part_of_place = put(self.tables[0]), put(self.tables[1].T[list(self._places)])
-        self._correction = ROBUST_CORRECTION if self.robust else OVERCORRECTION
         edge = max((planes * rows / PIECES) ** 0.5, (LEAST_PIECE / columns) ** 0.5)
         deep, high = (-(-n // (2 * max(1, round(n / edge)))) * 2 for n in (planes, rows))
         self._pieces = [
@@ -112,7 +112,7 @@ class DeviceSystem(System):
             self._bits, self._before, self._parts, self._labels, self._resistance, self._cells, self._numbers,
             self._part_of_place,
         ]  # fmt: skip
-        vectors = (3 * self.dtype.itemsize + (8 if self.robust else 4)) * (self.voxels + 1)
+        vectors = (3 * self.dtype.itemsize + (8 if self.form.robust else 4)) * (self.voxels + 1)
         return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + vectors
 
     @property
@@ -138,8 +138,8 @@ class DeviceSystem(System):
         return torch.zeros(self.voxels + 1, dtype=self.dtype, device=self.device)
 
     def solution(self) -> Any:
-        """In float64 in the robust form, in place of two floats."""
-        kind = torch.float64 if self.robust else self.dtype
+        """In the robust form float64, which a GPU has, instead of two float32 vectors."""
+        kind = torch.float64 if self.form.robust else self.dtype
         return torch.zeros(self.voxels + 1, dtype=kind, device=self.device)
 
     def start(self, x: Any) -> None:
@@ -151,7 +151,7 @@ class DeviceSystem(System):
             ramp = ((ramp - first + 0.5) / (last - first + 1)).view([-1 if a == axis else 1 for a in range(3)])
             x[w.places] = w.mask * ramp
 
-    def leave(self, x: Any, r: Any) -> None:
+    def find_residual(self, x: Any, r: Any) -> None:
         r.zero_()
         for piece in self._pieces:
             self._subtract_applied(piece, x, 1.0, 1.0, r)
@@ -196,7 +196,7 @@ class DeviceSystem(System):
         of_places = self._cycle.x.index_select(0, parts.view(-1)).view(parts.shape)
         del parts
         for place, i in enumerate(self._places):
-            A[_of_cell(i, self.step)].add_(of_places[place], alpha=self._correction)
+            A[_of_cell(i, self.step)].add_(of_places[place], alpha=self.form.correction)
         A.mul_(w.red(A)).mul_(w.inner(w.mask, 1))
         B = w.around(A).add_(_inner(R)).mul_(_inner(D)).mul_(~w.red(_inner(R)))
         R, D = w.inner(R, 2), w.inner(D, 2)
@@ -221,7 +221,7 @@ class DeviceSystem(System):
     def _subtract_applied(self, piece: Piece, p: torch.Tensor, alpha: float, end: float, r: torch.Tensor) -> None:
         w = _Window(self, piece, 1)
         V = p[w.places]
-        if self.robust:
+        if self.form.robust:
             q = w.outflow(V)
             for place, conductance, potential in w.faces(1, end):
                 q[place] += conductance * (_inner(V)[place] - potential)
@@ -423,7 +423,7 @@ class _Level:
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        self.parts, self.red, self.mixed, self.correction = level.parts, level.red, level.mixed, float(level.correction)
+        self.parts, self.red, self.mixed, self.correction = level.parts, level.red, level.mixed, level.correction
         self.diagonal = put(level.diagonal)
         self.places, self.values = put(level.places.T), put(level.values.T)
         self.more = tuple(map(put, level.more))

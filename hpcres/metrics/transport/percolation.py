@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.transport.coarse import root
-from hpcres.metrics.transport.fine import PART, PARTS, find_cells
+from hpcres.metrics.transport.aggregation import root
+from hpcres.metrics.transport.cells import PART, PARTS, find_cells
 from hpcres.metrics.transport.threads import Threads
 from hpcres.metrics.transport.vectors import compiled, popcount
 
@@ -259,3 +259,55 @@ class Clusters:
         out = sum(each(lambda a, b: _select(*shared, bits, a, b), deep, max(1, -(-deep // _SLABS))))
         clusters = sum(each(lambda a, b: _count_roots(self._up, self._touches, both, a, b), len(self._up), 1 << 20))
         return Through(bits, self.voxels - out, clusters, out)
+
+
+# ---- percolation across slabs ------------------------------------------------------------------------------
+
+
+@compiled
+def _groups(a, b, up):
+    """up: the first member of every node's group, where a[i] and b[i] are in one group."""
+    for i in range(len(up)):
+        up[i] = i
+    for i in range(len(a)):
+        _join(up, a[i], b[i])
+    for i in range(len(up)):
+        up[i] = root(up, i)
+
+
+_SLAB = 1 << 44  # above any number of parts of one slab
+
+
+def join_clusters(place: Any, found: list[Clusters], periodic: bool) -> list[int]:
+    """Mark which faces of the volume the clusters of each slab touch through other slabs.
+
+    place: a `slabs.Place`. Returns, for each axis, how many clusters were counted in more than one slab, of those that
+    do not touch both faces.
+    """
+    last = [one.plane(one.planes - 1) for one in found]
+    pairs, flags = [], []
+    for number, one, before in zip(place.here, found, place.next_planes(last, periodic), strict=True):
+        own = one.plane(0)
+        both = np.empty((2, 0), np.int64)
+        if before is not None:
+            meet = (own >= 0) & (before >= 0)
+            earlier = (number - 1) % len(place.extents)
+            both = np.unique(np.stack([before[meet] + earlier * _SLAB, own[meet] + number * _SLAB]), axis=1)
+        pairs.append(both)
+        edge = np.unique(np.concatenate([own.reshape(-1), last[number - place.here[0]].reshape(-1)]))
+        edge = edge[edge >= 0]
+        flags.append((edge + number * _SLAB, one.touches[edge]))
+    all_pairs, all_flags = place.everyone(pairs), place.everyone(flags)
+    names = np.concatenate([names for names, _ in all_flags])
+    touches = np.concatenate([touches for _, touches in all_flags])
+    a, b = (np.searchsorted(names, np.concatenate([pair[i] for pair in all_pairs])) for i in range(2))
+    up = np.empty(len(names), np.int64)
+    _groups(a, b, up)
+    together = np.zeros(len(names), np.uint8)
+    np.bitwise_or.at(together, up, touches)
+    members = np.bincount(up, minlength=len(names))
+    for number, one in zip(place.here, found, strict=True):
+        mine = slice(*np.searchsorted(names, [number * _SLAB, (number + 1) * _SLAB]))
+        one.touches[names[mine] - number * _SLAB] = together[up[mine]]
+    several = members > 1
+    return [int((members[several & (together & both != both)] - 1).sum()) for both in (3, 12, 48)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.metrics.transport.coarse import Level
-from hpcres.metrics.transport.multigrid import bytes_of_vectors
+from hpcres.metrics.transport.form import Form
 from hpcres.metrics.transport.slabs import Extent, Place, Slab
 
 _DOWN, _UP = 0, 1  # tags: towards the first plane, towards the last
@@ -85,7 +85,7 @@ class RankPlace(Place):
 
     # Whether a slab fits was settled before any was read (`check_memory`), and nothing outlives the process.
 
-    def expect(self, kept: int, parts: int, labels: int, wide: tuple[float, float]) -> None:
+    def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
         return
 
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
@@ -143,8 +143,8 @@ class RankPlace(Place):
 
     def bytes(self, slabs: Sequence[Slab]) -> int:
         slab, level = slabs[0], self.level(slabs[0])
-        size = np.dtype(slab.real).itemsize
-        vectors = bytes_of_vectors(slab.robust, slab.real) * slab.voxels
+        size = np.dtype(slab.form.dtype).itemsize
+        vectors = slab.form.bytes_of_vectors * slab.voxels
         vectors += size * (2 * level.parts + 2 * int(slab.starts(2)[1, -1]))
         labels = 0 if slab.labels is None else slab.labels.nbytes
         return vectors + level.bytes + labels + slab.bits.nbytes + slab.cells.nbytes + slab.rows.nbytes
@@ -156,7 +156,7 @@ class RankVector:
     def __init__(self, place: RankPlace, slab: Slab, kind: int) -> None:
         self._place, self._starts = place, slab.starts(kind)
         self._own = slab.own_planes(kind)
-        self.array = np.zeros(int(self._starts[-1, -1]), slab.real)
+        self.array = np.zeros(int(self._starts[-1, -1]), slab.form.dtype)
 
     def of(self, slab: Slab, planes: int = 0, colours: Sequence[int] = (0,)) -> np.ndarray:
         if planes:

@@ -21,6 +21,7 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.metrics.transport import BYTES_OF_CUBIC
 from hpcres.metrics.transport.coarse import Level
+from hpcres.metrics.transport.form import Form
 from hpcres.metrics.transport.slabs import Extent, Place, Slab
 
 _AT_HAND = 3  # levels of slabs: as many as there are stages in a pass
@@ -41,6 +42,7 @@ class ScratchPlace(Place):
         self._stored: dict[int, tuple[_File, list[tuple[int, tuple[int, ...], Any]], Any]] = {}
         self._labels: OrderedDict[int, np.ndarray] = OrderedDict()
         self.read_bytes = self.written_bytes = 0
+        self._more = self._wide = 1.0  # memory of a slab and of a part, over that of the plain form
 
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
         if self._around:
@@ -123,7 +125,7 @@ class ScratchPlace(Place):
             diagonal, neighbours, values, parent, *more = (
                 file.read(at, np.empty(shape, kind)) for at, shape, kind in places
             )
-            to_faces = more[3] if slab.robust else None
+            to_faces = more[3] if slab.form.robust else None
             self._levels[slab.number] = Level(
                 slab.parts, cells, mixed, diagonal, neighbours, values, (more[0], more[1], more[2]), to_faces, step,
                 correction, parent,
@@ -142,12 +144,13 @@ class ScratchPlace(Place):
     ) -> None:
         vector.memory[:] = whole
 
-    def expect(self, kept: int, parts: int, labels: int, wide: tuple[float, float]) -> None:
+    def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
         """Say what scratch storage a solve will take, and refuse where that is not free."""
         wider = max(e.planes / (e.end - e.begin) for e in self.extents)
-        # Parts of 2×2×2 voxels are level 1 where voxels are about cubic; elsewhere there are more.
-        of_parts = parts * (8 + 64 * wider) * max(1.0, wide[1] / BYTES_OF_CUBIC[1])
-        need = int(wide[0] * kept + of_parts + labels * wider)
+        # Level 1 has as many parts as cells of 2×2×2 voxels in the plain form, and more in the robust form.
+        self._more = max(1.0, form.bytes_of_levels(shape) / BYTES_OF_CUBIC[1])
+        self._wide = 1.6 if form.dtype is np.float64 else 1.0
+        need = int(form.bytes_of_vectors * kept + parts * (8 + 64 * wider) * self._more + labels * wider)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise InputError(
@@ -160,12 +163,13 @@ class ScratchPlace(Place):
 
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
         widest = max(e.planes for e in self.extents) / self.extents[-1].end
-        slab = int(BYTES_PER_SLAB_VOXEL * voxels * widest)
-        need = BYTES_PER_PART * parts + bits + slab
+        slab = int(BYTES_PER_SLAB_VOXEL * self._more * voxels * widest)
+        coarse = int(BYTES_PER_PART * self._wide * parts)
+        need = coarse + bits + slab
         if need > self.limit:
             raise InputError(
                 f"--memory {_size(self.limit + BYTES_OF_PYTHON)}: levels from 2 on ({parts} parts) take "
-                f"{_size(BYTES_PER_PART * parts)}, bits {_size(bits)}, a slab {_size(slab)} and Python "
+                f"{_size(coarse)}, bits {_size(bits)}, a slab {_size(slab)} and Python "
                 f"{_size(BYTES_OF_PYTHON)}, which all stay in memory; give --memory "
                 f"{-(-(need + BYTES_OF_PYTHON) // 2**20)}MiB, or start it under MPI on more nodes"
             )
@@ -198,7 +202,7 @@ class ScratchVector:
         begins = np.concatenate([[0], ends])
         self._begins = np.stack([begins[c * self._deep : (c + 1) * self._deep + 1] for c in range(len(planes))])
         size = int(begins[-1])
-        self._real = slabs[0].real
+        self._real = slabs[0].form.dtype
         self._bytes = np.dtype(self._real).itemsize
         self._file = None if kind == 2 else _File(place, self._bytes * size)
         self.memory = np.zeros(size if kind == 2 else 0, self._real)

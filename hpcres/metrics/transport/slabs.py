@@ -21,21 +21,14 @@ from typing import Any
 import numpy as np
 
 from hpcres.geometry import AXES
-from hpcres.metrics.transport import Solution, coarse
+from hpcres.metrics.transport import Solution, aggregation, coarse
 from hpcres.metrics.transport.coarse import CHUNK, Graph, Level
-from hpcres.metrics.transport.multigrid import (
-    Solver,
-    Voxels,
-    by_label,
-    bytes_per_conducting_voxel,
-    contrast,
-    hierarchy,
-    pack,
-    tau_of_layers,
-)
-from hpcres.metrics.transport.percolation import Clusters
+from hpcres.metrics.transport.form import Form, contrast
+from hpcres.metrics.transport.multigrid import hierarchy
+from hpcres.metrics.transport.percolation import Clusters, join_clusters
+from hpcres.metrics.transport.solver import Solver
 from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.vectors import compiled
+from hpcres.metrics.transport.voxels import Voxels, by_label, pack, tau_of_layers
 
 HALO = 8  # planes of voxels
 RED, BLACK = 0, 1
@@ -90,15 +83,15 @@ class Slab(Voxels):
 
     def __init__(
         self, number: int, extent: Extent, unit_planes: int, bits: np.ndarray, *arguments: Any,
-        read_labels: Callable[[], np.ndarray] | None = None, careful: bool = False,
+        read_labels: Callable[[], np.ndarray] | None = None, in_float64: bool = False,
     ) -> None:  # fmt: skip
         self.number, self.extent, self._read_labels = number, extent, read_labels
         own = (extent.low, extent.low + extent.end - extent.begin)
         super().__init__(
-            bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes, careful=careful
+            bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes, in_float64=in_float64
         )
         whole = [-(-n // s) for n, s in zip(self.shape, self.step, strict=True)]
-        self.step_next = self.coarsening.after(self.step).step(whole)
+        self.step_next = self.form.after(self.step).step(whole)
 
     @property
     def labels(self) -> np.ndarray | None:
@@ -137,30 +130,31 @@ class Slab(Voxels):
         self.cells_next = below
         rows, numbers = below[0] * below[1], graph.numbers
         at_once = max(1, rows // 64)
-        most = max(each(lambda a, b: coarse.count_members(numbers, below, step, a, b), rows, at_once))
+        most = max(each(lambda a, b: aggregation.count_members(numbers, below, step, a, b), rows, at_once))
         numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
         parent = np.full(level.parts, -1, graph.places.dtype)
         csr = (graph.starts, graph.places, graph.values)
-        # Of parts in the outermost planes the edges are not all known; 4 planes from the own ones they are.
-        known = coarse.bonds_of(graph, self.robust, each)
+        # Edges of parts in the outermost planes of the halo are missing here. No part within 4 planes of the own ones
+        # depends on them.
+        couplings = aggregation.couplings_of(graph, self.form, each)
         each(
-            lambda a, b: coarse.join_parts(
-                *csr, numbers, self.parts, below, step, most, *known, a, b, parent, numbers_next, counts
+            lambda a, b: aggregation.join_parts(
+                *csr, numbers, self.parts, below, step, most, *couplings, a, b, parent, numbers_next, counts
             ),
             rows, at_once,
         )  # fmt: skip
         self.parts_next, parts = coarse.accumulated(counts)
         each(
-            lambda a, b: coarse.number_parts(
+            lambda a, b: aggregation.number_parts(
                 numbers, self.parts, step, self.parts_next, numbers_next, most, a, b, parent
             ),
             rows, at_once,
         )  # fmt: skip
-        degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, self.real)
+        degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, self.form.dtype)
         lowest, highest = self.own_planes(2)
         first, last = lowest * below[1], highest * below[1]
         found = each(
-            lambda a, b: coarse.connect(
+            lambda a, b: aggregation.connect(
                 *csr, graph.to_faces, numbers, self.parts, step, numbers_next, self.parts_next, parent, most,
                 first + a, first + b, degrees, to_faces,
             ),
@@ -217,10 +211,9 @@ class Place(ABC):
         """Labels of a slab and its neighbours, to be read again."""
 
     @abstractmethod
-    def expect(self, kept: int, parts: int, labels: int, wide: tuple[float, float]) -> None:
-        """So many conducting voxels, parts of cells of 2×2×2, and voxels whose labels are needed are to come.
-
-        wide: bytes of vectors and hierarchy for a conducting voxel (`multigrid.bytes_per_conducting_voxel`)."""
+    def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
+        """Prepare for `kept` conducting voxels of a volume, with so many parts in cells of 2×2×2 voxels, and for so
+        many voxels whose labels are needed."""
 
     @abstractmethod
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
@@ -251,8 +244,8 @@ class Place(ABC):
         """What slabs hold here, vectors included."""
 
 
-class InTwo:
-    """Two vectors for one in two floats, as a vector whose arrays are pairs."""
+class TwoFloatVector:
+    """A vector that is the sum of two float32 vectors; its arrays are pairs."""
 
     def __init__(self, high: Any, low: Any) -> None:
         self._parts = high, low
@@ -271,8 +264,7 @@ class SlabSolver(Solver):
 
     def __init__(self, place: Place, slabs: Sequence[Slab], threads: Threads) -> None:
         self.place, self.slabs, self.threads = place, slabs, threads
-        self.to_d_rel, self.contrast, self.robust = slabs[0].to_d_rel, contrast(slabs[0].resistance), slabs[0].robust
-        self.real = slabs[0].real
+        self.to_d_rel, self.contrast, self.form = slabs[0].to_d_rel, contrast(slabs[0].resistance), slabs[0].form
         pieces = []
         for slab in slabs:
             level, piece = slab.build()
@@ -306,9 +298,9 @@ class SlabSolver(Solver):
             places, values, to_faces = joined("places"), joined("values"), joined("to_faces")
             all_pieces = None
             one, graph = slabs[0], Graph(degrees, places, values, to_faces, numbers)
-            level = coarse.as_level(graph, rows, one.periodic, self.robust, threads.each)
-            coarsening = one.coarsening.after(one.step).after(one.step_next)
-            self.levels = hierarchy(level, graph, coarsening, one.periodic, threads)
+            form = self.form.after(one.step).after(one.step_next)
+            level = coarse.as_level(graph, rows, one.periodic, form, threads.each)
+            self.levels = hierarchy(level, graph, form, one.periodic, threads)
         self.b, self.x = place.vector(slabs, 1), place.vector(slabs, 1)
         self.b_next, self.x_next = place.vector(slabs, 2), place.vector(slabs, 2)
 
@@ -341,7 +333,7 @@ class SlabSolver(Solver):
         return self.place.vector(self.slabs, 0)
 
     def solution(self) -> Any:
-        return InTwo(self.vector(), self.vector()) if self.in_two else self.vector()
+        return TwoFloatVector(self.vector(), self.vector()) if self.form.two_floats else self.vector()
 
     def start(self, x: Any) -> None:
         def ramp(slab: Slab) -> None:
@@ -351,14 +343,14 @@ class SlabSolver(Solver):
 
         self._run(ramp)
 
-    def leave(self, x: Any, r: Any) -> None:
-        def leave(slab: Slab) -> None:
+    def find_residual(self, x: Any, r: Any) -> None:
+        def find(slab: Slab) -> None:
             left = r.of(slab)
             left[:] = 0
             slab.subtract_applied(x.of(slab, 1), 1.0, 1.0, left)
             r.put(slab, left)
 
-        self._run(leave)
+        self._run(find)
 
     def energy(self, x: Any, end: float) -> float:
         found: dict[int, list[float]] = {}
@@ -460,7 +452,7 @@ class SlabSolver(Solver):
     def _prolong(self, slab: Slab) -> None:
         level, x, correction = self.place.level(slab), self.x.of(slab), self.x_next.of(slab)
         for own in slab.own_part(1)[: 2 if level.mixed else 1]:
-            coarse.prolong(correction, level.parent, x, slab.real(level.correction), own.start, own.stop)
+            coarse.prolong(correction, level.parent, x, slab.form.dtype(level.correction), own.start, own.stop)
         self.x.put(slab, x)
 
     def _cycle(self) -> None:
@@ -487,65 +479,6 @@ class SlabSolver(Solver):
         everywhere = self.place.everyone(found)
         energy, conductivity = (np.sum([one[i] for one in everywhere], axis=0) for i in range(2))
         return energy, conductivity
-
-
-# ---- percolation across slabs ------------------------------------------------------------------------------
-
-
-@compiled
-def _groups(a, b, up):
-    """up: the first member of every node's group, where a[i] and b[i] are in one."""
-    for i in range(len(up)):
-        up[i] = i
-    for i in range(len(a)):
-        p, q = a[i], b[i]
-        while up[p] != p:
-            up[p] = up[up[p]]
-            p = up[p]
-        while up[q] != q:
-            up[q] = up[up[q]]
-            q = up[q]
-        if p < q:
-            up[q] = p
-        else:
-            up[p] = q
-    for i in range(len(up)):
-        up[i] = up[up[i]]
-
-
-_SLAB = 1 << 44  # above any number of parts of one slab
-
-
-def join_clusters(place: Place, found: list[Clusters], periodic: bool) -> list[int]:
-    """Let clusters of slabs know which faces of the volume they touch through the others. Returns, for each axis, how
-    many were counted in several slabs, of those that do not touch both faces."""
-    last = [one.plane(one.planes - 1) for one in found]
-    pairs, flags = [], []
-    for number, one, before in zip(place.here, found, place.next_planes(last, periodic), strict=True):
-        own = one.plane(0)
-        both = np.empty((2, 0), np.int64)
-        if before is not None:
-            meet = (own >= 0) & (before >= 0)
-            earlier = (number - 1) % len(place.extents)
-            both = np.unique(np.stack([before[meet] + earlier * _SLAB, own[meet] + number * _SLAB]), axis=1)
-        pairs.append(both)
-        edge = np.unique(np.concatenate([own.reshape(-1), last[number - place.here[0]].reshape(-1)]))
-        edge = edge[edge >= 0]
-        flags.append((edge + number * _SLAB, one.touches[edge]))
-    all_pairs, all_flags = place.everyone(pairs), place.everyone(flags)
-    names = np.concatenate([names for names, _ in all_flags])
-    touches = np.concatenate([touches for _, touches in all_flags])
-    a, b = (np.searchsorted(names, np.concatenate([pair[i] for pair in all_pairs])) for i in range(2))
-    up = np.empty(len(names), np.int64)
-    _groups(a, b, up)
-    together = np.zeros(len(names), np.uint8)
-    np.bitwise_or.at(together, up, touches)
-    members = np.bincount(up, minlength=len(names))
-    for number, one in zip(place.here, found, strict=True):
-        mine = slice(*np.searchsorted(names, [number * _SLAB, (number + 1) * _SLAB]))
-        one.touches[names[mine] - number * _SLAB] = together[up[mine]]
-    several = members > 1
-    return [int((members[several & (together & both != both)] - 1).sum()) for both in (3, 12, 48)]
 
 
 # ---- one volume ----------------------------------------------------------------------------------------------
@@ -592,9 +525,9 @@ def solve_in_slabs(
     if report is not None and place.first:
         progress = partial(_scaled, report, unit)
 
-    def solver_of(careful: bool) -> SlabSolver:
-        wide = bytes_per_conducting_voxel(shape, spacing, resistance, careful)
-        place.expect(kept, parts, 0 if uniform else voxels, wide)
+    def solver_of(in_float64: bool) -> SlabSolver:
+        form = Form.of(shape, spacing, resistance, in_float64)
+        place.expect(kept, parts, 0 if uniform else voxels, form, shape)
         place.hold(held)
         slabs = []
         for number in place.here:
@@ -606,15 +539,14 @@ def solve_in_slabs(
             slabs.append(
                 Slab(
                     number, extent, unit_planes, place.with_neighbours(number), shape, spacing, axis, periodic, threads,
-                    None, resistance, read_labels=read_labels, careful=careful,
+                    None, resistance, read_labels=read_labels, in_float64=in_float64,
                 )
             )  # fmt: skip
         return SlabSolver(place, slabs, threads)
 
     solver = solver_of(False)
     solved, potential = solver.solve(rtol, report=progress)
-    if not solved.converged and solver.real is np.float32:
-        # What float32 does not solve, float64 may.
+    if not solved.converged and solver.form.dtype is np.float32:
         del solver, potential
         solver = solver_of(True)
         solved, potential = solver.solve(rtol, report=progress)

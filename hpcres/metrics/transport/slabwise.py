@@ -13,6 +13,7 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
 from hpcres.metrics.transport import (
+    BYTES_OF_CUBIC,
     BYTES_PER_VOXEL,
     Report,
     Solution,
@@ -20,11 +21,12 @@ from hpcres.metrics.transport import (
     solve,
 )
 from hpcres.metrics.transport.fields import FIELD_PLANES
-from hpcres.metrics.transport.multigrid import by_label, bytes_per_conducting_voxel, planes_of_unit
+from hpcres.metrics.transport.form import Form
 from hpcres.metrics.transport.ranked import RankPlace
 from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
 from hpcres.metrics.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
 from hpcres.metrics.transport.threads import Threads
+from hpcres.metrics.transport.voxels import by_label, planes_of_unit
 from hpcres.volumes.volume import Volume
 
 
@@ -164,8 +166,9 @@ class SlabVolume:
         numbers = {number: self.counts[v] for v, number in self.found.items()}
         conducting = sum(numbers[label] for label in conductivity)
         if self._memory is not None:
-            held = bytes_per_conducting_voxel(shape, spacing, by_label(conductivity)[2])
-            need = BYTES_PER_VOXEL * prod(shape) + sum(held) * conducting
+            form = Form.of(shape, spacing, by_label(conductivity)[2])
+            levels = form.bytes_of_levels(shape)
+            need = BYTES_PER_VOXEL * prod(shape) + (form.bytes_of_vectors + levels) * conducting
             if need <= self._memory:
                 return solve(
                     self.read(0, shape[0]), conductivity, directions=(direction,), spacing=spacing, periodic=periodic,
@@ -187,7 +190,7 @@ class SlabVolume:
             place = RankPlace(self._active, cut(shape[0], self._number, unit, sides[0]))
         else:
             assert self._memory is not None
-            slab = 3 * BYTES_PER_SLAB_VOXEL * conducting / shape[0]
+            slab = 3 * BYTES_PER_SLAB_VOXEL * max(1.0, levels / BYTES_OF_CUBIC[1]) * conducting / shape[0]
             while keep is None and unit > 16 and slab * (unit + 2 * HALO) > self._memory:
                 unit = max(16, unit // 2 // 8 * 8)
             place = ScratchPlace(self._scratch, self._memory, cut(shape[0], shape[0], unit, sides[0]), self._say)

@@ -1,0 +1,409 @@
+"""Cells of voxels, and the parts of each: the aggregates of the first coarse level.
+
+A cell is a block of step[0] × step[1] × step[2] voxels. A step is 1 along an axis that is not coarsened, else 2. Places
+within a cell are numbered 4 dz + 2 dy + dx. `tables` are three arrays whose index is a cell's number: the number of its
+parts, the part of each place, and the mask of the conducting places. In the plain form parts are the connected
+components of the mask, and the number of a cell is its mask (`TABLES`). Where conductivities separate parts, the number
+of a cell is the rank of its partition among all partitions (`partition_tables`).
+
+Arrays, `geometry`, `bits` and `g` are those of `fine`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from hpcres.metrics.transport.vectors import add, compiled, inlined, load, popcount, store
+
+
+@compiled
+def _components() -> tuple[np.ndarray, np.ndarray]:
+    """For each of the 256 blocks of 2×2×2 voxels: how many connected parts, and the part of each voxel."""
+    number, part = np.zeros(256, np.uint8), np.zeros((256, 8), np.uint8)
+    for mask in range(256):
+        left, found = mask, 0
+        while left:
+            grown = left & -left
+            while True:
+                more = grown
+                for i in range(8):
+                    if grown >> i & 1:
+                        more |= 1 << (i ^ 1) | 1 << (i ^ 2) | 1 << (i ^ 4)
+                more &= mask
+                if more == grown:
+                    break
+                grown = more
+            for i in range(8):
+                if grown >> i & 1:
+                    part[mask, i] = found
+            found += 1
+            left &= ~grown
+        number[mask] = found
+    return number, part
+
+
+PARTS, PART = _components()
+TABLES = (PARTS, PART, np.arange(256, dtype=np.uint8))
+
+
+@compiled
+def _completions():
+    """[k, m]: the number of ways to partition k more places where m parts exist; insulating places are one more."""
+    number = np.ones((9, 10), np.int64)
+    for k in range(1, 9):
+        for m in range(9 - k, -1, -1):
+            number[k, m] = (m + 1) * number[k - 1, m] + number[k - 1, m + 1]
+    return number
+
+
+COMPLETIONS = _completions()
+
+
+@compiled
+def _fill_partitions(completions, numbers, part, mask):
+    for rank in range(len(numbers)):
+        left, begun = rank, 0
+        for i in range(8):
+            per_choice = completions[7 - i, begun]
+            which = min(left // per_choice, begun + 1)
+            left -= which * per_choice
+            begun = max(begun, which)
+            if which:
+                part[rank, i] = which - 1
+                mask[rank] |= 1 << i
+        numbers[rank] = begun
+
+
+@cache
+def partition_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tables of all 21147 partitions of the conducting places of a cell, by rank.
+
+    Returns
+    -------
+    numbers : ndarray of uint8, shape (21147,)
+        Parts of each partition.
+    part : ndarray of uint8, shape (21147, 8)
+        Part of each place; 0 where a place insulates.
+    mask : ndarray of uint8, shape (21147,)
+        Bit i is set where place i conducts.
+    """
+    number = int(COMPLETIONS[8, 0])
+    tables = np.zeros(number, np.uint8), np.zeros((number, 8), np.uint8), np.zeros(number, np.uint8)
+    _fill_partitions(COMPLETIONS, *tables)
+    return tables
+
+
+
+@inlined
+def wrapped(i, n, periodic):
+    """The index that stands for i, or -1."""
+    if 0 <= i < n:
+        return i
+    return (i + n) % n if periodic else -1
+
+
+@inlined
+def _mask_of_cell(bits, z, y, x, step):
+    """The mask of the conducting places of a cell."""
+    first = step[2] * x
+    k, i, columns = (first >> 4) + 1, first & 15, (1 << step[2]) - 1
+    mask = np.int64(0)
+    for dz in range(step[0]):
+        for dy in range(step[1]):
+            word = np.int64(bits[step[0] * z + dz + 1, step[1] * y + dy + 1, k])
+            mask |= (word >> i & columns) << 4 * dz + 2 * dy
+    return mask
+
+
+@compiled
+def find_cells(bits, step, cells, z0, z1):
+    """cells (z, y, x): the mask of each in planes z0 … z1 - 1 of cells. Returns the number of conducting voxels."""
+    voxels = 0
+    for z in range(z0, z1):
+        for y in range(cells.shape[1]):
+            for x in range(cells.shape[2]):
+                mask = _mask_of_cell(bits, z, y, x, step)
+                cells[z, y, x] = mask
+                voxels += popcount(mask)
+    return voxels
+
+
+@compiled
+def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
+    """cells (z, y, x): the rank of each cell's partition in planes z0 … z1 - 1 of cells.
+
+    Two neighbouring voxels are in one part only where strong[axis, label, label]. Returns the number of conducting
+    voxels.
+    """
+    voxels, part = 0, np.zeros(8, np.int64)
+    for z in range(z0, z1):
+        for y in range(cells.shape[1]):
+            for x in range(cells.shape[2]):
+                mask = _mask_of_cell(bits, z, y, x, step)
+                voxels += popcount(mask)
+                for i in range(8):
+                    part[i] = i
+                for axis in range(3):
+                    bit = 4 >> axis
+                    for i in range(8):
+                        if i & bit or not mask >> i & 1 or not mask >> (i | bit) & 1:
+                            continue
+                        j = i | bit
+                        here = labels[step[0] * z + (i >> 2), step[1] * y + (i >> 1 & 1), step[2] * x + (i & 1)]
+                        there = labels[step[0] * z + (j >> 2), step[1] * y + (j >> 1 & 1), step[2] * x + (j & 1)]
+                        if strong[axis, here, there]:
+                            low, high = min(part[i], part[j]), max(part[i], part[j])
+                            for other in range(8):
+                                if part[other] == high:
+                                    part[other] = low
+                rank, begun = np.int64(0), 0
+                for i in range(8):
+                    if mask >> i & 1:
+                        # part[i] is the first place of its part, whose entry already holds minus the part's number.
+                        if part[i] == i:
+                            rank += (begun + 1) * completions[7 - i, begun]
+                            begun += 1
+                            part[i] = -begun
+                        else:
+                            part[i] = part[part[i]]
+                            rank += -part[i] * completions[7 - i, begun]
+                cells[z, y, x] = rank
+    return voxels
+
+
+
+@compiled
+def count_parts(cells, tables, counts, z0, z1):
+    """counts (2, planes, rows of cells): parts of red and black cells of each row of cells."""
+    for z in range(z0, z1):
+        for y in range(cells.shape[1]):
+            both = np.zeros(2, np.int64)
+            for x in range(cells.shape[2]):
+                both[(z + y + x) & 1] += tables[0][cells[z, y, x]]
+            counts[0, z, y], counts[1, z, y] = both[0], both[1]
+
+
+
+@compiled
+def restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
+    rows, numbers, part, mask = cells.shape[1], tables[0], tables[1], tables[2]
+    places = (parts[0, z * rows + y], parts[1, z * rows + y])
+    even, odd = (places[1], places[0]) if z + y & 1 else places
+    wide, flat = step[2] - 1, 15 >> step[2] - 1
+    for x in range(cells.shape[2]):
+        if not x & flat:
+            o = step[2] * x
+            s = load(S, back + o)
+            if step[1] == 2:
+                s = add(s, load(S, back + width + o))
+            if step[0] == 2:
+                t = load(S, here + o)
+                if step[1] == 2:
+                    t = add(t, load(S, here + width + o))
+                s = add(s, t)
+            store(pair, 0, s)
+        cell = cells[z, y, x]
+        if not cell:
+            continue
+        place, number = odd if x & 1 else even, numbers[cell]
+        if number == 1:
+            if wide:
+                coarse[place] = pair[2 * (x & 7)] + pair[2 * (x & 7) + 1]
+            else:
+                coarse[place] = pair[x & 15]
+        else:
+            for n in range(number):
+                coarse[place + n] = np.float32(0)
+            for i in range(8):
+                if mask[cell] >> i & 1:
+                    at = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + step[2] * x + (i & 1)
+                    coarse[place + part[cell, i]] += S[at]
+        if x & 1:
+            odd += number
+        else:
+            even += number
+
+
+@compiled
+def prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width):
+    """The rows of a row of cells: scale × the values of the parts; insulating voxels of a cell hold anything."""
+    rows, numbers, part = cells.shape[1], tables[0], tables[1]
+    places = (parts[0, z * rows + y], parts[1, z * rows + y])
+    even, odd = (places[1], places[0]) if z + y & 1 else places
+    wide = step[2] - 1
+    for x in range(cells.shape[2]):
+        cell = cells[z, y, x]
+        place, number = odd if x & 1 else even, numbers[cell]
+        if x & 1:
+            odd += number
+        else:
+            even += number
+        at = step[2] * x
+        if number <= 1:
+            value = scale * coarse[place] if number else np.float32(0)
+            E[back + at] = value
+            E[back + at + wide] = value
+            if step[1] == 2:
+                E[back + width + at] = value
+                E[back + width + at + wide] = value
+            if step[0] == 2:
+                E[here + at] = value
+                E[here + at + wide] = value
+                if step[1] == 2:
+                    E[here + width + at] = value
+                    E[here + width + at + wide] = value
+        else:
+            for i in range(8):
+                if (i >> 2) < step[0] and (i >> 1 & 1) < step[1] and (i & 1) < step[2]:
+                    to = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + at + (i & 1)
+                    E[to] = scale * coarse[place + part[cell, i]]
+
+
+
+# ---- the first coarse level --------------------------------------------------------------------------------
+
+_NEAR = (0x0F, 0x33, 0x55)  # the half of a cell that is first along each axis
+_TOWARDS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
+
+
+@compiled
+def _half_at(labels, resistance, step, z, y, x, i):
+    """Half the resistance of the voxel at place i of a cell."""
+    if labels is None:
+        return np.float64(0.5)
+    return np.float64(resistance[labels[step[0] * z + (i >> 2), step[1] * y + (i >> 1 & 1), step[2] * x + (i & 1)]])
+
+
+@compiled
+def connect_parts(
+    cells, tables, step, parts, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill
+):  # fmt: skip
+    """Conductances between parts of neighbouring cells, and of one cell, rows of cells row0 … row1 - 1 (z × rows + y).
+
+    First, not `fill`: starts[i + 1] = the number of neighbours of part i. Then, with starts the running sum: places
+    and values of the neighbours of each, and to_faces, the conductance to the two outer faces.
+    """
+    deep, rows, columns = cells.shape
+    numbers, part, mask = tables
+    axis, first, last = geometry[7], geometry[8], geometry[9]
+    between = np.zeros((8, 8), np.float64)
+    written = np.zeros(8, np.int64)
+    # Where the parts of the next cell start, of colours 0 and 1, in this row and the four beside it.
+    place = np.zeros((5, 2), np.int64)
+    near = np.zeros(5, np.int64)
+    for row in range(row0, row1):
+        z, y = row // rows, row % rows
+        near[4] = row
+        for side in range(4):
+            zz = wrapped(z + _TOWARDS[side][0], deep, geometry[4])
+            yy = wrapped(y + _TOWARDS[side][1], rows, geometry[5])
+            near[side] = zz * rows + yy if zz >= 0 and yy >= 0 else -1
+        for side in range(5):
+            if near[side] >= 0:
+                place[side, 0], place[side, 1] = parts[0, near[side]], parts[1, near[side]]
+        for x in range(columns):
+            cell = cells[z, y, x]
+            colour = z + y + x & 1
+            own = place[4, colour]
+            number, own_mask = np.int64(numbers[cell]), np.int64(mask[cell])
+            if cell:
+                written[:] = 0
+                for side in range(6):
+                    if side < 4:
+                        if near[side] < 0:
+                            continue
+                        zz, yy, xx = near[side] // rows, near[side] % rows, x
+                        other = place[side, zz + yy + xx & 1]
+                        neighbour = cells[zz, yy, xx]
+                    else:
+                        zz, yy, xx = z, y, wrapped(x + _TOWARDS[side][2], columns, geometry[6])
+                        if xx < 0:
+                            continue
+                        neighbour, there = cells[z, y, xx], z + y + xx & 1
+                        if xx == x + 1:
+                            other = place[4, there] + (number if there == colour else 0)
+                        elif xx == x - 1:
+                            other = place[4, there] - numbers[neighbour]
+                        elif xx == 0:
+                            other = parts[there, row]
+                        else:
+                            other = parts[there, row + 1] - numbers[neighbour]
+                    if not neighbour:
+                        continue
+                    along = side >> 1
+                    bit = 4 >> along if step[along] == 2 else 0  # of the axis within a cell
+                    amount, other_mask = np.int64(numbers[neighbour]), np.int64(mask[neighbour])
+                    if labels is None:
+                        if not bit:
+                            touching = own_mask & other_mask
+                        elif side & 1:
+                            touching = own_mask >> bit & other_mask & _NEAR[along]
+                        else:
+                            touching = own_mask & other_mask >> bit & _NEAR[along]
+                        if not touching:
+                            continue
+                        if number == 1 and amount == 1:
+                            if own != other:
+                                if fill:
+                                    places[starts[own] + written[0]] = other
+                                    values[starts[own] + written[0]] = np.float32(popcount(touching)) * g[along]
+                                written[0] += 1
+                            continue
+                    for a in range(number):
+                        for b in range(amount):
+                            between[a, b] = 0
+                    for i in range(8):
+                        if not own_mask >> i & 1 or (bit and ((i & bit) != 0) != (side & 1)):
+                            continue
+                        j = i ^ bit
+                        # The last cell of an odd axis holds one voxel; its neighbour across a periodic side is even.
+                        if not other_mask >> j & 1:
+                            continue
+                        h = _half_at(labels, resistance, step, z, y, x, i) + _half_at(
+                            labels, resistance, step, zz, yy, xx, j
+                        )
+                        between[part[cell, i], part[neighbour, j]] += g[along] / h
+                    for a in range(number):
+                        for b in range(amount):
+                            if between[a, b] > 0 and own + a != other + b:
+                                if fill:
+                                    places[starts[own + a] + written[a]] = other + b
+                                    values[starts[own + a] + written[a]] = between[a, b]
+                                written[a] += 1
+                if labels is not None and number > 1:
+                    for a in range(number):
+                        for b in range(number):
+                            between[a, b] = 0
+                    for i in range(8):
+                        for along in range(3):
+                            j = i ^ (4 >> along)
+                            if not own_mask >> i & 1 or not own_mask >> j & 1 or part[cell, i] == part[cell, j]:
+                                continue
+                            h = _half_at(labels, resistance, step, z, y, x, i)
+                            h += _half_at(labels, resistance, step, z, y, x, j)
+                            between[part[cell, i], part[cell, j]] += g[along] / h
+                    for a in range(number):
+                        for b in range(number):
+                            if between[a, b] > 0:
+                                if fill:
+                                    places[starts[own + a] + written[a]] = own + b
+                                    values[starts[own + a] + written[a]] = between[a, b]
+                                written[a] += 1
+                edge = step[axis] * (z if axis == 0 else y if axis == 1 else x)
+                if fill and (edge == first or edge + step[axis] - 1 >= last):
+                    for i in range(8):
+                        if own_mask >> i & 1:
+                            at = edge + (i >> 2 - axis & 1)
+                            ends = (at == first) + (at == last)
+                            if ends:
+                                h = _half_at(labels, resistance, step, z, y, x, i)
+                                to_faces[own + part[cell, i]] += ends * g[axis] / h
+                if not fill:
+                    for a in range(number):
+                        starts[own + a + 1] = written[a]
+            for side in range(5):
+                if near[side] >= 0:
+                    zz, yy = near[side] // rows, near[side] % rows
+                    place[side, zz + yy + x & 1] += numbers[cells[zz, yy, x]]
