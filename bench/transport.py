@@ -95,7 +95,8 @@ def measure_far() -> None:
         several = ", ".join(f"{label}: {k:g}" for label, k in conductivity.items())
         print(
             f"| {several} | {', '.join(map(str, spacing))} | {direction} | {found['d_rel']:.6g} | "
-            f"{found['error']:.1e} | {found['iterations']} | {found['seconds'][0]:.1f} | {found['bytes']:.1f} |", flush=True,
+            f"{found['error']:.1e} | {found['iterations']} | {found['seconds'][0]:.1f} | {found['bytes']:.1f} |",
+            flush=True,
         )  # fmt: skip
 
 

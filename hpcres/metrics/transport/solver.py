@@ -130,22 +130,23 @@ class Solver(ABC):
     ) -> tuple[float, int]:
         """As `_iterate`; the energy is recomputed in every iteration, since subtracting terms from it may cancel all of
         its digits."""
-        energy, error, iterations, before = self.energy(x, 1.0), inf, 0, inf
+        energy, error, iterations, last_restart = self.energy(x, 1.0), inf, 0, inf
         steps: list[float] = []
         sizes = [self.precondition(r, z)]
         while True:
             error = claimed_error(steps, sizes, energy)
             if error < rtol and steps:
                 # The residual by recurrence and that of x differ by rounding.
-                recurred = sizes[-1]
+                by_recurrence = sizes[-1]
                 self.find_residual(x, r)
-                anew = self.precondition(r, z)
-                error = max(error, ROBUST_ROUNDING, error * anew / recurred) if anew >= 0 and recurred > 0 else inf
+                size = self.precondition(r, z)
+                rounded = max(1.0, size / by_recurrence) if size >= 0 and by_recurrence > 0 else inf
+                error = max(ROBUST_ROUNDING, error * rounded)
                 if error < rtol:
                     break
-                if anew >= 0.5 * before:  # restarting has not helped before: rounding limits the error
+                if size >= 0.5 * last_restart:  # the last restart did not help: rounding limits the error
                     break
-                steps, sizes, before = [], [anew], anew
+                steps, sizes, last_restart = [], [size], size
                 error = claimed_error(steps, sizes, energy)
             if error < rtol or iterations == limit or not sizes[-1] > 0:
                 break
@@ -162,13 +163,14 @@ def estimated_error(terms: Sequence[float], energy: float) -> float:
 
     A term is what its iteration took off the energy (Hestenes & Stiefel 1952), so what is left is the sum of those to
     come. Were they a geometric progression of rate q, that would be q / (1 - q) of the last one; we take five times
-    this, with the slower of the last two rates, and never less than half the last term. No claim before the third
-    iteration, unless the first took nothing off. How far that holds is measured in docs/transport.md.
+    this, with the slower of the last two rates, and never less than half the last term. There is no estimate before the
+    third iteration unless the first term is below rounding. docs/transport.md compares estimates with true errors.
     """
     if energy <= 0:
         return inf
     if len(terms) < 3:
-        return ROUNDING if terms and terms[0] < ROUNDING * energy else inf
+        small = bool(terms) and terms[0] < ROUNDING * energy
+        return max(ROUNDING, terms[0] / (LEAST_EIGENVALUE * energy)) if small else inf
     rate = max(b / a for a, b in zip(terms[-3:-1], terms[-2:], strict=True))
     return max(ROUNDING, terms[-1] / energy * max(0.5, 5 * rate / (1 - rate))) if rate < 1 else inf
 
@@ -216,10 +218,10 @@ def claimed_error(steps: Sequence[float], sizes: Sequence[float], energy: float)
     least = LEAST_EIGENVALUE
     if steps:
         # Ritz values: eigenvalues of the Lanczos matrix of conjugate gradients, all above the least of M⁻¹ A.
-        turns = [after / before for before, after in pairwise(sizes)][: len(steps) - 1]
+        ratios = [after / before for before, after in pairwise(sizes)][: len(steps) - 1]
         diagonal = [1 / step for step in steps]
-        for i, turn in enumerate(turns):
-            diagonal[i + 1] += turn / steps[i]
-        beside = [turn**0.5 / step for turn, step in zip(turns, steps, strict=False)]
-        least = min(least, 0.5 * float(eigvalsh_tridiagonal(diagonal, beside)[0]))
+        for i, ratio in enumerate(ratios):
+            diagonal[i + 1] += ratio / steps[i]
+        off_diagonal = [ratio**0.5 / step for ratio, step in zip(ratios, steps, strict=False)]
+        least = min(least, 0.5 * float(eigvalsh_tridiagonal(diagonal, off_diagonal)[0]))
     return max(ROBUST_ROUNDING, error_bound(steps, sizes, energy, least)) if least > 0 else inf
