@@ -62,7 +62,7 @@ KEEPERS = {
     "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"}, "tifffile": {"volumes/tiff.py"},
     "h5py": {"volumes/hdf5.py"},
     "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
-    "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": set(), "click": {"cli.py"},
+    "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": set(), "click": {"cli/"},
     "numba": {"compiled.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py"},
 }  # fmt: skip
 COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report"]
