@@ -19,7 +19,7 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import Stopped
 from hpcres.metrics.transport import solve, tortuosity
 from hpcres.outputs import LABELS, METRICS, refuse_output
-from hpcres.signals import listening
+from hpcres.signals import handling_signals
 from hpcres.training.adversarial import Models
 from hpcres.training.run import train
 from hpcres.volumes.absent import absent_chunks
@@ -266,7 +266,7 @@ def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, 
 
     monkeypatch.setattr(Models, "step", interrupted)
     if moment == "before a step":
-        with listening("train"):
+        with handling_signals("train"):
             os.kill(os.getpid(), 2)
             with pytest.raises(Stopped):
                 train(new, overwrite=True)
@@ -391,7 +391,7 @@ def test_any_terminal_and_any_name_are_told_in_letters(environment, here):
 def test_letters_stand_for_what_an_encoding_lacks():
     from hpcres import terminal
 
-    terminal.speak_what_it_can()
+    terminal.replace_unencodable()
     assert "2 × 65 µm – τ ± 1 …".encode("ascii", "hpcres") == b"2 x 65 um - tau +- 1 ..."
     assert "2 × 65 µm³ τ".encode("latin-1", "hpcres") == "2 × 65 µm³ tau".encode("latin-1")
     assert "v\udce9 \u4e2d".encode("ascii", "hpcres") == b"v\xe9 \\u4e2d"

@@ -18,8 +18,8 @@ from hpcres import __version__
 from hpcres.cli import convert, infer, metrics, phantom, plan, report, tortuosity, train, verify
 from hpcres.cli.console import echo
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.signals import EXIT_AT_ONCE, EXIT_STOPPED, has_said, is_first_rank, listening
-from hpcres.terminal import speak_what_it_can
+from hpcres.signals import EXIT_AT_ONCE, EXIT_STOPPED, handling_signals, is_first_rank, set_exit_status
+from hpcres.terminal import replace_unencodable
 
 EXIT_INPUT, EXIT_UNFINISHED = 2, 3
 _DISK_ERRORS = {
@@ -39,9 +39,9 @@ def main() -> None:
     """Run a command and exit with its status. Of several ranks only rank 0 prints an error that all of them raise."""
     # Without a writable home, matplotlib warns that it keeps its font cache in a temporary folder.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    speak_what_it_can()
+    replace_unencodable()
     try:
-        with listening("hpcres"):
+        with handling_signals("hpcres"):
             commands.main(prog_name="hpcres", standalone_mode=False)
         status = 0
     except click.exceptions.Exit as request:
@@ -62,7 +62,7 @@ def main() -> None:
         if error.errno not in _DISK_ERRORS:
             raise
         status = _complain(f"{error.filename or 'output'}: {_DISK_ERRORS[error.errno]}", EXIT_INPUT)
-    has_said(status)
+    set_exit_status(status)
     with suppress(OSError):
         sys.stdout.flush()
     sys.exit(status)

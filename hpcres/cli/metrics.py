@@ -1,3 +1,5 @@
+"""`hpcres metrics`."""
+
 from __future__ import annotations
 
 import json
@@ -19,7 +21,7 @@ from hpcres.cli.options import (
     worker_wait_option,
 )
 from hpcres.outputs import METRICS, refuse_output
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study import Metrics, SubVolumes
 from hpcres.study_file import save_study
 
@@ -78,7 +80,7 @@ def metrics(
         with connect(scheduler, worker_wait=worker_wait) as client:
             result = measure_study(study, volume, client=client, periodic=(z, y, x), command=command)
         notes = result.get("notes", [])
-        end_if_asked()
+        end_if_signalled()
         save_study(study, "metrics")
     else:
         refuse_settings(source, settings)
@@ -95,7 +97,7 @@ def metrics(
             )  # fmt: skip
         result = {**header(command), "volume": measured}
     result["absent_chunks"] = [one.as_json() for one in absent]
-    end_if_asked()
+    end_if_signalled()
     if target is not None:
         write_json(target, result)
     echo_notes(notes)

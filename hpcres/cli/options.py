@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from hpcres.errors import InputError
-from hpcres.signals import listening
+from hpcres.signals import handling_signals
 from hpcres.study import checked_phase_name
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -19,7 +19,7 @@ class Stage(click.Command):
     """A command that notes signals under its own name."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        with listening(self.name or "hpcres"):
+        with handling_signals(self.name or "hpcres"):
             return super().invoke(ctx)
 
 

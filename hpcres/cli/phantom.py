@@ -1,3 +1,5 @@
+"""`hpcres phantom`."""
+
 from __future__ import annotations
 
 import click
@@ -5,7 +7,7 @@ import click
 from hpcres.cli.console import echo
 from hpcres.cli.inputs import study_for
 from hpcres.cli.options import Stage, overwrite_option, study_argument, study_options
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study_file import save_study
 
 
@@ -26,7 +28,7 @@ def phantom(study: str, settings: tuple[str, ...], output: str | None, overwrite
     from hpcres.phantoms import make_phantom
 
     def show(name: str) -> None:
-        end_if_asked()
+        end_if_signalled()
         echo(f"phantom: {name}", err=True)
 
     loaded = study_for("phantom", study, settings, output)

@@ -18,7 +18,7 @@ from hpcres.cli.options import (
 from hpcres.errors import InputError
 from hpcres.lengths import VoxelEdges
 from hpcres.outputs import PAGE, refuse_output
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study import Metrics, SubVolumes
 from hpcres.study_file import files_of, load_study
 
@@ -45,7 +45,7 @@ def report(
     --output metrics.json` and `hpcres tortuosity VOLUME --output transport.json` left beside it or where --metrics and
     --transport say; without the former the volume is measured on the way.
     """
-    end_if_asked()
+    end_if_signalled()
     if is_study(source):
         refuse_voxel_size(source, voxel_size)
         if file := measured_file or solved_file:

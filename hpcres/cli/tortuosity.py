@@ -26,7 +26,7 @@ from hpcres.cli.options import (
 from hpcres.errors import InputError, Unfinished
 from hpcres.lengths import VoxelEdges, cubic
 from hpcres.outputs import FIELDS, TRANSPORT, refuse_output
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study import Study
 from hpcres.study_file import save_study
 
@@ -268,7 +268,7 @@ def _reporter(alone: bool) -> Callable[[str, str, int, float, float], None]:
 
     def report(phase: str, direction: str, iterations: int, d_rel: float, error: float) -> None:
         if alone:  # several ranks must stop at the same place, which is between two solves
-            end_if_asked()
+            end_if_signalled()
         show(f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.6g}, estimated error {error:.1e}")
 
     return report

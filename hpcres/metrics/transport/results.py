@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from hpcres.errors import InputError
 from hpcres.metrics.transport import tortuosity
-from hpcres.signals import keeps, received, stopped_by
+from hpcres.signals import set_saved, signals_received, stopped_by
 from hpcres.volumes.files import METADATA_FILES, write_json
 from hpcres.volumes.volume import Volume
 
@@ -198,8 +198,8 @@ def solve_missing(
             entry.add(result)
             if ranks.rank == 0 and file.path is not None:
                 file.save()
-                keeps(f"finished results are in {file.path}; {resume_with}")
-        if numbers := [number for of_rank in ranks.everyone(received()) for number in of_rank]:
+                set_saved(f"finished results are in {file.path}; {resume_with}")
+        if numbers := [number for of_rank in ranks.everyone(signals_received()) for number in of_rank]:
             raise stopped_by(numbers[0])
 
     tortuosity(
