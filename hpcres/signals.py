@@ -29,6 +29,7 @@ PATIENCE_SECONDS = 5.0
 """How long the work may continue after the first SIGINT, SIGTERM or SIGHUP. Batch systems kill after about 30 s."""
 _SAME_KEY_SECONDS, _SAME_KEY_LAUNCHED_SECONDS = 0.5, 3.0
 """A SIGINT that follows the first one sooner comes from the same key press, by way of a shell or an MPI launcher."""
+_FINISH_RENAME_SECONDS = 2.0
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "RANK")
 NOTHING_WRITTEN = "nothing is written: run it again"
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -151,7 +152,11 @@ def half_made(*paths: Path) -> Iterator[None]:
 
 @contextmanager
 def renaming() -> Iterator[None]:
-    """Renames that belong together: `guard_process` waits up to a second for the end of the block."""
+    """Renames that belong together: `guard_process` waits up to two seconds for the end of the block.
+
+    If it must end the process inside a longer block, it removes nothing, because a half-made folder may then be the
+    only copy of a result.
+    """
     with _renaming:
         yield
 
@@ -207,13 +212,13 @@ def _guard(notes: _Notes, reader: int) -> None:
 
 def _end(notes: _Notes, status: int, line: str) -> None:
     """End the process from the guarding thread."""
-    _renaming.acquire(timeout=1.0)
-    for path in list(_half_made):
-        # Renamed first, so that the main thread cannot move a part of it into place meanwhile.
-        doomed = path.with_name(f"{path.name}.ended")
-        with suppress(OSError):
-            os.rename(path, doomed)
-            shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+    if _renaming.acquire(timeout=_FINISH_RENAME_SECONDS):
+        for path in list(_half_made):
+            # Renamed first, so that the main thread cannot move a part of it into place meanwhile.
+            doomed = path.with_name(f"{path.name}.ended")
+            with suppress(OSError):
+                os.rename(path, doomed)
+                shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
     if notes.status is None and is_first_rank():
         with suppress(OSError):
             os.write(2, f"hpcres: {line}\n".encode(errors="backslashreplace"))

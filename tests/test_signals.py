@@ -131,6 +131,19 @@ def test_work_that_does_not_check_for_signals_is_ended(work, numbers, status, li
     assert not list(tmp_path.iterdir())
 
 
+def test_a_long_rename_is_never_cut_off_from_its_half_made_folder(tmp_path):
+    """`train --overwrite` has removed the earlier run by then: the half-made folder is the only one."""
+    work = """with signals.renaming(): time.sleep(60)"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", STUCK.format(work=work)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=default_handlers,
+    )  # fmt: skip
+    assert run.stdout.readline() == "begun\n"
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=10) == 75
+    assert (tmp_path / "half" / "a").exists()
+
+
 def test_ctrl_c_that_also_ends_dask_s_workers_is_a_stop(tmp_path):
     """Scheduler and worker are in the same process group, receive SIGINT too and end first."""
     np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 3, (200, 200, 200)).astype(np.uint8))
