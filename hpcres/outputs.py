@@ -137,7 +137,7 @@ def _refuse_input(path: Path, given: str | Path) -> None:
     whole = path.absolute()
     if _same(whole, place):
         raise InputError(f"{path}: is the input {given} itself, which would be lost; write elsewhere with --output")
-    if any(_same(folder, place) for folder in whole.parents):
+    if any(_same(folder, place) for folder in Path(os.path.realpath(path)).parents):
         raise InputError(f"{path}: lies in the input {given}; write elsewhere with --output")
     if whole.is_dir() and any(_same(folder, whole) for folder in (*place.absolute().parents, *place.resolve().parents)):
         raise InputError(f"{path}: holds the input {given}, which would be lost; write elsewhere with --output")

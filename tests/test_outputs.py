@@ -87,8 +87,9 @@ def test_an_output_in_an_input_and_an_input_in_an_output_are_refused(command, he
     assert run(["convert", "v.npy", "--output", "t.zarr"]) == 0
     np.save(here / "t.zarr" / "inside.npy", VOLUME)
     (here / "link").symlink_to("s.zarr")
+    (here / "deep").symlink_to("s.zarr/0")
     before = listing(here)
-    for output in ("s.zarr", "s.zarr/m", "link/m"):
+    for output in ("s.zarr", "s.zarr/m", "link/m", "deep/m"):
         assert run([command, "s.zarr", "--output", output, *["--overwrite"]]) == 2
     assert run(["convert", "t.zarr/inside.npy", "--output", "t.zarr", "--overwrite"]) == 2
     assert "holds the input" in capfd.readouterr().err
