@@ -21,6 +21,7 @@ from hpcres.metrics.transport import solve, tortuosity
 from hpcres.outputs import LABELS, METRICS, refuse_output
 from hpcres.signals import handling_signals
 from hpcres.training.adversarial import Models
+from hpcres.training.folder import RunFolder, recover
 from hpcres.training.run import train
 from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.formats import open_volume
@@ -324,6 +325,30 @@ def test_a_kill_while_a_run_takes_over_is_finished_by_the_next(after, tmp_path, 
     assert {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()} == dict.fromkeys(
         ("checkpoint.pt", "training.csv", "training.html", "tensorboard/events", "study-train.yaml"), "new"
     )
+
+
+def test_a_replacement_that_fails_keeps_the_new_run(tmp_path, monkeypatch):
+    folder, files = tmp_path / "out", ("checkpoint.pt", "training.csv")
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("old")
+    run_folder = RunFolder(folder, anew=True)
+
+    def fails(*_: object) -> None:
+        raise PermissionError
+
+    def replace() -> None:
+        with run_folder.prepared(True), monkeypatch.context() as patch:
+            for file in files:
+                (run_folder.path / file).write_text("new")
+            patch.setattr(Path, "rename", fails)  # the files of the earlier run are removed by then
+            run_folder.take_over()
+
+    with pytest.raises(PermissionError):
+        replace()
+    assert not (folder / "checkpoint.pt").exists()
+    recover(folder)
+    assert listing(folder) == {"checkpoint.pt": b"new", "training.csv": b"new"}
 
 
 # ---- absent chunks --------------------------------------------------------------------------------------------

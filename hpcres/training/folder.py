@@ -48,8 +48,9 @@ class RunFolder:
 
     @contextmanager
     def prepared(self, writes: bool) -> Iterator[None]:
-        """Create the folder for the block, and remove `.train-new` at its end if it replaced nothing.
+        """Create the folder for the block, and remove `.train-new` at its end if it holds no checkpoint.
 
+        With a checkpoint it stays for `recover`: an error in `take_over` may have left it as the only complete run.
         Does nothing in a process that does not write.
         """
         if not writes:
@@ -60,7 +61,7 @@ class RunFolder:
             with half_made(*([self._apart] if self.waits else [])):
                 yield
         finally:
-            if self.waits:
+            if self.waits and not self.checkpoint.exists():
                 shutil.rmtree(self._apart, ignore_errors=True)
 
 
