@@ -25,6 +25,7 @@ from hpcres.training.folder import RunFolder, recover
 from hpcres.training.run import train
 from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import probabilities
 
 VOLUME = blobs((24, 22, 20), 3)
 
@@ -370,10 +371,10 @@ def test_absent_chunks_are_counted(form, separator, sharded, here, capfd):
     metadata = ("zarr.json", ".zarray", ".zattrs")
     files = [p for p in (here / "s.zarr").rglob("*") if p.is_file() and p.name not in metadata]
     assert len(files) == (8 if sharded else 27)
-    assert absent_chunks(open_volume("s.zarr")) is None
+    assert absent_chunks(open_volume("s.zarr")) == []
     for file in sorted(files)[:3]:
         file.unlink()
-    found = absent_chunks(open_volume("s.zarr"))
+    (found,) = absent_chunks(open_volume("s.zarr"))
     assert (found.absent, found.chunks, found.fill_value) == (3, len(files), 0)
     plain = ["--without", "correlations", "--without", "chords", "--without", "spectrum", "--without", "representative"]
     assert run(["metrics", "s.zarr", *plain, "--output", "m.json"]) == 0
@@ -382,6 +383,36 @@ def test_absent_chunks_are_counted(form, separator, sharded, here, capfd):
     assert f"s.zarr: 3 of {len(files)} chunk files are absent" in warned[0]
     assert "read as the fill value 0;" in warned[0]
     assert json.loads((here / "m.json").read_text())["absent_chunks"][0]["absent"] == 3
+
+
+def lacking(name: str, array: np.ndarray) -> None:
+    """A zarr array of another program without its first chunk file."""
+    made = zarr.create_array(name, shape=array.shape, dtype=array.dtype, chunks=(8, 8, 8), zarr_format=2)
+    made[:] = array
+    Path(name, "0.0.0").unlink()
+
+
+def test_absent_chunks_of_each_channel_are_counted(here):
+    for name in ("p.zarr", "q.zarr"):
+        lacking(name, np.full((16, 16, 16), 0.5, np.float32))
+    low_res = probabilities([open_volume("p.zarr", grey=True), open_volume("q.zarr", grey=True)])
+    assert [(found.path, found.absent, found.chunks) for found in absent_chunks(low_res)] == [
+        ("p.zarr", 1, 8), ("q.zarr", 1, 8)
+    ]  # fmt: skip
+
+
+def test_tortuosity_counts_the_absent_chunks_of_the_reference(template, monkeypatch, capfd):
+    (template / "results" / "study-train.yaml").unlink()
+    monkeypatch.chdir(template)
+    np.save("v.npy", VOLUME)
+    lacking("truth.zarr", VOLUME + 0)
+    assert run(["convert", "v.npy", "--output", "results/labels.zarr", "--phases", "0=a,1=b,2=c"]) == 0
+    given = ["--set", "reference.volume=truth.zarr", "--phase", "a", "--direction", "z"]
+    assert run(["tortuosity", *given]) == 0
+    assert "truth.zarr: 1 of 27 chunk files are absent" in capfd.readouterr().err
+    found = json.loads((template / "results" / "transport.json").read_text())
+    assert [(one["absent"], one["chunks"]) for one in found["absent_chunks"]] == [(1, 27)]
+    assert found["reference"]["results"]
 
 
 # ---- terminals and names --------------------------------------------------------------------------------------
