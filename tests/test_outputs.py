@@ -1,4 +1,4 @@
-"""Nothing lost: what may be written, results that merge, runs that take another's place, chunks that are absent."""
+"""No data is lost: refused outputs, merged results, runs that replace another, absent chunks, names of any encoding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# ---- what may be written ---------------------------------------------------------------------------------------
+# ---- refused outputs ------------------------------------------------------------------------------------------
 
 
 def hard_link(folder: Path) -> None:
@@ -70,9 +70,9 @@ MADE = [hard_link, soft_link, foreign, another_kind, dangling, fifo]
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("command", ["metrics", "tortuosity", "report", "convert"])
-def test_inputs_and_what_hpcres_did_not_write_are_refused(command, make, overwrite, here, capfd):
+def test_inputs_and_foreign_files_are_refused_as_outputs(command, make, overwrite, here, capfd):
     if command == "report" and overwrite:
-        pytest.skip("a page is made anew without being asked")
+        pytest.skip("report has no --overwrite: it always replaces its page")
     if make is another_kind and command == "tortuosity":
         pytest.skip("its own kind")
     make(here)
@@ -92,13 +92,13 @@ def test_an_output_in_an_input_and_an_input_in_an_output_are_refused(command, he
     (here / "deep").symlink_to("s.zarr/0")
     before = listing(here)
     for output in ("s.zarr", "s.zarr/m", "link/m", "deep/m"):
-        assert run([command, "s.zarr", "--output", output, *["--overwrite"]]) == 2
+        assert run([command, "s.zarr", "--output", output, "--overwrite"]) == 2
     assert run(["convert", "t.zarr/inside.npy", "--output", "t.zarr", "--overwrite"]) == 2
     assert "holds the input" in capfd.readouterr().err
     assert listing(here) == before
 
 
-def test_infer_paints_over_none_of_its_inputs(study, tmp_path, capfd):
+def test_infer_refuses_its_inputs_as_output(study, tmp_path, capfd):
     checkpoint = study.parent / "out" / "checkpoint.pt"
     shutil.copy(study.parent / "low.npy", tmp_path / "low.npy")
     assert run(["convert", str(tmp_path / "low.npy"), "--output", str(tmp_path / "low.zarr")]) == 0
@@ -109,7 +109,7 @@ def test_infer_paints_over_none_of_its_inputs(study, tmp_path, capfd):
     assert listing(tmp_path) == before
 
 
-def test_a_result_is_renewed_for_its_volume_and_replaced_for_another_only_when_asked(here, capfd):
+def test_metrics_of_another_volume_are_replaced_only_with_overwrite(here, capfd):
     np.save(here / "w.npy", VOLUME[::-1])
     plain = ["--without", "correlations", "--without", "chords", "--without", "spectrum", "--without", "representative"]
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_a_result_is_renewed_for_its_volume_and_replaced_for_another_only_when_a
     assert json.loads((here / "m.json").read_text())["volume"]["path"] == str(here / "w.npy")
 
 
-def test_a_link_to_a_store_goes_on_leading_to_it(here):
+def test_overwriting_a_link_replaces_its_target_and_keeps_the_link(here):
     (here / "disk").mkdir()
     assert run(["convert", "v.npy", "--output", "disk/s.zarr"]) == 0
     (here / "s.zarr").symlink_to("disk/s.zarr")
@@ -131,15 +131,14 @@ def test_a_link_to_a_store_goes_on_leading_to_it(here):
     assert (here / "disk" / "s.zarr").is_dir()
 
 
-def test_a_study_that_is_read_is_not_saved_over(template, capfd):
+def test_a_study_that_is_read_is_not_overwritten_by_its_copy(template, capfd):
     shutil.copy(template / "study.yaml", template / "results" / "study-metrics.yaml")
     before = (template / "results" / "study-metrics.yaml").read_bytes()
-    (template / "results" / "study-report.yaml").write_text("mine")
     given = ["--output", str(template / "results")]
     assert run(["metrics", str(template / "results" / "study-metrics.yaml"), *given]) == 2
     assert "is the study that is read" in capfd.readouterr().err
     assert run(["train", str(template / "study.yaml"), "--output", str(template / "results"), "--overwrite"]) == 2
-    assert "study-train.yaml: exists already and is no study saved by hpcres" in capfd.readouterr().err
+    assert "study-train.yaml: exists already and is not a study that hpcres saved" in capfd.readouterr().err
     assert (template / "results" / "study-metrics.yaml").read_bytes() == before
 
 
@@ -161,7 +160,7 @@ def template(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_folder_that_cannot_be_read_is_refused(here):
+def test_the_check_creates_nothing(here):
     refuse_output(here / "new" / "m.json", METRICS, inputs=["v.npy", None])
     assert not (here / "new").exists()
 
@@ -182,7 +181,7 @@ def test_results_merge_and_are_solved_once(here, capfd, monkeypatch):
     assert len(solved) == 3
     assert run(["tortuosity", "v.npy", "--output", "t.json"]) == 0
     assert len(solved) == 9
-    assert capfd.readouterr().out.count("results that are there already are not solved again") == 1
+    assert capfd.readouterr().out.count("results in this file are not solved again") == 1
     found = results_of(here / "t.json")
     assert found == {(r["phase"], r["direction"]): r["D_rel"] for r in tortuosity(open_volume("v.npy"))["results"]}
     solved.clear()
@@ -213,7 +212,7 @@ def test_results_of_another_volume_are_not_mixed(here, capfd):
 
 
 @pytest.mark.parametrize("damage", [lambda t: t[:-40], lambda t: t.replace('"settings"', '"old"')])
-def test_a_damaged_file_is_said_and_replaced_only_when_asked(damage, here, capfd):
+def test_a_damaged_file_is_replaced_only_with_overwrite(damage, here, capfd):
     given = ["tortuosity", "v.npy", "--phase", "0", "--direction", "z", "--output", "t.json"]
     assert run(given) == 0
     (here / "t.json").write_text(damage((here / "t.json").read_text()))
@@ -223,7 +222,7 @@ def test_a_damaged_file_is_said_and_replaced_only_when_asked(damage, here, capfd
     assert run([*given, "--overwrite"]) == 0
 
 
-def test_what_is_solved_before_a_stop_is_there_and_a_rerun_goes_on(here, capfd, monkeypatch):
+def test_a_stopped_run_saves_its_results_and_a_rerun_solves_the_rest(here, capfd, monkeypatch):
     count = []
 
     def third_is_stopped(*arguments, **settings):
@@ -244,11 +243,11 @@ def test_what_is_solved_before_a_stop_is_there_and_a_rerun_goes_on(here, capfd, 
     assert len(count) in (9, 10)
 
 
-# ---- a run that takes the place of another --------------------------------------------------------------------
+# ---- a run that replaces another ------------------------------------------------------------------------------
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """What a run left, but for the events, whose names hold times."""
+    """The files of a run except TensorBoard's, whose names hold times."""
     return {name: data for name, data in listing(folder).items() if data is not None and "events" not in name}
 
 
@@ -291,9 +290,9 @@ def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, 
     assert history(new) == history(whole)
 
 
-@pytest.mark.parametrize("after", range(1, 12))
-def test_a_kill_while_a_run_takes_over_is_finished_by_the_next(after, tmp_path, monkeypatch):
-    """Killed after each of its changes to the folder in turn."""
+@pytest.mark.parametrize("after", range(15))
+def test_the_next_run_finishes_a_replacement_that_was_killed(after, tmp_path, monkeypatch):
+    """Killed after each of the changes to the folder in turn."""
     folder = tmp_path / "out"
     for name, run_name in ((folder, "old"), (folder / ".train-new", "new")):
         (name / "tensorboard").mkdir(parents=True)
@@ -424,7 +423,7 @@ def test_tortuosity_counts_the_absent_chunks_of_the_reference(template, monkeypa
      {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
     ids=["latin-1", "cp437", "C", "ascii"],
 )  # fmt: skip
-def test_any_terminal_and_any_name_are_told_in_letters(environment, here):
+def test_terminals_and_file_names_of_any_encoding(environment, here):
     name = b"caf\xe9 \xb5"
     os.mkdir(name)
     os.rename("v.npy", os.path.join(name, b"v\xe9.npy"))
@@ -440,12 +439,12 @@ def test_any_terminal_and_any_name_are_told_in_letters(environment, here):
         )
         assert done.returncode == (2 if arguments[1].endswith(b"none.npy") else 0), done.stderr
         assert b"Traceback" not in done.stderr
-        assert name in done.stdout + done.stderr  # as it is written in the file system
+        assert name in done.stdout + done.stderr  # the bytes of the file system
     found = json.loads(Path(os.fsdecode(name), "m.json").read_text())
     assert found["volume"]["path"] == str(here / os.fsdecode(volume))
 
 
-def test_letters_stand_for_what_an_encoding_lacks():
+def test_characters_that_an_encoding_lacks_are_replaced():
     from hpcres import terminal
 
     terminal.replace_unencodable()

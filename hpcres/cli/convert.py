@@ -1,3 +1,5 @@
+"""`hpcres convert`."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""`hpcres infer`."""
+
 from __future__ import annotations
 
 from pathlib import Path

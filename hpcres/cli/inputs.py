@@ -1,4 +1,4 @@
-"""What a command reads: a study, checked for the command that is given it, or a bare volume and its voxel size."""
+"""The inputs of the commands: a study, or a bare volume and its voxel size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_study(source: str) -> bool:
 
 
 def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | None) -> Study:
-    """The study, with the check that the stage can save its copy beside the results: before hours of work."""
+    """The study, with a check before hours of work that the stage can save its copy beside the results."""
     study = load_study(source, settings, output)
     copy = saved_study(study, stage)
     if copy.exists() and copy.samefile(source):
@@ -64,12 +64,13 @@ def voxel_edges_of(volume: Volume, text: str | None) -> tuple[VoxelEdges, list[s
     except ValueError as error:
         raise InputError(f"--voxel-size: {error}") from None
     if text and not edges.agrees_with(own):
-        return edges, [f"{volume.path}: --voxel-size {edges} goes before the file's own, {own}"]
+        return edges, [f"{volume.path}: --voxel-size {edges} overrides the file's own, {own}"]
     if not text:
         _, unit = edges.lengths(volume.path, "give all three with --voxel-size Z,Y,X, such as 1um,250nm,250nm")
         because = f" ({own.note})" if own.note else ""
         if unit == "voxel":
-            return edges, [f"{volume.path}: does not say its voxel size{because}; lengths are in voxels"]
+            return edges, [f"{volume.path}: gives no voxel size{because}; lengths are in voxels"]
         if unit == "unit":
-            return edges, [f"{volume.path}: says the ratio of voxel edges, {own}, and no length{because}"]
+            found = f"{volume.path}: gives only the ratio of the voxel edges, {own}{because}"
+            return edges, [f"{found}; give lengths with --voxel-size"]
     return edges, []

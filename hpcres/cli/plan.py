@@ -1,3 +1,5 @@
+"""`hpcres plan`."""
+
 from __future__ import annotations
 
 import shlex

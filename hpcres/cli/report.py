@@ -1,3 +1,5 @@
+"""`hpcres report`."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -41,9 +43,10 @@ def report(
     hpcres report                                   from what the other stages wrote, to <output>/report.html
     hpcres report electrode.tiff --output electrode.html
 
-    The page of a bare volume is report.html here unless --output says otherwise. It shows what `hpcres metrics VOLUME
-    --output metrics.json` and `hpcres tortuosity VOLUME --output transport.json` left beside it or where --metrics and
-    --transport say; without the former the volume is measured on the way.
+    The page of a bare volume is report.html in the working directory, or the file that --output names. It shows the
+    results of `hpcres metrics VOLUME --output metrics.json` and `hpcres tortuosity VOLUME --output transport.json`,
+    read from the folder of the page, or from --metrics and --transport. Without a metrics file the volume is measured
+    first.
     """
     end_if_signalled()
     if is_study(source):

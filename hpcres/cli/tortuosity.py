@@ -1,3 +1,5 @@
+"""`hpcres tortuosity`: options, their checks, and the lines that are printed; the solver is in metrics/transport."""
+
 from __future__ import annotations
 
 import json
@@ -105,8 +107,8 @@ def tortuosity(**given: Any) -> None:
 
     Needs about 15 bytes a voxel where 40 % conduct, together over all ranks; with --memory down to 4, and 15 of
     scratch storage. Writes <output>/transport.json after each solve; for a bare volume only where --output names a
-    file. What it holds of other phases, directions and settings stays in it, and what it holds of the same is not
-    solved again.
+    file. Results of other phases, directions and settings in that file are kept, and a result that it already holds is
+    not solved again.
     """
     from hpcres.inference.ranks import join_ranks
     from hpcres.metrics.transport import SCHEMA
@@ -123,14 +125,14 @@ def tortuosity(**given: Any) -> None:
             _finish(options, task, results)
     if unsolved:
         raise Unfinished(
-            f"{' and '.join(unsolved)}: not solved to --rtol {options.rtol:g}, so without a number; all else is "
+            f"{' and '.join(unsolved)}: not solved to --rtol {options.rtol:g}, so no number is given; all others are "
             "solved. Try a larger --rtol, conductivities less far apart, or a part of the volume with --crop"
         )
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What the options ask for, checked."""
+    """The checked options: inputs, output and settings of the solver."""
 
     study: Study | None
     volume: Volume
@@ -159,7 +161,7 @@ def _checked(options: _Options) -> _Task:
         refuse_voxel_size(source, options.voxel_size)
     conductivity = parse_conductivities(options.conductivities)
     if options.only and conductivity:
-        raise InputError(f"--phase {options.only[0]}: --conductivity says already what conducts; drop one of them")
+        raise InputError(f"--phase {options.only[0]}: --conductivity already names the phases; drop one of them")
     reference: Volume | None = None
     target: Path | None
     if study is not None:
@@ -188,7 +190,7 @@ def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Pa
         "--field": options.field, "--periodic": options.periodic,
     }  # fmt: skip
     if options.estimate and (other := next((name for name, given in refused.items() if given), None)):
-        raise InputError(f"--estimate blocks: takes no {other}, which is of a solution of the whole volume; drop one")
+        raise InputError(f"--estimate blocks: takes no {other}, which needs a solution of the whole volume; drop one")
     if options.scratch is not None and memory is None:
         raise InputError(f"--scratch {options.scratch}: is for solving out of core; give --memory too")
     if memory is not None and options.device is not None:
@@ -202,7 +204,7 @@ def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Pa
         if memory is not None:
             scratch.mkdir(parents=True, exist_ok=True)
     if memory is not None and not (scratch.is_dir() and os.access(scratch, os.W_OK)):
-        raise InputError(f"--scratch {scratch}: is no folder that can be written; make it, or name another")
+        raise InputError(f"--scratch {scratch}: is not a folder that can be written; make it, or name another")
     return memory, scratch
 
 
@@ -211,7 +213,7 @@ def _refuse_several_processes(options: _Options, ranks: Ranks) -> None:
         return
     given = {"--memory": options.memory, "--estimate blocks": options.estimate, "--device": options.device}
     if option := next((name for name, value in given.items() if value is not None), None):
-        raise InputError(f"{option}: is for one process, and this is a job of several; drop it, or mpirun")
+        raise InputError(f"{option}: is for one process, and this job has several; drop it, or mpirun")
 
 
 def _periodic(options: _Options) -> tuple[bool, bool, bool]:
@@ -220,7 +222,7 @@ def _periodic(options: _Options) -> tuple[bool, bool, bool]:
 
 
 def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -> list[str]:
-    """Solve what transport.json lacks, of the volume and of the study's reference.
+    """Solve the results that transport.json lacks, of the volume and of the study's reference.
 
     Returns phase and direction of each solve that did not converge.
     """
@@ -292,7 +294,7 @@ class _Printer:
             lines.append(f"{self.task.solver['method']}; stops at {self.task.solver['stop']}")
         if solved_before and not self.skipped:
             lines.append(
-                f"{self.task.target}: results that are there already are not solved again; --overwrite begins anew"
+                f"{self.task.target}: results in this file are not solved again; --overwrite solves all of them"
             )
         self.begun, self.skipped = True, self.skipped or solved_before
         for line in (*lines, transport_text(result)):

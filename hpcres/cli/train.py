@@ -1,3 +1,5 @@
+"""`hpcres train`."""
+
 from __future__ import annotations
 
 import json

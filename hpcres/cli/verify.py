@@ -1,3 +1,5 @@
+"""`hpcres verify`."""
+
 from __future__ import annotations
 
 from contextlib import nullcontext
