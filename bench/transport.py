@@ -153,7 +153,7 @@ def compare_stores(edge: int, ranks: list[int], limits: list[str], threads: int,
     """Over MPI and out of core beside one process in memory, in one run."""
     import tempfile
 
-    from hpcres.cli import _parse_bytes
+    from hpcres.cli.options import parse_bytes
 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         np.save(f"{folder}/a.npy", repeated_blobs(edge))
@@ -163,7 +163,7 @@ def compare_stores(edge: int, ranks: list[int], limits: list[str], threads: int,
         print(f"| {heads} |\n|" + "---|" * 8)
         first: float | None = None
         hows = [(f"{n} ranks" if n > 1 else "in memory", n, None) for n in ranks]
-        hows += [(f"--memory {limit}", 1, _parse_bytes("--memory", limit)) for limit in limits]
+        hows += [(f"--memory {limit}", 1, parse_bytes("--memory", limit)) for limit in limits]
         for name, number, limit in hows:
             settings = {"store": f"{folder}/a.zarr", "limit": limit, "threads": threads, "scratch": folder}
             command = [sys.executable, __file__, "--store", json.dumps(settings)]

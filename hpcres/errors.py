@@ -1,4 +1,4 @@
-"""How a stage ends other than well. `cli.py` alone turns these into exit statuses."""
+"""How a stage ends other than well. `cli` alone turns these into exit statuses."""
 
 
 class InputError(ValueError):

@@ -1,6 +1,6 @@
-"""May this be written? One answer for every command: no input is touched, and nothing that hpcres did not write.
+"""The check that every command makes before it writes: it overwrites no input and nothing that hpcres did not write.
 
-A kind of output is recognised by what stands in the file or folder, never by its name.
+An output of hpcres is recognised by the content of its file or folder, never by its name.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ CHECKPOINT_MARK = "hpcres-checkpoint-"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a command writes: what to say of anything else, how to recognise one that hpcres wrote, and whether it is a
-    folder."""
+    """A kind of output, such as a metrics file or a checkpoint."""
 
-    otherwise: str
+    refusal: str
+    """What the error says of a file or folder that is not of this kind."""
     recognise: Callable[[Path], bool]
+    """Whether an existing file or folder is one that hpcres wrote. It may raise the errors that `is_of` suppresses."""
     is_folder: bool = False
 
 
 def _begins(pattern: bytes) -> Callable[[Path], bool]:
-    """Of a file whose first kilobyte matches the regular expression."""
+    """Recognise a file by a regular expression at the start of its first kilobyte."""
 
     def recognise(path: Path) -> bool:
         with path.open("rb") as file:
@@ -73,26 +74,41 @@ def _is_phantom(path: Path) -> bool:
     return all(re.fullmatch(known, name) for name in names) and _is_labels(path / "truth.zarr")
 
 
-METRICS = Kind("is no metrics file of hpcres", _begins(rb'\s*\{\s*"schema": "hpcres metrics '))
-TRANSPORT = Kind("is no transport file of hpcres", _begins(rb'\s*\{\s*"schema": "hpcres transport '))
-STUDY = Kind("is no study saved by hpcres", _begins(STUDY_MARK.encode()))
-TABLE = Kind("is no table of hpcres train", _begins(b"step,seconds,"))
-PAGE = Kind("is no page of hpcres", _is_page)
-CHECKPOINT = Kind("is no checkpoint of hpcres", _is_checkpoint)
-LABELS = Kind("is no zarr store of hpcres", _is_labels, is_folder=True)
-FIELDS = Kind("is no zarr store of fields of hpcres", _is_fields, is_folder=True)
-PHANTOM = Kind("holds more than a phantom, or holds no phantom", _is_phantom, is_folder=True)
+METRICS = Kind("is not a metrics file of hpcres", _begins(rb'\s*\{\s*"schema": "hpcres metrics '))
+TRANSPORT = Kind("is not a transport file of hpcres", _begins(rb'\s*\{\s*"schema": "hpcres transport '))
+STUDY = Kind("is not a study that hpcres saved", _begins(STUDY_MARK.encode()))
+TABLE = Kind("is not a table of hpcres train", _begins(b"step,seconds,"))
+PAGE = Kind("is not a page of hpcres", _is_page)
+CHECKPOINT = Kind("is not a checkpoint of hpcres", _is_checkpoint)
+LABELS = Kind("is not a zarr store of hpcres", _is_labels, is_folder=True)
+FIELDS = Kind("is not a zarr store of fields of hpcres", _is_fields, is_folder=True)
+PHANTOM = Kind("is not a folder with a phantom of hpcres only", _is_phantom, is_folder=True)
 
 
 def refuse_output(
     path: str | Path, kind: Kind, *, inputs: Iterable[str | Path | None] = (), overwrite: bool = False,
     renewed: bool = False,
 ) -> None:  # fmt: skip
-    """InputError unless `path` may be written as an output of this kind; nothing is changed.
+    """Refuse an output that would destroy an input or anything that hpcres did not write. Nothing is changed.
 
-    It may not be an input, lie in one or hold one, by whatever links. What is there already must be of the kind, and
-    is replaced only with `overwrite`, or where the command renews its own result (`renewed`). Its folder, or the
-    nearest that is there, must be writable. An input may name a part of a file, as file.h5:/dataset does.
+    Parameters
+    ----------
+    path
+        The file or folder to be written. The nearest existing folder above it must be writable.
+    kind
+        The kind of output. An existing file or folder must be of this kind.
+    inputs
+        Files and folders that the command reads; None is skipped. One may name a part of a file, as
+        `file.h5:/dataset` does. `path` may not be an input, lie in one or hold one; links are followed.
+    overwrite
+        Whether an existing output may be replaced.
+    renewed
+        Whether the command replaces or extends its own earlier result without `overwrite`.
+
+    Raises
+    ------
+    InputError
+        The output is refused.
     """
     path = Path(path)
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
@@ -113,10 +129,10 @@ def refuse_output(
         what = "a folder where a file is due" if path.is_dir() else "a file where a folder is due"
         raise InputError(f"{path}: is {what}; write elsewhere with --output")
     if not (path.is_dir() or path.is_file()):
-        raise InputError(f"{path}: is no regular file; write elsewhere with --output")
+        raise InputError(f"{path}: is not a regular file; write elsewhere with --output")
     if not is_of(path, kind):
         raise InputError(
-            f"{path}: exists already and {kind.otherwise}, so --overwrite will not remove it; move it away, or write "
+            f"{path}: exists already and {kind.refusal}, so --overwrite will not remove it; move it away, or write "
             "elsewhere with --output"
         )
     if not (overwrite or renewed):
@@ -124,7 +140,7 @@ def refuse_output(
 
 
 def is_of(path: Path, kind: Kind) -> bool:
-    """Whether a file or folder that is there is of this kind; False for what cannot be read."""
+    """Whether an existing file or folder is of this kind; False where it cannot be read."""
     with suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return kind.recognise(path)
     return False
@@ -134,17 +150,16 @@ def _refuse_input(path: Path, given: str | Path) -> None:
     place = _file_of(given)
     if place is None:
         return
-    whole = path.absolute()
-    if _same(whole, place):
+    if _same(path, place):
         raise InputError(f"{path}: is the input {given} itself, which would be lost; write elsewhere with --output")
-    if any(_same(folder, place) for folder in whole.parents):
+    if any(_same(folder, place) for folder in Path(os.path.realpath(path)).parents):
         raise InputError(f"{path}: lies in the input {given}; write elsewhere with --output")
-    if whole.is_dir() and any(_same(folder, whole) for folder in (*place.absolute().parents, *place.resolve().parents)):
+    if path.is_dir() and any(_same(folder, path) for folder in (*place.absolute().parents, *place.resolve().parents)):
         raise InputError(f"{path}: holds the input {given}, which would be lost; write elsewhere with --output")
 
 
 def _file_of(given: str | Path) -> Path | None:
-    """The file or folder of an input, without the name of a part of it; None where there is none."""
+    """The file or folder of an input, without the name of a part of it; None where it does not exist."""
     text = str(given)
     while not os.path.exists(text):
         text, colon, _ = text.rpartition(":")
@@ -154,7 +169,7 @@ def _file_of(given: str | Path) -> Path | None:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths are one file or folder, by whatever links."""
+    """Whether two paths lead to one file or folder; links are followed."""
     try:
         return os.path.samefile(a, b)
     except OSError:

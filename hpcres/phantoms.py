@@ -20,7 +20,7 @@ from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, blocks, triple
 from hpcres.outputs import PHANTOM, refuse_output
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.volumes.convert import convert
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.tiff import write_images
@@ -211,7 +211,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
                 array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
                 voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
             )  # fmt: skip
-        end_if_asked()
+        end_if_signalled()
     return [folder / name for name in _files(study)]
 
 

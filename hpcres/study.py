@@ -56,15 +56,15 @@ PhaseName = Annotated[str, AfterValidator(lambda v: checked_phase_name(v))]
 
 
 def checked_phase_name(name: str) -> str:
-    """The name, where it can stand in tables, keys as pore|nickel, and paths; ValueError in words where not."""
+    """The name if it is valid in tables, in keys such as pore|nickel and in paths; else ValueError."""
     remedy = "write letters, digits, blanks, - and _"
     if not name or name != name.strip():
         raise ValueError(f"phase name {name!r} is empty, or begins or ends with a blank; {remedy}")
     if bad := next((c for c in name if c in "|/\\" or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
         what = f"{bad!r}" if bad in "|/\\" else f"the control character {bad!r}"
-        raise ValueError(f"phase name {name!r} holds {what}, which parts names in results and paths; {remedy}")
+        raise ValueError(f"phase name {name!r} contains {what}, which separates names in results and paths; {remedy}")
     if name in (".", "..") or ".." in name:
-        raise ValueError(f"phase name {name!r} would lead out of a folder as a path; {remedy}")
+        raise ValueError(f"phase name {name!r} contains .., which leads out of a folder in a path; {remedy}")
     return name
 
 
@@ -247,8 +247,8 @@ class Network(Section):
 
     width: Annotated[int, Field(ge=2, le=10)] = 8
     least_width: Annotated[int, Field(ge=2, le=10)] | None = None
-    """How narrow training may make the generator, and then the critics to 2 above it, where the machine's minutes are
-    too few for training.least_steps; by default it may not."""
+    """The smallest width that training may choose where `training.minutes` are too few for `training.least_steps` on
+    this machine. The critics are then at most 2 wider. By default training does not change the width."""
     residual_blocks: Annotated[int, Field(ge=1, le=16)] = 1
     padding: Literal["replicate", "zeros"] = "replicate"
     last_stage: Literal["resize", "transposed"] = "resize"
@@ -269,8 +269,9 @@ class Training(Section):
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall-clock budget; the learning-rate schedule runs on it where it is given."""
     least_steps: Annotated[int, Field(ge=1)] = 100
-    """Where a trial shows that `minutes` are not enough for so many steps, the network is made narrower
-    (network.least_width) or the run refused; not with `init_from`. Below 100 no recipe has made anything usable."""
+    """If a trial shows that `minutes` are not enough for so many steps, training narrows the network
+    (network.least_width) or refuses the run. It does neither with `init_from`. Fewer than 100 steps gave no usable
+    generator with any recipe."""
     cubes: Annotated[int, Field(ge=1)] = 8
     """Cubes of 64³ per step, over all processes."""
     slices_per_axis: Annotated[int, Field(ge=1)] | None = None
@@ -337,14 +338,14 @@ class Training(Section):
     keep: Literal["last", "best"] = "last"
     """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Of the convolutions; auto is what a trial shows to be faster on the machine where the run begins."""
+    """Number format of the convolutions; `auto` takes the one that a trial measures as faster where the run begins."""
     compile: bool = False
     """Compile the generator with torch.compile; needs a C++ compiler, and the first step takes a minute more."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_seconds: Annotated[float, Field(gt=0)] = 10.0
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per process; by default the cores divided by the processes on this node, or fewer as long as other
-    work has the cores. Losses are rounded otherwise with another number."""
+    """CPU threads per process; by default the cores divided by the processes on this node, or fewer while other work
+    uses the cores. Another number of threads changes the rounding of the losses."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
@@ -490,7 +491,7 @@ class Study(Section):
     cluster: Cluster = Cluster()
     device: Device = "auto"
     allow_voxel_size_mismatch: bool = False
-    """Go on where a file says another voxel size than the study, by more than 2 %, and take the study's."""
+    """Use the study's voxel size where a file gives one that differs by more than 2 %, instead of refusing it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
@@ -517,8 +518,10 @@ class Study(Section):
         return self
 
     def plain(self, **options: Any) -> dict[str, Any]:
-        """Every setting as JSON and YAML have it; options as of pydantic's model_dump. Its own JSON mode refuses names
-        of files that are no UTF-8."""
+        """All settings as plain dicts, lists and numbers for JSON and YAML; options as of pydantic's model_dump.
+
+        pydantic's own JSON mode refuses file names that are not UTF-8.
+        """
         return _plain(self.model_dump(**options))
 
     def as_json(self) -> str:
@@ -526,7 +529,7 @@ class Study(Section):
 
     @classmethod
     def of_json(cls, text: str) -> Study:
-        """What `as_json` wrote; pydantic's ValidationError where it is none."""
+        """The study that `as_json` wrote; pydantic's ValidationError if it is not valid."""
         return cls.model_validate(json.loads(text))
 
     @property
@@ -544,7 +547,7 @@ class Study(Section):
 
     @property
     def inputs(self) -> list[str]:
-        """Every file that the study names as one to read."""
+        """All input files that the study names."""
         named = [image.path for image in self.high_res.images], self.low_res.paths
         single = self.reference.volume, self.training.init_from
         return [*(path for paths in named for path in paths), *(path for path in single if path is not None)]

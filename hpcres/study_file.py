@@ -69,18 +69,23 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     raw = _over_paths(raw, lambda text, _: _place(text, folder))
     if "output" in raw:
         raw["output"] = _place(str(raw["output"]), folder)
-    bases = raw.pop("base", [])
     merged: dict[str, Any] = {}
-    for name in [bases] if isinstance(bases, str) else bases:
-        base = Path(_place(str(name), folder))
+    for base in _bases(raw, folder):
         if base in (*below, path.resolve()):
             raise InputError(f"{path}: base {base} leads back to itself; name another file")
         merged = _merged(merged, _read(base, (*below, path.resolve())))
+    raw.pop("base", None)
     return _merged(merged, raw)
 
 
+def _bases(raw: dict[str, Any], folder: Path) -> list[Path]:
+    """Paths of the studies that a study in `folder` names as its base."""
+    names = raw.get("base", [])
+    return [Path(_place(str(name), folder)) for name in ([names] if isinstance(names, str) else names)]
+
+
 def files_of(path: str | Path) -> list[str]:
-    """A study file and those it is based on, as far as they can be read."""
+    """Paths of a study file and of its bases; the bases of a file that cannot be read are left out."""
     found, waiting = list[str](), [Path(path)]
     while waiting:
         file = waiting.pop()
@@ -89,10 +94,8 @@ def files_of(path: str | Path) -> list[str]:
             raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)
         except (OSError, ValueError, yaml.YAMLError):
             continue
-        bases = raw.get("base", []) if isinstance(raw, dict) else []
-        for name in [bases] if isinstance(bases, str) else bases:
-            base = Path(_place(str(name), file.resolve().parent))
-            waiting += [] if str(base) in found else [base]
+        if isinstance(raw, dict):
+            waiting += [base for base in _bases(raw, file.resolve().parent) if str(base) not in found]
     return found
 
 
@@ -195,7 +198,7 @@ def _place(path: str, folder: Path) -> str:
 
 
 def saved_study(study: Study, stage: str, folder: Path | None = None) -> Path:
-    """Where `save_study` puts it."""
+    """The path that `save_study` writes to."""
     return (folder or study.folder) / f"study-{stage}.yaml"
 
 

@@ -1,11 +1,11 @@
-"""What a terminal cannot show is written in letters that it can: no message ends in a UnicodeEncodeError."""
+"""Output to terminals of any encoding: characters that the encoding lacks are replaced, and no error is raised."""
 
 from __future__ import annotations
 
 import codecs
 import sys
 
-_LETTERS = {
+_REPLACEMENTS = {
     "×": "x", "·": "*", "±": "+-", "−": "-", "–": "-", "—": "-", "‐": "-", "…": "...", "→": "->", "≤": "<=", "≥": ">=",
     "∞": "infinite", "≈": "~", "²": "^2", "³": "^3", "⁴": "^4", "⁵": "^5", "⁻": "^-", "¹": "^1", "µ": "u", "μ": "u",
     "Å": "A", "τ": "tau", "σ": "sigma", "φ": "phi", "χ": "chi", "°": "deg", "’": "'", "‘": "'", "“": '"', "”": '"',
@@ -13,19 +13,19 @@ _LETTERS = {
 }  # fmt: skip
 
 
-def _in_letters(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A codec's error handler: letters that stand for a character; of a file name that is no text, its own bytes."""
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Error handler of a codec: a replacement for one character, or the original byte of an undecodable file name."""
     assert isinstance(error, UnicodeEncodeError)
     character = error.object[error.start]
     if 0xDC80 <= ord(character) <= 0xDCFF:
         return bytes([ord(character) - 0xDC00]), error.start + 1
-    plain = _LETTERS.get(character) or character.encode("ascii", "backslashreplace").decode()
+    plain = _REPLACEMENTS.get(character) or character.encode("ascii", "backslashreplace").decode()
     return plain, error.start + 1
 
 
-def speak_what_it_can() -> None:
-    """Have stdout and stderr write what their encoding lacks in other letters."""
-    codecs.register_error("hpcres", _in_letters)
+def replace_unencodable() -> None:
+    """Let stdout and stderr replace the characters that their encoding lacks, such as × by x and µ by u."""
+    codecs.register_error("hpcres", _replace)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="hpcres")

@@ -1,4 +1,4 @@
-"""Every stage as a process that is stopped by signals at a random moment, and what must be true of it then."""
+"""Run each stage as a process, send it a signal at a random moment, and check how it ends and what it leaves."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @dataclass(frozen=True)
 class Stage:
-    """A command in a folder of its own, and whether what it wrote is whole; `launcher` starts two processes of it."""
+    """A command to run in a folder of its own; `launcher` starts two processes of it."""
 
     name: str
     arguments: list[str]
     whole: Callable[[Path], object] = lambda folder: None
+    """Raises if the results in the folder are damaged."""
     prepare: Callable[[Path], object] = lambda folder: None
+    """Changes the copy of the template before the command starts."""
     launcher: list[str] = field(default_factory=list)
 
     def start(self, folder: Path) -> subprocess.Popen[str]:
@@ -49,18 +51,18 @@ class Stage:
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         return subprocess.Popen(
             [*self.launcher, *program, *self.arguments], cwd=folder, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=(folder / "stderr.txt").open("w"), preexec_fn=hear,
+            stdout=subprocess.DEVNULL, stderr=(folder / "stderr.txt").open("w"), preexec_fn=default_handlers,
         )  # fmt: skip
 
 
-def hear() -> None:
-    """A shell's jobs in the background ignore SIGINT, and what they start with them."""
+def default_handlers() -> None:
+    """Set the default handlers in a new process: background jobs of a shell ignore SIGINT, and so do their children."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def make_template(folder: Path) -> None:
-    """A study that every stage can run on in a second or two, a volume, a checkpoint, and a painted store."""
+    """Write a study on which every stage takes a second or two, a volume, a checkpoint, and a painted store."""
     folder.mkdir(parents=True)
     np.save(folder / "low.npy", blobs((20, 18, 17), 1))
     np.save(folder / "high.npy", blobs((1, 90, 80), 2))
@@ -107,13 +109,13 @@ def _stored(path: str) -> Callable[[Path], object]:
 
 
 def _painted(folder: Path) -> None:
-    """What is there is whole: nothing is damaged, only missing."""
+    """No shard is damaged; some may be missing."""
     if (folder / "out/labels.zarr").exists():
         assert {fault.why for fault in find_faults(folder / "out/labels.zarr")} <= {"missing"}
 
 
 def _trained(folder: Path) -> None:
-    """The checkpoint can be read, and its table is that of the same run: of the earlier one, or up to its step."""
+    """The checkpoint can be read, and training.csv is of the same run and ends at its step."""
     if not (folder / "out/checkpoint.pt").exists():
         return
     checkpoint, table = load_checkpoint(folder / "out/checkpoint.pt"), folder / "out/training.csv"
@@ -159,37 +161,37 @@ STAGES = {
 
 @dataclass
 class Outcome:
-    """How a process ended: its status, seconds from the signal to its end, and what was wrong, if anything."""
+    """How a process ended: exit status, seconds from the signal to the end, and the faults found."""
 
     status: int
     seconds: float
     moment: float
     numbers: list[str]
-    said: str
+    stderr: str
     faults: list[str]
-    whom: str
+    receiver: str
 
 
 def whole_run(stage: Stage, template: Path, folder: Path) -> float:
-    """Seconds that the stage takes after it began to listen, undisturbed."""
+    """Seconds that the stage takes after its signal handlers are set, without a signal."""
     shutil.copytree(template, folder)
     stage.prepare(folder)
     process = stage.start(folder)
-    _await_ears(process, stage)
+    _wait_for_handlers(process, stage)
     started = time.monotonic()
     assert process.wait(timeout=300) == 0, (folder / "stderr.txt").read_text()
     return time.monotonic() - started
 
 
 def interrupt(stage: Stage, template: Path, folder: Path, duration: float, rng: random.Random) -> Outcome:
-    """Start the stage, send it a signal at a random moment of the `duration` that it takes, and judge its end."""
+    """Start the stage, send it a signal at a random moment of its `duration`, and check its end."""
     shutil.copytree(template, folder)
     stage.prepare(folder)
     inputs = {name: (folder / name).read_bytes() for name in ("low.npy", "high.npy", "v.npy", "study.yaml")}
     process = stage.start(folder)
-    programs = _await_ears(process, stage)
+    programs = _wait_for_handlers(process, stage)
     if stage.launcher and rng.random() < 0.5:
-        programs = [process.pid]  # the launcher alone; else all that it started, as srun does
+        programs = [process.pid]  # the launcher alone; else every process that it started, as srun does
     moment, first = rng.random() * duration, rng.choice(SIGNALS)
     twice = first == signal.SIGINT and not stage.launcher and rng.random() < 0.5
     try:
@@ -215,9 +217,9 @@ def interrupt(stage: Stage, template: Path, folder: Path, duration: float, rng: 
         status = process.wait()
     seconds = time.monotonic() - sent
     names = [first.name] * (1 + twice) if alive else []
-    said = (folder / "stderr.txt").read_text(errors="replace")
-    whom = "launcher" if stage.launcher and programs == [process.pid] else "program"
-    outcome = Outcome(status, seconds, moment, names, said, [], whom)
+    stderr = (folder / "stderr.txt").read_text(errors="replace")
+    receiver = "launcher" if stage.launcher and programs == [process.pid] else "program"
+    outcome = Outcome(status, seconds, moment, names, stderr, [], receiver)
     outcome.faults += _faults(stage, folder, outcome, inputs)
     return outcome
 
@@ -226,23 +228,23 @@ def _faults(stage: Stage, folder: Path, outcome: Outcome, inputs: dict[str, byte
     faults = []
     if outcome.seconds > ENDS_WITHIN_SECONDS:
         faults.append(f"ended after {outcome.seconds:.1f} s")
-    # A job that was done a moment before the signal ends with 0. torchrun ends with 1, whatever its processes say, and
-    # mpirun, where it was told itself, without handing on what they said.
+    # A command that is done a moment before the signal ends with 0. torchrun always ends with 1. mpirun ends with 1 if
+    # it received the signal itself, and then does not forward the output of its processes.
     due = {0, 75, 130} if len(outcome.numbers) > 1 else {0, 75}
-    due |= {1} if stage.launcher == TORCHRUN or outcome.whom == "launcher" else set()
+    due |= {1} if stage.launcher == TORCHRUN or outcome.receiver == "launcher" else set()
     if outcome.status not in due:
         faults.append(f"status {outcome.status}")
-    lines = [line for line in outcome.said.splitlines() if line.startswith("hpcres: ")]
-    if stage.launcher != TORCHRUN and outcome.whom == "program":
-        if re.search(r"Traceback|Exception ignored|Error\b", outcome.said):
-            faults.append("more than a line")
+    lines = [line for line in outcome.stderr.splitlines() if line.startswith("hpcres: ")]
+    if stage.launcher != TORCHRUN and outcome.receiver == "program":
+        if re.search(r"Traceback|Exception ignored|Error\b", outcome.stderr):
+            faults.append("a traceback or an error beside the line")
         if len(lines) != (outcome.status != 0) and not (stage.launcher and len(lines) <= 1):
             faults.append(f"{len(lines)} lines")
         if outcome.status and any(not re.search(r"(stopped by|ended by a second) SIG", line) for line in lines):
-            faults.append("no word of the signal")
+            faults.append("the line does not name the signal")
     left = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.startswith((".", "hpcres-geodesic"))]
     if left:
-        faults.append(f"left {left}")
+        faults.append(f"left behind: {left}")
     if any((folder / name).read_bytes() != content for name, content in inputs.items()):
         faults.append("an input changed")
     try:
@@ -252,12 +254,12 @@ def _faults(stage: Stage, folder: Path, outcome: Outcome, inputs: dict[str, byte
     return faults
 
 
-def _await_ears(process: subprocess.Popen[str], stage: Stage) -> list[int]:
-    """The processes of the program, when all hear signals: what comes before is Python's own start."""
+def _wait_for_handlers(process: subprocess.Popen[str], stage: Stage) -> list[int]:
+    """Wait until every process of the command has set its signal handlers; their ids. Before, Python is starting."""
     deadline, due = time.monotonic() + 60, 2 if stage.launcher else 1
     while time.monotonic() < deadline and process.poll() is None:
         programs = [one for one in descendants(process.pid) if _runs(one, stage)] if stage.launcher else [process.pid]
-        if len(programs) == due and all(map(_hears, programs)):
+        if len(programs) == due and all(map(_handles_signals, programs)):
             return programs
         time.sleep(0.005)
     return [process.pid]
@@ -269,9 +271,9 @@ def _runs(process: int, stage: Stage) -> bool:
     return False
 
 
-def _hears(process: int) -> bool:
+def _handles_signals(process: int) -> bool:
     with suppress(OSError):
         status = Path(f"/proc/{process}/status").read_text()
-        caught = int(re.search(r"SigCgt:\s*([0-9a-f]+)", status).group(1), 16)  # type: ignore[union-attr]
-        return all(caught >> (number - 1) & 1 for number in SIGNALS)
+        caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+        return caught is not None and all(int(caught.group(1), 16) >> (number - 1) & 1 for number in SIGNALS)
     return False

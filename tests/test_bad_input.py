@@ -412,46 +412,51 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     ),
     **{
         f"scheduler file {name}": (
-            text("s.json", content), ["metrics", "low.tif", "--scheduler", "s.json"], ["--scheduler s.json", "start"],
+            text("s.json", content), ["metrics", "low.tif", "--scheduler", "s.json"],
+            ["--scheduler s.json: ", expected],
         )
-        for name, content in {
-            "empty": "", "half-written": '{"type": "Scheduler", "id": "Sch', "of another program": '{"jobs": [1, 2]}',
-            "that is a list": "[]", "of no address": '{"address": null}', "of text": "tcp",
-        }.items()
+        for name, content, expected in (
+            *((name, content, "is empty, half-written or not a file of `dask scheduler") for name, content in {
+                "empty": "", "half-written": '{"type": "Scheduler", "id": "Sch', "of another program": '{"jobs": [1]}',
+                "that is a list": "[]", "with a null address": '{"address": null}', "that is not JSON": "tcp",
+            }.items()),
+            ("without a URL", '{"address": "node1"}', "holds no address of a scheduler"),
+        )
     },
     "metrics onto its input": (
         lambda f: None, ["metrics", "low.tif", "--output", "low.tif", "--overwrite"], ["low.tif", "input", "lost"],
     ),
     "metrics onto another file": (
-        text("notes.txt", "mine"), ["metrics", "low.tif", "--output", "notes.txt"], ["notes.txt", "no metrics file"],
+        text("notes.txt", "mine"), ["metrics", "low.tif", "--output", "notes.txt"], ["notes.txt", "not a metrics file"],
     ),
     "tortuosity onto another file": (
-        text("notes.txt", "mine"), ["tortuosity", "low.tif", "--output", "notes.txt", "--overwrite"], ["notes.txt"],
+        text("notes.txt", "mine"), ["tortuosity", "low.tif", "--output", "notes.txt", "--overwrite"],
+        ["notes.txt", "not a transport file"],
     ),
     "fields onto another folder": (
         foreign_folder("f.zarr"), ["tortuosity", "low.tif", "--field", "f.zarr", "--overwrite"], ["f.zarr", "fields"],
     ),
     "report onto another file": (
-        text("notes.html", "<p>mine"), ["report", "low.tif", "--output", "notes.html"], ["notes.html", "no page"],
+        text("notes.html", "<p>mine"), ["report", "low.tif", "--output", "notes.html"], ["notes.html", "not a page"],
     ),
     "convert onto another folder": (
-        foreign_folder("mine"), ["convert", "low.tif", "--output", "mine", "--overwrite"], ["mine", "no zarr"],
+        foreign_folder("mine"), ["convert", "low.tif", "--output", "mine", "--overwrite"], ["mine", "not a zarr"],
     ),
     "convert to a phase with a slash": (
         lambda f: None, ["convert", "low.tif", "--output", "o.zarr", "--phases", "0=a/b"], ["--phases", "'/'"],
     ),
     "train over a table of another program": (
-        text("results/training.csv", "time,voltage\n"), TRAIN, ["training.csv", "no table of hpcres train"],
+        text("results/training.csv", "time,voltage\n"), TRAIN, ["training.csv", "not a table of hpcres train"],
     ),
     "train over a checkpoint of another program": (
-        text("results/checkpoint.pt", "mine"), TRAIN, ["checkpoint.pt", "no checkpoint of hpcres"],
+        text("results/checkpoint.pt", "mine"), TRAIN, ["checkpoint.pt", "not a checkpoint of hpcres"],
     ),
     "phantom over other files": (
         both(
             append("phantom: {kind: three-phase, voxels: 64x64x64, slice_voxels: 64}\n"),
             foreign_folder("results/phantom"),
         ),
-        ["phantom", "--overwrite"], ["phantom", "holds no phantom"],
+        ["phantom", "--overwrite"], ["phantom", "not a folder with a phantom"],
     ),
     "metrics output is a folder": (lambda f: None, ["metrics", "low.tif", "--output", "results"], ["is a folder"]),
     "settings without a study": (lambda f: None, ["metrics", "low.tif", "--set", "a.b=1"], ["not a study"]),

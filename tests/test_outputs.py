@@ -1,4 +1,4 @@
-"""Nothing lost: what may be written, results that merge, runs that take another's place, chunks that are absent."""
+"""No data is lost: refused outputs, merged results, runs that replace another, absent chunks, names of any encoding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import Stopped
 from hpcres.metrics.transport import solve, tortuosity
 from hpcres.outputs import LABELS, METRICS, refuse_output
-from hpcres.signals import listening
+from hpcres.signals import handling_signals
 from hpcres.training.adversarial import Models
+from hpcres.training.folder import RunFolder, recover
 from hpcres.training.run import train
 from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import probabilities
 
 VOLUME = blobs((24, 22, 20), 3)
 
@@ -35,7 +37,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# ---- what may be written ---------------------------------------------------------------------------------------
+# ---- refused outputs ------------------------------------------------------------------------------------------
 
 
 def hard_link(folder: Path) -> None:
@@ -68,9 +70,9 @@ MADE = [hard_link, soft_link, foreign, another_kind, dangling, fifo]
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("command", ["metrics", "tortuosity", "report", "convert"])
-def test_inputs_and_what_hpcres_did_not_write_are_refused(command, make, overwrite, here, capfd):
+def test_inputs_and_foreign_files_are_refused_as_outputs(command, make, overwrite, here, capfd):
     if command == "report" and overwrite:
-        pytest.skip("a page is made anew without being asked")
+        pytest.skip("report has no --overwrite: it always replaces its page")
     if make is another_kind and command == "tortuosity":
         pytest.skip("its own kind")
     make(here)
@@ -87,15 +89,16 @@ def test_an_output_in_an_input_and_an_input_in_an_output_are_refused(command, he
     assert run(["convert", "v.npy", "--output", "t.zarr"]) == 0
     np.save(here / "t.zarr" / "inside.npy", VOLUME)
     (here / "link").symlink_to("s.zarr")
+    (here / "deep").symlink_to("s.zarr/0")
     before = listing(here)
-    for output in ("s.zarr", "s.zarr/m", "link/m"):
-        assert run([command, "s.zarr", "--output", output, *["--overwrite"]]) == 2
+    for output in ("s.zarr", "s.zarr/m", "link/m", "deep/m"):
+        assert run([command, "s.zarr", "--output", output, "--overwrite"]) == 2
     assert run(["convert", "t.zarr/inside.npy", "--output", "t.zarr", "--overwrite"]) == 2
     assert "holds the input" in capfd.readouterr().err
     assert listing(here) == before
 
 
-def test_infer_paints_over_none_of_its_inputs(study, tmp_path, capfd):
+def test_infer_refuses_its_inputs_as_output(study, tmp_path, capfd):
     checkpoint = study.parent / "out" / "checkpoint.pt"
     shutil.copy(study.parent / "low.npy", tmp_path / "low.npy")
     assert run(["convert", str(tmp_path / "low.npy"), "--output", str(tmp_path / "low.zarr")]) == 0
@@ -106,7 +109,7 @@ def test_infer_paints_over_none_of_its_inputs(study, tmp_path, capfd):
     assert listing(tmp_path) == before
 
 
-def test_a_result_is_renewed_for_its_volume_and_replaced_for_another_only_when_asked(here, capfd):
+def test_metrics_of_another_volume_are_replaced_only_with_overwrite(here, capfd):
     np.save(here / "w.npy", VOLUME[::-1])
     plain = ["--without", "correlations", "--without", "chords", "--without", "spectrum", "--without", "representative"]
     for _ in range(2):
@@ -118,7 +121,7 @@ def test_a_result_is_renewed_for_its_volume_and_replaced_for_another_only_when_a
     assert json.loads((here / "m.json").read_text())["volume"]["path"] == str(here / "w.npy")
 
 
-def test_a_link_to_a_store_goes_on_leading_to_it(here):
+def test_overwriting_a_link_replaces_its_target_and_keeps_the_link(here):
     (here / "disk").mkdir()
     assert run(["convert", "v.npy", "--output", "disk/s.zarr"]) == 0
     (here / "s.zarr").symlink_to("disk/s.zarr")
@@ -128,15 +131,14 @@ def test_a_link_to_a_store_goes_on_leading_to_it(here):
     assert (here / "disk" / "s.zarr").is_dir()
 
 
-def test_a_study_that_is_read_is_not_saved_over(template, capfd):
+def test_a_study_that_is_read_is_not_overwritten_by_its_copy(template, capfd):
     shutil.copy(template / "study.yaml", template / "results" / "study-metrics.yaml")
     before = (template / "results" / "study-metrics.yaml").read_bytes()
-    (template / "results" / "study-report.yaml").write_text("mine")
     given = ["--output", str(template / "results")]
     assert run(["metrics", str(template / "results" / "study-metrics.yaml"), *given]) == 2
     assert "is the study that is read" in capfd.readouterr().err
     assert run(["train", str(template / "study.yaml"), "--output", str(template / "results"), "--overwrite"]) == 2
-    assert "study-train.yaml: exists already and is no study saved by hpcres" in capfd.readouterr().err
+    assert "study-train.yaml: exists already and is not a study that hpcres saved" in capfd.readouterr().err
     assert (template / "results" / "study-metrics.yaml").read_bytes() == before
 
 
@@ -158,7 +160,7 @@ def template(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_folder_that_cannot_be_read_is_refused(here):
+def test_the_check_creates_nothing(here):
     refuse_output(here / "new" / "m.json", METRICS, inputs=["v.npy", None])
     assert not (here / "new").exists()
 
@@ -179,7 +181,7 @@ def test_results_merge_and_are_solved_once(here, capfd, monkeypatch):
     assert len(solved) == 3
     assert run(["tortuosity", "v.npy", "--output", "t.json"]) == 0
     assert len(solved) == 9
-    assert capfd.readouterr().out.count("results that are there already are not solved again") == 1
+    assert capfd.readouterr().out.count("results in this file are not solved again") == 1
     found = results_of(here / "t.json")
     assert found == {(r["phase"], r["direction"]): r["D_rel"] for r in tortuosity(open_volume("v.npy"))["results"]}
     solved.clear()
@@ -210,7 +212,7 @@ def test_results_of_another_volume_are_not_mixed(here, capfd):
 
 
 @pytest.mark.parametrize("damage", [lambda t: t[:-40], lambda t: t.replace('"settings"', '"old"')])
-def test_a_damaged_file_is_said_and_replaced_only_when_asked(damage, here, capfd):
+def test_a_damaged_file_is_replaced_only_with_overwrite(damage, here, capfd):
     given = ["tortuosity", "v.npy", "--phase", "0", "--direction", "z", "--output", "t.json"]
     assert run(given) == 0
     (here / "t.json").write_text(damage((here / "t.json").read_text()))
@@ -220,7 +222,7 @@ def test_a_damaged_file_is_said_and_replaced_only_when_asked(damage, here, capfd
     assert run([*given, "--overwrite"]) == 0
 
 
-def test_what_is_solved_before_a_stop_is_there_and_a_rerun_goes_on(here, capfd, monkeypatch):
+def test_a_stopped_run_saves_its_results_and_a_rerun_solves_the_rest(here, capfd, monkeypatch):
     count = []
 
     def third_is_stopped(*arguments, **settings):
@@ -241,11 +243,11 @@ def test_what_is_solved_before_a_stop_is_there_and_a_rerun_goes_on(here, capfd, 
     assert len(count) in (9, 10)
 
 
-# ---- a run that takes the place of another --------------------------------------------------------------------
+# ---- a run that replaces another ------------------------------------------------------------------------------
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """What a run left, but for the events, whose names hold times."""
+    """The files of a run except TensorBoard's, whose names hold times."""
     return {name: data for name, data in listing(folder).items() if data is not None and "events" not in name}
 
 
@@ -266,7 +268,7 @@ def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, 
 
     monkeypatch.setattr(Models, "step", interrupted)
     if moment == "before a step":
-        with listening("train"):
+        with handling_signals("train"):
             os.kill(os.getpid(), 2)
             with pytest.raises(Stopped):
                 train(new, overwrite=True)
@@ -288,9 +290,9 @@ def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, 
     assert history(new) == history(whole)
 
 
-@pytest.mark.parametrize("after", range(1, 12))
-def test_a_kill_while_a_run_takes_over_is_finished_by_the_next(after, tmp_path, monkeypatch):
-    """Killed after each of its changes to the folder in turn."""
+@pytest.mark.parametrize("after", range(15))
+def test_the_next_run_finishes_a_replacement_that_was_killed(after, tmp_path, monkeypatch):
+    """Killed after each of the changes to the folder in turn."""
     folder = tmp_path / "out"
     for name, run_name in ((folder, "old"), (folder / ".train-new", "new")):
         (name / "tensorboard").mkdir(parents=True)
@@ -325,6 +327,30 @@ def test_a_kill_while_a_run_takes_over_is_finished_by_the_next(after, tmp_path, 
     )
 
 
+def test_a_replacement_that_fails_keeps_the_new_run(tmp_path, monkeypatch):
+    folder, files = tmp_path / "out", ("checkpoint.pt", "training.csv")
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("old")
+    run_folder = RunFolder(folder, anew=True)
+
+    def fails(*_: object) -> None:
+        raise PermissionError
+
+    def replace() -> None:
+        with run_folder.prepared(True), monkeypatch.context() as patch:
+            for file in files:
+                (run_folder.path / file).write_text("new")
+            patch.setattr(Path, "rename", fails)  # the files of the earlier run are removed by then
+            run_folder.take_over()
+
+    with pytest.raises(PermissionError):
+        replace()
+    assert not (folder / "checkpoint.pt").exists()
+    recover(folder)
+    assert listing(folder) == {"checkpoint.pt": b"new", "training.csv": b"new"}
+
+
 # ---- absent chunks --------------------------------------------------------------------------------------------
 
 
@@ -344,10 +370,10 @@ def test_absent_chunks_are_counted(form, separator, sharded, here, capfd):
     metadata = ("zarr.json", ".zarray", ".zattrs")
     files = [p for p in (here / "s.zarr").rglob("*") if p.is_file() and p.name not in metadata]
     assert len(files) == (8 if sharded else 27)
-    assert absent_chunks(open_volume("s.zarr")) is None
+    assert absent_chunks(open_volume("s.zarr")) == []
     for file in sorted(files)[:3]:
         file.unlink()
-    found = absent_chunks(open_volume("s.zarr"))
+    (found,) = absent_chunks(open_volume("s.zarr"))
     assert (found.absent, found.chunks, found.fill_value) == (3, len(files), 0)
     plain = ["--without", "correlations", "--without", "chords", "--without", "spectrum", "--without", "representative"]
     assert run(["metrics", "s.zarr", *plain, "--output", "m.json"]) == 0
@@ -356,6 +382,36 @@ def test_absent_chunks_are_counted(form, separator, sharded, here, capfd):
     assert f"s.zarr: 3 of {len(files)} chunk files are absent" in warned[0]
     assert "read as the fill value 0;" in warned[0]
     assert json.loads((here / "m.json").read_text())["absent_chunks"][0]["absent"] == 3
+
+
+def lacking(name: str, array: np.ndarray) -> None:
+    """A zarr array of another program without its first chunk file."""
+    made = zarr.create_array(name, shape=array.shape, dtype=array.dtype, chunks=(8, 8, 8), zarr_format=2)
+    made[:] = array
+    Path(name, "0.0.0").unlink()
+
+
+def test_absent_chunks_of_each_channel_are_counted(here):
+    for name in ("p.zarr", "q.zarr"):
+        lacking(name, np.full((16, 16, 16), 0.5, np.float32))
+    low_res = probabilities([open_volume("p.zarr", grey=True), open_volume("q.zarr", grey=True)])
+    assert [(found.path, found.absent, found.chunks) for found in absent_chunks(low_res)] == [
+        ("p.zarr", 1, 8), ("q.zarr", 1, 8)
+    ]  # fmt: skip
+
+
+def test_tortuosity_counts_the_absent_chunks_of_the_reference(template, monkeypatch, capfd):
+    (template / "results" / "study-train.yaml").unlink()
+    monkeypatch.chdir(template)
+    np.save("v.npy", VOLUME)
+    lacking("truth.zarr", VOLUME + 0)
+    assert run(["convert", "v.npy", "--output", "results/labels.zarr", "--phases", "0=a,1=b,2=c"]) == 0
+    given = ["--set", "reference.volume=truth.zarr", "--phase", "a", "--direction", "z"]
+    assert run(["tortuosity", *given]) == 0
+    assert "truth.zarr: 1 of 27 chunk files are absent" in capfd.readouterr().err
+    found = json.loads((template / "results" / "transport.json").read_text())
+    assert [(one["absent"], one["chunks"]) for one in found["absent_chunks"]] == [(1, 27)]
+    assert found["reference"]["results"]
 
 
 # ---- terminals and names --------------------------------------------------------------------------------------
@@ -367,7 +423,7 @@ def test_absent_chunks_are_counted(form, separator, sharded, here, capfd):
      {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
     ids=["latin-1", "cp437", "C", "ascii"],
 )  # fmt: skip
-def test_any_terminal_and_any_name_are_told_in_letters(environment, here):
+def test_terminals_and_file_names_of_any_encoding(environment, here):
     name = b"caf\xe9 \xb5"
     os.mkdir(name)
     os.rename("v.npy", os.path.join(name, b"v\xe9.npy"))
@@ -383,15 +439,15 @@ def test_any_terminal_and_any_name_are_told_in_letters(environment, here):
         )
         assert done.returncode == (2 if arguments[1].endswith(b"none.npy") else 0), done.stderr
         assert b"Traceback" not in done.stderr
-        assert name in done.stdout + done.stderr  # as it is written in the file system
+        assert name in done.stdout + done.stderr  # the bytes of the file system
     found = json.loads(Path(os.fsdecode(name), "m.json").read_text())
     assert found["volume"]["path"] == str(here / os.fsdecode(volume))
 
 
-def test_letters_stand_for_what_an_encoding_lacks():
+def test_characters_that_an_encoding_lacks_are_replaced():
     from hpcres import terminal
 
-    terminal.speak_what_it_can()
+    terminal.replace_unencodable()
     assert "2 × 65 µm – τ ± 1 …".encode("ascii", "hpcres") == b"2 x 65 um - tau +- 1 ..."
     assert "2 × 65 µm³ τ".encode("latin-1", "hpcres") == "2 × 65 µm³ tau".encode("latin-1")
     assert "v\udce9 \u4e2d".encode("ascii", "hpcres") == b"v\xe9 \\u4e2d"

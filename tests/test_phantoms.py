@@ -260,5 +260,5 @@ def test_files_that_the_phantom_will_not_make_are_found_early(tmp_path):
         make_phantom(separate.model_copy(update={"phantom": separate.phantom.model_copy(update={"kind": "separator"})}))
     (tmp_path / "phantom").mkdir()
     (tmp_path / "phantom" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds no phantom, so --overwrite will not remove it"):
+    with pytest.raises(InputError, match="with a phantom of hpcres only, so --overwrite will not remove it"):
         make_phantom(study(tmp_path), overwrite=True)

@@ -173,7 +173,7 @@ def test_create_is_atomic_and_overwrites_only_on_request(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["s.zarr"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is no zarr"):
+    with pytest.raises(InputError, match="is not a zarr"):
         store_at(tmp_path / "mine", overwrite=True)
     with pytest.raises(InputError, match="file is a file"):
         store_at(tmp_path / "file" / "s.zarr")

@@ -282,12 +282,12 @@ def test_tortuosity_takes_the_edge_of_each_axis(blobs, tmp_path, monkeypatch):
     cube = [direct(blobs, {1: 1.0}, axis) for axis in range(3)]
     for arguments, right, line in (
         (["fiji.tif"], due, ""),
-        (["fiji.tif", "--voxel-size", "65nm"], cube, "fiji.tif: --voxel-size 65 nm goes before the file's own, 1 "),
+        (["fiji.tif", "--voxel-size", "65nm"], cube, "fiji.tif: --voxel-size 65 nm overrides the file's own, 1 "),
         (["fiji.tif", "--voxel-size", "1 um,250nm,0.25microns"], due, ""),
-        (["bare.npy"], cube, "bare.npy: does not say its voxel size; lengths are in voxels"),
+        (["bare.npy"], cube, "bare.npy: gives no voxel size; lengths are in voxels"),
         (["bare.npy", "--voxel-size", "4um,1um,1um"], due, ""),
-        (["pixel.tif"], due, "pixel.tif: says the ratio of voxel edges"),
-        (["pixel.tif", "--voxel-size", "65nm"], cube, "pixel.tif: --voxel-size 65 nm goes before the file's own, 4 "),
+        (["pixel.tif"], due, "pixel.tif: gives only the ratio of the voxel edges"),
+        (["pixel.tif", "--voxel-size", "65nm"], cube, "pixel.tif: --voxel-size 65 nm overrides the file's own, 4 "),
         (["pixel.tif", "--voxel-size", "40nm,10nm,10nm"], due, ""),
     ):  # fmt: skip
         written = ("--phase", "1", "--rtol", "1e-6", "--output", "t.json", "--overwrite")

@@ -16,7 +16,7 @@ from hpcres.inference.generate import Painter, halo_of, operations
 from hpcres.inference.run import chunk_edge
 from hpcres.inference.winograd import WinogradNetwork
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study import Study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.pyramid import pyramid
@@ -154,11 +154,11 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     for larger in parts[1:]:
         if seconds * network.work(larger) / network.work(part) > _TRIAL_SECONDS:
             break
-        end_if_asked()
+        end_if_signalled()
         part, seconds = larger, seconds_of(larger)
     started, runs = time.monotonic(), [seconds]
     while time.monotonic() - started + seconds < _TRIAL_SECONDS:
-        end_if_asked()
+        end_if_signalled()
         runs.append(seconds_of(part))
     per_part = sum(runs) / len(runs) * network.work(whole) / network.work(part)
     return threads * whole.voxels / per_part

@@ -47,7 +47,7 @@ from hpcres.memory import keep_freed_memory
 from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described, spread
 from hpcres.outputs import LABELS, refuse_output
-from hpcres.signals import listening
+from hpcres.signals import handling_signals
 from hpcres.study import Inference, RawHeader, Study, parse_grid
 from hpcres.volumes.files import clear_leftovers
 from hpcres.volumes.phases import PhaseMap, open_low_res
@@ -221,7 +221,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         started = time.monotonic()
         again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
         kept = f"what is painted is kept in {job.output}; {again}"
-        with listening("infer", kept) as received, Journal(job.output, ranks.rank) as journal:
+        with handling_signals("infer", kept) as received, Journal(job.output, ranks.rank) as journal:
             stop = _Stop(ranks, received, job.low_res, again)
             outcome = ranks.everyone(_make(missing, _Maker(job, painter, stores, journal, stop), ranks, stop))
             painted = sum(part[0] for part in outcome)

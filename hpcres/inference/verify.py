@@ -21,7 +21,7 @@ from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journa
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.lengths import RELATIVE, Length
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study import RawHeader, parse_boundary
 from hpcres.volumes.stores import LabelStore
 
@@ -58,7 +58,7 @@ def find_faults(
     shards = [(level, box) for level in range(len(stores[0].levels)) for box in stores[0].shard_boxes(level)]
     faults = []
     for number, (level, box) in enumerate(shards):
-        end_if_asked()
+        end_if_signalled()
         known = noted.get((level, box.start))
         for place, store in enumerate(stores):
             crc32 = known.files[place][1] if known and place < len(known.files) else None

@@ -28,7 +28,7 @@ from hpcres.cores import cores
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.study import RawHeader
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import probabilities
@@ -60,13 +60,13 @@ def connect(
             with nullcontext() if scheduler is None else _watched(client, where, worker_wait, given_up):
                 yield client
     except KilledWorker as error:
-        end_if_asked()
+        end_if_signalled()
         raise Unfinished(
             f"{where}: one block killed {error.allowed_failures + 1} workers in turn, the last "
             f"{error.last_worker.address}; nothing is written: give them more memory or see their logs, then run again"
         ) from None
     except (CancelledError, CommClosedError):
-        end_if_asked()  # a terminal's signal goes to workers that it started, too, which then end
+        end_if_signalled()  # Ctrl-C also ends workers started from the same terminal
         if given_up.is_set():
             raise Unfinished(
                 f"{where}: no worker for {worker_wait:.0f} s; nothing is written: {_start_workers(where)}, then run "
@@ -110,7 +110,10 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
 
 
 def _refuse_scheduler_file(path: str) -> None:
-    """InputError where there is no such file, or after a second, in which it may be written, none of a scheduler."""
+    """Raise InputError if the file does not exist, or if it is not a valid scheduler file after one second.
+
+    A scheduler that starts at the same time may still write it.
+    """
     deadline = time.monotonic() + 1.0
     if not Path(path).is_file():
         raise InputError(f"--scheduler {path}: no such scheduler file; give one, or an address as tcp://host:8786")
@@ -119,11 +122,11 @@ def _refuse_scheduler_file(path: str) -> None:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
             if "://" in found["address"]:
                 return
-            why = "names no scheduler's address"
+            why = "holds no address of a scheduler"
         except (ValueError, KeyError, TypeError):
-            why = "is empty, half-written or no file of `dask scheduler --scheduler-file`"
+            why = "is empty, half-written or not a file of `dask scheduler --scheduler-file`"
         if time.monotonic() > deadline:
-            raise InputError(f"--scheduler {path}: {why}; start the scheduler anew, or give its address")
+            raise InputError(f"--scheduler {path}: {why}; start the scheduler again, or give its address")
         time.sleep(0.05)
 
 
@@ -280,9 +283,9 @@ def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
     waiting = as_completed(futures)
     try:
         while not waiting.is_empty():
-            end_if_asked()
+            end_if_signalled()
             if not waiting.has_ready():
-                with waiting.thread_condition:  # as its own __next__ waits, with a look for signals in between
+                with waiting.thread_condition:  # as its __next__ does, with a timeout to check for signals
                     waiting.thread_condition.wait(timeout=_POLL_SECONDS)
                 continue
             future = next(waiting)

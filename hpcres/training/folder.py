@@ -1,7 +1,8 @@
-"""The folder of a run: what a new run writes stays apart until its checkpoint can take the place of an earlier run.
+"""The output folder of training, and how `train --overwrite` replaces an earlier run.
 
-At every moment the folder holds the earlier run, or the new one whole in `.train-new`, or the new run in its place:
-never a table of one beside a checkpoint of the other.
+A new run writes to the hidden folder `.train-new` until its first checkpoint is saved. Its files then replace those of
+the earlier run. So the output folder never holds a table of one run beside a checkpoint of the other, and one of the
+runs is complete on disk at every moment.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpcres.outputs import CHECKPOINT, TABLE, refuse_output
-from hpcres.signals import half_made, publishing
+from hpcres.signals import half_made, renaming
 from hpcres.study import Study
 
 _CHECKPOINT, _BEST, _TABLES = "checkpoint.pt", "best.pt", ("training.csv", "quality.csv")
@@ -20,12 +21,12 @@ _OTHERS = (_BEST, *_TABLES, "training.html", "training-slices", "tensorboard", "
 
 
 class RunFolder:
-    """Where a run's files are now; `path` changes once, when the run takes an earlier one's place."""
+    """The folder that a run writes to; `path` changes once, when the run replaces an earlier one."""
 
     def __init__(self, folder: Path, *, anew: bool = False) -> None:
         self._folder, self._apart = folder, _apart(folder)
         self.waits = anew and (folder / _CHECKPOINT).exists()
-        """Whether an earlier run is in the folder, which this one will replace."""
+        """Whether an earlier run is still in the output folder and this one is in `.train-new`."""
 
     @property
     def path(self) -> Path:
@@ -40,14 +41,18 @@ class RunFolder:
         return self.path / _BEST
 
     def take_over(self) -> None:
-        """Put the run, whose checkpoint has just been saved, in the place of the earlier one."""
+        """Replace the earlier run. Call when the checkpoint of this run is saved."""
         if self.waits:
             _replace(self._folder)
             self.waits = False
 
     @contextmanager
     def prepared(self, writes: bool) -> Iterator[None]:
-        """The folder is there inside the block; what has taken no place by its end is removed (where this `writes`)."""
+        """Create the folder for the block, and remove `.train-new` at its end if it holds no checkpoint.
+
+        With a checkpoint it stays for `recover`: an error in `take_over` may have left it as the only complete run.
+        Does nothing in a process that does not write.
+        """
         if not writes:
             yield
             return
@@ -56,12 +61,12 @@ class RunFolder:
             with half_made(*([self._apart] if self.waits else [])):
                 yield
         finally:
-            if self.waits:
+            if self.waits and not self.checkpoint.exists():
                 shutil.rmtree(self._apart, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
-    """Finish what a kill in the middle of `take_over` left, or remove what one before it did. One process alone."""
+    """Finish a `take_over` that a kill interrupted, or remove the files of a run killed before it. On rank 0 only."""
     if (_apart(folder) / _CHECKPOINT).exists():
         _replace(folder)
     elif _apart(folder).is_dir():
@@ -69,7 +74,7 @@ def recover(folder: Path) -> None:
 
 
 def refuse_outputs(study: Study, overwrite: bool, inputs: list[str]) -> None:
-    """InputError where training may not write one of its files; nothing is changed."""
+    """Raise InputError if training may not write one of its files. Nothing is changed."""
     refuse_output(study.checkpoint_path, CHECKPOINT, inputs=inputs, overwrite=overwrite, renewed=True)
     refuse_output(study.best_path, CHECKPOINT, inputs=inputs, renewed=True)
     for name in _TABLES:
@@ -81,10 +86,14 @@ def _apart(folder: Path) -> Path:
 
 
 def _replace(folder: Path) -> None:
-    """The earlier checkpoint goes last of its run and the new one comes last of its own: nothing reads a mixture, and
-    after a kill in between it shows how far this came."""
+    """Replace the earlier run by the one in `.train-new`.
+
+    The earlier checkpoint is removed after its other files, and the new one is moved after its other files. So no
+    process reads a mixture of both runs, and after a kill `recover` can finish: the new checkpoint is in `.train-new`
+    until all is done.
+    """
     old, new = folder / _CHECKPOINT, _apart(folder)
-    with publishing():
+    with renaming():
         if old.exists():
             for name in _OTHERS:
                 _remove(folder / name)

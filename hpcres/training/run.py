@@ -17,7 +17,7 @@ import torch
 
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.signals import keeps, listening
+from hpcres.signals import handling_signals, set_saved
 from hpcres.study import Study
 from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
@@ -99,7 +99,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
             for message in (*notes, *_opening(study, group, models, low_res, real, before, fitted)):
                 journal.note(message)
             again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
-            with listening("train", _kept(study, run, first, again)) as received:
+            with handling_signals("train", _kept(study, run, first, again)) as received:
                 started = time.monotonic()
                 reported = saved = paged = seconds = seconds_before
                 done = 0.0
@@ -134,7 +134,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
                         if group.rank == 0:
                             models.save(step + 1, seconds, low_res, real, finished=done >= 1)
                             run.take_over()
-                            keeps(_kept(study, run, step + 1, again))
+                            set_saved(_kept(study, run, step + 1, again))
                             if done >= 1 or stop or seconds - paged >= _PAGE_SECONDS:
                                 paged = seconds
                                 journal.write_page(f"Training of {study.name}")

@@ -1,6 +1,6 @@
-"""Which chunk files a zarr lacks: it reads them as the fill value, left out by the writer or lost by a copy.
+"""Absent chunk files of a zarr: they are read as the fill value, whether the writer left them out or a copy lost them.
 
-Stores of ours are never asked: they write every chunk, and what they lack is refused where it is read.
+Stores that hpcres wrote are not checked here: it writes every chunk, and reading refuses an absent one.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.study import Study
 from hpcres.volumes.files import METADATA_FILES
+from hpcres.volumes.formats import open_volume
 from hpcres.volumes.ome_zarr import zarr_node
 from hpcres.volumes.volume import Volume
 
 
 @dataclass(frozen=True)
 class Absent:
-    """Chunk files that are not there, of how many, and what their voxels are read as."""
+    """How many of an array's chunk files are absent, and the fill value that their voxels are read as."""
 
     path: str
     absent: int
@@ -38,15 +40,32 @@ class Absent:
         return {"path": self.path, "absent": self.absent, "chunks": self.chunks, "fill_value": self.fill_value}
 
 
-def absent_chunks(volume: Volume) -> Absent | None:
-    """Of the array that `volume` reads; None where none is absent, and for what is no zarr, or one of ours.
+def absent_chunks(*volumes: Volume) -> list[Absent]:
+    """Count the absent chunk files of each volume, and of each part of one that has parts.
 
-    Counts the files of local folders, of which none is opened. A shard is one file.
+    Parameters
+    ----------
+    volumes
+        Open volumes of any format. Only zarr in a local folder that hpcres did not write is checked.
+
+    Returns
+    -------
+    list of Absent
+        One for each array that lacks chunk files. Files are counted by name, none is opened; a shard is one file.
     """
-    for part in volume.parts:
-        if (found := absent_chunks(part)) is not None:
-            return found
-    if volume.parts or not Path(volume.path).is_dir():
+    arrays = [part for volume in volumes for part in volume.parts or (volume,)]
+    return [found for array in arrays if (found := _absent_of(array)) is not None]
+
+
+def absent_chunks_of_study(study: Study, *volumes: Volume) -> list[Absent]:
+    """`absent_chunks` of the volumes, and of the study's low-res volume and reference where they are there."""
+    paths = [path for path in (*study.low_res.paths, study.reference.volume) if path is not None]
+    return absent_chunks(*volumes, *(open_volume(path, grey=True) for path in paths if Path(path).is_dir()))
+
+
+def _absent_of(volume: Volume) -> Absent | None:
+    place = Path(volume.path)
+    if not place.is_dir():
         return None
     node: Any
     node, attributes = zarr_node(volume.path)
@@ -54,15 +73,12 @@ def absent_chunks(volume: Volume) -> Absent | None:
         if "hpcres" in attributes:
             return None
         ome: Any = attributes.get("ome", attributes)
-        place = Path(volume.path) / ome["multiscales"][0]["datasets"][0]["path"]
+        place = place / ome["multiscales"][0]["datasets"][0]["path"]
         node, _ = zarr_node(str(place))
-    else:
-        place = Path(volume.path)
     grid = [-(-n // edge) for n, edge in zip(node.shape, node.shards or node.chunks, strict=True)]
-    there = sum(1 for _ in _chunk_files(place, grid))
-    missing = prod(grid) - there
+    absent = prod(grid) - sum(1 for _ in _chunk_files(place, grid))
     fill = np.asarray(0 if node.fill_value is None else node.fill_value).item()
-    return Absent(volume.path, missing, prod(grid), fill) if missing else None
+    return Absent(volume.path, absent, prod(grid), fill) if absent else None
 
 
 def _chunk_files(place: Path, grid: list[int]) -> Iterator[str]:

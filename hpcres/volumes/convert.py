@@ -13,7 +13,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import blocks
 from hpcres.lengths import MICROMETERS, RELATIVE
 from hpcres.outputs import LABELS, refuse_output
-from hpcres.signals import end_if_asked
+from hpcres.signals import end_if_signalled
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
 from hpcres.volumes.stores import LabelStore
@@ -64,14 +64,14 @@ def convert(
                 labels = _kept(source.path, labels)
                 seen.update(np.flatnonzero(np.bincount(labels.ravel(), minlength=UNWRITTEN)).tolist())
             for shard_box in store.shards_in(0, block):
-                end_if_asked()
+                end_if_signalled()
                 store.write(0, shard_box, labels[shard_box.relative_to(block.start).slices])
                 done += 1
                 if progress:
                     progress(done, total)
         for level in range(1, len(store.levels)):
             for shard_box in store.shard_boxes(level):
-                end_if_asked()
+                end_if_signalled()
                 store.write_coarser(level, shard_box)
                 done += 1
                 if progress:

@@ -1,4 +1,4 @@
-"""Files and stores that are there whole or not at all: made beside their place, and renamed into it."""
+"""Files and stores written atomically: made under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpcres.signals import half_made, publishing
+from hpcres.signals import half_made, renaming
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
-"""What describes a zarr array or group; a folder without any of them is none."""
+"""Names of the files that describe a zarr array or group; a folder without any of them is not one."""
 METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
-"""Everything in a zarr that is no chunk."""
+"""Names of all files in a zarr other than chunks."""
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name in the same folder, hidden and of this thread alone, to be renamed to `path` when it is whole."""
+    """A hidden name in the same folder that only this thread uses, for a file to be renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
 
 
 @contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
-    """Where to make a file or folder, which is moved to `path` when the block ends well and removed when it does not.
+    """A temporary path for a file or folder that is renamed to `path` at the end of the block.
 
-    An error of the file system then names `path`, not the place beside it that nobody asked for. Where `path` is a
-    link, what it leads to is replaced, on the file system that this is on.
+    It is removed if the block raises or a signal ends the process. If `path` is a link, the target of the link is
+    replaced, and the temporary path is beside the target. An OSError names `path`, which the user knows, not the
+    temporary path.
     """
     place = path.resolve() if path.is_symlink() else path
     temporary = temporary_beside(place)
@@ -48,7 +49,7 @@ def made_whole(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove what a killed process left half-made in a store and beside it. Only while nobody else writes it."""
+    """Remove the half-made files that a killed process left in a store and beside it, while no process writes it."""
     path = path.resolve() if path.is_symlink() else path
     for half in [*path.rglob("*.partial"), *path.glob(".zarr.json.*")]:
         half.unlink()
@@ -58,24 +59,24 @@ def clear_leftovers(path: Path) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename a finished file or folder to `path`; what was there is removed after that."""
+    """Rename a finished file or folder to `path`; an earlier folder there is removed afterwards."""
     if not path.is_dir():
-        with publishing():
+        with renaming():
             os.replace(temporary, path)
         return
     old = temporary_beside(path.with_name(path.name + ".old"))
-    with publishing():
+    with renaming():
         path.rename(old)
         temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
-    """Whole or not at all; NaN and infinities are refused, because JSON has none. Names need not be UTF-8."""
+    """Write JSON atomically and return its path. ValueError for NaN and infinities, which JSON lacks."""
     path = Path(path)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with made_whole(path) as temporary:
-        # A byte of a file name that is no UTF-8 is a lone surrogate to Python, and \udcXX to both of them.
+        # A file name that is not UTF-8 has lone surrogates in Python; JSON writes them as \udcXX.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return path

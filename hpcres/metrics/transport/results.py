@@ -1,8 +1,8 @@
-"""transport.json: results merged by phase, direction and settings, the file saved whole after each solve.
+"""transport.json: results merged by phase, direction and settings; the file is saved whole after each solve.
 
-A result is another one's only where both are of the same voxels: of a file by its size and time of change, of a store
-by those of all its chunk files. Results of another volume, or of this one before it changed, are not mixed with new
-ones.
+Results are merged only where they are of the same voxels. A file counts as the same while its size and modification
+time are, a zarr store while those of all its chunk files are. Results of another volume, or of this one before it
+changed, are refused.
 """
 
 from __future__ import annotations
@@ -10,20 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from hpcres.errors import InputError
+from hpcres.metrics.transport import tortuosity
+from hpcres.signals import set_saved, signals_received, stopped_by
 from hpcres.volumes.files import METADATA_FILES, write_json
 from hpcres.volumes.volume import Volume
 
-_KEY = ("phase", "labels", "conductivity", "direction")
+_IDENTITY = ("phase", "labels", "conductivity", "direction")
 _DONE = ("converged", "not percolating", "estimate")
+_Result = TypeVar("_Result")
+
+
+class Ranks(Protocol):
+    """The processes of a job; `hpcres.inference.ranks.Ranks` is one."""
+
+    rank: int
+    on_node: int
+
+    @property
+    def communicator(self) -> Any: ...
+
+    def from_first(self, work: Callable[[], _Result]) -> _Result: ...
+
+    def everyone(self, value: _Result) -> list[_Result]: ...
 
 
 def digest_of(volume: Volume) -> str:
-    """What changes when voxels of a volume's file or store may have: no voxel is read."""
+    """A digest of path, size and modification time of a volume's files, and of its shape. No voxel is read."""
     file, _, part = volume.path.partition(":/")
     place, digest = Path(file), hashlib.sha256(f"{part} {list(volume.shape)}".encode(errors="backslashreplace"))
     if place.is_dir():
@@ -40,9 +57,9 @@ def digest_of(volume: Volume) -> str:
 
 
 class ResultsFile:
-    """The content of a transport.json, in memory, and the file where there is one to be.
+    """The content of a transport.json in memory, and its file where `path` is not None.
 
-    `content` has `volume` and `reference` as `hpcres.metrics.transport` lays them out, or null.
+    `content` has the header, and `volume` and `reference` as `hpcres.metrics.transport` describes them, or null.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
@@ -50,72 +67,81 @@ class ResultsFile:
         self.content: dict[str, Any] = {**header, "volume": None, "reference": None, "published": []}
 
     def read(self) -> dict[str, Any]:
-        """The volume and the reference of the file, with their results; empty where there is no file.
+        """The entries `volume` and `reference` of the file with their results; empty where there is no file.
 
-        InputError where it cannot be read, or an earlier hpcres wrote it without what merging needs.
+        Raises
+        ------
+        InputError
+            The file is not valid JSON of this schema, or an earlier hpcres wrote it without what merging needs.
         """
         if self.path is None or not self.path.exists():
             return {}
-        anew = "move it away, name another --output, or begin anew with --overwrite"
+        remedy = "move it away, name another --output, or begin anew with --overwrite"
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            parts = {which: found[which] for which in ("volume", "reference")}
-            known = [one for part in parts.values() if part for one in part["results"]]
+            entries = {which: found[which] for which in ("volume", "reference")}
+            results = [one for entry in entries.values() if entry for one in entry["results"]]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{self.path}: is damaged, so no result can be added to it; {anew}") from None
-        if any(part and "digest" not in part for part in parts.values()) or any("settings" not in one for one in known):
-            raise InputError(f"{self.path}: was written by an earlier hpcres, so no result can be added to it; {anew}")
-        return parts
+            raise InputError(f"{self.path}: is damaged, so no result can be added to it; {remedy}") from None
+        without_digest = any(entry and "digest" not in entry for entry in entries.values())
+        if without_digest or any("settings" not in one for one in results):
+            raise InputError(
+                f"{self.path}: was written by an earlier hpcres, so no result can be added to it; {remedy}"
+            )
+        return entries
 
-    def begin(self, parts: Mapping[str, Any]) -> None:
-        """Go on from what `read` gave, on every rank alike."""
-        self.content.update(parts)
+    def resume(self, entries: Mapping[str, Any]) -> None:
+        """Continue from the entries that `read` returned on rank 0; every rank calls this with the same ones."""
+        self.content.update(entries)
 
     def digest_for(self, which: str, volume: Volume) -> str:
-        """That of the volume; InputError where the results that are there already are of another one."""
+        """`digest_of` the volume; InputError where the results in the file are of another one."""
         digest, before = digest_of(volume), self.content[which]
         path, shape = os.path.abspath(volume.path), list(volume.shape)
         if before is not None and before["digest"] != digest:
-            what = "has changed since" if before["path"] == path and before["shape"] == shape else "is another volume"
+            why = "has changed since" if before["path"] == path and before["shape"] == shape else "is another volume"
             raise InputError(
-                f"{self.path}: holds results of {before['path']}, and {path} {what}; name another --output, or "
+                f"{self.path}: holds results of {before['path']}, and {path} {why}; name another --output, or "
                 "replace them with --overwrite"
             )
         return digest
 
-    def part(self, which: str, volume: Volume, digest: str) -> Part:
-        """The results of one volume, on every rank alike."""
+    def entry(self, which: str, volume: Volume, digest: str) -> Entry:
+        """The results of one volume; every rank makes its own from the same digest."""
         about = {"path": os.path.abspath(volume.path), "shape": list(volume.shape), "digest": digest}
         before = self.content[which]
-        return Part(self, which, about, [] if before is None else before["results"])
+        return Entry(self, which, about, [] if before is None else before["results"])
 
     def save(self) -> None:
         if self.path is not None:
             write_json(self.path, self.content)
 
 
-class Part:
+class Entry:
     """The results of one volume in a file."""
 
     def __init__(self, file: ResultsFile, which: str, about: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
         self._file, self._which, self._about, self._results = file, which, about, results
 
-    def solved(self, what: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result that is there already of what is to be solved; None where there is none, or no number."""
-        one = next((one for one in self._results if _key(one) == _key(what)), None)
+    def solved(self, system: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The earlier result of a system (phase, labels, conductivity, direction, settings), or None.
+
+        None also where that solve did not converge, so that it is tried again.
+        """
+        one = next((one for one in self._results if _identity(one) == _identity(system)), None)
         return one if one is not None and one["state"] in _DONE else None
 
     def add(self, result: dict[str, Any]) -> None:
-        """Put a result in the place of an earlier one of the same, or behind the others; `save` writes it.
+        """Replace the earlier result of the same system, or append; `save` writes the file.
 
-        A solution also takes the place of an estimate, which has no error to hold against it.
+        A solution also replaces an estimate of the same system: the estimate has no error bound.
         """
         if result["state"] in ("converged", "not percolating"):
             self._results[:] = [
                 one for one in self._results
-                if one["state"] != "estimate" or _key(one, of_estimate=False) != _key(result, of_estimate=False)
+                if one["state"] != "estimate" or _identity(one, of_estimate=False) != _identity(result, False)
             ]  # fmt: skip
-        places = [place for place, one in enumerate(self._results) if _key(one) == _key(result)]
+        places = [place for place, one in enumerate(self._results) if _identity(one) == _identity(result)]
         if places:
             self._results[places[0]] = result
         else:
@@ -124,12 +150,72 @@ class Part:
         self._file.content[self._which] = {**self._about, **shared, "results": self._results}
 
 
+def solve_missing(
+    file: ResultsFile, which: str, volume: Volume, *, ranks: Ranks, show: Callable[[dict[str, Any], bool], None],
+    resume_with: str, **settings: Any,
+) -> list[str]:  # fmt: skip
+    """Solve what the file lacks of one volume and save the file after each solve.
+
+    Parameters
+    ----------
+    file
+        The file, after `ResultsFile.resume`.
+    which
+        "volume" or "reference", the entry of the file.
+    volume
+        Labels z, y, x.
+    ranks
+        The processes that solve together; rank 0 saves.
+    show
+        Called on every rank with each result and whether it was in the file before.
+    resume_with
+        How the user resumes after a signal, for the message.
+    settings
+        As of `hpcres.metrics.transport.tortuosity`. With `field` every system is solved anew, for its potential.
+
+    Returns
+    -------
+    list of str
+        Phase and direction of each solve that did not converge.
+
+    Raises
+    ------
+    InputError
+        The file holds results of another volume.
+    Stopped
+        A signal came to any rank; after a solve, when its result is saved.
+    """
+    digest = ranks.from_first(lambda: file.digest_for(which, volume))
+    entry = file.entry(which, volume, digest)
+    unsolved = []
+
+    def finished(result: dict[str, Any]) -> None:
+        solved_before = entry.solved(result) is result
+        if result["state"] == "not converged":
+            unsolved.append(f"{result['phase']}, {result['direction']}")
+        show(result, solved_before)
+        if not solved_before:
+            entry.add(result)
+            if ranks.rank == 0 and file.path is not None:
+                file.save()
+                set_saved(f"finished results are in {file.path}; {resume_with}")
+        if numbers := [number for of_rank in ranks.everyone(signals_received()) for number in of_rank]:
+            raise stopped_by(numbers[0])
+
+    tortuosity(
+        volume, finished=finished, solved=None if settings.get("field") else entry.solved, comm=ranks.communicator,
+        on_node=ranks.on_node, **settings,
+    )  # fmt: skip
+    return unsolved
+
+
 def common(results: list[dict[str, Any]], setting: str) -> Any:
-    """The setting that all results have; None where they differ."""
+    """The value of a setting where all results have the same one, else None."""
     values = [one.get("settings", {}).get(setting) for one in results]
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
-def _key(result: Mapping[str, Any], of_estimate: bool = True) -> str:
+def _identity(result: Mapping[str, Any], of_estimate: bool = True) -> str:
+    """What makes two results the same; without `of_estimate` a solution and an estimate of a system may be."""
     settings = {k: v for k, v in result["settings"].items() if of_estimate or k not in ("blocks", "profile")}
-    return json.dumps([*(result[name] for name in _KEY), settings], sort_keys=True)
+    return json.dumps([*(result[name] for name in _IDENTITY), settings], sort_keys=True)

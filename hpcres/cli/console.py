@@ -1,0 +1,71 @@
+"""Lines, progress and warnings of the commands. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from hpcres.signals import is_first_rank
+
+_LINE_SECONDS = 5.0
+
+
+def echo(text: object, err: bool = False) -> None:
+    """Print and flush. click.echo would write UTF-8 to a terminal whose encoding is ASCII."""
+    print(text, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def echo_notes(lines: Iterable[object]) -> None:
+    for line in lines:
+        echo(line, err=True)
+
+
+def warn(lines: Iterable[object]) -> None:
+    """Print warnings; of several ranks only rank 0 does."""
+    if is_first_rank():
+        echo_notes(f"warning: {line}" for line in lines)
+
+
+def every(seconds: float) -> Callable[[], bool]:
+    """A function that returns whether so many seconds have passed since it last returned True."""
+    last = time.monotonic()
+
+    def due() -> bool:
+        nonlocal last
+        if time.monotonic() - last <= seconds:
+            return False
+        last = time.monotonic()
+        return True
+
+    return due
+
+
+@contextmanager
+def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of done and total that shows the progress of a stage.
+
+    Shows a bar on a terminal, else a line every few seconds and at the end.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(stage, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    due = every(_LINE_SECONDS)
+    yield lambda done, total: echo(f"{stage}: {done} of {total}", err=True) if due() or done == total else None
+
+
+def progress_lines() -> Callable[[str], None]:
+    """A function that prints a line where none was printed in the last few seconds."""
+    due = every(_LINE_SECONDS)
+    return lambda line: echo(line, err=True) if due() else None
+
+
+def command_line() -> str:
+    """The command as the user gave it, for the provenance of results."""
+    return " ".join(["hpcres", *sys.argv[1:]])

@@ -1,0 +1,43 @@
+"""`hpcres plan`."""
+
+from __future__ import annotations
+
+import shlex
+
+import click
+
+from hpcres.cli.console import echo, echo_notes
+from hpcres.cli.options import Stage, study_argument, study_options, tiles_option
+from hpcres.study_file import load_study
+
+
+@click.command(cls=Stage)
+@study_argument
+@study_options
+@tiles_option
+@click.option("--ranks", type=click.IntRange(1), help="MPI ranks; the study's cluster by default.")
+def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, ranks: int | None) -> None:
+    """What infer would cost: tiles, memory, bytes, hours from a trial of seconds, and the sbatch lines. Dry run.
+
+    \b
+    hpcres plan --tiles 8x8x8
+    hpcres plan study.yaml --tiles 16x16x16 --ranks 1024
+
+    Works before training too: the cost does not depend on the weights.
+    """
+    from hpcres.checkpoint import build_generator, load_checkpoint
+    from hpcres.inference.plan import describe, estimate
+    from hpcres.volumes.phases import open_low_res
+    from hpcres.volumes.sizes import compare_sizes
+
+    given = [study, *(f"--set={setting}" for setting in settings), *([f"--output={output}"] if output else [])]
+    if tiles is not None:
+        settings = (*settings, f"inference.tiles={tiles}")
+    loaded = load_study(study, settings, output)
+    trained = loaded.checkpoint_path.exists()
+    generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
+    volume = open_low_res(loaded.low_res)
+    notes = compare_sizes(loaded, low_res=volume, images=True, reference=True)
+    count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
+    echo_notes(notes)
+    echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
