@@ -11,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-machines test-slurm test-kills test-interruptions test-threads case3 bench-inference bench-metrics bench-transport bench-quality clean
+.PHONY: help install demo test lint types test-machines test-slurm test-kills test-interruptions test-threads test-compile case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
 	@echo "make demo    the main job on a phantom, 3 to 8 minutes on two idle cores once set up; ends with results/demo/report.html"
@@ -21,7 +21,7 @@ help:
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
 	@echo "make bench-quality     the quality bars, three seeds each, six hours"
-	@echo "make lint types test-machines test-slurm test-kills test-interruptions test-threads clean"
+	@echo "make lint types test-machines test-slurm test-kills test-interruptions test-threads test-compile clean"
 
 install: .venv/installed
 
@@ -69,7 +69,7 @@ case3: install
 test: .venv/tested
 	pytest tests -m "not slow and not slurm and not machines" -n $(TESTERS) --dist worksteal
 
-# The main job as a CPU without AVX-512 does it, and from an installation that nobody can write to.
+# All stages on a CPU held to AVX2, and from a read-only installation.
 test-machines: .venv/tested
 	pytest tests -m machines
 
@@ -77,14 +77,18 @@ test-machines: .venv/tested
 test-kills: .venv/tested
 	pytest tests/test_kills.py -s
 
-# Every stage stopped by signals at 50 random moments, an hour on two idle cores; the table goes into
-# docs/interruption.md. INTERRUPTIONS=5 for fewer.
+# Signals at 50 random moments of every stage, an hour on two idle cores; prints the table of docs/interruption.md.
+# INTERRUPTIONS=5 sends fewer.
 test-interruptions: .venv/tested
 	pytest tests/test_signals.py -m slow -s
 
-# Training beside other work on one of two cores; on an otherwise idle machine.
+# Training while another process has one of two cores; needs an otherwise idle machine.
 test-threads: .venv/tested
 	pytest tests/test_threads.py -m slow
+
+# training.compile with one and with two processes, a minute; needs a C++ compiler.
+test-compile: .venv/tested
+	pytest tests/test_compile.py
 
 # Needs a running Slurm (SLURM_CONF) whose nodes see this folder, and HPCRES_DATA.
 test-slurm: .venv/tested

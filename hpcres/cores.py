@@ -6,7 +6,7 @@ import os
 
 
 def allowed_cores() -> frozenset[int]:
-    """Numbers of the cores that this process may use: all of the machine's where the system (macOS) does not say."""
+    """Numbers of the cores that this process may use; all cores of the machine on systems without affinity (macOS)."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))

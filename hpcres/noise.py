@@ -75,9 +75,9 @@ def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
 
 def gaussian_taps(sigma_voxels: float, scale: Fraction) -> np.ndarray:
     """Weights along one axis, float64, of an odd number of low-res voxels, that make white noise one of correlation
-    exp(−h² / 4σ²) at distance h and unit variance; σ in high-res voxels. Of σ = 0 the single weight 1.
+    exp(−h² / 4σ²) at distance h and unit variance; σ in high-res voxels. σ = 0 gives the single weight 1.
 
-    In decimal arithmetic, which is the same on every machine: a library's exp differs by processor in its last bit.
+    Decimal arithmetic has the same result on every machine; a library's exp differs by processor in its last bit.
     """
     sigma = sigma_voxels / float(scale)
     reach = ceil(_REACH * sigma)

@@ -14,7 +14,7 @@ import torch
 from small_painting import make_study, paint_alone
 
 ROOT = Path(__file__).resolve().parent.parent
-if "PYTEST_XDIST_WORKER" in os.environ:  # a thread of torch that waits for a core which the other worker has, spins
+if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while the other worker has their core
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
 

@@ -1,6 +1,6 @@
-"""Processes of one training, started quickly, and what they do to join and leave a group.
+"""The processes of a distributed training: started quickly, joined to a process group, and out of it again.
 
-Little is imported here, because a process that is started anew imports it again.
+This module imports little, because every process that is started imports it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hpcres.training.distributed import processes
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each another one."""
+    """Different ports on which nothing listens."""
     probes = [socket.socket() for _ in range(count)]
     for probe in probes:
         probe.bind(("127.0.0.1", 0))
@@ -28,7 +28,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def as_rank(rank: int, size: int, port: int) -> None:
-    """The variables by which torchrun tells a process who it is."""
+    """Set the variables that torchrun sets for each process."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -36,7 +36,7 @@ def as_rank(rank: int, size: int, port: int) -> None:
 
 
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], size: int, join: bool = True) -> Any:
-    """torch.multiprocessing.spawn, with processes forked from one that has imported torch and the training already."""
+    """torch.multiprocessing.spawn, but processes are forked from one that has imported torch and the training."""
     multiprocessing.set_forkserver_preload(["hpcres.training.run"])
     return torch.multiprocessing.start_processes(work, arguments, size, join, start_method="forkserver")
 
@@ -44,7 +44,7 @@ def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], size: int, 
 def leave(rank: int, port: int) -> None:
     as_rank(rank, 2, port)
     with processes("cpu", 1) as group:
-        model = group.parallel(torch.nn.Linear(50, 50))  # freed after the group, as what a traceback holds
+        model = group.parallel(torch.nn.Linear(50, 50))  # freed after the group, as a model is that a traceback holds
         model(torch.ones(4, 50)).sum().backward()
         assert group.mean(torch.tensor([1.0, rank])).tolist() == [1, 0.5]
 

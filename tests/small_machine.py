@@ -1,7 +1,7 @@
-"""The main job in a process of its own, as another CPU would do it: `python small_machine.py FOLDER OUTPUT`.
+"""All stages in a process whose environment may hold the CPU to AVX2: `python small_machine.py FOLDER OUTPUT`.
 
-FOLDER holds a folder per study. Of each the volume is painted, counted and solved into OUTPUT; where there is no
-checkpoint it is trained first. The last line says, as JSON, which CPU the libraries took themselves to be on.
+FOLDER holds a folder per study. Inference, metrics and transport of each are written to OUTPUT; a study without a
+checkpoint is trained first. The last line printed is a JSON object: the results of `machine` and `prepared`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ AVX2 = {
     "OPENBLAS_CORETYPE": "Haswell",  # those of numpy and scipy
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
     "NUMBA_CPU_NAME": "haswell",
-    "NUMBA_CPU_FEATURES": "",  # or numba adds those of this machine to that CPU's
+    "NUMBA_CPU_FEATURES": "",  # otherwise numba adds the features of this CPU
 }
-"""The environment in which a machine with AVX-512 behaves like one that has AVX2 only."""
+"""The environment in which all libraries use AVX2 only, also on a CPU with AVX-512."""
 
 
 def machine() -> dict[str, object]:
-    """Which CPU each library takes this machine to be."""
+    """The CPU capability that each library uses."""
     import numpy as np
     import torch
     from numba.core.registry import cpu_target
@@ -44,7 +44,7 @@ def machine() -> dict[str, object]:
 
 
 def prepared() -> str:
-    """A digest of what is computed before a network runs: weights of smooth noise, of interpolation and of a layer."""
+    """SHA-256 of weights that are computed before a network runs: of smooth noise, of interpolation, of a layer."""
     import numpy as np
 
     from hpcres.inference import winograd

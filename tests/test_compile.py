@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from small_training import ALONE, blobs, study_of
 from torch._dynamo.utils import counters
 
 from hpcres.study_file import save_study
+from hpcres.training import adversarial
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import processes
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -23,8 +25,11 @@ TRAINING = {"cubes": 2, "reuse_generated": True, "learning_rate": 1e-30}
 
 @pytest.fixture(autouse=True)
 def _own_code(tmp_path, monkeypatch):
-    """torch keeps what it compiled by user, not by CPU: what is left of another kind of CPU crashes."""
+    """A cache of its own for each test; its tag is put back, because compiling sets it for the whole process."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    config = getattr(torch.compiler, "config", None)
+    with nullcontext() if config is None else config.patch(cache_key_tag=""):
+        yield
 
 
 def small_study(folder, **training):
@@ -80,6 +85,20 @@ def test_two_compiled_processes_are_one_plain_one(tmp_path):
     plain = step_of(small_study(tmp_path, reuse_generated=False))
     for rank in range(2):
         assert_same(torch.load(tmp_path / f"{rank}.pt"), plain)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(torch.compiler, "config"), reason="torch 2.6 has no key to add to")
+def test_cpus_of_two_kinds_do_not_share_compiled_code(monkeypatch):
+    misses = []
+    for capability in ("AVX2", "AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        torch.compiler.config.cache_key_tag = ""
+        torch.compiler.reset()
+        counters.clear()
+        adversarial._compile(torch.nn.Linear(1, 1), torch.device("cpu"))  # compiles its trial only
+        misses.append(counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"] > 0)
+    assert misses == [True, False, True]
 
 
 def test_without_a_compiler_nothing_is_written(tmp_path, hpcres):

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcres"
 ROOMS = {  # docs/design.md: each room may import those listed, and nothing of ours besides
     "errors": set(),
-    "compiled": set(),
+    "kernel_cache": set(),
+    "compiled": {"kernel_cache"},
     "cores": set(),
     "memory": set(),
     "signals": {"errors"},
@@ -63,7 +64,9 @@ KEEPERS = {
     "h5py": {"volumes/hdf5.py"},
     "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
     "dask": {"metrics/"}, "distributed": {"metrics/"}, "taufactor": set(), "click": {"cli/"},
-    "numba": {"compiled.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py"},
+    "numba": {
+        "compiled.py", "kernel_cache.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py",
+    },
 }  # fmt: skip
 COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report"]
 

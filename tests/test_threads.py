@@ -8,12 +8,15 @@ import pytest
 import torch
 from small_training import study_of
 
+from hpcres.cores import cores
 from hpcres.study_file import save_study
 from hpcres.training import run
 from hpcres.training.run import train
 from hpcres.training.threads import Threads, fewer
 
-has_schedstat = pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="the system does not count it")
+has_schedstat = pytest.mark.skipif(
+    not os.path.exists("/proc/self/schedstat"), reason="only Linux counts time without a core"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +178,7 @@ finally:
 
 
 @has_schedstat
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has no second thread to wait for")
+@pytest.mark.skipif(cores() < 2, reason="one core has no second thread to wait for")
 @pytest.mark.slow  # `make test-threads`: what else runs on the machine decides it
 def test_beside_work_on_one_of_two_cores_training_goes_on_with_one_thread(tmp_path):
     settings = {"steps": 8, "minutes": 0.05, "least_steps": 1, "threads": None}

@@ -1,7 +1,7 @@
 """Vectors of 8 or 16 floats for numba kernels, in registers, with fused multiply-adds spelled out.
 
-A kernel asks for a width by the type of its argument `lanes`: an int8 stands for 8 floats, an int16 for 16 (WIDEST: the
-registers of the CPU that numba compiles for). Every operation is an IEEE one in the order it is written, so a value
+The type of a kernel's argument `lanes` selects the width: an int8 stands for 8 floats, an int16 for 16. WIDEST selects
+the registers of the CPU that numba compiles for. Every operation is an IEEE one in the order it is written, so a value
 does not depend on the width, the compiler or the neighbours it is computed with. Arrays are flat float32; indices
 are in floats.
 """

@@ -119,7 +119,7 @@ def axis_of(
 
 
 def _product(matrix: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Σ_k matrix[:, k] · some[k], k = 0, 1, … in this order: BLAS would round it as suits the processor."""
+    """Σ_k matrix[:, k] · some[k], summed in the order k = 0, 1, …: the order of BLAS depends on the processor."""
     total = np.zeros((len(matrix), *some.shape[1:]))
     for column, one in zip(matrix.T, some, strict=True):
         for row, factor in zip(total, column, strict=True):
@@ -533,8 +533,7 @@ class WinogradNetwork:
         return 4 * (sum(self._floats(edge).values()) + window) + edge**3
 
     def work(self, write: Box) -> float:
-        """What labelling a high-res box costs, in multiply-adds, its margins on every grid counted: the time that two
-        boxes take is about in this proportion."""
+        """Multiply-adds to label a high-res box, with its margins on every grid: about proportional to the time."""
         axes = [self._axes(a, write.start[a], write.stop[a]) for a in range(3)]
         total = float(write.voxels * 27 * self._end_channels * self.phases)
         for number, layer in enumerate(self._layers):
@@ -778,7 +777,7 @@ def _rows_together(layer: _Layer, row: int) -> int:
 
 _CACHE_BYTES = 2**20
 _TRANSFORMS = 8
-"""Multiply-adds to transform one of a cell's 6³ inputs or outputs, about."""
+"""About how many multiply-adds transform one of a cell's 6³ inputs or outputs."""
 
 
 def _widened(one: Axis, taps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -224,12 +224,12 @@ def _plus_minus(summary: Mapping[str, Any] | None) -> str:
 
 
 def plain(value: float) -> str:
-    """An exact number to six places, or to six digits where these would hide it."""
+    """An exact number: six decimal places, or six significant digits where it is below 1e-3."""
     return f"{value:.6f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.6g}"
 
 
 def with_error(value: float, error: float) -> str:
-    """A number to one digit beyond the first one of its absolute error, at most 15: 0.21663 for ± 2e-4."""
+    """A number to one digit beyond the leading one of its absolute error, at most 15 digits: 0.21663 for ± 2e-4."""
     if not 0 < error < abs(value):
         return f"{value:.6g}"
     digits = floor(log10(abs(value))) - floor(log10(error)) + 2

@@ -371,6 +371,7 @@ def _compile(generator: SuperResGenerator, device: torch.device) -> None:
     Only the generator's: torch.compile refuses a double backward (2.13: "does not currently support double backward"),
     which a critic's gradient penalty is. InputError where nothing can be compiled, found out by a trial.
     """
+    _add_cpu_to_cache_key()
     try:
         torch.compile(lambda x: x * x + 1)(torch.ones(8, device=device))
     except Exception as error:  # the tool chain's own, of many kinds
@@ -381,6 +382,18 @@ def _compile(generator: SuperResGenerator, device: torch.device) -> None:
             "set training.compile=false"
         ) from None
     generator.compile(dynamic=False)
+
+
+def _add_cpu_to_cache_key() -> None:
+    """Make torch's cache of compiled code depend on the CPU's vector registers (from torch 2.7 on).
+
+    Its key holds the GPU but not the CPU. A CPU without AVX-512 that shares the cache folder with one that has it would
+    run code made for registers of 16 floats: torch 2.13 then returns wrong values or crashes. A tag that the user has
+    set in TORCH_COMPILE_CACHE_KEY_TAG stays.
+    """
+    config = getattr(torch.compiler, "config", None)
+    if config is not None and not config.cache_key_tag:
+        config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
 
 
 def _take_over(module: nn.Module, state: dict[str, Tensor]) -> set[str]:

@@ -121,8 +121,10 @@ def _collective(collective: Callable[..., Any], *tensors: Any, **options: Any) -
 
     A thread of gloo's lets go of the tensors some time after they are done. If it is the last to hold them it needs
     Python's lock for that, and where Python is about to end, it aborts the process instead: so we hold them longer.
+    torch.compile cannot trace async_op: it would split the network at every batch norm. Collectives that are not
+    compiled, and are held, follow those of a compiled network.
     """
-    if dist.get_backend() != "gloo":
+    if torch.compiler.is_compiling() or dist.get_backend() != "gloo":
         collective(*tensors, **options)
         return
     work = collective(*tensors, **options, async_op=True)
