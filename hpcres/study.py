@@ -247,8 +247,8 @@ class Network(Section):
 
     width: Annotated[int, Field(ge=2, le=10)] = 8
     least_width: Annotated[int, Field(ge=2, le=10)] | None = None
-    """How narrow training may make the generator, and then the critics to 2 above it, where the machine's minutes are
-    too few for training.least_steps; by default it may not."""
+    """Smallest width to which training may narrow the generator, and the critics to 2 above it, where training.minutes
+    allow fewer than training.least_steps on the machine; by default it is not narrowed."""
     residual_blocks: Annotated[int, Field(ge=1, le=16)] = 1
     padding: Literal["replicate", "zeros"] = "replicate"
     last_stage: Literal["resize", "transposed"] = "resize"
@@ -269,8 +269,8 @@ class Training(Section):
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall-clock budget; the learning-rate schedule runs on it where it is given."""
     least_steps: Annotated[int, Field(ge=1)] = 100
-    """Where a trial shows that `minutes` are not enough for so many steps, the network is made narrower
-    (network.least_width) or the run refused; not with `init_from`. Below 100 no recipe has made anything usable."""
+    """Where a trial shows that `minutes` allow fewer steps, the network is narrowed (network.least_width) or the run
+    refused; not with `init_from`. No recipe gave a usable generator in fewer than 100."""
     cubes: Annotated[int, Field(ge=1)] = 8
     """Cubes of 64³ per step, over all processes."""
     slices_per_axis: Annotated[int, Field(ge=1)] | None = None
@@ -337,14 +337,14 @@ class Training(Section):
     keep: Literal["last", "best"] = "last"
     """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Of the convolutions; auto is what a trial shows to be faster on the machine where the run begins."""
+    """Of the convolutions; auto is the one that is faster in a trial on the machine where the run begins."""
     compile: bool = False
     """Compile the generator with torch.compile; needs a C++ compiler, and the first step takes a minute more."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
     report_seconds: Annotated[float, Field(gt=0)] = 10.0
     threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per process; by default the cores divided by the processes on this node, or fewer as long as other
-    work has the cores. Losses are rounded otherwise with another number."""
+    """CPU threads per process; by default the cores divided by the processes on this node, or fewer while other work
+    uses the cores. The number changes how losses are rounded."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
