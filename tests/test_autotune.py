@@ -87,6 +87,14 @@ def test_long_parts_are_extrapolated_from_smaller_sizes(each, last, constant):
         assert found == pytest.approx((constant + each * 2**3) * 8**3)  # from one size all time grows
 
 
+def test_timings_of_a_part_end_after_a_second():
+    """Three sizes, each timed twice, take 0.95 s together here, so that a fourth is timed and no fifth."""
+    measured = []
+    found = _extrapolated(lambda size: measured.append(size) or 0.1 + 0.025 * size, [1, 2, 4, 5, 6, 64], 1, False)
+    assert measured == [1, 1, 2, 2, 4, 4, 5, 5]
+    assert found == pytest.approx(0.1 + 0.025 * 64)
+
+
 def test_the_first_comparison_times_the_smallest_size_only():
     measured = []
     assert _extrapolated(lambda size: measured.append(size) or 1e-3 * size, [2, 4, 8], 1, smallest=True) == 8e-3

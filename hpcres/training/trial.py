@@ -20,6 +20,10 @@ from hpcres.training.samples import LowResCubes, RealSlices
 
 _PART_SECONDS = 0.5
 """Longest part of a step that is timed; a longer one is extrapolated from smaller inputs."""
+_PART_BUDGET_SECONDS = 1.0
+"""A part whose timings have taken so long together is not timed at a larger size."""
+_THRICE_SECONDS = 0.1
+"""Longest part that is timed three times at a size."""
 _STEP_SECONDS, _LONG_STEP_SECONDS = 2.0, 6.0
 """Three whole steps are timed if one takes less than the first, one if it takes less than the second, else none."""
 _LEAST_EDGE = 2
@@ -127,7 +131,10 @@ def _sizes(largest: int, smallest: int) -> list[int]:
 
 
 def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: int, smallest: bool) -> float:
-    """Seconds at the last of `sizes`, from the sizes that take at most _PART_SECONDS; with `smallest`, from the first.
+    """Seconds at the last of `sizes`, from timings at smaller ones; with `smallest`, from the first.
+
+    Sizes are timed in turn, as long as a run is expected to take at most _PART_SECONDS and all runs so far have taken
+    less than _PART_BUDGET_SECONDS.
     A part takes a constant time, for its weights, and one that grows as size ** power; both are found from the two
     largest sizes timed. From one size alone, all time is taken to grow.
     """
@@ -135,7 +142,10 @@ def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: i
     def fastest_at(size: int) -> tuple[int, float]:
         # The first run of a size allocates memory and compiles kernels; it counts only where it takes long anyway.
         first = seconds_at(size)
-        return size**power, first if first > _PART_SECONDS else min(seconds_at(size), seconds_at(size))
+        more = 0 if first > _PART_SECONDS else 1 if first > _THRICE_SECONDS else 2
+        runs = [seconds_at(size) for _ in range(more)]
+        spent.extend([first, *runs])
+        return size**power, min(runs, default=first)
 
     def expected_at(size: int) -> float:
         if len(timed) == 1:
@@ -143,9 +153,11 @@ def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: i
         (small, seconds_small), (large, seconds_large) = timed[-2:]
         return seconds_large + max(0.0, seconds_large - seconds_small) / (large - small) * (size**power - large)
 
+    spent: list[float] = []
     timed = [fastest_at(sizes[0])]
     for size in [] if smallest else sizes[1:]:
-        if (timed[0][1] if len(timed) == 1 else expected_at(size)) > _PART_SECONDS:
+        expected = timed[0][1] if len(timed) == 1 else expected_at(size)
+        if expected > _PART_SECONDS or sum(spent) >= _PART_BUDGET_SECONDS:
             break
         timed.append(fastest_at(size))
     return expected_at(sizes[-1])
