@@ -1,4 +1,4 @@
-"""What `make demo` made beside the truth it never saw, each figure with its bar; exit 1 where one is missed.
+"""Compare the result of `make demo` with the ground truth: each figure with its bar; exit 1 if one is missed.
 
     python bench/demo.py configs/demo.yaml
 """
@@ -28,10 +28,10 @@ def main() -> None:
         value = figure.of(result)
         assert value is not None, figure.name
         missed += not figure.met(value)
-        said = "met" if figure.met(value) else "MISSED"
-        print(f"{figure.name:<50} {value:>8{figure.form}}  bar {figure.bar_text:<10} {said}")
+        verdict = "met" if figure.met(value) else "MISSED"
+        print(f"{figure.name:<50} {value:>8{figure.form}}  bar {figure.bar_text:<10} {verdict}")
     if missed:
-        sys.exit("the training had too few steps; its speed, and what it says of other work, are in its output above")
+        sys.exit("a bar is missed: see above whether training ended before step 360, and whether other work slowed it")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from hpcres.geometry import Box, plan_tiles
-from hpcres.inference import plan
+from hpcres.inference import generate, plan
 from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
 from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.inference.run import open_job
+from hpcres.inference.winograd import WinogradNetwork
+from hpcres.networks.folded import fold
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
 from hpcres.volumes.phases import PhaseMap
@@ -90,7 +92,7 @@ def test_plan_is_that_of_the_job(study, monkeypatch):
 
 
 class Clock:
-    """Time that only painting passes: a second for so many multiply-adds."""
+    """A clock that only painting advances, by a second for so many multiply-adds."""
 
     def __init__(self, monkeypatch, painter, per_second):
         self.now, self.painted = 0.0, []
@@ -105,8 +107,8 @@ class Clock:
 
 
 @pytest.mark.parametrize(("per_second", "whole"), [(1e12, True), (1e9, False), (2e6, False)])
-def test_a_trial_takes_seconds_and_knows_the_speed_of_a_whole_block(study, monkeypatch, per_second, whole):
-    """On a machine on which a block takes minutes, too: then a part of it is painted, and its work counts."""
+def test_a_trial_of_seconds_gives_the_speed_of_a_whole_block(study, monkeypatch, per_second, whole):
+    """Also on a machine where a block takes minutes: a part of it is painted, and multiply-adds are compared."""
     loaded = load_study(study)
     tiles = plan_tiles((96, 96, 96), Fraction(4), (2, 2, 2), 5, 64)
     phases = PhaseMap(loaded.low_res.labels, "x")
@@ -122,7 +124,7 @@ def test_a_trial_takes_seconds_and_knows_the_speed_of_a_whole_block(study, monke
 
 
 def test_the_work_of_a_box_is_that_of_its_layers():
-    """Far from the faces it grows with the volume; what lies around a box is counted for each box."""
+    """Far from the faces it grows with the volume; the halo is counted for each box."""
     generator = SuperResGenerator(2, 3, Fraction(4), 4)
     network = Painter(
         generator, plan_tiles((256,) * 3, Fraction(4), (1, 1, 1), 5, 64), PhaseMap((0, 1), "x"), 0,
@@ -132,6 +134,39 @@ def test_the_work_of_a_box_is_that_of_its_layers():
     assert 0.3 * 512 < large / small < 512
     parts = sum(network.work(Box((256 + z, 256, 256), (256 + z + 64, 320, 320))) for z in (0, 64))
     assert network.work(Box((256,) * 3, (384, 320, 320))) < parts
+
+
+class Timed(WinogradNetwork):
+    """A network by a clock: the first time it paints it compiles for 100 seconds."""
+
+    def __init__(self, clock, seconds, *arguments):
+        super().__init__(*arguments)
+        self.clock, self.seconds, self.compiled = clock, seconds, False
+
+    def paint(self, parts, memory):
+        self.clock[0] += self.seconds if self.compiled else 100
+        self.compiled = True
+        return [np.zeros(write.shape, np.uint8) for _, _, write in parts]
+
+
+def test_half_precision_is_compared_with_fp32_on_a_sample(monkeypatch):
+    """One block is sample enough here, so one tile is read. Time for compiling is not counted."""
+    clock = [0.0]
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(generate, "_SAMPLE_VOXELS", 1)
+
+    def network_of(generator, plan, device, precision="fp32"):
+        return Timed(clock, {"fp32": 1.0, "bf16": 4.0}[precision], fold(generator), plan.low_res_shape)
+
+    monkeypatch.setattr(generate, "network_of", network_of)
+    generator = SuperResGenerator(2, 3, Fraction(4), 2).eval()
+    tiles = plan_tiles((32, 32, 32), Fraction(4), (2, 2, 2), generate.halo_of(generator), 64)
+    painter = Painter(generator, tiles, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1, "bf16")
+    read = []
+    sample = painter.compare_with_fp32(generator, lambda box: read.append(box) or np.zeros(box.shape, np.uint8))
+    assert (sample.labels, sample.differ, sample.speed) == (64**3, 0, 0.25)
+    assert len(read) == 1
+    painter.close()
 
 
 def test_plan_prints_what_infer_does(study, hpcres):

@@ -1,4 +1,4 @@
-"""Training with as many threads as there are cores for: by a clock of our own, and beside real work."""
+"""The number of training threads while other work uses the cores: with a simulated clock, and beside a real process."""
 
 import os
 import subprocess
@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from small_training import study_of
+from small_training import ALONE, study_of
 
 from hpcres.cores import cores
 from hpcres.study_file import save_study
 from hpcres.training import run
+from hpcres.training.distributed import Processes
 from hpcres.training.run import train
 from hpcres.training.threads import Threads, fewer
 
@@ -27,8 +28,8 @@ def _threads_as_before():
 
 
 class Machine:
-    """Cores of which `taken` are busy: a step takes a second by one thread, half by two, and three by two where one of
-    two cores is taken, and then each waits for a core half of the time."""
+    """Two cores of which other work takes `taken`. A step takes 1 s with one thread and 0.5 s with two, but 3 s with
+    two where a core is taken, while on average one of them waits for a core."""
 
     def __init__(self, taken=0):
         self.taken, self.now, self.waited = taken, 0.0, 0.0
@@ -43,8 +44,11 @@ class Machine:
     def threads(self, fixed=False):
         return Threads(fixed, lambda: self.now, lambda: self.waited)
 
+    def trial(self, fixed=False):
+        return self.threads(fixed).trial(ALONE, self.step, 0.2)
+
     def run(self, threads, steps):
-        """What is said in so many steps."""
+        """The messages of so many steps."""
         said = []
         for _ in range(steps):
             threads.step_begins()
@@ -53,7 +57,7 @@ class Machine:
         return [message for message in said if message]
 
 
-def test_work_that_arrives_leaves_one_thread_and_when_it_ends_two_are_back():
+def test_other_work_lowers_two_threads_to_one_and_its_end_raises_them():
     torch.set_num_threads(2)
     machine = Machine()
     threads = machine.threads()
@@ -61,13 +65,13 @@ def test_work_that_arrives_leaves_one_thread_and_when_it_ends_two_are_back():
     machine.taken = 1
     (said,) = machine.run(threads, 5)
     assert "the 2 threads of this process wait for a core 50% of their time" in said
-    assert "going on with 1; with another number of threads sums are rounded otherwise" in said
+    assert "continuing with 1; the number of threads changes how sums are rounded" in said
     assert torch.get_num_threads() == 1
     machine.run(threads, 300)
     assert torch.get_num_threads() == 1  # two were tried now and then, and were slower
     machine.taken = 0
     (said,) = machine.run(threads, 1500)
-    assert said == "going on with 2 threads, 2.0 times as fast"
+    assert said == "continuing with 2 threads, 2.0 times as fast"
     assert torch.get_num_threads() == 2
 
 
@@ -79,7 +83,7 @@ def test_trials_of_more_threads_cost_little_of_a_long_run():
     assert machine.now < 1.02 * 3600
 
 
-def test_fewer_threads_that_are_no_faster_are_given_up():
+def test_fewer_threads_that_are_not_faster_are_undone():
     torch.set_num_threads(2)
     machine = Machine(taken=1)
     threads = machine.threads()
@@ -92,11 +96,11 @@ def test_fewer_threads_that_are_no_faster_are_given_up():
 
     machine.step = step
     lowered, back = machine.run(threads, 4)
-    assert "going on with 1" in lowered
-    assert back == "going on with 2 threads: 1 are no faster"
+    assert "continuing with 1" in lowered
+    assert back == "continuing with 2 threads: with 1 steps are not faster"
 
 
-def test_a_number_that_is_set_is_kept_and_warned_of_once():
+def test_a_number_that_is_set_is_kept_with_one_warning():
     torch.set_num_threads(2)
     machine = Machine(taken=1)
     (said,) = machine.run(machine.threads(fixed=True), 10)
@@ -104,32 +108,49 @@ def test_a_number_that_is_set_is_kept_and_warned_of_once():
     assert torch.get_num_threads() == 2
 
 
-def test_the_first_steps_begin_with_one_thread_where_two_collapse():
+def test_a_trial_keeps_one_thread_where_two_wait_for_a_core():
     torch.set_num_threads(2)
-    machine = Machine(taken=1)
-    assert "going on with 1" in machine.threads().try_out(machine.step)
-    assert torch.get_num_threads() == 1
+    seconds, message = Machine(taken=1).trial()
+    assert (seconds, torch.get_num_threads()) == (1.0, 1)
+    assert "the 2 threads of this process wait for a core 50% of their time" in message
+    assert "continuing with 1" in message
     torch.set_num_threads(2)
-    assert Machine(taken=0).threads().try_out(Machine().step) is None
+    assert Machine(taken=0).trial() == (0.5, None)
+    assert Machine(taken=1).trial(fixed=True) == (3.0, None)
     assert torch.get_num_threads() == 2
 
 
-def test_minutes_are_not_refused_for_threads_that_collapse():
+def test_a_trial_keeps_threads_that_wait_and_are_faster_and_a_later_step_may_lower_them():
     torch.set_num_threads(2)
     machine = Machine(taken=1)
-    seconds, said = machine.threads().try_one(machine.step, 3.0)
-    assert (seconds, torch.get_num_threads()) == (1.0, 1)
-    assert said.startswith("going on with one thread, 3.0 times as fast as 2; with another number of threads")
+    threads, seconds = machine.threads(), iter([0.7, 1.0])
+
+    def step():
+        machine.now += 1.0
+        machine.waited += 1.0
+        return next(seconds)
+
+    assert threads.trial(ALONE, step, 0.2) == (0.7, None)
+    assert torch.get_num_threads() == 2
+    machine.run(threads, 1)
+    assert torch.get_num_threads() == 1
+
+
+def test_all_processes_time_a_step_again_where_one_has_threads_that_wait(monkeypatch):
+    """A timed step waits for all processes, so that one that timed it alone would wait for ever."""
     torch.set_num_threads(2)
-    assert Machine().threads().try_one(machine.step, 0.5) == (0.5, None)
+    monkeypatch.setattr(Processes, "largest", lambda self, *values: [max(value, 1.0) for value in values])
+    machine, timed = Machine(taken=0), []
+    assert machine.threads().trial(ALONE, lambda: timed.append(1) or machine.step(), 0.2) == (0.5, None)
+    assert len(timed) == 2
     assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(
-    ("threads", "starved", "left"), [(2, 0.9, 1), (2, 0.4, 1), (16, 0.9, 15), (16, 7.5, 8), (8, 9, 1)]
+    ("threads", "waiting", "left"), [(2, 0.9, 1), (2, 0.4, 1), (16, 0.9, 15), (16, 7.5, 8), (8, 9, 1)]
 )
-def test_as_many_threads_are_left_as_have_cores(threads, starved, left):
-    assert fewer(threads, starved) == left
+def test_threads_that_wait_for_a_core_are_removed(threads, waiting, left):
+    assert fewer(threads, waiting) == left
 
 
 TWO_THREADS_ON_A_CORE = """
@@ -180,7 +201,7 @@ finally:
 @has_schedstat
 @pytest.mark.skipif(cores() < 2, reason="one core has no second thread to wait for")
 @pytest.mark.slow  # `make test-threads`: what else runs on the machine decides it
-def test_beside_work_on_one_of_two_cores_training_goes_on_with_one_thread(tmp_path):
+def test_training_continues_with_one_thread_beside_work_on_one_of_two_cores(tmp_path):
     settings = {"steps": 8, "minutes": 0.05, "least_steps": 1, "threads": None}
     study = save_study(study_of(tmp_path, training=settings), "train")
     done = subprocess.run(
@@ -191,7 +212,7 @@ def test_beside_work_on_one_of_two_cores_training_goes_on_with_one_thread(tmp_pa
     assert done.stdout.split() == ["1"]
 
 
-def test_the_run_says_what_its_threads_say(tmp_path, monkeypatch, capfd):
+def test_a_run_prints_the_message_about_its_threads(tmp_path, monkeypatch, capfd):
     machine = Machine(taken=1)
     monkeypatch.setattr(run, "Threads", lambda fixed: Threads(fixed, lambda: machine.step() and machine.now,
                                                               lambda: machine.waited))  # fmt: skip

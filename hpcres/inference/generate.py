@@ -106,8 +106,16 @@ class TorchNetwork:
 
 
 @dataclass(frozen=True)
-class BesideFp32:
-    """What another precision does to a sample of labels: how many differ, and how many times as fast it paints."""
+class PrecisionSample:
+    """A sample of labels painted in half precision and in fp32.
+
+    Attributes
+    ----------
+    labels, differ : int
+        How many labels are compared, and how many of them differ.
+    speed : float
+        Speed in half precision relative to fp32.
+    """
 
     labels: int
     differ: int
@@ -158,7 +166,9 @@ class Painter:
         self._own = threading.local()
         self.tiles_in_flight = max(2, -(-workers // len(self.blocks_of(plan.tiles[0].write))))
         """Enough for every thread to have a block, and one tile more being read or compressed."""
-        self._warm_up()
+        self._largest_edge = 1 + max(max(block.shape) for block in self.blocks_of(plan.tiles[0].write))
+        """Of a block with the one voxel more."""
+        self._warm_up(self.network)
         self.seconds: dict[str, float] = dict.fromkeys(("read", "noise", "network", "count", "write"), 0.0)
         """Spent so far, by all threads together, on each part of a tile."""
 
@@ -184,28 +194,37 @@ class Painter:
         list(self._pool.map(some, [cut[i : i + together] for i in range(0, len(cut), together)]))
         return labels
 
-    def beside_fp32(self, generator: SuperResGenerator, read: Callable[[Box], np.ndarray]) -> BesideFp32:
-        """A sample from the middle of the volume, a million labels where there are, painted in fp32 as well."""
-        exact, memory = network_of(generator, self.plan, self.device), Memory()
-        compared = differ = 0
-        ours_seconds = exact_seconds = 0.0
-        # An exact network of its own threads computes one block on all of them, another a block on each.
-        blocks_at_a_time = 1 if isinstance(exact, TorchNetwork) else self._torch_threads
-        middle = len(self.plan.tiles) // 2
+    def compare_with_fp32(self, generator: SuperResGenerator, read: Callable[[Box], np.ndarray]) -> PrecisionSample:
+        """Paint a sample from the middle of the volume, about a million labels, in this precision and in fp32."""
+        exact = network_of(generator, self.plan, self.device)
+        self._warm_up(exact)
+        memory = exact.memory(self._largest_edge)
+        # Torch computes a block with all threads of the painter, the CPU's own network a block with each.
+        exact_blocks = 1 if isinstance(exact, TorchNetwork) else self._torch_threads
+        labels = differ = 0
+        seconds = exact_seconds = 0.0
+        for block, low_res, place in self._sample(read):
+            started = time.perf_counter()
+            (ours,) = self._paint([block], low_res, place, self.seed)
+            between = time.perf_counter()
+            (theirs,) = exact.paint([self._window(block, low_res, place, self.seed, exact)], memory)
+            seconds += between - started
+            exact_seconds += (time.perf_counter() - between) / exact_blocks
+            labels += ours.size
+            differ += int(np.count_nonzero(ours != theirs))
+        return PrecisionSample(labels, differ, exact_seconds / seconds)
+
+    def _sample(self, read: Callable[[Box], np.ndarray]) -> Iterator[tuple[Box, np.ndarray, Box]]:
+        """Blocks of _SAMPLE_VOXELS together, from the middle of the volume on; low-res labels of each one's tile, and
+        their place."""
+        voxels, middle = 0, len(self.plan.tiles) // 2
         for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
             low_res = self._labels(read, tile.read)
             for block in self.blocks_of(tile.write):
-                if compared >= _SAMPLE_VOXELS:
-                    break
-                started = time.perf_counter()
-                (ours,) = self._paint([block], low_res, tile.read, self.seed)
-                between = time.perf_counter()
-                (theirs,) = exact.paint([self._window(block, low_res, tile.read, self.seed, exact)], memory)
-                ours_seconds += between - started
-                exact_seconds += (time.perf_counter() - between) / blocks_at_a_time
-                compared += ours.size
-                differ += int(np.count_nonzero(ours != theirs))
-        return BesideFp32(compared, differ, exact_seconds / ours_seconds)
+                yield block, low_res, tile.read
+                voxels += block.voxels
+                if voxels >= _SAMPLE_VOXELS:
+                    return
 
     def _labels(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
         return self._phase_map.index(read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries))
@@ -229,13 +248,13 @@ class Painter:
         reads = [self.network.reads(block).grown(reach, reach) for block in self.blocks_of(middle)]
         return 2 * 4 * max(box.voxels for box in reads) if reach else 0
 
-    def _warm_up(self) -> None:
-        """Compile the kernels, or fetch them from where an earlier process has left them, before the clock starts."""
+    def _warm_up(self, network: Network) -> None:
+        """Compile the network's kernels, or load them from numba's cache, before anything is timed."""
         block = Box((0, 0, 0), triple([min(n, self.plan.scale.numerator) for n in self.plan.shape]))
-        reads = self.network.reads(block)
+        reads = network.reads(block)
         normals(self.seed, Box.whole((1, 1, 1)))
         with suppress(InputError):  # what is not finite here will be said of the tiles
-            self.network.paint([(np.zeros((*reads.shape, self.network.channels), np.float32), reads, block)], Memory())
+            network.paint([(np.zeros((*reads.shape, network.channels), np.float32), reads, block)], Memory())
 
     def blocks_of(self, box: Box) -> list[Box]:
         """A high-res box cut into nearly equal blocks, each starting where low-res and high-res voxels do."""
@@ -254,8 +273,7 @@ class Painter:
     def _paint(self, blocks: list[Box], low_res: np.ndarray, place: Box, seed: int) -> list[np.ndarray]:
         if not hasattr(self._own, "memory"):
             torch.set_num_threads(self._torch_threads)
-            edge = max(max(block.shape) for block in self.blocks_of(self.plan.tiles[0].write))
-            self._own.memory = self.network.memory(edge + 1)  # with the one voxel more
+            self._own.memory = self.network.memory(self._largest_edge)
         parts = [self._window(block, low_res, place, seed, self.network) for block in blocks]
         with self.timed("network"):
             return self.network.paint(parts, self._own.memory)

@@ -27,9 +27,9 @@ LARGE_VOXELS = 8192
 """Edge of the output that every plan also tells the cost of; whole low-res voxels at every scale factor 64/d."""
 _LARGE_RANKS, _LARGE_TILE_VOXELS = 1024, 512
 _TRIAL_SECONDS = 2.0
-"""How long the trial of either size of block paints, once kernels are there."""
+"""How long a trial paints, after kernels are compiled; there is one for each of two block sizes."""
 _TRIAL_VOXELS = 32
-"""Edge of the first trial block; others are as large as take no longer than the trial."""
+"""Edge of the smallest part of a block that a trial paints."""
 _PROCESS_BYTES = 450 * 2**20
 
 
@@ -78,7 +78,7 @@ def estimate(
 ) -> tuple[Cost, Cost]:
     """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
 
-    Paints blocks of noise for some seconds to learn this machine's speed with blocks of either size.
+    Paints blocks of random labels for a few seconds to measure this machine's speed with the block size of each.
     """
     settings = study.inference
     shape = high_res_shape(low_res_shape, study.scale_factor)
@@ -124,10 +124,10 @@ def large_plan(plan: TilePlan) -> TilePlan:
 
 
 def _trial(study: Study, painter: Painter, threads: int) -> float:
-    """Output voxels per second of painting whole blocks, on as many threads as a rank would.
+    """Output voxels per second of painting whole blocks on `threads` threads, one block each.
 
-    Paints the first block again and again, or, where that would take longer than the trial, its largest part that does
-    not, whose time is multiplied by the ratio of their work.
+    Paints the first block repeatedly for _TRIAL_SECONDS. Where one block takes longer, paints the largest part of it
+    that does not, and multiplies its time by the ratio of multiply-adds.
     """
     network = painter.network
     assert isinstance(network, WinogradNetwork)
@@ -136,7 +136,7 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     rng = np.random.default_rng(0)
 
     def seconds_of(part: Box) -> float:
-        """Of painting a part on every thread at a time."""
+        """Seconds of painting a part on all threads at once."""
         tile = replace(painter.plan.tiles[0], read=network.reads(part), write=part)
         shape = tile.read.shape
         low_res = rng.random((*shape, channels), np.float32) if channels else rng.choice(values, shape)
@@ -150,7 +150,7 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
         return time.monotonic() - started
 
     parts = _parts_of(whole, painter.plan.scale.numerator)
-    part, seconds = parts[0], min(seconds_of(parts[0]) for _ in range(2))  # compiles, and takes its memory
+    part, seconds = parts[0], min(seconds_of(parts[0]) for _ in range(2))  # the first run allocates memory
     for larger in parts[1:]:
         if seconds * network.work(larger) / network.work(part) > _TRIAL_SECONDS:
             break
@@ -165,7 +165,7 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
 
 
 def _parts_of(block: Box, unit: int) -> list[Box]:
-    """Growing parts of a block, cubes of whole low-res voxels as far as it reaches, and last all of it."""
+    """Parts of a block from small to large: cubes of whole low-res voxels, cut at its faces; the last is the block."""
     parts, edge = [], -(-_TRIAL_VOXELS // unit) * unit
     while edge < max(block.shape):
         ends = [min(start + edge, stop) for start, stop in zip(block.start, block.stop, strict=True)]

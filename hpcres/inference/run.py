@@ -207,7 +207,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     try:
         missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))
         if job.settings.precision != "fp32" and missing:
-            ranks.from_first(lambda: _say_beside_fp32(job, painter))
+            ranks.from_first(lambda: _compare_with_fp32(job, painter))
         stores, tiles = open_stores(job.output), sum(level == 0 for level, _ in missing)
         for store in stores:  # like the painter's, kernels are fetched before the clock starts
             store.coarsen(np.zeros((2, 2, 2), np.uint8))
@@ -240,17 +240,18 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         painter.close()
 
 
-def _say_beside_fp32(job: Job, painter: Painter) -> None:
-    """Measure what half precision changes and gains, say it and put it into the store's attributes. Rank 0 only."""
-    found, precision = painter.beside_fp32(job.checkpoint.generator, job.low_res.read), job.settings.precision
-    _say(f"{precision} changes {found.share:.2%} of {found.labels} labels of a sample, beside fp32")
-    if found.speed < 1:
+def _compare_with_fp32(job: Job, painter: Painter) -> None:
+    """Report how many labels half precision changes and how fast it is; the store's attributes keep the first. Rank 0
+    only."""
+    sample, precision = painter.compare_with_fp32(job.checkpoint.generator, job.low_res.read), job.settings.precision
+    _say(f"{precision} changes {sample.share:.2%} of {sample.labels} labels of a sample, compared with fp32")
+    if sample.speed < 1:
         _say(
-            f"warning: {precision} paints at {found.speed:.2g} of the speed of fp32 on this machine; set "
-            "inference.precision to fp32, which is exact as well, and run with --overwrite"
+            f"warning: inference.precision: {precision} has {sample.speed:.2g} times the speed of fp32 on this "
+            "machine; set fp32, which changes no label, and run with --overwrite"
         )
     LabelStore.open(job.output).set_provenance(
-        flips={"labels": found.labels, "differ": found.differ, "share": found.share}
+        flips={"labels": sample.labels, "differ": sample.differ, "share": sample.share}
     )
 
 

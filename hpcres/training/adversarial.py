@@ -73,10 +73,10 @@ class Outcome:
 class Models:
     """Generator, its average, critics and their optimizers, on one process of a group."""
 
-    def __init__(self, study: Study, group: Processes, fitted: Mapping[str, Any] | None = None) -> None:
-        assert study.training.precision != "auto", "fitting.fit chooses one"
+    def __init__(self, study: Study, group: Processes, chosen: Mapping[str, Any] | None = None) -> None:
+        assert study.training.precision != "auto", "autotune chooses one"
         self.study, self.group = study, group
-        self.run = RunFolder(study.folder)
+        self.folder = RunFolder(study.folder)
         settings = study.training
         torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
         self.generator = build_generator(study)
@@ -92,8 +92,8 @@ class Models:
         self.of_late: dict[str, Tensor] = {}
         """Running means of the shares of patterns, and of thin features, in generated slices."""
         self.best: dict[str, Any] | None = None
-        self._fitted = dict(fitted or {})
-        """fitting.Fitted.record, of what is saved."""
+        self._chosen = dict(chosen or {})
+        """autotune.Tuned.chosen, to be saved."""
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
         self.operator = ImagingOperator.of(study).to(group.device)
@@ -122,7 +122,7 @@ class Models:
                     seen = self.generate(other, learn=False)
             draw = real.draw(step, critic_step, cubes)
             fake = self.slices(seen, draw.chosen)
-            wasserstein, penalty = self.criticise(draw.real, fake, draw.mix)
+            wasserstein, penalty = self.update_critics(draw.real, fake, draw.mix)
         if probabilities is None:
             probabilities = self.generate(given)
         warm_up_steps = settings.warm_up_steps if self.init_from is None else 0
@@ -158,9 +158,11 @@ class Models:
         losses = torch.stack([wasserstein, penalty, loss, voxel]).detach()
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
-    def criticise(self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """A step of the critics' optimizer; Wasserstein distance and gradient penalty before it. Arguments as of
-        Critics.forward."""
+    def update_critics(
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the critics' optimizer. Arguments and returned values, which are those before the step, are those
+        of Critics.forward."""
         self.critic_optimizer.zero_grad()
         with self._autocast():
             wasserstein, penalty = self._critics(real, fake, mix)
@@ -280,7 +282,7 @@ class Models:
         is_best = self.best is None or found["score"] < self.best["score"]
         if is_best:
             save_checkpoint(
-                self.run.best, generator=generator, study=self.study, step=step, init_from=self.init_from
+                self.folder.best, generator=generator, study=self.study, step=step, init_from=self.init_from
             )
             self.best = {"step": step, "score": found["score"], "disagreement": found["disagreement"]}
         journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
@@ -288,16 +290,16 @@ class Models:
     def save(self, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, finished: bool) -> None:
         """Write the checkpoint with all that `restore` needs; a finished run's generator may be the best one's."""
         best = finished and self.study.training.keep == "best"
-        generator = load_checkpoint(self.run.best).generator if best else self.settled(low_res, real)
+        generator = load_checkpoint(self.folder.best).generator if best else self.settled(low_res, real)
         state = {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "seconds": seconds, "processes": self.group.size, "best": self.best,
-            "of_late": self.of_late, "fitted": self._fitted,
+            "of_late": self.of_late, "chosen_settings": self._chosen,
         }  # fmt: skip
         save_checkpoint(
-            self.run.checkpoint, generator=generator, study=self.study, step=step, training_state=state,
+            self.folder.checkpoint, generator=generator, study=self.study, step=step, training_state=state,
             init_from=self.init_from,
         )  # fmt: skip
 

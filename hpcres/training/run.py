@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.signals import handling_signals, set_saved
 from hpcres.study import Study
 from hpcres.study_file import save_study
-from hpcres.training.adversarial import Models
+from hpcres.training.adversarial import Models, Outcome
+from hpcres.training.autotune import Tuned, as_chosen, autotune
 from hpcres.training.distributed import Processes, processes
-from hpcres.training.fitting import Fitted, as_before, fit
 from hpcres.training.folder import RunFolder, recover, refuse_outputs
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
@@ -58,100 +58,177 @@ class TrainingResult:
 
 
 def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
-    """Train what `study` asks for, or go on where its checkpoint stands; the checkpoint is in study.checkpoint_path.
+    """Train a generator, or resume from the study's checkpoint.
 
-    Raises InputError before anything is written where study, images, volume or an existing checkpoint do not fit;
-    Stopped after saving on SIGINT, SIGTERM, SIGHUP or SIGUSR1; Unfinished where a loss is no longer finite.
+    Under torchrun every process calls this. The generator is saved in `study.checkpoint_path`.
+
+    Parameters
+    ----------
+    study : Study
+        Images, low-res volume, networks and training settings; `autotune` first chooses what it leaves to the machine.
+    overwrite : bool
+        Train from the start where there is a checkpoint, which is kept until the first one of this run is saved.
+
+    Returns
+    -------
+    TrainingResult
+        Where the checkpoint is, its generator step, and the seconds of training so far.
+
+    Raises
+    ------
+    InputError
+        Before anything is written: study, images, volume or an existing checkpoint do not fit, or training.minutes
+        are too few.
+    Stopped
+        After saving, on SIGINT, SIGTERM, SIGHUP or SIGUSR1.
+    Unfinished
+        A loss or a weight is no longer finite.
     """
-    settings = study.training
-    with processes(study.device, settings.threads) as group, ExitStack() as ending:
-        cubes = group.share(settings.cubes)
-        if group.rank == 0:
-            recover(study.folder)
-        group.largest(0.0)  # nobody reads what is not yet in its place
-        before = None if overwrite or not study.checkpoint_path.exists() else _resumable(study)
-        budget = settings.minutes * 60 if settings.minutes else float("inf")
-        first, seconds_before = _place_of(before)
-        if before is not None and (first >= settings.steps or seconds_before >= budget):
-            return TrainingResult(str(study.checkpoint_path), first, seconds_before, first, True)
-        notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
-        low_res, real = LowResCubes(study), RealSlices(study, group.device)
-        threads = Threads(fixed=settings.threads is not None)
-        fitted = fit(study, group, low_res, real, threads, before)
-        study = fitted.study
-        models = Models(study, group, fitted.record)
-        if before is not None:
-            models.restore(before)
-        elif settings.init_from is not None:
-            models.begin_from(settings.init_from)
-        refuse_outputs(study, overwrite, [] if before else study.inputs)
-        run = models.run = RunFolder(study.folder, anew=before is None)
-        ending.enter_context(run.prepared(group.rank == 0))
-        if group.rank == 0:
-            save_study(study, "train", run.path)
-        judge = Judge(study, low_res, models.operator) if settings.quality_steps and group.rank == 0 else None
+    with processes(study.device, study.training.threads) as group:
+        before = _checkpoint_to_resume(study, group, overwrite)
+        first_step, seconds = _progress_of(before)
+        if before is not None and _share_done(study, first_step, seconds) >= 1:
+            return TrainingResult(str(study.checkpoint_path), first_step, seconds, first_step, True)
+        with _prepared(study, group, before, overwrite) as run:
+            return run.train()
+
+
+def _checkpoint_to_resume(study: Study, group: Processes, overwrite: bool) -> Checkpoint | None:
+    if group.rank == 0:
+        recover(study.folder)
+    group.largest(0.0)  # no process reads the folder before it is recovered
+    return None if overwrite or not study.checkpoint_path.exists() else _resumable(study)
+
+
+@contextmanager
+def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwrite: bool) -> Iterator[_Run]:
+    """Data, settings, networks, folder and journal of a run; folder and journal are closed at the end.
+
+    InputError before anything is written.
+    """
+    refuse_outputs(study, overwrite, [] if before else study.inputs)
+    cubes = group.share(study.training.cubes)
+    size_notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
+    low_res, real = LowResCubes(study), RealSlices(study, group.device)
+    threads = Threads(fixed=study.training.threads is not None)
+    tuned = autotune(study, group, low_res, real, threads, before)
+    study = tuned.study
+    models = Models(study, group, tuned.chosen)
+    if before is not None:
+        models.restore(before)
+    elif study.training.init_from is not None:
+        models.begin_from(study.training.init_from)
+    folder = models.folder = RunFolder(study.folder, anew=before is None)
+    writes = group.rank == 0
+    with folder.prepared(writes):
+        if writes:
+            save_study(study, "train", folder.path)
+        judge = Judge(study, low_res, models.operator) if study.training.quality_steps and writes else None
         columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
-        journal = Journal(
-            run if group.rank == 0 else None, columns,
-            ["step", "seconds", *judge.columns] if judge else [], first,
-        )  # fmt: skip
-        try:
-            for message in (*notes, *_opening(study, group, models, low_res, real, before, fitted)):
+        quality = ["step", "seconds", *judge.columns] if judge else []
+        with closing(Journal(folder if writes else None, columns, quality, _progress_of(before)[0])) as journal:
+            for message in (*size_notes, *_opening(study, group, models, low_res, real, before, tuned)):
                 journal.note(message)
-            again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
-            with handling_signals("train", _kept(study, run, first, again)) as received:
-                started = time.monotonic()
-                reported = saved = paged = seconds = seconds_before
-                done = 0.0
-                for step in range(first, settings.steps):
-                    begun = max(step / settings.steps, seconds / budget)
-                    rate = learning_rate(study, begun)
-                    threads.step_begins()
-                    outcome = models.step(step, cubes, low_res, real, rate)
-                    if (said := threads.step_ends()) is not None:
-                        journal.note(said)
-                    stop, broken, seconds = group.largest(
-                        bool(received), not outcome.finite, seconds_before + time.monotonic() - started
+            yield _Run(models, cubes, low_res, real, threads, judge, journal, before, overwrite)
+
+
+class _Run:
+    """A run whose networks are built, or restored from `before`; it writes its own files."""
+
+    def __init__(
+        self, models: Models, cubes: range, low_res: LowResCubes, real: RealSlices, threads: Threads,
+        judge: Judge | None, journal: Journal, before: Checkpoint | None, overwrite: bool,
+    ) -> None:  # fmt: skip
+        self.models, self.study, self.group, self.folder = models, models.study, models.group, models.folder
+        self.cubes, self.low_res, self.real, self.threads = cubes, low_res, real, threads
+        self.judge, self.journal = judge, journal
+        self.first_step, self.seconds_before = _progress_of(before)
+        self.how_to_resume = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
+        self._reported = self._saved = self._page_written = self.seconds_before
+        """Seconds of training at the last report, checkpoint and training.html."""
+
+    def train(self) -> TrainingResult:
+        """Every step to the end of the schedule; Stopped after saving, or Unfinished."""
+        settings = self.study.training
+        with handling_signals("train", self._kept(self.first_step, self.how_to_resume)) as received:
+            started, seconds = time.monotonic(), self.seconds_before
+            for step in range(self.first_step, settings.steps):
+                rate = learning_rate(self.study, _share_done(self.study, step, seconds))
+                outcome = self._step(step, rate)
+                stop, broken, seconds = self.group.largest(
+                    bool(received), not outcome.finite, self.seconds_before + time.monotonic() - started
+                )
+                if broken:
+                    raise Unfinished(
+                        f"training: a loss is no longer finite at step {step + 1}; {self._kept(step)}; "
+                        "lower training.learning_rate or use precision fp32, and run with --overwrite"
                     )
-                    if broken:
-                        raise Unfinished(
-                            f"training: a loss is no longer finite at step {step + 1}; {_kept(study, run, step)}; "
-                            "lower training.learning_rate or use precision fp32, and run with --overwrite"
-                        )
-                    done = max((step + 1) / settings.steps, seconds / budget)
-                    if done >= 1 or stop or seconds - reported >= settings.report_seconds:
-                        reported = seconds
-                        row = models.report(outcome, low_res.channels)
-                        row |= {"step": step + 1, "seconds": seconds, "learning_rate": rate}
-                        journal.report(min(done, 1.0), row)
-                    if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
-                        if judge is not None:
-                            models.judge(judge, step + 1, seconds, low_res, real, journal)
-                        group.largest(0.0)  # the others wait, or their clocks would part
-                    if done >= 1 or stop or seconds - saved >= settings.checkpoint_minutes * 60:
-                        saved = seconds
-                        models.refuse_broken_weights(step + 1)
-                        if group.rank == 0:
-                            models.save(step + 1, seconds, low_res, real, finished=done >= 1)
-                            run.take_over()
-                            set_saved(_kept(study, run, step + 1, again))
-                            if done >= 1 or stop or seconds - paged >= _PAGE_SECONDS:
-                                paged = seconds
-                                journal.write_page(f"Training of {study.name}")
-                        group.largest(0.0)  # a process that leaves early would take the saving one down with it
-                    if done >= 1:
-                        break
-                    if stop:
-                        name = signal.Signals(received[0]).name if received else "a signal"
-                        raise Stopped(
-                            f"training: stopped by {name} after saving step {step + 1} to "
-                            f"{study.checkpoint_path}; {again}"
-                        )
-                for message in _closing(study, models, step + 1):
-                    journal.note(message)
-                return TrainingResult(str(study.checkpoint_path), step + 1, seconds, first, False)
-        finally:
-            journal.close()
+                done = _share_done(self.study, step + 1, seconds)
+                last = done >= 1 or bool(stop)
+                if last or seconds - self._reported >= settings.report_seconds:
+                    self._report(step + 1, seconds, min(done, 1.0), rate, outcome)
+                if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
+                    self._judge(step + 1, seconds)
+                if last or seconds - self._saved >= settings.checkpoint_minutes * 60:
+                    self._save(step + 1, seconds, finished=done >= 1, last=last)
+                if done >= 1:
+                    break
+                if stop:
+                    raise Stopped(self._stopped(step + 1, received))
+            for message in _closing(self.study, self.models, step + 1):
+                self.journal.note(message)
+        return TrainingResult(str(self.study.checkpoint_path), step + 1, seconds, self.first_step, False)
+
+    def _step(self, step: int, rate: float) -> Outcome:
+        self.threads.step_begins()
+        outcome = self.models.step(step, self.cubes, self.low_res, self.real, rate)
+        if (message := self.threads.step_ends()) is not None:
+            self.journal.note(message)
+        return outcome
+
+    def _report(self, steps: int, seconds: float, done: float, rate: float, outcome: Outcome) -> None:
+        self._reported = seconds
+        row = self.models.report(outcome, self.low_res.channels)
+        self.journal.report(done, row | {"step": steps, "seconds": seconds, "learning_rate": rate})
+
+    def _judge(self, steps: int, seconds: float) -> None:
+        if self.judge is not None:
+            self.models.judge(self.judge, steps, seconds, self.low_res, self.real, self.journal)
+        self.group.largest(0.0)  # the others wait, or their clocks would part
+
+    def _save(self, steps: int, seconds: float, finished: bool, last: bool) -> None:
+        self._saved = seconds
+        self.models.refuse_broken_weights(steps)
+        if self.group.rank == 0:
+            self.models.save(steps, seconds, self.low_res, self.real, finished)
+            self.folder.take_over()
+            set_saved(self._kept(steps, self.how_to_resume))
+            if last or seconds - self._page_written >= _PAGE_SECONDS:
+                self._page_written = seconds
+                self.journal.write_page(f"Training of {self.study.name}")
+        self.group.largest(0.0)  # a process that leaves early would take the saving one down with it
+
+    def _stopped(self, steps: int, received: list[int]) -> str:
+        name = signal.Signals(received[0]).name if received else "a signal"  # another process received it
+        return (
+            f"training: stopped by {name} after saving step {steps} to {self.study.checkpoint_path}; "
+            f"{self.how_to_resume}"
+        )
+
+    def _kept(self, steps: int, how_to_resume: str = "") -> str:
+        """The files that are left if the run ends before it saves again; `steps` steps are done."""
+        if self.folder.waits:
+            return f"the earlier run in {self.study.folder} is kept"
+        path = self.study.checkpoint_path
+        if not path.exists():
+            return "nothing is saved"
+        return f"{path} of step {steps} or before is kept{'; ' * bool(how_to_resume)}{how_to_resume}"
+
+
+def _share_done(study: Study, steps: int, seconds: float) -> float:
+    """Share of the schedule after so many steps and seconds, by the nearer of its limits; 1 or more at its end."""
+    minutes = study.training.minutes
+    return max(steps / study.training.steps, seconds / (60 * minutes) if minutes else 0.0)
 
 
 def learning_rate(study: Study, done: float) -> float:
@@ -167,7 +244,7 @@ def _resumable(study: Study) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if checkpoint.training_state is None:
         raise InputError(f"{path}: holds no training state to go on from; use --overwrite or another --output")
-    old, new = _what_matters(checkpoint.study), _what_matters(as_before(study, checkpoint))
+    old, new = _what_matters(checkpoint.study), _what_matters(as_chosen(study, checkpoint))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise InputError(
@@ -196,32 +273,23 @@ def _what_matters(study: Study) -> dict[str, Any]:
     return flat
 
 
-def _place_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
+def _progress_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
     if checkpoint is None:
         return 0, 0.0
     assert checkpoint.training_state is not None
     return checkpoint.step, float(checkpoint.training_state["seconds"])
 
 
-def _kept(study: Study, run: RunFolder, step: int, again: str = "") -> str:
-    """What is there where a run ends in its tracks, before or after the step that is given."""
-    if run.waits:
-        return f"the earlier run in {study.folder} is kept"
-    if not study.checkpoint_path.exists():
-        return "nothing is saved"
-    return f"{study.checkpoint_path} of step {step} or before is kept{'; ' * bool(again)}{again}"
-
-
 def _opening(
     study: Study, group: Processes, models: Models, low_res: LowResCubes, real: RealSlices, before: Checkpoint | None,
-    fitted: Fitted,
+    tuned: Tuned,
 ) -> Iterator[str]:  # fmt: skip
     counts = [sum(p.numel() for p in module.parameters()) for module in (models.generator, models.critics)]
     yield (
         f"{group.size} process{'es' * (group.size > 1)} on {group.device.type} with {torch.get_num_threads()} threads "
         f"each; generator {counts[0]:,} weights, critic {counts[1]:,}; scale factor {study.scale_factor}"
     )
-    yield from fitted.messages
+    yield from tuned.messages
     origin, asked = models.init_from, study.training.init_from
     if before is None and origin is not None:
         yield (

@@ -1,14 +1,14 @@
-"""How long a step of a training takes on this machine, in which precision and with how many threads, before it begins.
+"""The time of a training step on this machine, and the faster precision, before a run begins.
 
-Everything here computes on throwaway networks, one process by itself, and leaves no trace in the run: every draw of a
-step is a function of (seed, step, cube). Processes measure at the same time, and the slowest one counts.
+Everything here computes on throwaway networks and changes nothing in the run: every random draw of a step is a function
+of (seed, step, cube). Each process times its own share of the cubes without communication, all at the same time, and
+the slowest process counts.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +19,22 @@ from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices
 
 _PART_SECONDS = 0.5
-"""A part of a step is not measured at a size at which it would take longer, but extrapolated from a smaller one."""
+"""Longest part of a step that is timed; a longer one is extrapolated from smaller inputs."""
+_PART_BUDGET_SECONDS = 1.0
+"""A part whose timings have taken so long together is not timed at a larger size."""
+_THRICE_SECONDS = 0.1
+"""Longest part that is timed three times at a size."""
 _STEP_SECONDS, _LONG_STEP_SECONDS = 2.0, 6.0
-"""Three whole steps are measured where one takes less than the first, one where it takes less than the second."""
+"""Three whole steps are timed if one takes less than the first, one if it takes less than the second, else none."""
 _LEAST_EDGE = 2
-"""Low-res voxels along the smallest cube of which batch norm can take statistics."""
+"""Low-res voxels along the smallest cube that batch norm can normalise."""
 _SMALL_WIDTHS = {"width": 5, "critic_width": 7}
-"""The widest networks of the first comparison of precisions: without hardware for bf16 a small part of a step of these
-takes a tenth of a second or two, of the paper's minutes."""
+"""Largest widths in the first comparison of precisions: without hardware for bf16, a small part of a step takes a tenth
+of a second or two with these, and minutes with the paper's."""
 _CLEARLY = 3.0
-"""A precision so many times faster in the first comparison is chosen without another."""
-_WORTH = 1.05
-"""bf16 rounds more, so it must be so many times faster than fp32."""
+"""A precision that is faster by this factor in the first comparison is chosen without the second."""
+_BF16_SPEED = 1.05
+"""Least speed of bf16 relative to fp32 for bf16, which rounds more, to be chosen."""
 
 
 def with_settings(study: Study, network: dict[str, Any] | None = None, **training: Any) -> Study:
@@ -43,120 +47,124 @@ def with_settings(study: Study, network: dict[str, Any] | None = None, **trainin
     )
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The faster one, how many times faster bf16 is than fp32, and, where it was estimated, a step's seconds."""
+def choose_precision(study: Study, group: Processes) -> tuple[str, float]:
+    """fp32 or bf16, whichever makes a training step faster on this machine. Collective.
 
-    name: str
-    ratio: float
-    seconds: float | None
+    Times parts of a step in both: first of a small network on small inputs, which shows whether the hardware computes
+    in bf16; then, where that is not clear, of the study's network.
 
-
-def choose_precision(study: Study, group: Processes) -> Precision:
-    """fp32 or bf16, whichever makes a step of `study` faster here. The same on every process.
-
-    Parts of a step are measured in both, first of a small network on little data, which shows whether there is hardware
-    for bf16, then of the study's own.
+    Returns
+    -------
+    precision : {"fp32", "bf16"}
+    speed : float
+        Speed of bf16 relative to fp32.
     """
-    widths = {key: min(most, getattr(study.network, key)) for key, most in _SMALL_WIDTHS.items()}
-    fp32, bf16 = _in_both(with_settings(study, widths), group, smallest=True)
-    clear = not 1 / _CLEARLY < fp32 / bf16 < _CLEARLY
-    if not clear:
-        fp32, bf16 = _in_both(study, group, smallest=False)
-    name, seconds = ("bf16", bf16) if fp32 > _WORTH * bf16 else ("fp32", fp32)
-    return Precision(name, fp32 / bf16, None if clear else seconds)
+    widths = {key: min(largest, getattr(study.network, key)) for key, largest in _SMALL_WIDTHS.items()}
+    speed = _bf16_speed(with_settings(study, widths), group, smallest=True)
+    if 1 / _CLEARLY < speed < _CLEARLY:
+        speed = _bf16_speed(study, group, smallest=False)
+    return "bf16" if speed > _BF16_SPEED else "fp32", speed
 
 
-def _in_both(study: Study, group: Processes, smallest: bool) -> list[float]:
-    return group.largest(
+def _bf16_speed(study: Study, group: Processes, smallest: bool) -> float:
+    fp32, bf16 = group.largest(
         *(estimated_seconds(with_settings(study, precision=name), group, smallest) for name in ("fp32", "bf16"))
     )
+    return fp32 / bf16
 
 
-def step_seconds(
-    study: Study, group: Processes, low_res: LowResCubes, real: RealSlices, estimate: float | None = None
-) -> float:
-    """Seconds of a generator step with all its critic steps: measured, or the estimate where a step takes seconds.
+def step_seconds(study: Study, group: Processes, low_res: LowResCubes, real: RealSlices) -> float:
+    """Seconds of a generator step with all its critic steps, of the slowest process. Collective.
 
-    The same on every process. Reports, judgements and checkpoints are not in it.
+    Timed, or estimated from parts where a step takes several seconds. Reports, judgements and checkpoints are not
+    included.
     """
-    if estimate is None:
-        (estimate,) = group.largest(estimated_seconds(study, group))
+    (estimate,) = group.largest(estimated_seconds(study, group))
     if estimate > _LONG_STEP_SECONDS:
         return estimate
     models, cubes = _alone(study, group), range(_share(study, group))
-    step = study.training.warm_up_steps  # of the steps after the warm-up, which cost more
+    step = study.training.warm_up_steps  # steps after the warm-up cost more
     rate = study.training.learning_rate
-    whole = [
+    seconds = [
         seconds_of(lambda: models.step(step, cubes, low_res, real, rate), group.device)
         for _ in range(3 if estimate < _STEP_SECONDS else 1)
     ]
-    return group.largest(min(whole[-2:]))[0]
+    return group.largest(min(seconds[-2:]))[0]
 
 
 def estimated_seconds(study: Study, group: Processes, smallest: bool = False) -> float:
-    """Of a step on this process alone, from its parts on cubes and slices as large as take little."""
+    """Seconds of a step on this process, from its parts; with `smallest`, timed at the smallest inputs only."""
     settings, share = study.training, _share(study, group)
     edge, slices = int(PATCH_VOXELS / study.scale_factor), settings.slices_per_axis or _slice_edge(study)
     models = _alone(with_settings(study, surroundings=0), group)
     cube = _extrapolated(lambda n: _generator_seconds(models, n), _sizes(edge, _LEAST_EDGE), 3, smallest)
-    # Low-res maps are larger by the surroundings, high-res ones are not: as docs/recipes.md measured it.
+    # The context widens low-res feature maps but not high-res ones, which docs/recipes.md measured to cost this much.
     cube *= 1 + settings.surroundings / edge
     critics = _extrapolated(lambda n: _critics_seconds(models, n), _sizes(slices * share, 1), 1, smallest)
     forwards = 0 if settings.reuse_generated else settings.critic_steps
-    # A forward is a third of forward and backward; the critics' values of the generator's slices likewise.
+    # A forward pass is a third of forward and backward; so is the critics' score of the generator's slices.
     return share * cube * (1 + forwards / 3) + critics * (settings.critic_steps + 1 / 3)
 
 
 def short_trial(study: Study, group: Processes) -> Callable[[], float]:
-    """What measures, in half a second, the mean seconds of a small part of a step on this process."""
+    """A function that times a small part of a step again and again for half a second: mean seconds on this process."""
     models = _alone(with_settings(study, surroundings=0), group)
 
+    def part_seconds() -> float:
+        return _generator_seconds(models, _LEAST_EDGE) + _critics_seconds(models, 1)
+
     def mean_seconds() -> float:
-        runs = [_generator_seconds(models, _LEAST_EDGE) + _critics_seconds(models, 1)]  # fetches memory
+        runs = [part_seconds()]  # allocates memory, so it counts only where it is the only one
         while sum(runs) < _PART_SECONDS:
-            runs.append(_generator_seconds(models, _LEAST_EDGE) + _critics_seconds(models, 1))
+            runs.append(part_seconds())
         return sum(runs[1:] or runs) / max(1, len(runs) - 1)
 
     return mean_seconds
 
 
-def _sizes(most: int, least: int) -> list[int]:
-    """Growing sizes up to `most`, each about twice the one before."""
-    sizes = [most]
-    while sizes[0] > least:
-        sizes.insert(0, max(least, -(-sizes[0] // 2)))
+def _sizes(largest: int, smallest: int) -> list[int]:
+    """Sizes from the smallest to the largest, each about twice the one before."""
+    sizes = [largest]
+    while sizes[0] > smallest:
+        sizes.insert(0, max(smallest, -(-sizes[0] // 2)))
     return sizes
 
 
 def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: int, smallest: bool) -> float:
-    """Seconds at the last of `sizes`, from sizes at which a part takes little.
+    """Seconds at the last of `sizes`, from timings at smaller ones; with `smallest`, from the first.
 
-    A part takes a constant time, for its weights, and one that grows as the size to the `power`, both found from the
-    two largest sizes measured.
+    Sizes are timed in turn, as long as a run is expected to take at most _PART_SECONDS and all runs so far have taken
+    less than _PART_BUDGET_SECONDS.
+    A part takes a constant time, for its weights, and one that grows as size ** power; both are found from the two
+    largest sizes timed. From one size alone, all time is taken to grow.
     """
 
-    def least_at(size: int) -> tuple[int, float]:
-        # The first run of a size fetches memory and compiles kernels; it counts only where it takes long anyway.
+    def fastest_at(size: int) -> tuple[int, float]:
+        # The first run of a size allocates memory and compiles kernels; it counts only where it takes long anyway.
         first = seconds_at(size)
-        return size**power, first if first > _PART_SECONDS else min(seconds_at(size), seconds_at(size))
+        more = 0 if first > _PART_SECONDS else 1 if first > _THRICE_SECONDS else 2
+        runs = [seconds_at(size) for _ in range(more)]
+        spent.extend([first, *runs])
+        return size**power, min(runs, default=first)
 
     def expected_at(size: int) -> float:
-        if len(found) == 1:
-            return found[0][1] * size**power / found[0][0]
-        (small, before), (large, after) = found[-2:]
-        return after + max(0.0, after - before) / (large - small) * (size**power - large)
+        if len(timed) == 1:
+            return timed[0][1] * size**power / timed[0][0]
+        (small, seconds_small), (large, seconds_large) = timed[-2:]
+        return seconds_large + max(0.0, seconds_large - seconds_small) / (large - small) * (size**power - large)
 
-    found = [least_at(sizes[0])]
+    spent: list[float] = []
+    timed = [fastest_at(sizes[0])]
     for size in [] if smallest else sizes[1:]:
-        if (found[0][1] if len(found) == 1 else expected_at(size)) > _PART_SECONDS:
+        expected = timed[0][1] if len(timed) == 1 else expected_at(size)
+        if expected > _PART_SECONDS or sum(spent) >= _PART_BUDGET_SECONDS:
             break
-        found.append(least_at(size))
+        timed.append(fastest_at(size))
     return expected_at(sizes[-1])
 
 
 def _alone(study: Study, group: Processes) -> Models:
-    """Throwaway networks of one process by itself."""
+    """Throwaway networks of this process without the others."""
     return Models(with_settings(study, compile=False), Processes(0, 1, group.local_size, group.device))
 
 
@@ -169,7 +177,7 @@ def _slice_edge(study: Study) -> int:
 
 
 def _generator_seconds(models: Models, edge: int) -> float:
-    """Forward and backward of one cube of edge³ low-res voxels."""
+    """Seconds of forward and backward of one cube of edge³ low-res voxels."""
     channels = models.generator.conv_first.in_channels
     given = torch.rand(1, channels, edge, edge, edge, device=models.group.device)
 
@@ -181,15 +189,15 @@ def _generator_seconds(models: Models, edge: int) -> float:
 
 
 def _critics_seconds(models: Models, slices: int) -> float:
-    """A critic step on so many slices normal to each axis."""
+    """Seconds of a critic step on so many slices normal to each axis."""
     edge, phases, device = _slice_edge(models.study), len(models.study.phases), models.group.device
     real = [torch.rand(slices, phases, edge, edge, device=device) for _ in range(3)]
     mix = [torch.rand(slices, device=device) for _ in range(3)]
-    return seconds_of(lambda: models.criticise(real, real, mix), device)
+    return seconds_of(lambda: models.update_critics(real, real, mix), device)
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """How long an action takes, with what it leaves in the device's queue."""
+    """Wall-clock seconds of an action, including kernels it leaves in the device's queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

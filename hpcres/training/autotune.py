@@ -1,0 +1,206 @@
+"""Settings that a study leaves to the machine: precision, and a network for which training.minutes are enough.
+
+They are chosen from timings (`trial`) before the first step, saved in the checkpoint, and kept when the run is resumed,
+on whatever machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from math import ceil, inf
+from typing import Any
+
+import torch
+
+from hpcres.checkpoint import Checkpoint
+from hpcres.errors import InputError
+from hpcres.study import Study
+from hpcres.training.distributed import Processes
+from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.threads import WAITING_SHARE, Threads
+from hpcres.training.trial import choose_precision, short_trial, step_seconds, with_settings
+
+_CRITICS_ABOVE = 2
+"""critic_width of a narrowed network less its width, as in configs/fast.yaml."""
+_FEW_STEPS = 50
+"""A run of at most so many steps, with nothing to choose, is not timed beforehand."""
+_SOME_WAITING_SHARE = 0.05
+"""Mean share of threads that wait for a core, above which whole steps are timed with fewer threads, too."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A study whose settings are all chosen.
+
+    Attributes
+    ----------
+    study : Study
+    chosen : dict
+        By dotted key, each setting that was chosen here: {"study": its value in the study, "chosen": the value used}.
+    messages : list of str
+        For the user: what was chosen and why, and how long the run will take.
+    """
+
+    study: Study
+    chosen: dict[str, dict[str, Any]]
+    messages: list[str] = field(default_factory=list)
+
+
+def autotune(
+    study: Study, group: Processes, low_res: LowResCubes, real: RealSlices, threads: Threads, before: Checkpoint | None
+) -> Tuned:
+    """Choose precision, threads and network width for a new run, or take those of the run to resume.
+
+    Collective: all processes choose alike. Times parts of a step on throwaway networks for a few seconds.
+
+    Parameters
+    ----------
+    study : Study
+    group : Processes
+    low_res, real : LowResCubes, RealSlices
+        Data of the timed steps.
+    threads : Threads
+        Of this process; lowered where other work uses the cores.
+    before : Checkpoint or None
+        The run to resume, whose settings are kept without any timing.
+
+    Returns
+    -------
+    Tuned
+
+    Raises
+    ------
+    InputError
+        training.minutes are too few for training.least_steps, even with the narrowest network allowed.
+    """
+    if before is not None:
+        return _resumed(study, before)
+    settings = study.training
+    if settings.precision != "auto" and settings.minutes is None and settings.steps <= _FEW_STEPS:
+        return Tuned(study, {})
+    chosen: dict[str, dict[str, Any]] = {}
+    _, message = threads.trial(group, short_trial(with_settings(study, precision="fp32"), group), WAITING_SHARE)
+    messages = [message]
+    if settings.precision == "auto":
+        precision, bf16_speed = choose_precision(study, group)
+        chosen["training.precision"] = {"study": "auto", "chosen": precision}
+        study = with_settings(study, precision=precision)
+        messages.append(_why_precision(precision, bf16_speed, group))
+    seconds, message = threads.trial(group, partial(step_seconds, study, group, low_res, real), _SOME_WAITING_SHARE)
+    messages.append(message)
+    narrowed = study
+    while _too_few(narrowed, seconds) and _may_be_narrower(narrowed):
+        narrowed = _narrower(narrowed)
+        seconds = step_seconds(narrowed, group, low_res, real)
+    if _too_few(narrowed, seconds):
+        raise InputError(_refusal(study, narrowed, seconds, group))
+    for key in ("width", "critic_width"):
+        given, used = getattr(study.network, key), getattr(narrowed.network, key)
+        if given != used:
+            chosen[f"network.{key}"] = {"study": given, "chosen": used}
+    if narrowed is not study:
+        messages.append(_why_narrower(study, narrowed))
+    messages.append(_outlook(narrowed, seconds))
+    return Tuned(narrowed, chosen, [message for message in messages if message is not None])
+
+
+def as_chosen(study: Study, before: Checkpoint) -> Study:
+    """The study with what was chosen when the run of `before` began, for each setting that it still leaves open."""
+    chosen = _chosen(before)
+    network = {}
+    for name in ("width", "critic_width"):
+        setting = chosen.get(f"network.{name}")
+        if setting is not None and getattr(study.network, name) == setting["study"]:
+            network[name] = setting["chosen"]
+    precision = study.training.precision
+    return with_settings(
+        study, network, precision=before.study.training.precision if precision == "auto" else precision
+    )
+
+
+def _chosen(before: Checkpoint) -> dict[str, dict[str, Any]]:
+    assert before.training_state is not None
+    return before.training_state.get("chosen_settings", {})  # none in checkpoints of earlier versions
+
+
+def _resumed(study: Study, before: Checkpoint) -> Tuned:
+    assert before.training_state is not None
+    tuned, seconds = as_chosen(study, before), before.training_state["seconds"]
+    messages = []
+    if study.training.precision == "auto":
+        messages.append(f"precision {tuned.training.precision}, as chosen when this run began")
+    if tuned.network != study.network:
+        messages.append(f"generator width {tuned.network.width}, as chosen when this run began")
+    messages.append(_outlook(tuned, seconds / before.step, before.step, seconds))
+    return Tuned(tuned, _chosen(before), messages)
+
+
+def _too_few(study: Study, seconds: float) -> bool:
+    """Whether training.minutes end the run before training.least_steps, at so many seconds a step."""
+    settings = study.training
+    if settings.minutes is None or settings.init_from is not None:  # trained weights need fewer steps
+        return False
+    return 60 * settings.minutes / seconds < min(settings.least_steps, settings.steps)
+
+
+def _may_be_narrower(study: Study) -> bool:
+    least = study.network.least_width
+    return least is not None and study.network.width > least
+
+
+def _narrower(study: Study) -> Study:
+    width = study.network.width - 1
+    return with_settings(
+        study, {"width": width, "critic_width": min(study.network.critic_width, width + _CRITICS_ABOVE)}
+    )
+
+
+def _why_precision(name: str, bf16_speed: float, group: Processes) -> str:
+    threads = torch.get_num_threads()
+    device = "GPU" if group.device.type == "cuda" else f"CPU with {threads} thread{'s' * (threads > 1)}"
+    return f"precision {name}: in a trial on this {device}, bf16 had {bf16_speed:.2g} times the speed of fp32"
+
+
+def _why_narrower(study: Study, narrowed: Study) -> str:
+    return (
+        f"training.minutes: {study.training.minutes:g} allows fewer than {study.training.least_steps} steps "
+        f"(training.least_steps) of a generator of width {study.network.width} on this machine; its width is now "
+        f"{narrowed.network.width} and critic_width {narrowed.network.critic_width} (network.least_width allows it)"
+    )
+
+
+def _outlook(study: Study, seconds: float, steps_done: int = 0, seconds_done: float = 0.0) -> str:
+    """For the user: how many steps the run will make, and how long they take, at so many seconds a step."""
+    settings = study.training
+    left = inf if settings.minutes is None else max(0.0, 60 * settings.minutes - seconds_done)
+    steps = min(settings.steps - steps_done, max(1, ceil(min(left / seconds, settings.steps))))
+    verb, more = ("took", "more ") if steps_done else ("takes", "")
+    total = _duration(min(left, steps * seconds))
+    message = f"a step {verb} about {_duration(seconds)}: about {steps} {more}steps in {total}"
+    if steps * seconds > 3600 * study.cluster.train_hours:
+        message += (
+            f", longer than cluster.train_hours {study.cluster.train_hours:g}; set training.minutes, or add the recipe "
+            "for few cores (base: [yours.yaml, fast.yaml], from configs/)"
+        )
+    return message
+
+
+def _refusal(study: Study, narrowest: Study, seconds: float, group: Processes) -> str:
+    settings = study.training
+    steps, least = 60 * (settings.minutes or 0) / seconds, min(settings.least_steps, settings.steps)
+    narrowed = ", the narrowest that network.least_width allows," if narrowest is not study else ""
+    return (
+        f"training.minutes: {settings.minutes:g} allows about {steps:.2g} steps of a generator of width "
+        f"{narrowest.network.width}{narrowed} at {_duration(seconds)} each on this machine; fewer than {least} steps "
+        f"(training.least_steps) give no usable generator; set training.minutes to {ceil(least * seconds / 60)} or "
+        "more, or add the recipe for few cores (base: [yours.yaml, fast.yaml], from configs/)"
+        + ("" if group.device.type == "cuda" else ", or use a GPU")
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
