@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from test_bad_input import good, run, template  # noqa: F401
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
+from hpcres.study_file import load_study
+from hpcres.volumes.absent import absent_chunks, absent_chunks_of_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.hdf5 import unwritten_chunks
 
@@ -185,6 +189,49 @@ def test_chunks_that_were_never_written_are_counted(source, tmp_path):
     labels = open_volume(f"{tmp_path}/a.h5:/part").read(Box.whole(SHAPE))
     np.testing.assert_array_equal(labels[:2], LABELS[:2])
     assert (labels[2:] == 3).all()
+
+
+WARNING = (
+    "warning: low.h5:/v: 12 of 18 chunks were never written, and their voxels are read as the fill value 2; if its "
+    "writer does not leave out such chunks, write the dataset again"
+)
+
+
+@pytest.mark.usefixtures("good")
+def test_each_command_counts_unwritten_chunks_before_it_reads_them(monkeypatch, capfd):
+    """Planes 14 to 20 of the coarse volume were written, as by a program that was stopped."""
+    with h5py.File("low.h5", "w") as file:
+        file.create_dataset("v", (20, 18, 17), "u1", chunks=(7, 9, 6), fillvalue=2)[14:] = 0
+
+    def reads(*_: object, **__: object) -> None:
+        raise InputError("the volume is read")
+
+    monkeypatch.setattr("hpcres.training.run.train", reads)
+    monkeypatch.setattr("hpcres.inference.run.infer", reads)
+    study = ["study.yaml", "--set", "low_res.path=low.h5:/v"]
+    left_out = ("correlations", "chords", "connectivity", "spectrum", "representative")
+    for arguments, last in (
+        (["train", *study], "hpcres: the volume is read"),
+        (["infer", *study], "hpcres: the volume is read"),
+        (["convert", "low.h5:/v", "--output", "low.zarr"], ""),
+        (["tortuosity", "low.h5:/v", "--phase", "2", "--direction", "x", "--output", "t.json"], ""),
+        (["metrics", "low.h5:/v", *(f"--without={name}" for name in left_out), "--output", "m.json"], ""),
+    ):
+        assert run(arguments) == (2 if last else 0), arguments
+        lines = capfd.readouterr().err.splitlines()
+        assert lines.count(WARNING) == 1, arguments
+        assert not last or lines == [WARNING, last]
+    for file in ("m.json", "t.json"):
+        assert json.loads(Path(file).read_text())["absent_chunks"] == [
+            {"path": "low.h5:/v", "absent": 12, "chunks": 18, "fill_value": 2}
+        ]
+
+
+@pytest.mark.usefixtures("good")
+def test_absent_chunks_of_an_hdf5_volume_that_is_whole_or_gone(source):
+    assert absent_chunks(open_volume(f"{source}:/deep/labels")) == []
+    loaded = load_study("study.yaml", ["low_res.path=gone.h5:/v", f"reference.volume={source}:/deep/labels"])
+    assert absent_chunks_of_study(loaded) == []
 
 
 def test_datasets_without_numbers_have_lines_of_their_own(tmp_path):
