@@ -15,6 +15,7 @@ import zarr
 from small_volumes import random_boxes
 
 from hpcres.errors import InputError
+from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.axes import arranged
 from hpcres.volumes.formats import open_volume, read_images
 
@@ -265,6 +266,9 @@ def test_one_of_two_images_in_an_ome_zarr_is_named(tmp_path):
         open_volume(tmp_path / "two.zarr")
     is_it(f"{tmp_path}/two.zarr:1", LABELS[::-1])
     is_it(f"{tmp_path}/two.zarr:a", LABELS)
+    (tmp_path / "two.zarr" / "b" / "c" / "0" / "0" / "0").unlink()
+    assert absent_chunks(open_volume(f"{tmp_path}/two.zarr:a")) == []
+    assert [(one.absent, one.chunks) for one in absent_chunks(open_volume(f"{tmp_path}/two.zarr:1"))] == [(1, 1)]
 
 
 def test_an_image_over_several_ome_tiffs(tmp_path):

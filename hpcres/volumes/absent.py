@@ -17,9 +17,9 @@ import numpy as np
 
 from hpcres.study import Study
 from hpcres.volumes.files import METADATA_FILES
-from hpcres.volumes.formats import file_of, open_volume
+from hpcres.volumes.formats import file_of, open_volume, zarr_parts
 from hpcres.volumes.hdf5 import hdf5_parts, unwritten_chunks
-from hpcres.volumes.ome_zarr import zarr_node
+from hpcres.volumes.ome_zarr import chosen_image, zarr_node
 from hpcres.volumes.volume import Volume
 
 
@@ -66,7 +66,7 @@ def absent_chunks(*volumes: Volume) -> list[Absent]:
 def absent_chunks_of_study(study: Study, *volumes: Volume) -> list[Absent]:
     """`absent_chunks` of the volumes, and of the study's low-res volume and reference where they are there."""
     paths = [path for path in (*study.low_res.paths, study.reference.volume) if path is not None]
-    there = [path for path in paths if Path(path).is_dir() or (hdf5_parts(path) and file_of(path).exists())]
+    there = [path for path in paths if file_of(path).is_dir() or (hdf5_parts(path) and file_of(path).exists())]
     return absent_chunks(*volumes, *(open_volume(path, grey=True) for path in there))
 
 
@@ -74,16 +74,17 @@ def _absent_of(volume: Volume) -> list[Absent]:
     if hdf5_parts(volume.path):
         unwritten, chunks = unwritten_chunks(volume.path)
         return [Absent(volume.path, count, chunks, fill) for fill, count in unwritten.items()]
-    place = Path(volume.path)
+    folder, chosen = zarr_parts(volume.path) or (volume.path, "")
+    place = Path(folder)
     if not place.is_dir():
         return []
     node: Any
-    node, attributes = zarr_node(volume.path)
+    node, attributes = zarr_node(folder)
     if not hasattr(node, "shape"):  # a group
         if "hpcres" in attributes:
             return []
         ome: Any = attributes.get("ome", attributes)
-        place = place / ome["multiscales"][0]["datasets"][0]["path"]
+        place = place / chosen_image(folder, ome["multiscales"], chosen)["datasets"][0]["path"]
         node, _ = zarr_node(str(place))
     grid = [-(-n // edge) for n, edge in zip(node.shape, node.shards or node.chunks, strict=True)]
     absent = prod(grid) - sum(1 for _ in _chunk_files(place, grid))
