@@ -1,6 +1,6 @@
-"""Lengths with their units: what users write and files say, and the edges of a voxel along z, y and x.
+"""Lengths with units, from users and files, and the edge lengths of a voxel along z, y and x.
 
-Unit names are those of OME-Zarr (UDUNITS-2); spellings are those of OME-XML, ImageJ and users.
+Unit names are those of OME-Zarr (UDUNITS-2). The symbols and spellings of OME-XML, ImageJ and users are understood.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import inf
+from typing import Any, NamedTuple
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES
@@ -26,10 +28,10 @@ MICROMETERS = {
     "mile": 1609344e3, "astronomical_unit": 149597870700e6, "light_year": 9460730472580800e6,
     "parsec": 3.0856775814913673e22,
 }  # fmt: skip
-"""Units of length, in micrometers."""
+"""Length of each unit in micrometers."""
 
 RELATIVE = "voxel"
-"""Unit of edges of which a file says the ratio alone."""
+"""Unit of voxel edges of which only the ratio is known."""
 
 _SYMBOLS = {
     "Ym": "yottameter", "Zm": "zettameter", "Em": "exameter", "Pm": "petameter", "Tm": "terameter", "Gm": "gigameter",
@@ -48,11 +50,11 @@ _COMMON = ("nm", "µm", "mm", "cm", "m", "Å", "inch", "voxel")
 
 
 def unit_name(text: str) -> str | None:
-    """The unit's OME-Zarr name, `voxel` for pixels and the like, None for what is no unit of length.
+    """The OME-Zarr name of a unit: `voxel` for pixels and the like, None for text that is no unit of length.
 
-    Symbols count with their case (mm, Mm); names do not, and may be plural and British.
+    Case matters for symbols (mm, Mm) and not for names, which may be plural or in British spelling.
     """
-    # ImageJ writes µ as the six characters \u00B5, and Unicode has two µ and two Å.
+    # ImageJ writes µ as the six characters \u00B5. Unicode has two µ and two Å.
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m.group(1), 16)), text).strip(" \t\r\n\0")
     for known, unit in _SYMBOLS.items():
         if unicodedata.normalize("NFKC", known) == unicodedata.normalize("NFKC", text):
@@ -63,27 +65,17 @@ def unit_name(text: str) -> str | None:
     return name if name in MICROMETERS or name == RELATIVE else None
 
 
-class Length(tuple[float, str]):
-    """A length and the name of its unit: of a cubic voxel's edges, or of one edge."""
+class Length(NamedTuple):
+    """A length and the name of its unit."""
 
-    def __new__(cls, length: float, unit: str) -> Length:
-        return super().__new__(cls, (length, unit))
-
-    def __getnewargs__(self) -> tuple[float, str]:
-        return self.length, self.unit
+    length: float
+    unit: str
+    """Of MICROMETERS, or RELATIVE."""
 
     @property
-    def length(self) -> float:
-        return self[0]
-
-    @property
-    def unit(self) -> str:
-        return self[1]
-
-    @property
-    def micrometers(self) -> float | None:
-        """None of a length in voxels."""
-        return self.length * MICROMETERS[self.unit] if self.unit in MICROMETERS else None
+    def micrometers(self) -> float:
+        """The length in µm; KeyError for one in voxels."""
+        return self.length * MICROMETERS[self.unit]
 
     def times(self, factor: Fraction) -> Length:
         return Length(self.length * float(factor), self.unit)
@@ -93,12 +85,12 @@ class Length(tuple[float, str]):
 
 
 def short_unit(unit: str) -> str:
-    """`nm` for nanometer; what is no unit of length as it is."""
+    """The symbol of a unit, `nm` for nanometer; any other text unchanged."""
     return next((symbol for symbol, name in _SYMBOLS.items() if name == unit and unit != RELATIVE), unit)
 
 
 def parse_length(value: object) -> Length:
-    """`65 nm` as a length; ValueError in words."""
+    """Parse `65 nm`. Raises ValueError, worded for the user, for a text without number or known unit."""
     if isinstance(value, Length):
         return value
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([^\d\s.,+-][^\d,]*?)\s*", str(value))
@@ -111,16 +103,17 @@ def parse_length(value: object) -> Length:
         length = float(match.group(1))
     except ValueError:
         length = 0.0
-    if not 0 < length < float("inf"):
+    if not 0 < length < inf:
         raise ValueError(f"{value!r}: the length must be a positive number")
     return Length(length, unit)
 
 
 @dataclass(frozen=True)
 class VoxelEdges:
-    """How long a voxel is along each axis, as far as that is known.
+    """The edge length of a voxel along each axis, None where it is unknown.
 
-    All edges that are known are lengths, or all are ratios in `voxel`. note: what a file says and we cannot use.
+    The known edges are either all lengths, or all in `voxel`, and then only their ratio has a meaning. note: why
+    something that the file states is not used.
     """
 
     z: Length | None = None
@@ -130,8 +123,8 @@ class VoxelEdges:
 
     @classmethod
     def of(cls, edges: Sequence[Length | None], note: str = "") -> VoxelEdges:
-        """Of edges z, y, x. A ratio beside a length, or beside an axis of which nothing is known, says nothing where
-        it is that of a square."""
+        """Edges z, y, x, of which those without information become unknown: edges in `voxel` beside a length, equal
+        edges in `voxel` beside an unknown one, and three of 1 voxel."""
         if any(e is not None and e.unit in MICROMETERS for e in edges):
             edges = [e if e is not None and e.unit in MICROMETERS else None for e in edges]
         elif None in edges and len({e.length for e in edges if e is not None}) == 1:
@@ -147,21 +140,36 @@ class VoxelEdges:
 
     @property
     def missing(self) -> list[str]:
-        """Axes along which the edge is unknown, where others are known."""
+        """Axes along which the edge is unknown while it is known along others."""
         unknown = [axis for axis, edge in zip(AXES, self.each, strict=True) if edge is None]
         return unknown if len(unknown) < 3 else []
 
     @property
     def known(self) -> bool:
-        """Whether all three are, as lengths."""
+        """Whether all three edges are known as lengths."""
         return all(edge is not None and edge.unit in MICROMETERS for edge in self.each)
 
     def lengths(self, where: str, remedy: str = "give all three lengths") -> tuple[Spacing, str]:
-        """Edges z, y, x and their unit: the common one, else micrometer; `voxel` where nothing is known, and `unit`
-        where the ratio is.
+        """Edges z, y, x in one unit.
 
-        InputError naming `where`, the axis and the remedy where some edges are known and some are not: a number from
-        them would be wrong, and one from cubic voxels too.
+        Parameters
+        ----------
+        where
+            File or setting, for the message.
+        remedy
+            End of the message.
+
+        Returns
+        -------
+        edges : tuple of float
+            (1, 1, 1) where no edge is known.
+        unit : str
+            The unit that all have, else `micrometer`; `voxel` where no edge is known, `unit` where only the ratio is.
+
+        Raises
+        ------
+        InputError
+            Where only some edges are known: neither they nor cubic voxels would give a right number.
         """
         if self.missing:
             found = ", ".join(f"{a} {e}" for a, e in zip(AXES, self.each, strict=True) if e is not None)
@@ -173,24 +181,21 @@ class VoxelEdges:
         edges = [edge for edge in self.each if edge is not None]
         if not edges:
             return (1.0, 1.0, 1.0), RELATIVE
-        units = {edge.unit for edge in edges}
-        if units == {RELATIVE}:
-            values = [edge.length for edge in edges]
-            unit = RELATIVE if set(values) == {1.0} else "unit"
-        elif len(units) == 1:
-            unit, values = edges[0].unit, [edge.length for edge in edges]
-        else:
-            unit, values = "micrometer", [edge.micrometers or 0.0 for edge in edges]
-        z, y, x = values
-        return (z, y, x), unit
+        if len({edge.unit for edge in edges}) > 1:
+            z, y, x = (edge.micrometers for edge in edges)
+            return (z, y, x), "micrometer"
+        z, y, x = (edge.length for edge in edges)
+        unit = edges[0].unit
+        return (z, y, x), unit if unit != RELATIVE or z == y == x == 1 else "unit"
 
     def agrees_with(self, other: VoxelEdges, tolerance: float = 1e-6) -> bool:
-        """Whether no edge that both know differs by more than this share; ratios beside lengths: of one another."""
+        """Whether the edges that both know differ by at most `tolerance`, relative to `other`. Where one or both are
+        in `voxel`, the ratios between the axes are compared."""
         both = [(a, b) for a, b in zip(self.each, other.each, strict=True) if a is not None and b is not None]
-        if any((a.unit == RELATIVE) != (b.unit == RELATIVE) for a, b in both):
-            absolute = [(a.micrometers or a.length) / (b.micrometers or b.length) for a, b in both]
-            return max(absolute) <= min(absolute) * (1 + tolerance)
-        return all(abs((ratio(a, b) or 0.0) - 1) <= tolerance for a, b in both)
+        ratios = [ratio(a, b) for a, b in both]
+        if any(RELATIVE in (a.unit, b.unit) for a, b in both):
+            return max(ratios) <= min(ratios) * (1 + tolerance)
+        return all(abs(one - 1) <= tolerance for one in ratios)
 
     def __str__(self) -> str:
         edges = [edge for edge in self.each if edge is not None]
@@ -206,13 +211,9 @@ class VoxelEdges:
 UNKNOWN = VoxelEdges()
 
 
-def ratio(a: Length, b: Length) -> float | None:
-    """a / b; None where one is a length and the other is in voxels."""
-    if a.unit == b.unit:
-        return a.length / b.length
-    if a.micrometers is None or b.micrometers is None:
-        return None
-    return a.micrometers / b.micrometers
+def ratio(a: Length, b: Length) -> float:
+    """a / b; of a length and one in voxels, the number of µm for each voxel or its inverse."""
+    return a.length * MICROMETERS.get(a.unit, 1.0) / (b.length * MICROMETERS.get(b.unit, 1.0))
 
 
 def cubic(edge: Length) -> VoxelEdges:
@@ -220,30 +221,37 @@ def cubic(edge: Length) -> VoxelEdges:
     return VoxelEdges(edge, edge, edge)
 
 
-def edges_of(values: Sequence[object], units: Sequence[str | None]) -> VoxelEdges:
-    """Edges z, y, x as a file gives them: unknown where the number is not positive, or where units other than of length
-    differ; else those leave the ratio."""
+def edges_of(values: Sequence[Any], units: Sequence[str | None]) -> VoxelEdges:
+    """Voxel edges from a file's metadata.
+
+    Parameters
+    ----------
+    values
+        For z, y, x, as the file has them. An edge is unknown where this is no positive number.
+    units
+        For z, y, x. Edges in the same unit that is no unit of length, or all without one, have a ratio; edges in
+        different ones are unknown, and so are those beside a length.
+    """
     names = [unit_name(unit or "") for unit in units]
     others = {unit for unit, name in zip(units, names, strict=True) if name not in MICROMETERS}
     edges = [
-        _length_of(value, RELATIVE if name is None else name)
-        if name in MICROMETERS or len(others) == 1 else None
+        _length_of(value, name or RELATIVE) if name in MICROMETERS or len(others) == 1 else None
         for value, name in zip(values, names, strict=True)
-    ]  # fmt: skip
+    ]
     strange = [unit for unit in dict.fromkeys(units) if unit and unit_name(unit) is None]
     return VoxelEdges.of(edges, "; ".join(f"{unit!r} is no unit of length" for unit in strange))
 
 
-def _length_of(value: object, unit: str) -> Length | None:
+def _length_of(value: Any, unit: str) -> Length | None:
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = float(value)
     except (TypeError, ValueError):
         return None
-    return Length(number, unit) if 0 < number < float("inf") else None
+    return Length(number, unit) if 0 < number < inf else None
 
 
 def parse_voxel_edges(text: str) -> VoxelEdges:
-    """`65 nm`, or `2um,250nm,250nm` along z, y, x; ValueError in words."""
+    """Parse `65 nm` for cubic voxels, or `2um,250nm,250nm` along z, y, x. Raises ValueError, worded for the user."""
     edges = [parse_length(part) for part in text.split(",")]
     if len(edges) == 1:
         return cubic(edges[0])

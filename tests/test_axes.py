@@ -15,6 +15,7 @@ import zarr
 from small_volumes import random_boxes
 
 from hpcres.errors import InputError
+from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.axes import arranged
 from hpcres.volumes.formats import open_volume, read_images
 
@@ -223,6 +224,37 @@ def test_two_plain_stacks_in_a_tiff_are_not_joined(tmp_path):
     np.testing.assert_array_equal(read_images(f"{tmp_path}/planes.ome.tif:2"), LABELS[2:3])
 
 
+def test_only_volumes_are_offered_of_the_images_in_a_tiff(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    images = [("ZYX", LABELS, "scan"), ("YX", LABELS[0], "thumbnail"), ("CZYX", np.stack([LABELS] * 2), "two")]
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for axes, array, name in (*images, ("ZYX", LABELS[::-1], "mask")):
+            file.write(array, metadata={"axes": axes, "Name": name})
+    with pytest.raises(InputError) as caught:
+        open_volume(path)
+    assert str(caught.value) == (
+        f"{path}: holds 4 images of different sizes or types; name one of {path}:0 (ZYX 5 × 9 × 7, scan), "
+        f"{path}:3 (ZYX 5 × 9 × 7, mask); the others are not a volume"
+    )
+    is_it(f"{path}:0", LABELS)
+    is_it(f"{path}:mask", LABELS[::-1])
+    with pytest.raises(InputError, match=r"a.ome.tif:2: has axes c, z, y, x of .* 2 channels"):
+        open_volume(f"{path}:2")
+    with pytest.raises(InputError, match=r"name one of [^;]*:0 [^;]*:1 [^;]*:3 [^;]*; the others are not a stack of"):
+        read_images(path)
+    np.testing.assert_array_equal(read_images(f"{path}:thumbnail"), LABELS[:1])
+
+
+def test_a_tiff_of_several_images_without_a_volume_gives_the_reason(tmp_path):
+    """tifffile takes planes without axes for channels, as in the OME-TIFFs of many scripts."""
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(LABELS)
+        file.write(LABELS[::-1])
+    with pytest.raises(InputError, match=r"holds 2 images, none of them a volume; .*a.ome.tif:0: has .* 5 channels"):
+        open_volume(path)
+
+
 def test_one_of_two_images_in_an_ome_zarr_is_named(tmp_path):
     group = zarr.create_group(str(tmp_path / "two.zarr"), zarr_format=3)
     images = []
@@ -234,6 +266,9 @@ def test_one_of_two_images_in_an_ome_zarr_is_named(tmp_path):
         open_volume(tmp_path / "two.zarr")
     is_it(f"{tmp_path}/two.zarr:1", LABELS[::-1])
     is_it(f"{tmp_path}/two.zarr:a", LABELS)
+    (tmp_path / "two.zarr" / "b" / "c" / "0" / "0" / "0").unlink()
+    assert absent_chunks(open_volume(f"{tmp_path}/two.zarr:a")) == []
+    assert [(one.absent, one.chunks) for one in absent_chunks(open_volume(f"{tmp_path}/two.zarr:1"))] == [(1, 1)]
 
 
 def test_an_image_over_several_ome_tiffs(tmp_path):

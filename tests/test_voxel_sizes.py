@@ -401,7 +401,7 @@ def test_each_file_that_says_another_size_is_named_with_both_numbers(study):
         folder / "low.tif", np.zeros((20, 20, 20), "u1"), metadata=None,
         description="ImageJ=1.54f\nslices=20\nimages=20\nunit=pixel\nspacing=2.0\n",
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"low.tif: its voxels are no cubes \(2 × 1 × 1 voxel\)"):
+    with pytest.raises(InputError, match=r"low.tif: its voxels are not cubes \(2 × 1 × 1 voxel\)"):
         compared(study)
     np.save(folder / "low.npy", np.zeros((20, 20, 20), "u1"))
     assert compared(study, f"low_res.path={folder}/low.npy") == []  # says nothing

@@ -10,7 +10,7 @@ metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wh
     low_res               phase fractions of the low-res volume's groups, and `agreement` with the volume
     published             figures of the literature from the study, as they stand there
     notes                 lines on files whose voxel size is not the study's, where it lets them be
-    absent_chunks         [{path, absent, chunks, fill_value}] of the stores that lack chunk files (volumes/absent.py)
+    absent_chunks         [{path, absent, chunks, fill_value}] of the arrays that lack chunks (volumes/absent.py)
 
     volume: path, provenance (of the store), shape [z, y, x], periodic [axes whose sides meet],
         voxel_size [z, y, x] and voxel_unit, length_unit, phases [{label, name}],

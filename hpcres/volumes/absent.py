@@ -1,4 +1,5 @@
-"""Absent chunk files of a zarr: they are read as the fill value, whether the writer left them out or a copy lost them.
+"""Absent chunks of a Zarr or HDF5 array: they are read as the fill value, whether the writer left them out or they were
+lost.
 
 Stores that hpcres wrote are not checked here: it writes every chunk, and reading refuses an absent one.
 """
@@ -16,14 +17,15 @@ import numpy as np
 
 from hpcres.study import Study
 from hpcres.volumes.files import METADATA_FILES
-from hpcres.volumes.formats import open_volume
-from hpcres.volumes.ome_zarr import zarr_node
+from hpcres.volumes.formats import file_of, open_volume, zarr_parts
+from hpcres.volumes.hdf5 import hdf5_parts, unwritten_chunks
+from hpcres.volumes.ome_zarr import chosen_image, zarr_node
 from hpcres.volumes.volume import Volume
 
 
 @dataclass(frozen=True)
 class Absent:
-    """How many of an array's chunk files are absent, and the fill value that their voxels are read as."""
+    """How many of an array's chunks are absent, and the fill value that their voxels are read as."""
 
     path: str
     absent: int
@@ -31,9 +33,12 @@ class Absent:
     fill_value: Any
 
     def __str__(self) -> str:
+        what, remedy = ("chunk files are absent", "copy the store again")
+        if hdf5_parts(self.path):  # a copy cannot lose a chunk of a file
+            what, remedy = ("chunks were never written", "write the dataset again")
         return (
-            f"{self.path}: {self.absent} of {self.chunks} chunk files are absent, and their voxels are read as the "
-            f"fill value {self.fill_value}; if its writer does not leave out such chunks, copy the store again"
+            f"{self.path}: {self.absent} of {self.chunks} {what}, and their voxels are read as the fill value "
+            f"{self.fill_value}; if its writer does not leave out such chunks, {remedy}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -41,44 +46,50 @@ class Absent:
 
 
 def absent_chunks(*volumes: Volume) -> list[Absent]:
-    """Count the absent chunk files of each volume, and of each part of one that has parts.
+    """Count the absent chunks of each volume, and of each part of one that has parts.
 
     Parameters
     ----------
     volumes
-        Open volumes of any format. Only zarr in a local folder that hpcres did not write is checked.
+        Open volumes of any format. Only HDF5, and Zarr in a local folder that hpcres did not write, are checked.
 
     Returns
     -------
     list of Absent
-        One for each array that lacks chunk files. Files are counted by name, none is opened; a shard is one file.
+        One for each array that lacks chunks, and each fill value in it. In Zarr, files are counted by name, none is
+        opened; a shard is one file.
     """
     arrays = [part for volume in volumes for part in volume.parts or (volume,)]
-    return [found for array in arrays if (found := _absent_of(array)) is not None]
+    return [found for array in arrays for found in _absent_of(array)]
 
 
 def absent_chunks_of_study(study: Study, *volumes: Volume) -> list[Absent]:
     """`absent_chunks` of the volumes, and of the study's low-res volume and reference where they are there."""
     paths = [path for path in (*study.low_res.paths, study.reference.volume) if path is not None]
-    return absent_chunks(*volumes, *(open_volume(path, grey=True) for path in paths if Path(path).is_dir()))
+    there = [path for path in paths if file_of(path).is_dir() or (hdf5_parts(path) and file_of(path).exists())]
+    return absent_chunks(*volumes, *(open_volume(path, grey=True) for path in there))
 
 
-def _absent_of(volume: Volume) -> Absent | None:
-    place = Path(volume.path)
+def _absent_of(volume: Volume) -> list[Absent]:
+    if hdf5_parts(volume.path):
+        unwritten, chunks = unwritten_chunks(volume.path)
+        return [Absent(volume.path, count, chunks, fill) for fill, count in unwritten.items()]
+    folder, chosen = zarr_parts(volume.path) or (volume.path, "")
+    place = Path(folder)
     if not place.is_dir():
-        return None
+        return []
     node: Any
-    node, attributes = zarr_node(volume.path)
+    node, attributes = zarr_node(folder)
     if not hasattr(node, "shape"):  # a group
         if "hpcres" in attributes:
-            return None
+            return []
         ome: Any = attributes.get("ome", attributes)
-        place = place / ome["multiscales"][0]["datasets"][0]["path"]
+        place = place / chosen_image(folder, ome["multiscales"], chosen)["datasets"][0]["path"]
         node, _ = zarr_node(str(place))
     grid = [-(-n // edge) for n, edge in zip(node.shape, node.shards or node.chunks, strict=True)]
     absent = prod(grid) - sum(1 for _ in _chunk_files(place, grid))
     fill = np.asarray(0 if node.fill_value is None else node.fill_value).item()
-    return Absent(volume.path, absent, prod(grid), fill) if absent else None
+    return [Absent(volume.path, absent, prod(grid), fill)] if absent else []
 
 
 def _chunk_files(place: Path, grid: list[int]) -> Iterator[str]:

@@ -12,9 +12,9 @@ from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
 
 _UNNAMED = ("", "i", "q", "?")
-"""What tifffile and vigra call an axis of which the file says nothing."""
+"""Names that tifffile and vigra give an axis whose meaning the file does not state."""
 _AUTOMATIC = re.compile(r"^(phony_)?(dim|axis)_?\d+$")
-"""What xarray and netCDF call axes that nobody has named."""
+"""Names that xarray and netCDF make up for axes without names."""
 _CHANNELS, _TIMES = ("c", "s", "channel", "channels", "sample", "samples"), ("t", "time", "frame", "frames")
 
 
@@ -25,12 +25,12 @@ def times(shape: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where the axes z, y, x of a volume are in a file's array; all others have length 1."""
+    """Which axes of a file's array are z, y, x of the volume; all others have length 1."""
 
     full: tuple[int, ...]
     """Shape of the array."""
     places: tuple[int | None, int | None, int | None]
-    """For z, y, x the array's axis; None where it has none, and the volume one voxel."""
+    """The array's axis for z, y, x; None where the array lacks it, and the volume is one voxel thick."""
 
     @property
     def shape(self) -> Triple:
@@ -38,33 +38,48 @@ class Arrangement:
 
     @property
     def plane(self) -> tuple[int, ...]:
-        """Shape of what lies together in an array without chunks: all but the first of three axes."""
+        """Shape of one plane (row) of an array without chunks, which is contiguous in the file: the first of three
+        axes has length 1."""
         first = sorted(place for place in self.places if place is not None)[:-2]
         return tuple(1 if axis in first else n for axis, n in enumerate(self.full))
 
     def of_axes(self, values: Sequence[int]) -> Triple:
-        """What belongs to the array's axes, as chunk lengths, by z, y, x."""
+        """Values for the array's axes, such as chunk lengths, reordered to z, y, x; 1 for an axis it lacks."""
         return triple([1 if place is None else values[place] for place in self.places])
 
     def index(self, box: Box) -> tuple[slice | int, ...]:
-        """What of the array is in `box`."""
+        """Index of the array that selects `box` (z, y, x)."""
         by_axis = {place: part for place, part in zip(self.places, box.slices, strict=True) if place is not None}
         return tuple(by_axis.get(axis, 0) for axis in range(len(self.full)))
 
-    def turned(self, part: np.ndarray, box: Box) -> np.ndarray:
-        """The voxels of `box` (z, y, x) from what `index` gave, in the array's order."""
-        there = [place for place in self.places if place is not None]
-        return part.transpose(np.argsort(np.argsort(there))).reshape(box.shape)
+    def to_zyx(self, part: np.ndarray, box: Box) -> np.ndarray:
+        """Reorder the axes of the array's part that `index` selects, and give it the shape of `box` (z, y, x)."""
+        order = [place for place in self.places if place is not None]
+        return part.transpose(np.argsort(np.argsort(order))).reshape(box.shape)
 
 
 def arranged(
     path: str, shape: Sequence[int], names: Sequence[str] | None = None, flat: bool = False
 ) -> Arrangement:
-    """Find z, y, x among the axes of an array; InputError for any other axis of more than one element.
+    """Find z, y, x among the axes of an array.
 
-    names: those that the file gives its axes, or None. Without names the order is z, y, x, and axes of one element
-    before, behind or between them fall away where that leaves one reading. flat: take an image for a stack of one,
-    and any one axis but channels for that of the slices.
+    Parameters
+    ----------
+    path
+        File, for messages.
+    shape
+        Of the array.
+    names
+        One name for each axis as the file has it, or None. Axes without names are in the order z, y, x; axes of length
+        1 before, behind or between them are dropped if only one reading is left.
+    flat
+        Read training images: an image is a stack of one slice, and one axis of any name but channels may count the
+        slices.
+
+    Raises
+    ------
+    InputError
+        Where any other axis is longer than 1, z, y and x are not clear, or the array has no voxels.
     """
     shape = tuple(int(n) for n in shape)
     given = [] if names is None else [_AUTOMATIC.sub("", str(name).strip().lower()) for name in names]
@@ -107,14 +122,16 @@ def _by_order(path: str, shape: tuple[int, ...], flat: bool) -> tuple[int | None
 def _by_name(
     path: str, shape: tuple[int, ...], names: list[str], flat: bool
 ) -> tuple[int | None, int, int]:
-    said = f"axes {', '.join(name or '?' for name in names)} of {times(shape)}"
     if len(names) != len(shape):
         raise InputError(f"{path}: names {len(names)} axes ({', '.join(names)}) of {times(shape)}; correct them")
+    # Every ImageJ and OME file names up to six axes; channels and frames of length 1 are no news.
+    told = [k for k, name in enumerate(names) if shape[k] != 1 or name in AXES or len(shape) <= 3]
+    axes = f"axes {', '.join(names[k] or '?' for k in told)} of {times([shape[k] for k in told])}"
     found = {axis: names.index(axis) for axis in AXES if axis in names}
-    others = [k for k, name in enumerate(names) if k not in found.values()]
+    others = [k for k in range(len(shape)) if k not in found.values()]
     long = [k for k in others if shape[k] != 1]
-    if len(set(names) & set(AXES)) < sum(name in AXES for name in names):
-        raise InputError(f"{path}: has {said}, one of them twice; name them z, y and x")
+    if len(found) < sum(name in AXES for name in names):
+        raise InputError(f"{path}: has {axes}, one of them twice; name them z, y and x")
     if "z" not in found or (flat and long and shape[found["z"]] == 1):
         free = [k for k in (long or others) if names[k] in _UNNAMED or (flat and names[k] not in _CHANNELS)]
         if len(free) == 1:
@@ -122,10 +139,11 @@ def _by_name(
             long = [k for k in long if k != free[0]]
     for k in long:
         what = "channels" if names[k] in _CHANNELS else "frames" if names[k] in _TIMES else f"elements along {names[k]}"
-        remedy = "save one channel" if what == "channels" else "save one of them, or name the axes z, y, x"
-        raise InputError(f"{path}: has {said}, that is {shape[k]} {what}, where z, y, x are due; {remedy}")
+        remedy = f"save one {'channel' if what == 'channels' else 'of them'}"
+        if "z" not in found or shape[found["z"]] == 1:
+            remedy += f"; if they are the slices of a volume, save it with axis {names[k]} named z"
+        raise InputError(f"{path}: has {axes}, that is {shape[k]} {what}, where z, y, x are due; {remedy}")
     if "y" not in found or "x" not in found or ("z" not in found and not flat):
         what = "is a 2D image" if {"y", "x"} <= set(found) else "has other axes"
-        raise InputError(f"{path}: {what} ({said}) where a 3D volume is due with axes z, y, x; give the whole stack")
+        raise InputError(f"{path}: {what} ({axes}) where a 3D volume is due with axes z, y, x; give the whole stack")
     return found.get("z"), found["y"], found["x"]
-

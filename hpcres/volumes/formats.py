@@ -46,7 +46,7 @@ def _open(path: str, raw: RawHeader | None) -> Volume:
         return open_hdf5(path)
     if tiff_parts(path) and not Path(path).is_dir():
         return open_tiff(path)
-    if part := _zarr_parts(path):
+    if part := zarr_parts(path):
         return replace(open_zarr(*part), path=path)
     place, suffix = existing(path), Path(path).suffix.lower()
     if place.is_dir():
@@ -58,15 +58,15 @@ def _open(path: str, raw: RawHeader | None) -> Volume:
     raise InputError(f"{path}: {suffix or 'no suffix'} is no volume format that hpcres knows; it {_READS}")
 
 
-def _zarr_parts(path: str) -> tuple[str, str] | None:
-    """Folder and image of `file.zarr:1`, where that is no folder by itself."""
+def zarr_parts(path: str) -> tuple[str, str] | None:
+    """Folder and image of `file.zarr:1`; None for other paths, and where there is a folder of that name."""
     folder, colon, chosen = path.rpartition(":")
     return (folder, chosen) if colon and chosen and not Path(path).exists() and Path(folder).is_dir() else None
 
 
 def file_of(path: str) -> Path:
     """The file or folder of a path that may name a dataset or image in it."""
-    parts = hdf5_parts(path) or tiff_parts(path) or _zarr_parts(path)
+    parts = hdf5_parts(path) or tiff_parts(path) or zarr_parts(path)
     return Path(path if parts is None or Path(path).exists() else parts[0])
 
 

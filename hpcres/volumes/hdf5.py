@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from math import prod
+from operator import ge
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +20,7 @@ import h5py
 from hpcres.errors import InputError
 from hpcres.geometry import AXES
 from hpcres.lengths import UNKNOWN, VoxelEdges, edges_of
-from hpcres.volumes.axes import Arrangement, arranged
+from hpcres.volumes.axes import Arrangement, arranged, times
 from hpcres.volumes.volume import Volume, corrupt, existing, volume_over
 
 SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".nxs")
@@ -39,13 +42,12 @@ def open_hdf5(path: str, flat: bool = False) -> Volume:
     array = _dataset(path, name, dataset, _file(name))
     if array.shape is None:
         raise InputError(f"{path}: is an empty dataset, without shape or values; write the volume to it")
-    if array.is_virtual:
-        _check_sources(path, name, array)
     names = _names(path, array)
     place = arranged(path, array.shape, names, flat)
+    lacking = ""
 
     def why(error: Exception) -> NoReturn:
-        if lacking := _lacking_filters(array):
+        if lacking:
             raise InputError(
                 f"{path}: is compressed with {lacking}, a filter that this HDF5 does not have; pip install hdf5plugin, "
                 "or write it again with gzip"
@@ -55,15 +57,37 @@ def open_hdf5(path: str, flat: bool = False) -> Volume:
     volume = volume_over(
         path, array, array.chunks, arrangement=place, edges=_edges(path, array, names, place), why=why
     )
-    if _lacking_filters(array):
-        with contextlib.suppress(ImportError):
-            import hdf5plugin  # noqa: F401  # its import makes them known to HDF5
-    if _lacking_filters(array) and array.id.get_num_chunks():
-        try:
-            array[tuple(array.id.get_chunk_info(0).chunk_offset)]
-        except OSError as error:
-            why(error)
+    for of, part in _stored(path, array):
+        _refuse_unwritten(path, of, part)
+        if missing := _lacking_filters(part):
+            lacking = missing
+            try:
+                part[tuple(part.id.get_chunk_info(0).chunk_offset)]  # writers may leave out an optional filter
+            except OSError as error:
+                why(error)
     return volume
+
+
+def unwritten_chunks(path: str) -> tuple[dict[Any, int], int]:
+    """Count the chunks of a dataset, or of the sources of a virtual one, that were never written.
+
+    Returns
+    -------
+    unwritten : dict
+        For each fill value, which HDF5 reads for such voxels, the number of chunks.
+    chunks : int
+        All chunks; 0 for datasets without chunks.
+    """
+    unwritten: Counter[Any] = Counter()
+    chunks = 0
+    name, dataset = hdf5_parts(path) or (path, "")
+    with _file(name) as file:
+        for _, part in _stored(path, file[dataset]):
+            if part.chunks:
+                grid = prod(-(-n // edge) for n, edge in zip(part.shape, part.chunks, strict=True))
+                unwritten[part.fillvalue.item()] += grid - part.id.get_num_chunks()
+                chunks += grid
+    return +unwritten, chunks
 
 
 def _file(name: str) -> Any:
@@ -125,45 +149,122 @@ def _refuse_broken_link(path: str, name: str, dataset: str, file: Any) -> None:
             return
 
 
-def _check_sources(path: str, name: str, array: Any) -> None:
-    """InputError where a virtual dataset would read as its fill value: a source that is missing, or voxels of none."""
-    covered = 0
+def _stored(
+    path: str, array: Any, of: str = "", shapes: dict[tuple[str, ...], tuple[int, ...]] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Each dataset that holds voxels of `array`, once: the array itself, or the sources of a virtual one in turn.
+
+    With each comes its name for messages, empty for the array itself. InputError where a source is missing or too
+    small, or where the sources do not cover the virtual dataset: HDF5 reads such voxels as the fill value. shapes: of
+    the sources that have been opened.
+    """
+    shapes = {} if shapes is None else shapes
+    if not array.is_virtual:
+        yield of, array
+        return
+    _refuse_uncovered(path, of, array)
     for source in array.virtual_sources():
-        covered += source.vspace.get_select_npoints()
-        # %b stands for the number of a block, from 0 on; HDF5 takes as many as there are.
+        # %b is the number of a block, from 0 on; HDF5 takes as many blocks as there are.
         file, inside = (text.replace("%b", "0").replace("%%", "%") for text in (source.file_name, source.dset_name))
-        where = f"{file}:/{inside.strip('/')}"
-        try:
-            if file == ".":
-                there = array.file.get(inside)
-            else:
-                beside = Path(name).parent / file
-                place = beside if beside.exists() or not Path(file).exists() else Path(file)
-                prefix = os.environ.get("HDF5_VDS_PREFIX")
-                if prefix and not place.exists():
-                    place = Path(prefix.replace("${ORIGIN}", str(Path(name).resolve().parent))) / file
-                with h5py.File(place, "r") as opened:
-                    there = opened.get(inside)
-                    there = there if there is None else there.shape
-        except OSError as error:
-            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        where, key = f"{file}:/{inside.strip('/')}", (array.file.filename, file, inside)
+        if key not in shapes:
+            with contextlib.ExitStack() as opened:
+                try:
+                    parent = array.file
+                    parent = parent if file == "." else opened.enter_context(h5py.File(_source_file(array, file), "r"))
+                except OSError as error:
+                    what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+                    raise InputError(
+                        f"{path}: {of}is a virtual dataset whose source {where} {' '.join(what.split())}; put it back, "
+                        "or its voxels would be read as the fill value"
+                    ) from None
+                found = parent.get(inside)
+                if not isinstance(found, h5py.Dataset):
+                    raise InputError(
+                        f"{path}: {of}is a virtual dataset whose source {where} has no such dataset; put it back"
+                    )
+                shapes[key] = found.shape
+                yield from _stored(path, found, f"source {where}: ", shapes)
+        if (due := _too_small(source, shapes[key])) is not None:
             raise InputError(
-                f"{path}: is a virtual dataset whose source {where} {' '.join(what.split())}; put it back, or its "
-                "voxels would be read as the fill value"
-            ) from None
-        if there is None:
-            raise InputError(f"{path}: is a virtual dataset whose source {where} has no such dataset; put it back")
-    if covered != h5py.h5s.UNLIMITED and covered < prod(array.shape):
+                f"{path}: {of}is a virtual dataset whose source {where} has {times(shapes[key])} voxels where {due} "
+                "are due; put the whole source back"
+            )
+
+
+def _too_small(source: Any, shape: tuple[int, ...]) -> str | None:
+    """The voxels that a virtual dataset takes from a source of `shape`, if the source has fewer."""
+    space = source.src_space
+    if space.get_select_type() == h5py.h5s.SEL_ALL:
+        due = source.vspace.get_select_npoints()
+        return str(due) if due not in (prod(shape), h5py.h5s.UNLIMITED) else None
+    if space.get_select_npoints() == h5py.h5s.UNLIMITED:
+        return None
+    last = [int(n) for n in space.get_select_bounds()[1]]
+    return times([n + 1 for n in last]) if len(last) != len(shape) or any(map(ge, last, shape)) else None
+
+
+def _source_file(array: Any, file: str) -> Path:
+    """The file of a virtual dataset's source, searched for in HDF5's own order (H5F_prefix_open_file)."""
+    given, beside = Path(file), Path(array.file.filename).parent
+    places = [given] if given.is_absolute() else []
+    tail = given.name if given.is_absolute() else given
+    prefixes = os.environ.get("HDF5_VDS_PREFIX", "").replace("${ORIGIN}", str(beside.resolve())).split(":")
+    places += [*(Path(prefix) / tail for prefix in prefixes if prefix), beside / tail, Path(tail)]
+    return next((place for place in places if place.exists()), beside.resolve() / tail)
+
+
+def _refuse_uncovered(path: str, of: str, array: Any) -> None:
+    """InputError where a virtual dataset has voxels that are in no source."""
+    union = h5py.h5s.create_simple(array.shape)
+    union.select_none()
+    for source in array.virtual_sources():
+        space = source.vspace
+        if space.get_select_npoints() == h5py.h5s.UNLIMITED:  # HDF5 sets the shape by the blocks that are there
+            return
+        if space.get_select_type() == h5py.h5s.SEL_ALL:
+            return
+        if space.is_regular_hyperslab():
+            start, stride, count, block = space.get_regular_hyperslab()
+            union.select_hyperslab(start, count, stride, block, op=h5py.h5s.SELECT_OR)
+        else:
+            for low, high in space.get_select_hyper_blocklist():
+                edges = tuple(int(b - a + 1) for a, b in zip(low, high, strict=True))
+                union.select_hyperslab(tuple(map(int, low)), (1,) * len(edges), None, edges, op=h5py.h5s.SELECT_OR)
+    if (covered := union.get_select_npoints()) < prod(array.shape):
         raise InputError(
-            f"{path}: is a virtual dataset whose sources cover {covered} of {prod(array.shape)} voxels; the others "
+            f"{path}: {of}is a virtual dataset whose sources cover {covered} of {prod(array.shape)} voxels; the others "
             "would be read as the fill value, so map all of them"
         )
 
 
+def _refuse_unwritten(path: str, of: str, array: Any) -> None:
+    """InputError where nothing was written to a dataset, or where the raw files that it names are too short."""
+    if array.id.get_space_status() == h5py.h5d.SPACE_STATUS_NOT_ALLOCATED:
+        raise InputError(
+            f"{path}: {of}nothing was ever written to this dataset, and all of it would be read as the fill value; "
+            "write the volume to it"
+        )
+    left = array.size * array.dtype.itemsize
+    origin = str(Path(array.file.filename).resolve().parent)
+    prefix = os.environ.get("HDF5_EXTFILE_PREFIX", "").replace("${ORIGIN}", origin)
+    for file, offset, size in array.external or ():
+        due = offset + min(size, left)
+        left -= min(size, left)
+        place = Path(prefix) / file
+        there = place.stat().st_size if place.is_file() else None
+        if there is None or there < due:
+            what = "is missing" if there is None else f"has {there} bytes where {due} are due"
+            raise InputError(f"{path}: {of}its raw data file {file} {what}; put it back")
+
+
 def _lacking_filters(array: Any) -> str:
-    """The filters of a dataset that HDF5 does not have, by name; empty where it has all."""
+    """The filters of a dataset that HDF5 does not have, by name; empty where it has all, or hdf5plugin brings them."""
     made = array.id.get_create_plist()
     every = [made.get_filter(k) for k in range(made.get_nfilters())]
+    if not all(h5py.h5z.filter_avail(code) for code, *_ in every):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("hdf5plugin")  # registers its filters with HDF5
     return ", ".join(
         f"{name.decode(errors='replace') or 'filter'} ({code})" for code, _, _, name in every
         if not h5py.h5z.filter_avail(code)

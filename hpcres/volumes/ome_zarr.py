@@ -55,14 +55,15 @@ def open_zarr(path: str, chosen: str = "") -> Volume:
         members = ", ".join(sorted(found)[:8]) or "none"
         raise InputError(f"{path}: is a zarr group without OME multiscales; name an array or image in it, of {members}")
     try:
-        return _open_multiscale(path, node, attributes, _image(path, ome["multiscales"], chosen), 0)
+        return _open_multiscale(path, node, attributes, chosen_image(path, ome["multiscales"], chosen), 0)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         corrupt(path, f"OME metadata: {error!r}")
 
 
-def _image(path: str, images: Sequence[Mapping[str, Any]], chosen: str) -> Mapping[str, Any]:
+def chosen_image(path: str, images: Sequence[Mapping[str, Any]], chosen: str) -> Mapping[str, Any]:
+    """The image that is `chosen` by number or name, or the only one; InputError where it is not there or not clear."""
     named = [str(image.get("name", "")) for image in images]
     if chosen in named and named.count(chosen) == 1:
         return images[named.index(chosen)]

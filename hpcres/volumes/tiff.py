@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -19,13 +20,13 @@ import tifffile
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.lengths import VoxelEdges
-from hpcres.volumes.axes import arranged, times
+from hpcres.volumes.axes import Arrangement, arranged, times
 from hpcres.volumes.calibration import ome_pixels, tiff_edges
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.volume import Volume, corrupt, existing, refuse_colour, volume_over, voxel_dtype
 
 _BROKEN = ("invalid page offset", "failed to reshape", "invalid offset", "ImageJ series metadata invalid")
-"""What tifffile says of a file that it cannot read as it was written."""
+"""tifffile's warnings about a file of which it reads less than was written."""
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 
 
@@ -36,8 +37,11 @@ def tiff_parts(path: str) -> tuple[str, str] | None:
 
 
 def open_tiff(path: str, flat: bool = False) -> Volume:
-    """A stack or volume, `file.tif`, or `file.tif:1` of a file with several; `flat` takes a single image for a stack of
-    one, and several images of one size for a stack."""
+    """Open a volume of a TIFF, without reading it: `file.tif`, or `file.tif:1` where the file has several images.
+
+    flat: read training images, where a single image is a stack of one slice and several images of one size are a stack.
+    InputError where the file is damaged, holds several volumes, or holds none.
+    """
     parts = tiff_parts(path)
     assert parts
     name, chosen = parts
@@ -52,14 +56,16 @@ def open_tiff(path: str, flat: bool = False) -> Volume:
             corrupt(name, error)
         if complaints.fatal:
             corrupt(name, re.sub(r"<.*?> ?", "", complaints.fatal[0]))
-        number = _chosen(path, name, series, chosen, flat)
+        if not series:
+            corrupt(name, "no pages")
+        layout = partial(_layout, tiff, ome_pixels(tiff), flat)
+        number = _chosen(path, name, series, chosen, flat, layout)
         used = series if number is None else [series[number]]
         pages = [page for k, every in enumerate(pages_of) if number in (None, k) for page in every]
         if complaints.gone and None in pages:
             raise InputError(f"{name}: {complaints.gone}; put it beside this one")
         if not pages or None in pages:
             corrupt(name, "pages are missing")
-        edges = tiff_edges(tiff, pages[0].keyframe, number or 0)
     key = pages[0].keyframe
     if key.samplesperpixel > 1 or key.photometric in (
         tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB,
@@ -72,19 +78,20 @@ def open_tiff(path: str, flat: bool = False) -> Volume:
     )  # fmt: skip
     if end > tiff.filehandle.size and {page.parent for page in pages} == {tiff}:
         corrupt(name, f"its pages end at byte {end}, the file at {tiff.filehandle.size}")
-    shape, names = _axes(tiff, used, number or 0, edges)
-    place = arranged(path, shape, names, flat)
+    edges, shape, place = layout(path, used, number or 0)
     if len(used) == 1 and used[0].dataoffset is not None:
         # Uncompressed and contiguous: the system pages in what a box touches.
         array = np.memmap(name, key.dtype.newbyteorder(tiff.byteorder), "r", used[0].dataoffset, shape)
         return volume_over(path, array, arrangement=place, edges=edges)
     reader = _Pages(path, tiff, pages, shape, dtype)
     volume = volume_over(path, reader, reader.chunks, arrangement=place, edges=edges)
-    volume.read(Box((0, 0, 0), (1, 1, 1)))  # a codec that is not there should say so now
+    volume.read(Box((0, 0, 0), (1, 1, 1)))  # so that a missing codec is an error now
     return volume
 
 
-def _chosen(path: str, name: str, series: list[Any], chosen: str, flat: bool) -> int | None:
+def _chosen(
+    path: str, name: str, series: list[Any], chosen: str, flat: bool, layout: Callable[[str, list[Any], int], object]
+) -> int | None:
     """The number of the image to read; None for all of them, single pages of one stack. InputError for several."""
     about = [f"{one.axes} {times(one.shape)}" + (f", {one.name}" if one.name else "") for one in series]
     listed = [f"{name}:{k} ({text})" for k, text in enumerate(about)]
@@ -99,36 +106,58 @@ def _chosen(path: str, name: str, series: list[Any], chosen: str, flat: bool) ->
         return 0
     shapes = {tuple(n for n in one.shape if n != 1) if flat else tuple(one.shape) for one in series}
     types = {one.dtype for one in series}
-    # OME-XML says of each that it is an image of its own; what else writes page by page means a stack.
+    # OME-XML describes each as an image of its own; other writers of single pages mean a stack.
     if len(shapes) == len(types) == 1 and len(next(iter(shapes))) <= 2 and (flat or series[0].kind != "ome"):
         return None
-    more = f", … {len(listed) - 8} more" if len(listed) > 8 else ""
     what = "images" if len(shapes) == len(types) == 1 else "images of different sizes or types"
-    raise InputError(f"{path}: holds {len(series)} {what}; name one of {', '.join(listed[:8])}{more}")
+    reasons = []
+    for k, one in enumerate(series):
+        try:
+            layout(f"{name}:{k}", [one], k)
+            reasons.append("")
+        except InputError as error:
+            reasons.append(str(error))
+    kind = "a stack of slices" if flat else "a volume"
+    if all(reasons):
+        raise InputError(f"{name}: holds {len(series)} {what}, none of them {kind}; {reasons[0]}")
+    fit = [text for text, reason in zip(listed, reasons, strict=True) if not reason]
+    more = f", … {len(fit) - 8} more" if len(fit) > 8 else ""
+    more += f"; the others are not {kind}" if len(fit) < len(series) else ""
+    raise InputError(f"{name}: holds {len(series)} {what}; name one of {', '.join(fit[:8])}{more}")
+
+
+def _layout(
+    tiff: Any, described: Sequence[Mapping[str, str]], flat: bool, path: str, series: list[Any], image: int
+) -> tuple[VoxelEdges, tuple[int, ...], Arrangement]:
+    """Voxel edges of an image, its shape with all its axes, and which of them are z, y, x; InputError without these."""
+    edges = tiff_edges(tiff, series[0].keyframe, image, described)
+    shape, names = _axes(tiff, series, image, edges, described)
+    return edges, shape, arranged(path, shape, names, flat)
 
 
 def _axes(
-    tiff: Any, series: list[Any], image: int, edges: VoxelEdges
+    tiff: Any, series: list[Any], image: int, edges: VoxelEdges, described: Sequence[Mapping[str, str]]
 ) -> tuple[tuple[int, ...], Sequence[str] | None]:
-    """The shape of an image with all its axes, and their names where the file says them."""
+    """The shape of an image with all its axes, and their names where the file states them."""
     one = series[0]
     if len(series) > 1:
-        return (len(series), *one.pages[0].keyframe.shape[:2]), None
+        return (len(series), *one.keyframe.shape[:2]), None
     shape = tuple(one.get_shape(False))
     names: str | None = one.get_axes(False)
     if one.kind == "shaped":
-        # tifffile invents names where its description has none.
-        said = tiff.shaped_metadata[image] if image < len(tiff.shaped_metadata or ()) else {}
-        return shape, names if len(said.get("axes", "")) == len(shape) else None
-    if tiff.is_ome and one.kind != "ome" and (pixels := ome_pixels(tiff, image)) is not None:
-        # What tifffile cannot lay out, such as planes of one column; channels and times are channels and times.
+        # tifffile makes up names where its description has none.
+        metadata = tiff.shaped_metadata[image] if image < len(tiff.shaped_metadata or ()) else {}
+        return shape, names if len(metadata.get("axes", "")) == len(shape) else None
+    if tiff.is_ome and one.kind != "ome" and image < len(described):
+        # tifffile could not lay out the image by its OME-XML, which happens for planes of one column.
+        pixels = described[image]
         sizes = {axis: int(pixels.get(f"Size{axis}", 1)) for axis in "CTZ"}
         if len(shape) == 4 and max(sizes["C"], sizes["T"]) == 1 and sizes["Z"] == shape[0]:
             return shape, "ZYXS"
         names = "".join(axis for axis in reversed(pixels.get("DimensionOrder", "XYCZT")) if axis in "CTZ") + "YX"
         return (*(sizes[axis] for axis in names[:3]), *shape[-3:-1]), names
-    if prod(shape) == prod(one.pages[0].keyframe.shape[:2]) and edges.z is None:
-        # One plane of a file that has not said how thick it is: an image.
+    if prod(shape) == prod(one.keyframe.shape[:2]) and edges.z is None:
+        # One plane without an edge length along z is an image.
         kept = [k for k, axis in enumerate(names or "") if axis in "YX"]
         return tuple(shape[k] for k in kept), [names[k] for k in kept] if names else None
     return shape, names
@@ -210,7 +239,7 @@ class _Pages:
 
 
 def _bytes(handle: Any, offset: int, size: int) -> bytes:
-    """What a file, of which an image may have many, holds at a place."""
+    """`size` bytes of a file at `offset`. tifffile closes all but the first file of an image over several."""
     if not handle.closed:
         return os.pread(handle.fileno(), size, offset)  # keeps no position, so threads need no lock
     file = os.open(handle.path, os.O_RDONLY)
@@ -221,13 +250,13 @@ def _bytes(handle: Any, offset: int, size: int) -> bytes:
 
 
 class _Complaints(logging.Filter):
-    """tifffile logs what it finds broken and goes on with fewer pages; we must not. Hears its own thread only."""
+    """Collects tifffile's warnings of one thread: it logs that a file is broken and goes on with fewer pages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fatal: list[str] = []
         self.gone = ""
-        """A file of the image that is not there."""
+        """Message on the first file of the image that is missing."""
         self._thread = threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:

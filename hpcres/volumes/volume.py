@@ -204,7 +204,7 @@ def volume_over(
             voxels = np.array(voxels)
             if hasattr(pages, "madvise"):
                 pages.madvise(mmap.MADV_DONTNEED)
-        return place.turned(voxels, box).astype(dtype, copy=False)
+        return place.to_zyx(voxels, box).astype(dtype, copy=False)
 
     cheap = place.of_axes(chunks or place.plane)
     return Volume(path, place.shape, dtype, cheap, read, **more)
