@@ -20,8 +20,9 @@ from hpcres import cli
 from hpcres.errors import InputError
 from hpcres.metrics.table import with_error
 from hpcres.metrics.transport import cells, check_memory, parse_crop, solve, solve_phase, solver, tortuosity
+from hpcres.metrics.transport.form import Form
 from hpcres.metrics.transport.percolation import Clusters
-from hpcres.metrics.transport.solver import ROBUST_ROUNDING, claimed_error, error_bound
+from hpcres.metrics.transport.solver import ROBUST_ROUNDING, Solver, claimed_error, error_bound
 from hpcres.metrics.transport.threads import Threads
 from hpcres.metrics.transport.voxels import pack, unpacked
 from hpcres.volumes.formats import open_volume
@@ -178,6 +179,56 @@ def test_the_least_eigenvalue_seen_is_what_a_claim_is_made_of():
     assert claimed_error(steps, sizes, 1.0) == pytest.approx(error_bound(steps, sizes, 1.0, min(0.1, least)))
     assert claimed_error([], [0.0], 1.0) == ROBUST_ROUNDING
     assert claimed_error([1.0], [1.0, -1e-9], 1.0) == np.inf  # rounding that would pass for nothing left to correct
+
+
+class Rounding(Solver):
+    """Robust solves of A x = b with eigenvalues of 0.2 to 1.5; x is rounded to multiples of `unit` in every step.
+
+    The residual by recurrence does not see this rounding. The energy is x·A x - 2 b·x + 2 b·A⁻¹ b.
+    """
+
+    to_d_rel, contrast, form, bytes = 1.0, 1.0, Form((1, 1, 1), robust=True), 0
+
+    def __init__(self, unit: float) -> None:
+        rng, n = np.random.default_rng(0), 30
+        q = np.linalg.qr(rng.standard_normal((n, n)))[0]
+        self.a, self.b, self.unit = q @ np.diag(np.linspace(0.2, 1.5, n)) @ q.T, rng.standard_normal(n), unit
+        self.least = self.b @ np.linalg.solve(self.a, self.b)
+
+    def vector(self):
+        return np.zeros(len(self.b))
+
+    solution = vector
+
+    def start(self, x):
+        pass
+
+    def find_residual(self, x, r):
+        r[:] = self.b - self.a @ x
+
+    def precondition(self, r, z):
+        z[:] = r
+        return float(r @ z)
+
+    def turn(self, p, z, beta):
+        p[:] = z + beta * p
+        return float(p @ self.a @ p)
+
+    def advance(self, x, r, p, alpha):
+        x[:] = np.round((x + alpha * p) / self.unit) * self.unit
+        r -= alpha * (self.a @ p)
+
+    def energy(self, x, end):
+        return float(x @ self.a @ x - 2 * self.b @ x + 2 * self.least)
+
+
+@pytest.mark.parametrize(("unit", "converges"), [(1e-12, True), (3e-3, True), (0.1, False)])
+def test_what_rounding_of_the_solution_hides_is_claimed(unit, converges):
+    solver = Rounding(unit)
+    solved, _ = solver.solve(1e-4)
+    truth = solved.d_rel / solver.least - 1
+    assert truth <= solved.error
+    assert solved.converged == converges == (solved.error < 1e-4)
 
 
 def test_partitions_of_a_cell_are_ranked_and_unranked():
