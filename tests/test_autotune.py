@@ -35,7 +35,7 @@ def _one_thread():
 @pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.5, "bf16"), (1.0, 9.0, "fp32"), (1.0, 0.99, "fp32")])
 def test_precision_is_the_faster_and_bf16_must_be_worth_it(tmp_path, monkeypatch, fp32, bf16, chosen):
     times = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_: times[study.training.precision])
+    monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_, **__: times[study.training.precision])
     found = choose_precision(study_of(tmp_path), ALONE)
     assert found == (chosen, pytest.approx(fp32 / bf16))
 
@@ -43,7 +43,7 @@ def test_precision_is_the_faster_and_bf16_must_be_worth_it(tmp_path, monkeypatch
 def test_processes_choose_by_the_slowest_of_them(tmp_path, monkeypatch):
     """bf16 is faster on this one and slower on another."""
     mine, theirs = {"fp32": 2.0, "bf16": 1.0}, (2.0, 9.0)
-    monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_: mine[study.training.precision])
+    monkeypatch.setattr(trial, "estimated_seconds", lambda study, *_, **__: mine[study.training.precision])
     monkeypatch.setattr(Processes, "largest", lambda self, *ours: list(map(max, ours, theirs)))
     assert choose_precision(study_of(tmp_path), ALONE)[0] == "fp32"
 
@@ -59,7 +59,7 @@ with processes("cpu", 1) as group:
 
 
 def test_without_hardware_for_bf16_fp32_is_chosen(tmp_path):
-    study = save_study(study_of(tmp_path), "train")
+    study = save_study(study_of(tmp_path, network=NETWORK | {"width": 5, "critic_width": 7}), "train")
     without = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(
         [sys.executable, "-c", ON_AVX2, study], capture_output=True, text=True, env=os.environ | without, timeout=120

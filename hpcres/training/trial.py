@@ -59,8 +59,10 @@ def choose_precision(study: Study, group: Processes) -> tuple[str, float]:
     speed : float
         Speed of bf16 relative to fp32.
     """
-    widths = {key: min(largest, getattr(study.network, key)) for key, largest in _SMALL_WIDTHS.items()}
-    speed = _bf16_speed(with_settings(study, widths), group, smallest=True)
+    small = with_settings(study, {key: min(width, getattr(study.network, key)) for key, width in _SMALL_WIDTHS.items()})
+    # The first step of a process takes a second longer, because it initialises torch.
+    estimated_seconds(with_settings(small, precision="fp32"), group, smallest=True)
+    speed = _bf16_speed(small, group, smallest=True)
     if 1 / _CLEARLY < speed < _CLEARLY:
         speed = _bf16_speed(study, group, smallest=False)
     return "bf16" if speed > _BF16_SPEED else "fp32", speed
