@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while the other worker has their core
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # pytest is a background job of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
