@@ -170,7 +170,7 @@ class _Run:
                 if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
                     self._judge(step + 1, seconds)
                 if last or seconds - self._saved >= settings.checkpoint_minutes * 60:
-                    self._save(step + 1, seconds, finished=done >= 1, last=last)
+                    self._save(step + 1, seconds, finished=done >= 1, stopping=bool(stop))
                 if done >= 1:
                     break
                 if stop:
@@ -196,14 +196,15 @@ class _Run:
             self.models.judge(self.judge, steps, seconds, self.low_res, self.real, self.journal)
         self.group.largest(0.0)  # the others wait, or their clocks would part
 
-    def _save(self, steps: int, seconds: float, finished: bool, last: bool) -> None:
+    def _save(self, steps: int, seconds: float, finished: bool, stopping: bool) -> None:
         self._saved = seconds
         self.models.refuse_broken_weights(steps)
         if self.group.rank == 0:
             self.models.save(steps, seconds, self.low_res, self.real, finished)
             self.folder.take_over()
             set_saved(self._kept(steps, self.how_to_resume))
-            if last or seconds - self._page_written >= _PAGE_SECONDS:
+            # The first page imports matplotlib, which may take longer than a signal allows.
+            if finished or (not stopping and seconds - self._page_written >= _PAGE_SECONDS):
                 self._page_written = seconds
                 self.journal.write_page(f"Training of {self.study.name}")
         self.group.largest(0.0)  # a process that leaves early would take the saving one down with it
