@@ -22,6 +22,7 @@ from hpcres.metrics.transport.vectors import (
     add,
     add_product,
     compiled,
+    divide,
     fma,
     gathered,
     inlined,
@@ -162,7 +163,7 @@ def _face_conductance(z, y, k, geometry, g, labels, resistance, buffer):
 @compiled
 def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, width):
     """With several conductivities: of the faces towards x - 1, y - 1 and z - 1 of plane z, three rings of `buffer`."""
-    columns, nothing, infinite = geometry[2], resistance.dtype.type(0), resistance.dtype.type(np.inf)
+    columns, infinite = geometry[2], resistance.dtype.type(np.inf)
     here, below = wrapped(z, labels.shape[0], geometry[4]), wrapped(z - 1, labels.shape[0], geometry[4])
     for j in range(rows + 2 * MARGIN):
         y = wrapped(y0 + j - MARGIN, labels.shape[1], geometry[5])
@@ -172,13 +173,28 @@ def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, wi
             for ring in range(3):
                 _zero_row(buffer, ring * size + at, geometry[3])
             continue
-        last = resistance[labels[here, y, columns - 1]] if geometry[6] else infinite
+        # First the resistances of each voxel and of its neighbours, then sixteen divisions at a time.
+        buffer[at - 1] = resistance[labels[here, y, columns - 1]] if geometry[6] else infinite
         for x in range(columns):
-            own = resistance[labels[here, y, x]]
-            buffer[at + x] = g[2] / (own + last)
-            last = own
-            buffer[size + at + x] = g[1] / (own + resistance[labels[here, before, x]]) if before >= 0 else nothing
-            buffer[2 * size + at + x] = g[0] / (own + resistance[labels[below, y, x]]) if below >= 0 else nothing
+            buffer[at + x] = resistance[labels[here, y, x]]
+        for x in range(columns, 16 * geometry[3]):
+            buffer[at + x] = infinite
+        if before >= 0:
+            for x in range(columns):
+                buffer[size + at + x] = resistance[labels[here, before, x]]
+        if below >= 0:
+            for x in range(columns):
+                buffer[2 * size + at + x] = resistance[labels[below, y, x]]
+        for k in range(geometry[3] - 1, -1, -1):  # the voxel at x - 1 is read before its resistance is replaced
+            o = at + 16 * k
+            own = load(buffer, o)
+            store(buffer, o, divide(splat(g[2]), add(own, load(buffer, o - 1))))
+            store(buffer, size + o, divide(splat(g[1]), add(own, load(buffer, size + o))))
+            store(buffer, 2 * size + o, divide(splat(g[0]), add(own, load(buffer, 2 * size + o))))
+        if before < 0:
+            _zero_row(buffer, size + at, geometry[3])
+        if below < 0:
+            _zero_row(buffer, 2 * size + at, geometry[3])
         buffer[at + columns] = buffer[at] if geometry[6] else np.float32(0)
 
 
