@@ -14,6 +14,7 @@ import numpy as np
 from hpcres.compiled import compiled
 from hpcres.metrics.chords import Rows
 from hpcres.metrics.counts import popcount
+from hpcres.metrics.disjoint_sets import merge, root
 
 _LOW, _HIGH = (1, 2, 4), (8, 16, 32)
 """Bits of a face: the first and the last plane along z, y, x."""
@@ -50,23 +51,6 @@ class Connected:
 
 
 @compiled
-def _root(parent, i):
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
-
-
-@compiled
-def _merge(parent, i, j):
-    i, j = _root(parent, i), _root(parent, j)
-    if i < j:
-        parent[j] = i
-    elif j < i:
-        parent[i] = j
-
-
-@compiled
 def _join_rows(planes, row, other, changed, index, number, parent):
     """Give the runs of a row the numbers of those of the same phase beside them in an `other`, which become one."""
     n, words, one = planes.shape[0], planes.shape[2], np.uint64(1)
@@ -86,7 +70,7 @@ def _join_rows(planes, row, other, changed, index, number, parent):
             mine = theirs if mine < 0 else mine
             number[a] = mine
             if parent[mine] != parent[theirs]:
-                _merge(parent, mine, theirs)
+                merge(parent, mine, theirs)
         run += np.int64(popcount(own))
         beside += np.int64(popcount(others))
 
@@ -197,9 +181,9 @@ def touching(
 @compiled
 def _join(parent, pairs):
     for k in range(pairs.shape[0]):
-        _merge(parent, pairs[k, 0], pairs[k, 1])
+        merge(parent, pairs[k, 0], pairs[k, 1])
     for i in range(parent.size):
-        parent[i] = _root(parent, i)
+        parent[i] = root(parent, i)
 
 
 def join(blocks: Sequence[Clusters], pairs: Sequence[np.ndarray], voxels: np.ndarray) -> list[Connected]:

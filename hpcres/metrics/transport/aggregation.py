@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.metrics.disjoint_sets import merge, root
 from hpcres.metrics.transport.coarse import CHUNK, Each, Graph, Level, accumulated, index_type, running
 from hpcres.metrics.transport.form import Form
-from hpcres.metrics.transport.vectors import compiled, inlined
+from hpcres.metrics.transport.vectors import compiled
 
 STRONG = 0.1  # of the largest conductance of a part
 
@@ -61,15 +62,6 @@ def _start_rows(rows, cells, step, z, y, place):
 
 
 @compiled
-def root(up, i):
-    """Of a forest in which up[i] is nearer to the root; shortens the way as it goes."""
-    while up[i] != i:
-        up[i] = up[up[i]]
-        i = up[i]
-    return i
-
-
-@compiled
 def find_largest(starts, values, to_faces, largest, begin, end):
     """largest[i]: the largest conductance of part i, that to the outer faces included."""
     for i in range(begin, end):
@@ -93,13 +85,6 @@ def find_kinds(starts, places, values, to_faces, largest, kinds, begin, end):
             if values[k] >= STRONG * max(largest[i], largest[places[k]]):
                 coupled = COUPLED
         kinds[i] = COUPLED | FACE_DOMINATED if most < STRONG * to_faces[i] else coupled
-
-
-@inlined
-def _union(up, a, b):
-    a, b = root(up, a), root(up, b)
-    if a != b:
-        up[max(a, b)] = min(a, b)
 
 
 @compiled
@@ -135,10 +120,10 @@ def join_parts(
                     other = parent[j]
                     if 0 <= other < n and members[other] == j:
                         if largest is None or values[k] >= STRONG * max(largest[i], largest[j]):
-                            _union(up, m, other)
+                            merge(up, m, other)
                 if largest is not None and kinds[i] & FACE_DOMINATED:
                     if dominated >= 0:
-                        _union(up, m, dominated)
+                        merge(up, m, dominated)
                     dominated = m
             if largest is not None:
                 for m in range(n):
@@ -153,7 +138,7 @@ def join_parts(
                             if to < 0 or values[k] > strongest:
                                 strongest, to = np.float64(values[k]), other
                     if to >= 0:
-                        _union(up, m, to)
+                        merge(up, m, to)
             found = 0
             for m in range(n):
                 if up[m] == m:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.transport.aggregation import root
+from hpcres.metrics.disjoint_sets import merge, root
 from hpcres.metrics.transport.cells import PART, PARTS, find_cells
 from hpcres.metrics.transport.threads import Threads
 from hpcres.metrics.transport.vectors import compiled, popcount
@@ -27,25 +27,16 @@ def _count(cells, counts, z0, z1):
 
 
 @compiled
-def _join(up, a, b):
-    a, b = root(up, a), root(up, b)
-    if a < b:
-        up[b] = a
-    elif b < a:
-        up[a] = b
-
-
-@compiled
 def _join_cells(up, cell, own, other, beyond, bit, near):
     """Two neighbouring cells whose parts begin at `own` and `beyond`; `other` lies in + direction."""
     touching = cell >> bit & other & near
     if PARTS[cell] == 1 and PARTS[other] == 1:
         if touching:
-            _join(up, own, beyond)
+            merge(up, own, beyond)
         return
     for i in range(8):
         if touching >> i & 1:
-            _join(up, own + PART[cell, i + bit], beyond + PART[other, i])
+            merge(up, own + PART[cell, i + bit], beyond + PART[other, i])
 
 
 @compiled
@@ -100,7 +91,7 @@ def _join_sides(cells, starts, up, shape, axis):
             for j in range(shape[1]):
                 _line(cells, starts, i, j, shape[2], a)
                 if a[0] >= 0 and a[-1] >= 0:
-                    _join(up, a[0], a[-1])
+                    merge(up, a[0], a[-1])
             continue
         if axis == 0:
             _line(cells, starts, 0, i, shape[2], a)
@@ -110,7 +101,7 @@ def _join_sides(cells, starts, up, shape, axis):
             _line(cells, starts, i, shape[1] - 1, shape[2], b)
         for x in range(shape[2]):
             if a[x] >= 0 and b[x] >= 0:
-                _join(up, a[x], b[x])
+                merge(up, a[x], b[x])
 
 
 @compiled
@@ -270,7 +261,7 @@ def _groups(a, b, up):
     for i in range(len(up)):
         up[i] = i
     for i in range(len(a)):
-        _join(up, a[i], b[i])
+        merge(up, a[i], b[i])
     for i in range(len(up)):
         up[i] = root(up, i)
 
