@@ -44,6 +44,8 @@ def _components() -> tuple[np.ndarray, np.ndarray]:
     return number, part
 
 
+# The step of most volumes: a constant, so that the kernels of a row are compiled for it without its tests.
+CUBE = (2, 2, 2)
 PARTS, PART = _components()
 TABLES = (PARTS, PART, np.arange(256, dtype=np.uint8))
 
@@ -188,6 +190,15 @@ def count_parts(cells, tables, counts, z0, z1):
 
 @compiled
 def restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
+    """coarse = the sums over the parts of a row of cells; back and here are where its rows begin in S."""
+    if step == CUBE:
+        _restrict_row(cells, tables, CUBE, parts, z, y, S, back, here, width, coarse, pair)
+    else:
+        _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair)
+
+
+@inlined
+def _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
     rows, numbers, part, mask = cells.shape[1], tables[0], tables[1], tables[2]
     places = (parts[0, z * rows + y], parts[1, z * rows + y])
     even, odd = (places[1], places[0]) if z + y & 1 else places
@@ -227,39 +238,49 @@ def restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse,
 
 
 @compiled
-def prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width):
+def prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few):
     """The rows of a row of cells: scale × the values of the parts; insulating voxels of a cell hold anything."""
+    if step == CUBE:
+        _prolong_row(cells, tables, CUBE, parts, z, y, coarse, scale, E, back, here, width, few)
+    else:
+        _prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few)
+
+
+@inlined
+def _prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few):
     rows, numbers, part = cells.shape[1], tables[0], tables[1]
     places = (parts[0, z * rows + y], parts[1, z * rows + y])
     even, odd = (places[1], places[0]) if z + y & 1 else places
-    wide = step[2] - 1
-    for x in range(cells.shape[2]):
-        cell = cells[z, y, x]
-        place, number = odd if x & 1 else even, numbers[cell]
-        if x & 1:
-            odd += number
-        else:
-            even += number
-        at = step[2] * x
-        if number <= 1:
-            value = scale * coarse[place] if number else np.float32(0)
-            E[back + at] = value
-            E[back + at + wide] = value
+    wide, flat = step[2] - 1, 15 >> step[2] - 1
+    for first in range(0, cells.shape[2], flat + 1):
+        begin, several = (even, odd), False
+        for x in range(first, min(first + flat + 1, cells.shape[2])):
+            place, number = odd if x & 1 else even, numbers[cells[z, y, x]]
+            if x & 1:
+                odd += number
+            else:
+                even += number
+            several |= number > 1
+            at = step[2] * (x - first)
+            few[at] = few[at + wide] = scale * coarse[place] if number else np.float32(0)
+        values, at = load(few, 0), step[2] * first
+        store(E, back + at, values)
+        if step[1] == 2:
+            store(E, back + width + at, values)
+        if step[0] == 2:
+            store(E, here + at, values)
             if step[1] == 2:
-                E[back + width + at] = value
-                E[back + width + at + wide] = value
-            if step[0] == 2:
-                E[here + at] = value
-                E[here + at + wide] = value
-                if step[1] == 2:
-                    E[here + width + at] = value
-                    E[here + width + at + wide] = value
-        else:
-            for i in range(8):
+                store(E, here + width + at, values)
+        if not several:
+            continue
+        for x in range(first, min(first + flat + 1, cells.shape[2])):
+            cell = cells[z, y, x]
+            place, number = begin[x & 1], numbers[cell]
+            begin = (begin[0], begin[1] + number) if x & 1 else (begin[0] + number, begin[1])
+            for i in range(8 if number > 1 else 0):
                 if (i >> 2) < step[0] and (i >> 1 & 1) < step[1] and (i & 1) < step[2]:
-                    to = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + at + (i & 1)
+                    to = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + step[2] * x + (i & 1)
                     E[to] = scale * coarse[place + part[cell, i]]
-
 
 
 # ---- the first coarse level --------------------------------------------------------------------------------

@@ -348,7 +348,7 @@ def sweep_up(
                     at = j * width + PAD
                     prolong_row(
                         cells, tables, step, parts, zz // step[0], y // step[1], coarse, scale, E, here + at,
-                        front + at, width,
+                        front + at, width, few,
                     )  # fmt: skip
         for j in range(1, height + 5):
             y = wrapped(y0 + j - MARGIN, rows_all, geometry[5])
