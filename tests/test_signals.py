@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from distributed import Client
 from small_interruptions import STAGES, Outcome, default_handlers, interrupt, make_template, whole_run
 from test_metrics import dask_cluster
 
@@ -149,17 +150,22 @@ def test_a_long_rename_is_never_cut_off_from_its_half_made_folder(tmp_path):
 
 def test_ctrl_c_that_also_ends_dask_s_workers_is_a_stop(tmp_path):
     """Scheduler and worker are in the same process group, receive SIGINT too and end first."""
-    np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 3, (200, 200, 200)).astype(np.uint8))
-    with dask_cluster(tmp_path, 1) as (file, started):
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 3, (320, 320, 320)).astype(np.uint8))
+    with dask_cluster(tmp_path, 1) as (file, started), (tmp_path / "said").open("w") as stderr:
         run = subprocess.Popen(
             [sys.executable, "-m", "hpcres", "metrics", "v.npy", "--scheduler", str(file), "--output", "m.json"],
-            cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=default_handlers,
+            cwd=tmp_path, stderr=stderr, stdout=subprocess.DEVNULL, preexec_fn=default_handlers,
         )  # fmt: skip
-        time.sleep(3)  # it counts, or waits for the worker
+        began = time.monotonic()
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.clients)) < 3:
+                time.sleep(0.1)  # the scheduler itself and this client are two
+                assert time.monotonic() - began < 60
         assert run.poll() is None
         for process in (*started.values(), run):
             process.send_signal(signal.SIGINT)
-        said = run.communicate(timeout=20)[1]
+        run.wait(timeout=20)
+    said = (tmp_path / "said").read_text()
     assert run.returncode == 75, said
     ours = [line for line in said.splitlines() if line.startswith("hpcres: ")]
     assert ours == ["hpcres: metrics: stopped by SIGINT; nothing is written: run it again"]
