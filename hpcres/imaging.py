@@ -55,7 +55,7 @@ class ImagingOperator(nn.Module):
         self, scale: Fraction, groups: Sequence[Sequence[int]], settings: Imaging, fractions: bool = False
     ) -> None:
         super().__init__()
-        self.scale, self.settings, self.fractions = scale, settings, fractions
+        self.scale, self.settings, self.fractions, self.groups = scale, settings, fractions, len(groups)
         merge = torch.zeros(len(groups), 1 + max(max(g) for g in groups))
         for channel, group in enumerate(groups):
             merge[channel, list(group)] = 1
@@ -88,6 +88,12 @@ class ImagingOperator(nn.Module):
         if self.settings.operator == "under-sampled" or self.fractions:
             return x
         return functional.softmax(x * self.settings.temperature, dim=1)
+
+    def block_fractions(self, probabilities: Tensor) -> Tensor:
+        """(batch, phases, z, y, x) → (batch, groups, ⌊z/s⌋, …): means over the block of each low-res voxel."""
+        x = self.merged(probabilities)
+        z, y, x_ = (area_taps(n, self.scale, int(n / self.scale)) for n in x.shape[2:])
+        return resample(x, (z, y, x_))
 
     def interpolated(self, low_res: Tensor) -> Tensor:
         """(batch, groups, z, y, x) → the same in high-res voxels: linear between the places low-res voxels show, so

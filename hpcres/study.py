@@ -296,6 +296,13 @@ class Training(Section):
     """Factor on the noise channels' first weights; above 1, volumes of other noise differ more."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
+    fraction_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of how far the fractions of the visible phases in the whole block of each low-res voxel are off its label,
+    beyond a margin for partial volume at boundaries, and off the labels' fractions all over the cubes. None by default,
+    as published; the published imaging operator sees the middle of a block only, and asks for a majority there."""
+    atypical_images: Literal["follow", "correct"] = "follow"
+    """Where the images have other fractions of the visible phases than the low-res volume: follow the images all the
+    same, as published, or let the volume decide what it shows, and the images what only they show."""
     lattice_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the square by which the share of faces between two phases differs with the position in the low-res
     lattice; none by default, as published."""

@@ -29,6 +29,7 @@ from hpcres.training.losses import (
     Critics,
     as_labels,
     face_shares,
+    fraction_loss,
     interpolation_loss,
     lattice_loss,
     pattern_loss,
@@ -145,6 +146,9 @@ class Models:
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
+        if settings.fraction_weight:
+            blocks = self.operator.block_fractions(probabilities)
+            loss = loss + settings.fraction_weight * fraction_loss(blocks, low_res.around(step, cubes, blocks.device))
         if settings.lattice_weight:
             loss = loss + settings.lattice_weight * self._lattice(probabilities)
         # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
@@ -194,20 +198,21 @@ class Models:
             slices = [as_labels(some) for some in slices]
         if settings.pattern_weight:
             shares = pattern_shares(slices, real.pattern_spacings, real.pattern_pixels)
-            off = off + settings.pattern_weight * self._off_of_late("patterns", shares, real.patterns)
+            off = off + settings.pattern_weight * self._off_of_late("patterns", shares, real.wanted_patterns)
         if settings.thin_weight:
-            off = off + settings.thin_weight * self._off_of_late("thin", thin_shares(slices), real.thin)
+            off = off + settings.thin_weight * self._off_of_late("thin", thin_shares(slices), lambda _: real.thin)
         return off
 
-    def _off_of_late(self, kind: str, shares: Tensor, images: Tensor) -> Tensor:
-        """pattern_loss of the `shares` of this `kind` in the slices of late.
+    def _off_of_late(self, kind: str, shares: Tensor, images: Callable[[Tensor], Tensor]) -> Tensor:
+        """pattern_loss of the `shares` of this `kind` in the slices of late; `images` gives what these should be.
 
         Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the
         parts of the volume are.
         """
         now = self.group.mean(shares)
         self.of_late[kind] = self.of_late[kind].lerp(now, _NEWEST) if kind in self.of_late else now
-        return _loss_at(self.of_late[kind], lambda means: pattern_loss(means, images), shares)
+        wanted = images(self.of_late[kind])
+        return _loss_at(self.of_late[kind], lambda means: pattern_loss(means, wanted), shares)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -14,11 +14,12 @@ import torch
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.metrics.agreement import changed_faces, lattice_imprint
-from hpcres.metrics.appearance import errors_between, images_by_plane, look, planes_seen
+from hpcres.metrics.appearance import Seen, errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.training.samples import LowResCubes
+from hpcres.training.visible import Correction
 
 GOOD = {
     "fraction_error": 0.01, "area_error": 0.07, "tpb_error": 0.15, "correlation_error": 0.01, "disagreement": 0.005,
@@ -32,7 +33,10 @@ _JUDGED = 2**31 + 1
 class Judge:
     """Judges generators of a study, always on the same low-res cubes and noise."""
 
-    def __init__(self, study: Study, low_res: LowResCubes, operator: ImagingOperator) -> None:
+    def __init__(
+        self, study: Study, low_res: LowResCubes, operator: ImagingOperator, correction: Correction | None = None
+    ) -> None:
+        self._correction = correction
         self._study, self._low_res, self._operator = study, low_res, operator
         self._cubes = low_res.typical(study.training.quality_cubes, _JUDGED)
         self._isotropic, phases = study.high_res.isotropic, len(study.phases)
@@ -41,9 +45,16 @@ class Judge:
     @property
     def columns(self) -> list[str]:
         """Of what `judge` returns."""
-        every = errors_between(self._images[0], self._images[0], self._isotropic)
+        every = self._errors(self._images[0], self._images[0])
         tpb = ["tpb", "tpb_images"] if "tpb_error" in every else []
         return ["score", *every, "disagreement", "lattice_imprint", *tpb]
+
+    def _errors(self, ours: Seen, images: Seen) -> dict[str, float]:
+        if self._correction is None:
+            return errors_between(ours, images, self._isotropic)
+        found = errors_between(ours, self._correction.seen(images, ours), self._isotropic)
+        del found["correlation_error"]  # of the visible phases the images do not know them, and the others follow
+        return found
 
     @torch.no_grad()
     def judge(self, generator: SuperResGenerator, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
@@ -60,9 +71,7 @@ class Judge:
             painted.append(found[0].to(torch.uint8).cpu())
         inner = [middle(cube, settings.padded_voxels).numpy() for cube in painted]
         ours = list(planes_seen(inner, self._study.high_res).values())
-        every = [
-            errors_between(mine, images, self._isotropic) for mine, images in zip(ours, self._images, strict=True)
-        ]
+        every = [self._errors(mine, images) for mine, images in zip(ours, self._images, strict=True)]
         worst = {key: max(one[key] for one in every) for key in every[0] if all(key in one for one in every)}
         worst["disagreement"] = 1 - right / max(1, voxels)
         period = self._study.scale_factor.numerator

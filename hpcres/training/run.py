@@ -28,6 +28,7 @@ from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
+from hpcres.training.visible import beside
 from hpcres.volumes.phases import open_low_res
 from hpcres.volumes.sizes import compare_sizes
 
@@ -109,7 +110,10 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
     refuse_outputs(study, overwrite, [] if before else study.inputs)
     cubes = group.share(study.training.cubes)
     size_notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
-    low_res, real = LowResCubes(study), RealSlices(study, group.device)
+    low_res = LowResCubes(study)
+    both = beside(study, low_res.fractions)
+    corrects = study.training.atypical_images == "correct" and not both.typical
+    real = RealSlices(study, group.device, both.correction if corrects else None)
     threads = Threads(fixed=study.training.threads is not None)
     tuned = autotune(study, group, low_res, real, threads, before)
     study = tuned.study
@@ -123,11 +127,14 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
     with folder.prepared(writes):
         if writes:
             save_study(study, "train", folder.path)
-        judge = Judge(study, low_res, models.operator) if study.training.quality_steps and writes else None
+        judges = study.training.quality_steps and writes
+        judge = Judge(study, low_res, models.operator, real.correction) if judges else None
         columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
         quality = ["step", "seconds", *judge.columns] if judge else []
         with closing(Journal(folder if writes else None, columns, quality, _progress_of(before)[0])) as journal:
-            for message in (*size_notes, *_opening(study, group, models, low_res, real, before, tuned)):
+            opening = _opening(study, group, models, low_res, real, before, tuned)
+            compared = both.messages(corrects, study.training.atypical_images)
+            for message in (*size_notes, *opening, *compared):
                 journal.note(message)
             yield _Run(models, cubes, low_res, real, threads, judge, journal, before, overwrite)
 

@@ -23,6 +23,7 @@ from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, c
 from hpcres.networks.resampling import middle
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
 from hpcres.study import PATCH_VOXELS, Study
+from hpcres.training.visible import Correction, patch_weights
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
 from hpcres.volumes.volume import read_beyond
@@ -35,6 +36,8 @@ _BAND_PIXELS = 2**24
 _CUBE, _CRITIC, _CHOICE = range(3)
 _SETTLING = 2**31
 """Kind of draw of the cubes before a generator is saved; training uses the kinds up to its critic steps."""
+_EVERY_PATCH = 4
+"""Patches with weights begin at every so many pixels."""
 _CANDIDATES = 12
 """For each of a set of typical cubes so many are drawn."""
 
@@ -196,6 +199,18 @@ class LowResCubes:
         low_res, given = self._given(drawn, device)
         return middle(low_res, self.surroundings), given
 
+    def around(self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0) -> Tensor:
+        """What is known of the cubes of `draw` with one low-res voxel more on each side, one-hot or probabilities,
+        (cubes, channels, d + 2, d + 2, d + 2)."""
+        seen = np.stack([self._cube(self.start(step, kind, cube)[1], 1) for cube in cubes])
+        labels = torch.from_numpy(seen).to(device)
+        return one_hot(labels if seen.ndim == 4 else labels.movedim(4, 1).contiguous(), self.channels)
+
+    @property
+    def fractions(self) -> np.ndarray:
+        """Share of each channel's label in all known voxels of the volume."""
+        return self._content[: self.channels]
+
     def _drawn(
         self, random: np.random.Generator, start: np.ndarray, masked_fraction: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +256,8 @@ class RealSlices:
     along rows, where their image allows them. Rows and columns of a patch are the two other axes in the order z, y, x.
     """
 
-    def __init__(self, study: Study, device: torch.device) -> None:
+    def __init__(self, study: Study, device: torch.device, correction: Correction | None = None) -> None:
+        self.correction = correction
         self.seed, self.phases = study.seed, len(study.phases)
         self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
         self.slices_per_axis = study.training.slices_per_axis
@@ -272,6 +288,8 @@ class RealSlices:
             tables = [tables[0]] * 3
         self._tables = [np.array(table, np.int64) for table in tables]
         self._pixels = torch.from_numpy(np.concatenate(pixels)).to(device)
+        self._tilt = correction.patterns(self.pattern_pixels, self.pattern_pixels // 2) if correction else None
+        self._weighted = [self._weigh(table, correction) for table in self._tables] if correction else None
 
     def _refuse_small(self, path: str, stack: np.ndarray) -> None:
         if min(stack.shape[1:]) < self.edge:
@@ -285,7 +303,9 @@ class RealSlices:
         return np.flatnonzero(torch.bincount(self._pixels, minlength=self.phases).cpu().numpy() == 0).tolist()
 
     def fractions(self) -> np.ndarray:
-        """Share of each phase in all images together."""
+        """Wanted share of each phase: that in all images together, or what a correction makes of it."""
+        if self.correction is not None:
+            return self.correction.fractions
         counts = torch.bincount(self._pixels, minlength=self.phases).cpu().numpy()
         return counts / counts.sum()
 
@@ -297,6 +317,13 @@ class RealSlices:
         for apart in self.pattern_spacings:
             found += [self._patterns_of(table, apart) for table in tables] * (3 // len(tables))
         return torch.cat(found).float().to(self._pixels.device)
+
+    def wanted_patterns(self, ours: Tensor) -> Tensor:
+        """The shares of patterns that slices with shares `ours` should have: those of the images, or what a correction
+        makes of them."""
+        if self._tilt is None:
+            return self.patterns
+        return self._tilt.moved(self.patterns, ours, self.pattern_spacings).to(ours)
 
     def _patterns_of(self, table: np.ndarray, apart: int) -> Tensor:
         """(shape, phases ** pixels) of all images of a table."""
@@ -391,16 +418,47 @@ class RealSlices:
         A mirrored or rotated patch is the same square walked from another corner or with its strides exchanged.
         """
         offset, rows, columns, mirrors, rotations = self._tables[axis].T
-        area = np.cumsum(rows * columns)
-        image = np.searchsorted(area, random.integers(0, area[-1], count), side="right")
-        row = random.integers(0, rows[image] - self.edge, endpoint=True)
-        column = random.integers(0, columns[image] - self.edge, endpoint=True)
+        if self._weighted is None:
+            area = np.cumsum(rows * columns)
+            image = np.searchsorted(area, random.integers(0, area[-1], count), side="right")
+            row = random.integers(0, rows[image] - self.edge, endpoint=True)
+            column = random.integers(0, columns[image] - self.edge, endpoint=True)
+        else:
+            places, weights, _ = self._weighted[axis]
+            image, row, column = places[np.searchsorted(weights, random.random(count), side="right")].T
         allowed = np.stack([mirrors, mirrors, rotations])[:, image].astype(bool)
         flip_rows, flip_columns, exchange = random.integers(0, 2, (3, count)).astype(bool) & allowed
         last, width = self.edge - 1, columns[image]
         corner = offset[image] + (row + flip_rows * last) * width + column + flip_columns * last
         down, across = np.where(flip_rows, -width, width), np.where(flip_columns, -1, 1)
         return np.stack([corner, np.where(exchange, across, down), np.where(exchange, down, across)], axis=1)
+
+    def _weigh(self, table: np.ndarray, correction: Correction) -> tuple[np.ndarray, np.ndarray, float]:
+        """Patches of the images of a table, (image, row, column), the running sum of their weights, and how far these
+        bring the patches' phase fractions to the wanted ones, 0 to 1."""
+        places, found, area = [], [], 0
+        for number, (image, _, _) in enumerate(self._images(table)):
+            area += image.numel()
+            grid = [np.arange(0, n - self.edge + 1, _EVERY_PATCH) for n in image.shape]
+            places.append(np.stack([np.full(grid[0].size * grid[1].size, number), *map(np.ravel, np.meshgrid(
+                *grid, indexing="ij"))], axis=1))  # fmt: skip
+            found.append(np.stack([self._share_of(image == phase, grid) for phase in range(self.phases)], axis=1))
+        fractions = np.concatenate(found)
+        weights, reached = patch_weights(fractions, correction.fractions, area / self.edge**2)
+        return np.concatenate(places), np.cumsum(weights)[:-1], reached
+
+    def _share_of(self, phase: Tensor, grid: Sequence[np.ndarray]) -> np.ndarray:
+        """Share of pixels of the phase in the patches that begin on the grid."""
+        sums = np.pad(phase.cpu().numpy().cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
+        top, left = grid[0][:, None], grid[1][None]
+        bottom, right = top + self.edge, left + self.edge
+        inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        return np.asarray(inside.ravel() / self.edge**2)
+
+    @property
+    def reached(self) -> float:
+        """How far the patches' phase fractions are on the way from the images' to the wanted ones, 0 to 1."""
+        return 1.0 if self._weighted is None else min(weighted[2] for weighted in self._weighted)
 
     def _cut(self, patches: np.ndarray) -> Tensor:
         """One-hot patches (patches, phases, edge, edge), float32."""

@@ -1,0 +1,323 @@
+"""What the low-res volume and the high-res images both show, and what to do where they differ.
+
+A single slice is seldom typical of a volume: it may hold 58 % of a phase that is 40 % of the volume (Dahari 2022, case
+4). The volume then decides the fractions of the phases that it shows (`low_res.groups`), and where their interfaces
+are. The images decide the rest: how the phases that the volume cannot tell apart share their group, how much interface
+is between them, and the shape of interfaces.
+
+A distribution of the images is moved to the volume by exponential tilting: of all distributions with the wanted means,
+`tilt` gives the one of least relative entropy to the images' own (Csiszár 1975, I-projection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, product
+from math import ceil, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.metrics.appearance import Seen, images_by_plane
+from hpcres.study import PATCH_VOXELS, Study
+
+_TYPICAL = 0.02
+"""Images are typical of the volume up to this difference of a visible fraction, and three standard errors of chance."""
+_BAND_PIXELS = 2**20
+_FEWEST_PATCHES = 16
+"""Patches that the critics are shown are tilted only as far as they still amount to so many independent ones."""
+_STEPS = 50
+_LONGEST_STEP = 2.0
+
+
+def tilt(base: Tensor, features: Tensor, wanted: Tensor, begin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Shares t = base · exp(λ · features), normalised, whose mean features are as wanted.
+
+    Parameters
+    ----------
+    base : Tensor
+        (rows, places), shares, not negative; float64.
+    features : Tensor
+        (places, features).
+    wanted : Tensor
+        (rows, features).
+    begin : Tensor, optional
+        λ to begin from, (rows, features): that of an earlier call.
+
+    Returns
+    -------
+    shares : Tensor
+        (rows, places). Where no such shares exist, those of the last of a fixed number of Newton steps.
+    multipliers : Tensor
+        λ, (rows, features).
+
+    Examples
+    --------
+    >>> base, first = torch.tensor([[0.5, 0.25, 0.25]]).double(), torch.tensor([[1.0], [0.0], [0.0]]).double()
+    >>> shares, _ = tilt(base, first, torch.tensor([[0.2]]))
+    >>> [round(share, 3) for share in shares[0].tolist()]
+    [0.2, 0.4, 0.4]
+    """
+    centre = base @ features / base.sum(1, keepdim=True)
+    spread = ((base @ features.square()) / base.sum(1, keepdim=True) - centre.square()).clamp(min=1e-12).sqrt().mean(0)
+    scaled, aim, logs = features / spread, wanted.to(features) / spread, base.log()
+    own = torch.zeros_like(aim) if begin is None else begin * spread
+    ridge = 1e-6 * torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
+    for _ in range(_STEPS):
+        shares = (logs + own @ scaled.mT).softmax(1)
+        mean = shares @ scaled
+        off = aim - mean
+        if float(off.abs().max()) < 1e-7:
+            break
+        covariance = torch.einsum("rp,pk,pl->rkl", shares, scaled, scaled) - mean[:, :, None] * mean[:, None, :]
+        step = torch.linalg.solve(covariance + ridge, off)
+        own = own + step * (_LONGEST_STEP / step.abs().amax(1, keepdim=True)).clamp(max=1)
+    return (logs + own @ scaled.mT).softmax(1), own / spread
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The visible phases in the low-res volume and in the images as the coarse instrument would show these."""
+
+    names: tuple[str, ...]
+    """Of the groups of phases that the low-res volume tells apart."""
+    groups: tuple[tuple[int, ...], ...]
+    volume: np.ndarray
+    """Fraction of each group, in the volume."""
+    images: np.ndarray
+    """The same in the images, through the imaging operator."""
+    chance: np.ndarray
+    """Standard error of `images`, from parts of the images of the size of a training cube."""
+    phases: np.ndarray
+    """Fraction of each phase in the images themselves."""
+
+    @property
+    def typical(self) -> bool:
+        """Whether chance may be all that is between images and volume."""
+        return bool((abs(self.volume - self.images) <= np.maximum(_TYPICAL, 3 * self.chance)).all())
+
+    @property
+    def correction(self) -> Correction:
+        return Correction(self.groups, self.phases, self.volume)
+
+    def messages(self, corrected: bool, corrects: str) -> Iterator[str]:
+        """What `hpcres train` says at its start."""
+        shown = ", ".join(
+            f"{name} {ours:.1%} there and {theirs:.1%} here"
+            for name, ours, theirs in zip(self.names, self.volume, self.images, strict=True)
+        )
+        yield f"low-res volume beside the images as it would show them: {shown}"
+        if corrected:
+            yield (
+                "the images are not typical of the volume: the volume decides the fractions and interfaces that it "
+                "shows, the images decide the share and the interfaces of the phases that it does not tell apart, and "
+                "the shape of interfaces"
+            )
+        elif not self.typical:
+            yield (
+                f"warning: the images are not typical of the volume, and training.atypical_images is {corrects}: the "
+                "painted volume may follow the images; set training.atypical_images=correct"
+            )
+
+
+def beside(study: Study, fractions: np.ndarray) -> Beside:
+    """Compare the images with the low-res volume, whose groups have these `fractions`."""
+    operator = ImagingOperator.of(study)
+    groups = tuple(tuple(study.phases.index(name) for name in group) for group in study.low_res.groups)
+    seen, pixels, parts = np.zeros(len(groups)), np.zeros(len(study.phases)), []
+    for stacks in images_by_plane(study.high_res).values():
+        for stack in stacks:
+            pixels += np.bincount(stack.ravel(), minlength=len(pixels))
+            for image in stack:
+                seen += _as_coarse(image, operator, len(study.phases))
+                parts += list(_parts(image, groups))
+    spread = np.std(parts, axis=0, ddof=1) / sqrt(len(parts)) if len(parts) > 1 else np.ones(len(groups))
+    names = tuple(" + ".join(group) for group in study.low_res.groups)
+    return Beside(names, groups, fractions, seen / seen.sum(), spread, pixels / pixels.sum())
+
+
+def _as_coarse(image: np.ndarray, operator: ImagingOperator, phases: int) -> np.ndarray:
+    """Pixels of each group in the image (rows, columns) as the coarse instrument would show it: the operator's view of
+    a volume whose slices are all this image."""
+    scale = operator.scale
+    step = max(1, _BAND_PIXELS // (image.shape[1] * ceil(scale) * scale.numerator)) * scale.numerator
+    found = np.zeros(operator.groups)
+    for top in range(0, image.shape[0], step):
+        band = torch.from_numpy(image[top : top + step].astype(np.int64))
+        if min(int(n / scale) for n in band.shape):
+            view = operator(one_hot(band.expand(1, ceil(scale), *band.shape), phases))[0, :, 0]
+            found += np.bincount(view.argmax(0).flatten().numpy(), minlength=len(found))
+    return found
+
+
+def _parts(image: np.ndarray, groups: Sequence[Sequence[int]]) -> Iterator[list[float]]:
+    for top, left in product(*(range(0, n - PATCH_VOXELS + 1, PATCH_VOXELS) for n in image.shape)):
+        part = image[top : top + PATCH_VOXELS, left : left + PATCH_VOXELS]
+        yield [float(np.isin(part, group).mean()) for group in groups]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Moves what the images show to a volume with other fractions of the visible phases."""
+
+    groups: tuple[tuple[int, ...], ...]
+    """The phases of each."""
+    images: np.ndarray
+    """Fraction of each phase in the images."""
+    volume: np.ndarray
+    """Fraction of each group in the volume."""
+
+    @cached_property
+    def growth(self) -> np.ndarray:
+        """Of each phase's group, the volume's fraction as a multiple of the images'."""
+        found = np.ones(len(self.images))
+        for group, fraction in zip(self.groups, self.volume, strict=True):
+            found[list(group)] = fraction / max(self.images[list(group)].sum(), 1e-12)
+        return found
+
+    @cached_property
+    def fractions(self) -> np.ndarray:
+        """Wanted of each phase: the volume's of its group, shared within the group as in the images."""
+        return self.images * self.growth
+
+    @cached_property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Pairs of groups."""
+        return list(combinations(range(len(self.groups)), 2))
+
+    @cached_property
+    def _hidden(self) -> list[tuple[int, int]]:
+        """Pairs of phases of one group."""
+        return [pair for group in self.groups for pair in combinations(group, 2)]
+
+    def _of(self, phase: int) -> int:
+        return next(k for k, group in enumerate(self.groups) if phase in group)
+
+    def patterns(self, pixels: int, across: int) -> PatternTilt:
+        """For patterns of `pixels` labels, row by row, `across` in a row."""
+        return PatternTilt(self, pixels, across)
+
+    def seen(self, images: Seen, ours: Seen) -> Seen:
+        """What the images would show with the volume's visible phases as `ours` has them; correlations are ours.
+
+        Fractions are those wanted. Interfaces between visible phases are as many as ours, shared among phases as in
+        the images; those within a group are the images' per volume of the group; triple-phase points are the images'
+        per visible interface; windows of 3 × 3 are tilted.
+        """
+        every = list(combinations(range(len(self.images)), 2))
+        by_groups: dict[tuple[int, ...], list[int]] = {}
+        for place, pair in enumerate(every):
+            by_groups.setdefault(tuple(sorted(map(self._of, pair))), []).append(place)
+        areas = np.zeros(images.faces.shape)
+        for (one, other), places in by_groups.items():
+            theirs = images.areas[:, places]
+            if one == other:
+                areas[:, places] = theirs * self.growth[self.groups[one][0]]
+            else:
+                shared = theirs.sum(0) / max(theirs.sum(), 1e-12)
+                areas[:, places] = ours.areas[:, places].sum(1, keepdims=True) * shared
+        between = [k for of, places in by_groups.items() if of[0] != of[1] for k in places]
+        more = ours.areas[:, between].sum() / max(images.areas[:, between].sum(), 1e-12)
+        windows = {}
+        for spacing in images.windows:
+            mine = torch.from_numpy(ours.patterns[spacing])[None]
+            whole = torch.from_numpy(images.patterns[spacing])[None]
+            windows[spacing] = self.patterns(9, 3).moved(whole, mine, [spacing])[0].numpy()
+        return replace(
+            ours, pixels=self.fractions, faces=areas, all_faces=np.ones(2), corners=np.array([images.tpb * more, 1.0]),
+            windows=windows,
+        )  # fmt: skip
+
+
+class PatternTilt:
+    """Moves the shares of label patterns in the images to the volume.
+
+    The moved shares have the wanted phase fractions, as many neighbours of unlike groups as the generated slices have,
+    and of unlike phases in one group as many as the images have per volume of the group (neighbours at spacing 1), or
+    per pair within the group (farther apart).
+    """
+
+    def __init__(self, correction: Correction, pixels: int, across: int) -> None:
+        phases, groups = len(correction.images), correction.groups
+        of = np.array([correction._of(phase) for phase in range(phases)])
+        labels = np.stack(np.unravel_index(np.arange(phases**pixels), (phases,) * pixels))
+        place = np.arange(pixels).reshape(-1, across)
+        sides = [(place[:, :-1].ravel(), place[:, 1:].ravel()), (place[:-1].ravel(), place[1:].ravel())]
+        single = [(labels == phase).mean(0) for phase in range(1, phases)]
+        visible, inside, hidden = [], [], []
+        for one, other in sides:
+            a, b = labels[one], labels[other]
+            visible += [_pair_share(of[a], of[b], pair) for pair in correction._pairs]
+            inside += [((of[a] == g) & (of[b] == g)).mean(0) for g in range(len(groups))]
+            hidden += [_pair_share(a, b, pair) for pair in correction._hidden]
+        self._single, self._visible, self._hidden = len(single), len(visible), len(hidden)
+        self._features = torch.from_numpy(np.stack([*single, *visible, *hidden], axis=1))
+        self._inside = torch.from_numpy(np.stack(inside, axis=1))
+        self._fractions = torch.from_numpy(correction.fractions[1:])
+        groups_of_hidden = [of[a] for a, _ in correction._hidden]
+        self._group = torch.tensor(
+            [side * len(groups) + g for side in range(2) for g in groups_of_hidden], dtype=torch.int64
+        )
+        self._growth = torch.tensor([correction.growth[a] for a, _ in correction._hidden] * 2, dtype=torch.float64)
+        self._multipliers: Tensor | None = None
+
+    def moved(self, images: Tensor, ours: Tensor, spacings: Sequence[int]) -> Tensor:
+        """Shares of the images (rows, patterns) moved to slices with shares `ours`; rows are by spacing first."""
+        device = ours.device
+        images, ours = images.double().to(device), ours.detach().double()
+        features, inside = self._features.to(device), self._inside.to(device)
+        theirs, mine = images @ features, ours @ features
+        begin, end = self._single, self._single + self._visible
+        wanted = torch.empty_like(theirs)
+        wanted[:, :begin] = self._fractions.to(device)
+        wanted[:, begin:end] = mine[:, begin:end]
+        if self._hidden:
+            group = self._group.to(device)
+            share = theirs[:, end:] / (images @ inside)[:, group].clamp(min=1e-9)
+            wanted[:, end:] = share * (ours @ inside)[:, group]
+            near = torch.tensor(spacings, device=device).repeat_interleave(len(images) // len(spacings)) == 1
+            wanted[near, end:] = (theirs[:, end:] * self._growth.to(device))[near]
+        shares, self._multipliers = tilt(images, features, wanted, self._multipliers)
+        return shares
+
+
+def _pair_share(a: np.ndarray, b: np.ndarray, pair: tuple[int, int]) -> np.ndarray:
+    """(neighbours, patterns) → share of neighbours that are this pair, in either order."""
+    i, j = pair
+    return np.asarray((((a == i) & (b == j)) | ((a == j) & (b == i))).mean(0))
+
+
+def patch_weights(fractions: np.ndarray, wanted: np.ndarray, independent: float) -> tuple[np.ndarray, float]:
+    """Weights of patches whose mean phase fractions are as wanted, as far as the patches allow.
+
+    Parameters
+    ----------
+    fractions : ndarray
+        (patches, phases).
+    wanted : ndarray
+        (phases,).
+    independent : float
+        How many independent patches these are together: the images' area over a patch's.
+
+    Returns
+    -------
+    weights : ndarray
+        (patches,), their sum is 1.
+    reached : float
+        Share of the way from the patches' own mean to the wanted one, 0 to 1. The weights amount to at least 16
+        independent patches, or to all that there are.
+    """
+    mean, features = fractions.mean(0)[1:], torch.from_numpy(fractions[:, 1:])
+    base = torch.full((1, len(fractions)), 1 / len(fractions), dtype=torch.float64)
+    for reached in np.linspace(1, 0, 21):
+        aim = torch.from_numpy(mean + reached * (wanted[1:] - mean))[None]
+        weights, _ = tilt(base, features, aim)
+        met = bool((abs(weights @ features - aim) < 1e-3).all())
+        share = 1 / float(weights.square().sum()) / len(fractions)
+        if met and share * independent >= min(_FEWEST_PATCHES, independent):
+            break
+    return weights[0].numpy(), float(reached)
