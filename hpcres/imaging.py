@@ -29,6 +29,26 @@ def likeliest(low_res: Tensor) -> Tensor:
     return torch.where(low_res.amax(1) > 0, low_res.argmax(1), low_res.shape[1])
 
 
+def block_majority(counts: Tensor, labels: Tensor) -> Tensor:
+    """Group with the most high-res voxels in each low-res voxel's own block.
+
+    Parameters
+    ----------
+    counts : Tensor
+        Integers (batch, groups, z, y, x), as `ImagingOperator.block_counts` gives them.
+    labels : Tensor
+        Coarse labels (batch, z, y, x), integers; the number of groups where the voxel is unknown.
+
+    Returns
+    -------
+    Tensor
+        int64 (batch, z, y, x). Of several largest groups the coarse label where it is one of them, else the first.
+    """
+    own = labels.long().clamp(max=counts.shape[1] - 1)
+    largest = counts.amax(1)
+    return torch.where(counts.gather(1, own[:, None])[:, 0] == largest, own, counts.argmax(1))
+
+
 def gaussian_kernel(scale: Fraction, settings: Imaging) -> Tensor:
     """1D blur weights: k = ⌈s⌉ made odd downwards, σ = 0.3((k − 1)/2 − 1) + 0.8 (high-res voxels)."""
     size = settings.kernel_voxels or ceil(scale) - (ceil(scale) % 2 == 0)
@@ -50,6 +70,7 @@ class ImagingOperator(nn.Module):
     """
 
     kernel: Tensor
+    merge: Tensor
 
     def __init__(
         self, scale: Fraction, groups: Sequence[Sequence[int]], settings: Imaging, fractions: bool = False
@@ -93,6 +114,36 @@ class ImagingOperator(nn.Module):
         """(batch, phases, z, y, x) → (batch, groups, ⌊z/s⌋, …): means over the block of each low-res voxel."""
         x = self.merged(probabilities)
         z, y, x_ = (area_taps(n, self.scale, int(n / self.scale)) for n in x.shape[2:])
+        return resample(x, (z, y, x_))
+
+    def block_counts(self, labels: Tensor) -> Tensor:
+        """Count the high-res voxels of each group in each low-res voxel's own block, all with the same weight.
+
+        Parameters
+        ----------
+        labels : Tensor
+            Phases (batch, z, y, x), integers, at high resolution; from a multiple of p voxels on (scale factor p/q).
+
+        Returns
+        -------
+        Tensor
+            int32 (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋). Each high-res voxel is cut into q parts along each axis, so that
+            a block holds p³ whole parts, and a voxel on the border of two blocks counts in both by its parts.
+
+        Examples
+        --------
+        >>> operator = ImagingOperator(Fraction(3, 2), [[0], [1, 2]], Imaging())
+        >>> labels = torch.tensor([0, 1, 2]).expand(1, 3, 3, 3)
+        >>> operator.block_counts(labels)[0, :, 0, 0].tolist()
+        [[18, 0], [9, 27]]
+        """
+        group = self.merge.argmax(0)[labels.long()]
+        x = torch.stack([group == channel for channel in range(len(self.merge))], dim=1).int()
+        whole = self.scale.numerator
+        z, y, x_ = (
+            [[(j, weight * whole) for j, weight in row] for row in area_taps(n, self.scale, int(n / self.scale))]
+            for n in labels.shape[1:]
+        )
         return resample(x, (z, y, x_))
 
     def interpolated(self, low_res: Tensor) -> Tensor:

@@ -419,6 +419,9 @@ def test_agreement_and_fractions_are_those_of_the_whole_volume(tmp_path, monkeyp
             study, open_low_res(study.low_res), open_volume(tmp_path / "sharp.npy"), client=client, progress=False
         )
     known = given.sum(0) > 0
+    solid = (sharp == 1).reshape(7, 2, 6, 2, 5, 2).sum((1, 3, 5))  # of 8; at 4 both groups have the most
+    assert found["box_agreement"] == np.where(given.argmax(0) == 1, solid >= 4, solid <= 4)[known].mean()
+    assert found["visible_fraction"]["solid"] == pytest.approx(solid[known].mean() / 8)
     assert found["voxels_compared"] == known.sum()
     assert found["unknown"] == pytest.approx(1 - known.mean())
     assert found["agreement"] == pytest.approx((given.argmax(0) == seen.argmax(0))[known].mean())

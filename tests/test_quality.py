@@ -6,20 +6,24 @@ import io
 import re
 import struct
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from small_training import ALONE, anisotropic, blobs, content, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
+from hpcres.imaging import ImagingOperator
 from hpcres.metrics.appearance import errors_between, images_by_plane, look
 from hpcres.study_file import load_study, save_study
-from hpcres.training import samples
+from hpcres.training import journal, samples
 from hpcres.training.adversarial import Models
 from hpcres.training.events import Events, crc32c
+from hpcres.training.folder import RunFolder
 from hpcres.training.page import write_page
 from hpcres.training.quality import GOOD, Judge
 from hpcres.training.run import train
@@ -96,7 +100,64 @@ def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path,
     assert max(smooth["lattice_imprint"], rough["lattice_imprint"]) < 0.5
 
 
-def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scale", ["4", "8", "16/3"])
+def test_judging_finds_what_the_imaging_operator_hardly_sees(tmp_path, scale):
+    """Brute force, in the blocks of the judged cubes: which group has the most voxels, and how much of each."""
+    scale = Fraction(scale)
+    p, q, edge = scale.numerator, scale.denominator, int(64 / scale)
+    volume = np.minimum(blobs((24, 18, 17), 1), 1)
+    volume[np.random.default_rng(3).random(volume.shape) < 0.05] = 9
+    low_res = {"path": str(tmp_path / "low.npy"), "phases": {0: "a", 1: ["b", "c"]}, "unknown": [9]}
+    study = study_of(
+        tmp_path, volume=volume, low_res=low_res, scale_factor=str(scale), imaging={"operator": "under-resolved"},
+        training={"quality_steps": 1, "quality_cubes": 2},
+    )  # fmt: skip
+    cubes = LowResCubes(study)
+    judge = Judge(study, cubes, ImagingOperator.of(study))
+    chosen = cubes.typical(2, 2**31 + 1)
+    given = [cubes.draw(0, [cube], ALONE.device, 2**31 + 1)[0][0].numpy() for cube in chosen]
+    assert 0 < np.mean([labels == 2 for labels in given]) < 1
+
+    def judged(volumes):
+        remaining = iter(volumes)
+
+        def generator(*_):
+            painted = next(remaining)
+            return torch.stack([torch.from_numpy(painted == i) for i in range(3)])[None].float()
+
+        return judge.judge(generator, ALONE.device)[0]
+
+    right, known, painted_voxels, given_voxels = 0, 0, np.zeros(2), np.zeros(2)
+    noise = [np.random.default_rng(i).integers(0, 3, (64, 64, 64)) for i in range(2)]
+    for labels, painted in zip(given, noise, strict=True):
+        fine = painted.repeat(q, 0).repeat(q, 1).repeat(q, 2)
+        for place in np.ndindex(edge, edge, edge):
+            if labels[place] < 2:
+                block = fine[tuple(slice(i * p, i * p + p) for i in place)]
+                held = np.array([(block == 0).sum(), (block > 0).sum()])
+                right += held[labels[place]] == held.max()
+                known += 1
+                painted_voxels += held / p**3
+                given_voxels[labels[place]] += 1
+    found = judged(noise)
+    assert found["box_disagreement"] == pytest.approx(1 - right / known)
+    assert found["visible_fraction_error"] == pytest.approx(np.abs(painted_voxels - given_voxels).max() / known)
+    assert found["score"] == pytest.approx(np.mean([found[key] / GOOD[key] for key in GOOD if key in found]))
+    assert not {"box_disagreement", "visible_fraction_error"} & set(GOOD)
+    if scale == 8:
+        copied = [np.where(labels == 2, 0, labels).repeat(8, 0).repeat(8, 1).repeat(8, 2) for labels in given]
+        within = np.indices((64, 64, 64)) % 8
+        shell = ((within == 0) | (within == 7)).any(0)  # 58 % of a block, of which the operator sees 8 %
+        alike = judged(copied)
+        hidden = judged([np.where(shell, 1, one) for one in copied])
+        assert (alike["disagreement"], alike["box_disagreement"], alike["visible_fraction_error"]) == (0, 0, 0)
+        share = given_voxels[0] / known
+        assert hidden["disagreement"] == 0
+        assert hidden["box_disagreement"] == pytest.approx(share)
+        assert hidden["visible_fraction_error"] == pytest.approx(share * (1 - 6**3 / 8**3))
+
+
+def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch, capfd):
     scores = iter([3.0, 1.0, 2.0])
     plain = Judge.judge
 
@@ -119,8 +180,28 @@ def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch):
     page = (study.folder / "training.html").read_text()
     assert page.count("<figure>") == 3
     assert "Best score 1.00 at step 2" in page
+    assert "<th>box disagreement</th><th>visible fraction error</th>" in page
+    assert f"box disagreement {float(rows[2]['box_disagreement']):.2%}  visible fractions off" in capfd.readouterr().err
     (events,) = (study.folder / "tensorboard").iterdir()
     assert ("quality/score", 2, 1.0) in scalars(events.read_bytes())
+
+
+@pytest.mark.parametrize("judging", [True, False])
+def test_the_live_table_shows_the_last_judgement_where_there_is_one(tmp_path, monkeypatch, judging):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=200)
+    monkeypatch.setattr(journal, "Console", lambda **_: console)
+    row = {"step": 2, "seconds": 1.0, "wasserstein": 0.1, "voxel_loss": 0.2, "low_res_agreement": 0.93, "fraction_a": 1}
+    judged = {"step": 1, "seconds": 1.0, "score": 3.25, "fraction_error": 0.1, "area_error": 0.2, "disagreement": 0.3,
+              "box_disagreement": 0.0712, "visible_fraction_error": 0.0341}  # fmt: skip
+    live = journal.Journal(RunFolder(tmp_path), list(row), list(judged) if judging else [], 0)
+    if judging:
+        live.judged(judged, np.zeros((4, 4), np.uint8), True)
+    live.report(0.5, row)
+    live.close()
+    for text in ("box disagreement", "visible fractions off", "7.12%", "0.034", "3.25 best"):
+        assert (text in shown.getvalue()) == judging, text
+    assert "93.00%" in shown.getvalue()
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -22,6 +22,7 @@ from hpcres.metrics.measure import header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
+from hpcres.report.numbers import metrics_sections
 from hpcres.report.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes
 from hpcres.volumes.files import write_json
@@ -143,6 +144,43 @@ def test_appearance_and_the_imprint_of_the_lattice_stand_there_with_what_they_me
     assert "Matter knows nothing of the low-res lattice" in text
     assert "the lower, the less can be told apart" in text
     assert "alt='lattice imprint'" in page
+
+
+def test_box_agreement_and_visible_fractions_stand_there_with_notes_where_they_are_off(finished, tmp_path):
+    study, _, metrics = finished
+    low_res = metrics["low_res"]
+    text = text_of(page_of(study))
+    assert f"Box agreement {low_res['box_agreement']:.3%} : the share of low-res voxels whose label is" in text
+    for sentence in ("Visible fraction: the share of", "Inside: the share of", "Outside: the same share where"):
+        assert sentence in text
+    for name, shown in (("pore + YSZ <8 %>", "pore + YSZ &lt;8 %&gt;"), ("nickel", "nickel")):
+        coarse, found = low_res["volume_fraction"][name], low_res["visible_fraction"][name]
+        away = [low_res[kind][name] for kind in ("inside", "outside")]
+        shares = ["–" if share is None else f"{share:.2%}" for share in away]
+        difference = f"{found - coarse:+.2g}" if abs(found - coarse) < 1e-3 else f"{found - coarse:+.5f}"
+        assert f"{shown} {coarse:.5f} {found:.5f} {difference} {' '.join(shares)}" in text
+
+    def page_with(**changed):
+        return text_of("".join(metrics_sections(metrics | {"low_res": low_res | changed}, "")))
+
+    names = list(low_res["volume_fraction"])
+    for off, warned in ((0.019, False), (0.021, True), (-0.021, True)):
+        shares = {names[0]: low_res["volume_fraction"][names[0]] - off, names[1]: low_res["volume_fraction"][names[1]]}
+        said = page_with(visible_fraction=shares, outside={names[0]: None, names[1]: 0.05})
+        note = f"differ from the low-res volume by more than 0.02: pore + YSZ &lt;8 %&gt; {-off:+.3f}."
+        assert (note in said) == warned
+        assert "The share outside exceeds" not in said
+        assert ("imaging operator hardly sees it" in said) == warned
+    said = page_with(visible_fraction=low_res["volume_fraction"], outside={names[0]: None, names[1]: 0.0512})
+    assert "The share outside exceeds 0.05: nickel 5.12%." in said
+    assert "differ from the low-res volume" not in said
+    # A file of an earlier version lacks these numbers.
+    older = {key: value for key, value in low_res.items() if key != "box_agreement"}
+    assert "Box agreement" not in text_of("".join(metrics_sections(metrics | {"low_res": older}, "")))
+    printed = metrics_text(metrics)
+    assert f"box agreement {low_res['box_agreement']:.4%} of them" in printed
+    assert f"nickel: visible fraction {low_res['visible_fraction']['nickel']:.5f}, in the low-res volume" in printed
+    assert "box agreement" not in metrics_text(metrics | {"low_res": older})
 
 
 def test_every_table_has_errors_or_says_why_there_are_none(finished):

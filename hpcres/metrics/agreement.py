@@ -6,7 +6,26 @@ volume_fraction {group: share} of the low-res volume and of the super-resolved o
 (share of low-res voxels equal to the imaging operator applied to the volume), `confusion`
 {low-res group: {group seen in the volume: voxels}}. Of probabilities, labels are the likeliest groups and
 fractions the means, and there is `fraction_difference` {group: mean over low-res voxels of |probability − what the
-operator sees|}. And what the low-res lattice left in the volume: `changed_faces`
+operator sees|}.
+
+The operator does not weigh all voxels of a low-res voxel's own block of high-res voxels alike, so a volume can agree
+and hold too much of a phase where it is hardly seen. Five entries count the voxels of each block alike:
+
+- `box_agreement`: share of known low-res voxels whose label is the group with the most high-res voxels in their block,
+  or one of several such groups
+- `box_confusion`: {low-res group: {group with the most high-res voxels: low-res voxels}}
+- `visible_fraction`: {group: share of all high-res voxels in the blocks of known low-res voxels}; `volume_fraction`
+  is what the low-res volume says of the same voxels
+- `inside`: {group: share of high-res voxels of the group, in the blocks of low-res voxels that have its label, as all
+  their 26 neighbours have}
+- `outside`: {group: share of high-res voxels of the group, in the blocks of low-res voxels that have another label, as
+  all their 26 neighbours have}
+
+`inside` and `outside` leave out low-res voxels with an unknown neighbour; beyond the low-res volume there are no
+neighbours. They are null where there is no such low-res voxel. A high-res voxel that lies in several blocks (scale
+factor p/q) counts in each by its share, in whole parts of 1/q³.
+
+And what the low-res lattice left in the volume: `changed_faces`
 {axis: [share of faces along it that part two phases, by their position modulo p]} at scale factor p/q, position 0
 where a group of q low-res voxels begins, and `lattice_imprint`, the largest departure of one from its axis's mean,
 as a share of that mean. Matter knows nothing of the lattice, so these are flat but for chance.
@@ -15,6 +34,7 @@ as a share of that mean. Matter knows nothing of the lattice, so these are flat 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from math import prod
@@ -27,7 +47,7 @@ from distributed import Client
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
-from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.imaging import ImagingOperator, block_majority, one_hot
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Study
 from hpcres.volumes.phases import PhaseMap, likeliest
@@ -69,14 +89,67 @@ def lattice_imprint(changed: np.ndarray, every: np.ndarray) -> float:
     return float((np.ma.abs(shares - mean) / np.ma.where(mean, mean, 1)).filled(0).max())
 
 
-def _compare(
-    box: Box, low_res: Source, volume: Source, study_json: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Voxels of a low-res box by (label in the low-res volume, label of the imaged volume), int64, the faces of the
-    high-res voxels inside it as `changed_faces` counts them, and with probabilities (3, group), float64: sums over the
-    known voxels of what is given, what is seen, and their absolute difference."""
+@dataclass(frozen=True)
+class _Compared:
+    """What is counted in the blocks of some low-res voxels; sums over all low-res voxels are those of the volume."""
+
+    confusion: np.ndarray
+    """int64 (label in the low-res volume, label of the imaged volume): known low-res voxels."""
+    box_confusion: np.ndarray
+    """int64 (label in the low-res volume, group with the most high-res voxels): known low-res voxels."""
+    visible: np.ndarray
+    """int64 (group,): high-res voxels in the blocks of known low-res voxels, p³ to a block."""
+    away: np.ndarray
+    """int64 (low-res voxels or high-res voxels of the group, inside or outside, group), as `away_from_boundary`."""
+    faces: np.ndarray
+    """As `changed_faces` gives them, of the high-res voxels of all these blocks."""
+    sums: np.ndarray | None
+    """float64 (3, group), with probabilities only: sums over known voxels of what is given, what is seen, and their
+    absolute difference."""
+
+
+def away_from_boundary(labels: np.ndarray, own: Box, groups: int) -> np.ndarray:
+    """Find the low-res voxels away from the boundary of each group.
+
+    Parameters
+    ----------
+    labels : np.ndarray
+        Positions of groups (z, y, x), uint8; `groups` where unknown. One voxel more than `own` on each side, but for
+        sides where the volume ends.
+    own : Box
+        The voxels asked for, of `labels`.
+    groups : int
+        Number of groups.
+
+    Returns
+    -------
+    np.ndarray
+        bool (2, groups, z, y, x). First: the voxel and its 26 neighbours have the group's label. Second: none of them
+        has it, and all are known.
+    """
+    near = np.stack([labels == label for label in range(groups + 1)])
+    for axis in range(1, 4):
+        wide = near.copy()
+        before, after = [slice(None)] * 4, [slice(None)] * 4
+        before[axis], after[axis] = slice(None, -1), slice(1, None)
+        wide[tuple(after)] |= near[tuple(before)]
+        wide[tuple(before)] |= near[tuple(after)]
+        near = wide
+    near = near[:, *own.slices]
+    near, unknown = near[:groups], near[groups]
+    return np.stack([near & (near.sum(0) == 1), ~near]) & ~unknown
+
+
+def _confusion(given: np.ndarray, found: np.ndarray, groups: int) -> np.ndarray:
+    """int64 (label given, label found): voxels. What is unknown is the row after the last, and left out."""
+    pairs = given.ravel().astype(np.int64) * groups + found.ravel()
+    return np.bincount(pairs, minlength=groups * groups)[: groups * groups].reshape(groups, groups)
+
+
+def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> _Compared:
+    """Count the blocks of a low-res box, which starts at multiples of q (scale factor p/q)."""
     study = Study.of_json(study_json)
-    operator, sharp = _operator(study_json), volume.open()
+    operator, sharp, coarse = _operator(study_json), volume.open(), low_res.open()
     p, q = study.scale_factor.numerator, study.scale_factor.denominator
     # The operator gives the volume's own values away from cut faces, in windows that start at whole low-res voxels.
     before = -(-operator.margin_voxels // p) * q
@@ -87,20 +160,32 @@ def _compare(
         for n, stop in zip(sharp.shape, box.stop, strict=True)
     ]  # fmt: skip
     window = sharp.read(Box(first, triple(last)))
+    around = box.grown(1, 1, Box.whole(coarse.shape))
+    own = box.relative_to(around.start)
+    known_around = PhaseMap.of(study.low_res, low_res.path).index(coarse.read(around))
+    known, given = known_around[own.slices], likeliest(known_around)[own.slices]
+    asked = (..., *box.relative_to(start).slices)
     with torch.inference_mode():
         labels = torch.from_numpy(window.astype(np.int64))[None]
-        imaged = operator(one_hot(labels, len(study.phases)))[0]
-        seen = imaged.argmax(0).numpy()[box.relative_to(start).slices]
-    known = PhaseMap.of(study.low_res, low_res.path).index(low_res.open().read(box))
-    given, sums = likeliest(known), None
+        imaged = operator(one_hot(labels, len(study.phases)))[0][asked].numpy()
+        counted = operator.block_counts(labels)[asked]
+        largest = block_majority(counted, torch.from_numpy(given)[None])[0].numpy()
+    n, counts = len(study.low_res.groups), counted[0].numpy()
+    away = away_from_boundary(likeliest(known_around), own, n)
+    sums = None
     if known.ndim == 4:
-        fractions = np.moveaxis(imaged.numpy(), 0, 3)[box.relative_to(start).slices] * known.any(-1, keepdims=True)
+        fractions = np.moveaxis(imaged, 0, 3) * known.any(-1, keepdims=True)
         sums = np.stack([x.sum((0, 1, 2), dtype=float) for x in (known, fractions, abs(known - fractions))])
-    n = len(study.low_res.groups)  # what is unknown is the row after the last, and left out
-    confusion = np.bincount(given.ravel().astype(np.int64) * n + seen.ravel(), minlength=n * n)[: n * n].reshape(n, n)
     ends = [min(size, stop * p // q) for size, stop in zip(sharp.shape, box.stop, strict=True)]
     inside = Box(triple([s * p // q for s in box.start]), triple(ends)).relative_to(triple(first))
-    return confusion, changed_faces(window, inside, p), sums
+    return _Compared(
+        confusion=_confusion(given, imaged.argmax(0), n),
+        box_confusion=_confusion(given, largest, n),
+        visible=np.where(given < n, counts, 0).sum((1, 2, 3), dtype=np.int64),
+        away=np.stack([x.sum((2, 3, 4), dtype=np.int64) for x in (away, np.where(away, counts, 0))]),
+        faces=changed_faces(window, inside, p),
+        sums=sums,
+    )
 
 
 def agreement(
@@ -121,15 +206,16 @@ def agreement(
         study_json=study.as_json(),
     )  # fmt: skip
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
-    confusions, faces, sums = zip(*client.gather(tasks), strict=True)
-    confusion, (changed, every) = sum(confusions), sum(faces)
+    found = client.gather(tasks)
+    confusion, box_confusion = sum(one.confusion for one in found), sum(one.box_confusion for one in found)
+    changed, every = sum(one.faces for one in found)
     names = [" + ".join(group) for group in study.low_res.groups]
     voxels = int(confusion.sum())
     if voxels == 0:
         raise InputError(f"{low_res.path}: every voxel is unknown, so nothing can be compared; see low_res.unknown")
     fractions, difference = (confusion.sum(1) / voxels, confusion.sum(0) / voxels), {}
     if low_res.parts:
-        given, seen, off = sum(sums) / voxels
+        given, seen, off = sum(one.sums for one in found) / voxels
         fractions, difference = (given, seen), {"fraction_difference": dict(zip(names, off.tolist(), strict=True))}
     return {
         "path": low_res.path,
@@ -141,9 +227,28 @@ def agreement(
         "of_volume": dict(zip(names, fractions[1].tolist(), strict=True)),
         **difference,
         "agreement": float(np.trace(confusion) / voxels),
-        "confusion": {
-            a: dict(zip(names, map(int, row), strict=True)) for a, row in zip(names, confusion, strict=True)
-        },
+        "confusion": _by_name(names, confusion),
+        "box_agreement": float(np.trace(box_confusion) / voxels),
+        "box_confusion": _by_name(names, box_confusion),
+        **_shares(names, voxels, study.scale_factor.numerator**3, found),
         "changed_faces": dict(zip(AXES, (changed / np.maximum(every, 1)).tolist(), strict=True)),
         "lattice_imprint": lattice_imprint(changed, every),
     }
+
+
+def _by_name(names: Sequence[str], confusion: np.ndarray) -> dict[str, dict[str, int]]:
+    return {a: dict(zip(names, map(int, row), strict=True)) for a, row in zip(names, confusion, strict=True)}
+
+
+def _shares(
+    names: Sequence[str], voxels: int, block: int, found: Sequence[_Compared]
+) -> dict[str, dict[str, float | None]]:
+    """`visible_fraction`, `inside` and `outside`, of `voxels` known low-res voxels; `block` parts make a block."""
+    visible = np.sum([one.visible for one in found], axis=0)
+    low_res_voxels, parts = np.sum([one.away for one in found], axis=0).tolist()
+    shares: dict[str, dict[str, float | None]] = {
+        "visible_fraction": dict(zip(names, (visible / (voxels * block)).tolist(), strict=True))
+    }
+    for kind, of, held in zip(("inside", "outside"), low_res_voxels, parts, strict=True):
+        shares[kind] = {name: b / (a * block) if a else None for name, a, b in zip(names, of, held, strict=True)}
+    return shares

@@ -153,6 +153,8 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         compared = f"{low_res['voxels_compared']} low-res voxels"
         compared += f", {low_res['unknown']:.2%} more unknown" if low_res.get("unknown") else ""
         lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
+        if "box_agreement" in low_res:
+            lines += [f"box agreement {low_res['box_agreement']:.4%} of them", *_box_lines(low_res)]
         if off := low_res.get("fraction_difference"):
             each = ", ".join(f"{name} {value:.4g}" for name, value in off.items())
             lines.append(f"fractions in low-res voxels differ by {each} in the mean")
@@ -165,6 +167,20 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if skipped := (volume.get("subvolumes") or {}).get("skipped"):
         lines.append(f"no sub-volumes: {skipped}")
     return "\n".join(lines)
+
+
+def _box_lines(low_res: Mapping[str, Any]) -> Iterator[str]:
+    """Fractions of the visible groups beside the low-res volume's, and away from their boundaries."""
+    for name in low_res["phases"]:
+        inside, outside = (low_res[kind][name] for kind in ("inside", "outside"))
+        yield (
+            f"{name}: visible fraction {low_res['visible_fraction'][name]:.5f}, in the low-res volume "
+            f"{low_res['volume_fraction'][name]:.5f}; inside {_share(inside)}, outside {_share(outside)}"
+        )
+
+
+def _share(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2%}"
 
 
 _APPEARANCE = {

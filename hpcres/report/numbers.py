@@ -18,6 +18,8 @@ from hpcres.study import Study
 # Shares that call for a second look, and for doubt: fractions in points, the others relative.
 _LIMITS = {"volume fraction": (0.01, 0.02), "interphase area": (0.07, 0.15), "TPB": (0.1, 0.2), "surface": (0.07, 0.15)}
 _AGREEMENT_LIMITS = (0.98, 0.95)
+_LARGEST_VISIBLE_DIFFERENCE, _LARGEST_OUTSIDE = 0.02, 0.05
+"""Of a group of phases that the coarse image tells apart; above these the report has a note."""
 _LOOKS = {
     "tv1": ("tv1", "patterns of 3 × 3 pixels, side by side: shape of the boundaries"),
     "tv4": ("tv4", "the same 4 pixels apart: shape of the grains"),
@@ -187,7 +189,50 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
         "<section><h2>Agreement with the low-res volume</h2>"
         f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
         f"operator makes of the super-resolved volume. {compared}, so these shares have no error.</p>{off}"
-        f"{page.table(heads, lines, 'one')}{_imprint(low_res)}</section>"
+        f"{page.table(heads, lines, 'one')}{_box_table(low_res)}{_imprint(low_res)}</section>"
+    )
+
+
+def _box_table(low_res: Mapping[str, Any]) -> str:
+    """What the blocks of low-res voxels hold, all high-res voxels counted alike; of files that have it."""
+    if "box_agreement" not in low_res:
+        return ""
+    lines, differ, outside = [], [], []
+    for name in low_res["phases"]:
+        coarse, found = low_res["volume_fraction"][name], low_res["visible_fraction"][name]
+        shares = [low_res[kind][name] for kind in ("inside", "outside")]
+        cells = [page.number(coarse), page.number(found), page.signed(found - coarse)]
+        cells += ["–" if share is None else f"{share:.2%}" for share in shares]
+        lines.append(f"<tr><th>{escape(name)}</th>{''.join(map(page.cell, cells))}</tr>")
+        if abs(found - coarse) > _LARGEST_VISIBLE_DIFFERENCE:
+            differ.append(f"{name} {found - coarse:+.3f}")
+        if shares[1] is not None and shares[1] > _LARGEST_OUTSIDE:
+            outside.append(f"{name} {shares[1]:.2%}")
+    heads = ["group", "low-res fraction", "visible fraction", "difference", "inside", "outside"]
+    notes = []
+    if differ:
+        notes.append(
+            f"Visible fractions differ from the low-res volume by more than {_LARGEST_VISIBLE_DIFFERENCE}: "
+            f"{', '.join(differ)}."
+        )
+    if outside:
+        notes.append(f"The share outside exceeds {_LARGEST_OUTSIDE}: {', '.join(outside)}.")
+    if notes:
+        notes.append(
+            "The volume may hold a phase where the imaging operator hardly sees it. Features smaller than a low-res "
+            "voxel have the same effect."
+        )
+    warning = f"<p class='warning'>{escape(' '.join(notes))}</p>" if notes else ""
+    return (
+        f"<p><b>Box agreement {low_res['box_agreement']:.3%}</b>: the share of low-res voxels whose label is the group "
+        "with the most high-res voxels in the voxel's own block. It counts all high-res voxels of a block alike; the "
+        "imaging operator does not, so agreement alone does not show a phase that the operator hardly sees.</p>"
+        f"{page.table(heads, lines, 'one')}{warning}"
+        "<p class='note'>Low-res fraction: what the low-res volume says. Visible fraction: the share of the high-res "
+        "voxels that are of the group. Inside: the share of high-res voxels of the group in the blocks of low-res "
+        "voxels that have its label, as all their 26 neighbours have. Outside: the same share where the low-res voxel "
+        "and all its neighbours have another label. Inside is near 100 % and outside near 0 where all features are "
+        "larger than a low-res voxel. All are exact counts.</p>"
     )
 
 

@@ -62,7 +62,7 @@ class Journal:
             if int(picture.stem[5:]) > resume_step:
                 picture.unlink()
         self._events = Events(folder / "tensorboard", resume_step)
-        self._score = ""
+        self._score, self._beside = "", ("", "") if quality else ()
         self._console = Console(stderr=True)
         if self._console.is_terminal:
             self._shown: deque[list[str]] = deque(maxlen=_SHOWN_ROWS)
@@ -86,11 +86,13 @@ class Journal:
         self._events.add(step, {f"training/{name}": v for name, v in row.items() if name not in ("step", "seconds")})
         if self._live is not None:
             shown = [f"{step}", f"{row['seconds']:.0f}", f"{row['wasserstein']:.3g}", f"{row['voxel_loss']:.2g}"]
-            shown += [f"{row['low_res_agreement']:.2%}", *(f"{row[name]:.3f}" for name in self._fractions), self._score]
+            shown += [f"{row['low_res_agreement']:.2%}", *(f"{row[name]:.3f}" for name in self._fractions)]
+            shown += [self._score, *self._beside]
             self._shown.append(shown)
             self._progress.update(self._task, completed=done)
             table = Table(*("step", "s", "wasserstein", "voxel loss", "agreement"), box=None)
-            for name in [*(name.removeprefix("fraction_") for name in self._fractions), "score"]:
+            beside = ("box disagreement", "visible fractions off") if self._beside else ()
+            for name in [*(name.removeprefix("fraction_") for name in self._fractions), "score", *beside]:
                 table.add_column(name)
             for one in self._shown:
                 table.add_row(*one)
@@ -114,11 +116,13 @@ class Journal:
         (self._run.path / "training-slices").mkdir(exist_ok=True)
         image.save(self._run.path / "training-slices" / f"step-{step:08d}.png")
         self._score = f"{row['score']:.2f}{' best' if is_best else ''}"
+        self._beside = f"{row['box_disagreement']:.2%}", f"{row['visible_fraction_error']:.3f}"
         if self._live is None:
             tpb = f"  TPB {row['tpb']:.5f} (images {row['tpb_images']:.5f})" if "tpb" in row else ""
             self.note(
                 f"      judged at step {step}: score {self._score}  fractions off {row['fraction_error']:.3f}  "
-                f"areas {row['area_error']:.1%}{tpb}  disagreement {row['disagreement']:.2%}"
+                f"areas {row['area_error']:.1%}{tpb}  disagreement {row['disagreement']:.2%}  "
+                f"box disagreement {self._beside[0]}  visible fractions off {self._beside[1]}"
             )
 
     def write_page(self, title: str) -> None:

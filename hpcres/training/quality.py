@@ -4,6 +4,11 @@ A few fixed cubes, together typical of the volume, are generated and their slice
 (metrics.appearance), and through the imaging operator with the low-res cubes they were made from; and what the low-res
 lattice left in them is measured (metrics.agreement). The score is the mean of all errors, each in units of what counts
 as good; lower is better.
+
+Two more errors are reported and are no part of the score. The imaging operator does not weigh all voxels of a low-res
+voxel's block alike, so a generator can put a phase where it is hardly seen. `box_disagreement` is the share of known
+low-res voxels whose label is not the group with the most high-res voxels in their own block. `visible_fraction_error`
+is the largest difference between a group's share of the high-res voxels and its share of the low-res cubes.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import numpy as np
 import torch
 
 from hpcres.geometry import Box
-from hpcres.imaging import ImagingOperator, likeliest, one_hot
+from hpcres.imaging import ImagingOperator, block_majority, likeliest, one_hot
 from hpcres.metrics.agreement import changed_faces, lattice_imprint
 from hpcres.metrics.appearance import Seen, errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.resampling import middle
@@ -47,7 +52,8 @@ class Judge:
         """Of what `judge` returns."""
         every = self._errors(self._images[0], self._images[0])
         tpb = ["tpb", "tpb_images"] if "tpb_error" in every else []
-        return ["score", *every, "disagreement", "lattice_imprint", *tpb]
+        beside = ["box_disagreement", "visible_fraction_error"]
+        return ["score", *every, "disagreement", "lattice_imprint", *beside, *tpb]
 
     def _errors(self, ours: Seen, images: Seen) -> dict[str, float]:
         if self._correction is None:
@@ -61,6 +67,7 @@ class Judge:
         """Score, errors and what they are of; and the middle slice normal to z of the first cube as labels."""
         phases, settings = len(self._study.phases), self._study.training
         painted, right, voxels = [], 0, 0
+        blocks = _Blocks(self._operator, self._low_res.channels)
         for cube in self._cubes:
             low_res, given = self._low_res.draw(0, [cube], device, _JUDGED)
             labels = likeliest(low_res)
@@ -68,6 +75,7 @@ class Judge:
             seen = self._operator(one_hot(found, phases)).argmax(1)
             right += int((seen == labels).sum())
             voxels += int((labels < self._low_res.channels).sum())
+            blocks.add(found, low_res)
             painted.append(found[0].to(torch.uint8).cpu())
         inner = [middle(cube, settings.padded_voxels).numpy() for cube in painted]
         ours = list(planes_seen(inner, self._study.high_res).values())
@@ -79,4 +87,31 @@ class Judge:
         worst["lattice_imprint"] = lattice_imprint(*np.sum(faces, axis=0))
         found_tpb = {"tpb": ours[0].tpb, "tpb_images": self._images[0].tpb} if "tpb_error" in worst else {}
         score = float(np.mean([worst[key] / GOOD[key] for key in worst]))
-        return {"score": score, **worst, **found_tpb}, painted[0][PATCH_VOXELS // 2].numpy()
+        return {"score": score, **worst, **blocks.errors(), **found_tpb}, painted[0][PATCH_VOXELS // 2].numpy()
+
+
+class _Blocks:
+    """What the blocks of known low-res voxels hold, summed over cubes."""
+
+    def __init__(self, operator: ImagingOperator, groups: int) -> None:
+        self._operator, self._groups = operator, groups
+        self._right = self._known = 0
+        self._given, self._found = np.zeros(groups), np.zeros(groups, np.int64)
+
+    def add(self, found: torch.Tensor, low_res: torch.Tensor) -> None:
+        """Count the phases `found` (batch, z, y, x), and the labels or probabilities they were made from."""
+        labels = likeliest(low_res)
+        known = labels < self._groups
+        counts = self._operator.block_counts(found)
+        self._right += int((block_majority(counts, labels) == labels).sum())
+        self._known += int(known.sum())
+        self._given += one_hot(low_res.cpu(), self._groups).double().sum((0, 2, 3, 4)).numpy()
+        self._found += (counts * known[:, None]).sum((0, 2, 3, 4)).cpu().numpy()
+
+    def errors(self) -> dict[str, float]:
+        known, block = max(1, self._known), self._operator.scale.numerator**3
+        off = np.abs(self._found / block - self._given) / known
+        return {
+            "box_disagreement": 1 - self._right / known,
+            "visible_fraction_error": float(off.max()),
+        }
