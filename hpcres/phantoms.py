@@ -211,7 +211,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
             phases=dict(enumerate(study.phases)), voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
         )  # fmt: skip
         say("low_res")
-        coarse, voxel = _imaged(truth, study), study.low_res_voxel_size
+        coarse, voxel = imaged(truth, study), study.low_res_voxel_size
         if study.low_res.channels:
             for name, fractions in zip(_low_res_files(study), coarse, strict=True):
                 write_images(temporary / name, fractions)
@@ -305,7 +305,7 @@ def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(slab, axis, 0)[:: _slice_distance(phantom)])
 
 
-def _imaged(truth: np.ndarray, study: Study) -> np.ndarray:
+def imaged(truth: np.ndarray, study: Study) -> np.ndarray:
     """Low-res labels of the truth (z, y, x), uint8, or fractions (channel, z, y, x), float32, block by block: only a
     block is ever one-hot."""
     import torch

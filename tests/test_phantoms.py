@@ -255,7 +255,7 @@ def test_a_second_run_needs_overwrite_and_a_failed_one_leaves_the_first(tmp_path
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(InputError, match="exists already; give --overwrite"):
         make_phantom(here)
-    monkeypatch.setattr(phantoms, "_imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(phantoms, "imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         make_phantom(here, overwrite=True)
     monkeypatch.undo()
