@@ -3,17 +3,22 @@
     python bench/quality.py sofc --minutes 3 --seeds 0 1 2       real fuel-cell anode, case 3 (15 minutes)
     python bench/quality.py phantom --scale 2 4 8 --minutes 10   a phantom of 256³, beside the true volume
     python bench/quality.py separator --minutes 10               real separator, case 2, plane by plane
+    python bench/quality.py atypical --minutes 10                the phantom, with slices of another porosity
+    python bench/quality.py electrode --minutes 10               real electrode of 256³, beside the true volume
 
-sofc and separator need HPCRES_DATA, or --data FOLDER. --keep FOLDER keeps everything and goes on where an earlier call
-stopped. --steps N trains N steps whatever the clock says, which is what to compare recipes with where other work runs;
---recipe configs/long.yaml puts that recipe on top of the study, --set SECTION.KEY=VALUE changes it. Nothing is chosen
-by the truth: training keeps the generator with the best score by the images and the low-res volume
-(training/quality.py). --picture FILE.png shows slices of the first seed.
+sofc, separator and electrode need HPCRES_DATA, or --data FOLDER. --keep FOLDER keeps everything and goes on where an
+earlier call stopped. --steps N trains N steps whatever the clock says, which is what to compare recipes with where
+other work runs; --recipe configs/long.yaml puts that recipe on top of the study, --set SECTION.KEY=VALUE changes it.
+Nothing is chosen by the truth: training keeps the generator with the best score by the images and the low-res volume
+(training/quality.py). --picture FILE.png shows slices of the first seed; of the electrode also, in
+FILE-distributions.png, the numbers of 256 cubes of 64³ as in figure 2 of Dahari 2022.
 
 One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation of several.
 Beside it nearest and trilinear upsampling, and what a quarter of every image is from the whole (mean of the four; for
 figures that are differences from the images). For a phantom: how far the first seed's slices are from its truth, which
-is what can be known of it, and how far the second seed's truth is from the first's.
+is what can be known of it, and how far the second seed's truth is from the first's. There is a table for each scale
+factor, of atypical slices for each porosity too, and of the electrode one for the whole and one for the half that no
+slice was cut from.
 """
 
 from __future__ import annotations
@@ -27,13 +32,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import electrode
 import numpy as np
 import yaml
+from scipy import ndimage
 
 from hpcres.geometry import Box
 from hpcres.study import Study
@@ -48,6 +56,12 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SEEDS_PAINTED = 2
 STEADY = 0.03
 """Other noise may change no fraction, area or TPB by more than this share of it."""
+SPECK_PIXELS, SPECK_VOXELS = 4, 8
+"""A cluster of fewer is a speck, in two dimensions and in three."""
+SPECK_PLANES = 32
+"""Slices of a volume in which specks are counted, evenly spaced along each axis."""
+SPECKS_MORE = 5.0
+"""Specks of a million pixels that are allowed beyond twice those of the images."""
 Result = dict[str, Any]
 
 
@@ -165,7 +179,9 @@ def d_rel_ratios(result: Result, phase: str) -> list[float]:
         }
         for volume in ("volume", "reference")
     )
-    return [ours[direction] / true for direction, true in truth.items() if true]
+    if at(result, "transport", "volume") is None:
+        return []
+    return [(ours.get(direction) or 0.0) / true for direction, true in truth.items() if true]
 
 
 def d_rel_error(phase: str) -> Callable[[Result], float | None]:
@@ -194,8 +210,141 @@ def gratings(labels: np.ndarray) -> float:
     return float(max(shares))
 
 
+def small_clusters(labels: np.ndarray, phases: int, fewer_than: int) -> np.ndarray:
+    """For each phase the number of clusters, joined by faces (of pixels by sides), of fewer voxels than this. Those at
+    the border are left out: they may be larger than they seem, and a small image has more of them."""
+    found = np.zeros(phases, np.int64)
+    for phase in range(phases):
+        number, count = ndimage.label(labels == phase)
+        size = np.bincount(number.ravel(), minlength=count + 1)
+        size[0] = fewer_than
+        for axis, n in enumerate(labels.shape):
+            size[np.take(number, [0, n - 1], axis)] = fewer_than
+        found[phase] = np.count_nonzero(size < fewer_than)
+    return found
+
+
+def specks_of(planes: Iterable[np.ndarray], phases: int) -> np.ndarray:
+    """Specks of each phase in a million pixels of 2D label images."""
+    found, pixels = np.zeros(phases, np.int64), 0
+    for plane in planes:
+        found += small_clusters(plane, phases, SPECK_PIXELS)
+        pixels += plane.size
+    return found / pixels * 1e6
+
+
+def planes_of(labels: np.ndarray) -> Iterable[np.ndarray]:
+    for axis, n in enumerate(labels.shape):
+        for place in np.unique(np.linspace(0, n - 1, SPECK_PLANES).round().astype(int)):
+            yield labels.take(place, axis)
+
+
+def specks(study: Study) -> Result:
+    """`specks` in two dimensions and `specks_3d` of the volume, the truth and the images, of a million, by phase."""
+    phases, index = len(study.phases), PhaseMap(tuple(study.high_res.phases), "").index
+    images = (plane for image in study.high_res.images for plane in index(read_images(image.path)))
+    flat, solid = {"images": specks_of(images, phases)}, {}
+    for which, path in (("volume", study.labels_path), ("reference", study.reference.volume)):
+        labels = whole(path)
+        flat[which] = specks_of(planes_of(labels), phases)
+        solid[which] = small_clusters(labels, phases, SPECK_VOXELS) / labels.size * 1e6
+
+    def named(found: dict[str, np.ndarray]) -> Result:
+        return {which: dict(zip(study.phases, each.tolist(), strict=True)) for which, each in found.items()}
+
+    return {"specks": named(flat), "specks_3d": named(solid)}
+
+
 def ours_only(key: str) -> Callable[[Result], float | None]:
     return lambda result: result.get(key)
+
+
+def against_truth(phases: Sequence[str]) -> list[Figure]:
+    return [
+        Figure("phase fractions, worst difference", worst_fraction("reference"), below(0.01)),
+        Figure("interphase areas, worst", worst_area("reference"), below(0.05), ".1%"),
+        Figure("normalised TPB, difference", tpb_error, below(0.05), ".1%"),
+        *(Figure(f"D_rel of {name}, worst direction", d_rel_error(name), below(0.10), ".1%") for name in phases),
+        *(Figure(f"D_rel of {name}, mean of directions", d_rel_bias(name), form=".1%") for name in phases),
+        Figure("interphase areas, directions apart", directions_apart, form=".1%"),
+    ]
+
+
+def visible_difference(result: Result) -> float | None:
+    """Shares of the groups that the low-res volume tells apart, against that volume: the group that is worst."""
+    ours, theirs = at(result, "low_res", "visible_fraction"), at(result, "low_res", "volume_fraction")
+    return None if ours is None else max(abs(ours[group] - theirs[group]) for group in theirs)
+
+
+def hidden_share(of: Result, group: Sequence[str]) -> float:
+    """Share of a group's volume that is not its first phase, which is the one that hides the others."""
+    fractions = of["volume_fraction"]
+    return sum(fractions[name] for name in group[1:]) / sum(fractions[name] for name in group)
+
+
+def hidden_difference(group: Sequence[str]) -> Callable[[Result], float | None]:
+    return lambda result: abs(hidden_share(result["volume"], group) - hidden_share(result["images"], group))
+
+
+def area_within(pair: tuple[str, str], group: Sequence[str]) -> Callable[[Result], float | None]:
+    """Interphase area of two phases of a group per volume of the group, against the slices."""
+
+    def area(of: Result) -> float:
+        return of["interphase_area"]["|".join(pair)] / sum(of["volume_fraction"][name] for name in group)
+
+    return lambda result: abs(area(result["volume"]) / area(result["images"]) - 1)
+
+
+def speck_share(phase: str) -> Callable[[Result], float | None]:
+    """Specks as a share of what is allowed."""
+
+    def of(result: Result) -> float | None:
+        ours, theirs = (at(result, "specks", which, phase) for which in ("volume", "images"))
+        return None if ours is None else ours / (2 * theirs + SPECKS_MORE)
+
+    return of
+
+
+SPECKS_TEXT = f"""\
+Specks are clusters of a phase of fewer than {SPECK_PIXELS} pixels (joined by sides, none at the border), in the images
+and in {SPECK_PLANES} slices of the volume along each axis. Allowed of a million pixels are twice as many as in the
+images and {SPECKS_MORE:g} more, since images without any would allow none. In 3D they are clusters of fewer than
+{SPECK_VOXELS} voxels. Areas inside merged phases are faces per volume of these phases, against the slices. Figures
+against the truth have no bar, since the slices mislead."""
+
+
+def figures_of_atypical(study: Study, minutes: float, scale: str) -> list[Figure]:
+    phases = study.phases
+    by_group: list[Figure] = []
+    for group in study.low_res.groups:
+        merged, apart = " + ".join(group), of_volume("low_res", "outside", " + ".join(group))
+        if len(group) == 1:
+            by_group.append(Figure(f"{merged} in low-res voxels of other phases", apart, below(0.05)))
+            continue
+        share = f"share of {', '.join(group[1:])} in {merged}"
+        by_group += [
+            Figure(f"{share}, difference from the slices", hidden_difference(group), below(0.02)),
+            Figure(share, lambda result, group=group: hidden_share(result["volume"], group)),
+            *(Figure(f"area {a} – {b} inside {merged}, against the slices", area_within((a, b), group),
+                     below(0.10), ".1%")
+              for a, b in combinations(sorted(group, key=phases.index), 2)),
+        ]  # fmt: skip
+    known = figures_of("phantom", minutes, scale, phases)
+    unbarred = {figure.name for figure in against_truth(phases)}
+    return [
+        Figure("low-res agreement", of_volume("low_res", "agreement"), above(0.98), ".2%"),
+        Figure("box agreement", of_volume("low_res", "box_agreement"), above(0.98), ".2%"),
+        Figure("visible fractions, worst difference from the low-res volume", visible_difference, below(0.02)),
+        *by_group,
+        *(Figure(f"specks of {name} in 2D, of what is allowed", speck_share(name), below(1.0), ".2f")
+          for name in phases),
+        *(Figure(f"specks of {name} in 2D, of a million pixels", of_volume("specks", "volume", name), form=".1f")
+          for name in phases),
+        *(Figure(f"specks of {name} in 3D, of a million voxels", of_volume("specks_3d", "volume", name), form=".1f")
+          for name in phases),
+        *(replace(figure, bar=None) if figure.name in unbarred else figure
+          for figure in known if figure.name != "low-res agreement"),
+    ]  # fmt: skip
 
 
 def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> list[Figure]:
@@ -229,15 +378,11 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
             Figure("changed faces by position in the lattice, off flat", imprint, below(0.10) if long else None, ".1%"),
             *noise, *common,
         ]  # fmt: skip
-    if case == "phantom":
+    if case in ("phantom", "electrode"):
+        barred = case == "electrode" or scale == "4"
         return [
-            Figure("phase fractions, worst difference", worst_fraction("reference"), below(0.01)),
-            Figure("interphase areas, worst", worst_area("reference"), below(0.05), ".1%"),
-            Figure("normalised TPB, difference", tpb_error, below(0.05), ".1%"),
-            *(Figure(f"D_rel of {name}, worst direction", d_rel_error(name), below(0.10), ".1%") for name in phases),
-            *(Figure(f"D_rel of {name}, mean of directions", d_rel_bias(name), form=".1%") for name in phases),
-            Figure("interphase areas, directions apart", directions_apart, form=".1%"),
-            Figure("low-res agreement", agreement, above(0.98) if scale == "4" else None, ".2%"),
+            *against_truth(phases),
+            Figure("low-res agreement", agreement, above(0.98) if barred else None, ".2%"),
             Figure("tv1 against the slices", seen("tv1")), Figure("tv4 against the slices", seen("tv4")),
             Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),
             *noise, *common,
@@ -260,6 +405,15 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
 # ---- the commands -------------------------------------------------------------------------------------------
 
 
+def whole(path: str | Path) -> np.ndarray:
+    volume = open_volume(path)
+    return volume.read(Box.whole(volume.shape))
+
+
+def plain(settings: Sequence[str]) -> list[str]:
+    return [text.removeprefix("--set=") for text in settings]
+
+
 def hpcres(*arguments: str) -> None:
     print("hpcres " + " ".join(arguments), file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "hpcres", *arguments], stdout=subprocess.DEVNULL)
@@ -279,7 +433,7 @@ def measured(config: Path, folder: Path, settings: Sequence[str]) -> Result:
 
 def run_of(config: Path, folder: Path, settings: Sequence[str]) -> Result:
     """Everything of one seed, as far as it is not there yet."""
-    study = load_study(config, [s.removeprefix("--set=") for s in settings], str(folder))
+    study = load_study(config, plain(settings), str(folder))
     place = f"--output={folder}"
     if study.phantom is not None and not (folder / "phantom").exists():
         hpcres("phantom", str(config), place, *settings)
@@ -308,7 +462,7 @@ def run_of(config: Path, folder: Path, settings: Sequence[str]) -> Result:
 
 def upsampled(config: Path, folder: Path, how: str, settings: Sequence[str]) -> Result:
     """The metrics of the low-res volume made larger without any learning."""
-    study = load_study(config, [s.removeprefix("--set=") for s in settings], str(folder))
+    study = load_study(config, plain(settings), str(folder))
     if not study.labels_path.exists():
         import torch
 
@@ -321,22 +475,57 @@ def upsampled(config: Path, folder: Path, how: str, settings: Sequence[str]) -> 
             place = [np.arange(int(n * study.scale_factor)) / study.scale_factor for n in index.shape]
             labels = index[np.ix_(*(p.astype(int) for p in place))]
         else:
-            maps = one_hot(torch.from_numpy(index)[None], len(study.phases))
+            maps = one_hot(torch.from_numpy(index)[None], len(study.low_res.groups))
             labels = upsample(maps, study.scale_factor)[0].argmax(0).to(torch.uint8).numpy()
-        size = study.high_res.voxel_size
-        folder.mkdir(parents=True, exist_ok=True)
-        convert(array_volume(labels, how), study.labels_path, phases=dict(enumerate(study.phases)),
-                voxel_size=size.length, unit=size.unit)  # fmt: skip
+        labels = first_of_groups(study)[labels]
+        write_labels(study, study.labels_path, labels, how)
     return measured(config, folder, settings)
+
+
+def first_of_groups(study: Study) -> np.ndarray:
+    """The phase that the low-res volume shows, by its group: of several that it cannot tell apart the first."""
+    return np.array([study.phases.index(group[0]) for group in study.low_res.groups], np.uint8)
+
+
+def write_labels(study: Study, path: Path, labels: np.ndarray, what: str) -> None:
+    size = study.high_res.voxel_size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    convert(array_volume(labels, what), path, phases=dict(enumerate(study.phases)),
+            voxel_size=size.length, unit=size.unit)  # fmt: skip
+
+
+def transport_of(volume: Path, target: Path) -> Result:
+    """The `volume` entry of a transport.json; what it holds already is not solved again."""
+    hpcres("tortuosity", str(volume), f"--output={target}")
+    return json.loads(target.read_text())["volume"]
+
+
+def beside_the_electrode(config: Path, folder: Path, settings: Sequence[str], result: Result) -> tuple[Result, Result]:
+    """`result` of labels.zarr in `folder` with its transport, and what is measured in the half without slices."""
+    study = load_study(config, plain(settings), str(folder))
+    truth, half = Path(str(study.reference.volume)), folder / "half"
+    of_half = electrode.half_files(study)
+    if not (half / "labels.zarr").exists():
+        write_labels(study, half / "labels.zarr", electrode.other_half(whole(study.labels_path)), "half")
+    there = [f"--set=low_res.path={of_half['low_res']}", f"--set=reference.volume={of_half['truth']}"]
+    both = result, measured(config, half, [*settings, *there])
+    for one, place, true in ((both[0], folder, truth), (both[1], half, of_half["truth"])):
+        one["transport"] = {
+            "volume": transport_of(place / "labels.zarr", place / "transport.json"),
+            "reference": transport_of(true, true.with_suffix(".transport.json")),
+        }
+    return both
 
 
 # ---- what is shown ------------------------------------------------------------------------------------------
 
 
-def table(title: str, figures: Sequence[Figure], runs: dict[str, Result], beside: dict[str, Result]) -> str:
+def table(title: str, figures: Sequence[Figure], runs: dict[str, Result], beside: dict[str, Result],
+          note: str = "") -> str:  # fmt: skip
     several = len(runs) > 1
     heads = ["figure", "bar", "met", *runs, *(["mean ± std"] if several else []), *beside]
-    lines = [f"### {title}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = [f"### {title}", "", *([note, ""] if note else [])]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for figure in figures:
         values = [figure.of(result) for result in runs.values()]
         if any(value is None for value in values):
@@ -356,7 +545,7 @@ def picture(path: Path, study: Study, edge: int = 200) -> None:
     ours, low_res = open_volume(study.labels_path), open_volume(study.low_res.path)
     truth = None if study.reference.volume is None else open_volume(study.reference.volume)
     phase_map, high_map = PhaseMap(tuple(study.low_res.phases), ""), PhaseMap(tuple(study.high_res.phases), "")
-    first = np.array([study.phases.index(group[0]) for group in study.low_res.groups], np.uint8)
+    first = first_of_groups(study)
     rows = []
     for axis, plane in enumerate(("yx", "zx", "zy")[: 1 if study.high_res.isotropic else 3]):
         start, stop = [0, 0, 0], [min(edge, n) for n in ours.shape]
@@ -396,63 +585,147 @@ def _name(*words: str) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "-", word) for word in words)
 
 
-def main() -> None:
+CASES = {
+    "sofc": "case3-sofc-small", "phantom": "demo", "separator": "case2-separator-small", "atypical": "demo",
+    "electrode": "",
+}  # fmt: skip
+"""Case → its study in configs/; the electrode's is written beside the files that are cut from it."""
+SCALES = {"phantom": ["4"], "atypical": ["4", "8"], "electrode": ["2", "4", "8"]}
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("sofc", "phantom", "separator"))
+    parser.add_argument("case", choices=tuple(CASES))
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--steps", type=int, help="train so many, whatever time they take; --minutes says which bars")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--scale", nargs="+", default=["4"], help="of the phantom")
+    parser.add_argument("--seeds", type=int, nargs="+", help="0, of atypical 0 1 2 by default")
+    parser.add_argument("--scale", nargs="+", help="of phantom (4), atypical (4 8) and electrode (2 4 8)")
+    parser.add_argument("--slices-porosity", nargs="+", default=["0.25", "0.55"], help="of atypical")
     parser.add_argument("--data", help="folder of the real images; HPCRES_DATA by default")
     parser.add_argument("--keep", type=Path, help="folder for everything that is made; a temporary one by default")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="on top of the study: configs/long.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
+    parser.add_argument("--cubes", type=int, default=256, help="in the picture of the electrode's distributions")
     options = parser.parse_args()
+    options.seeds = options.seeds or ([0, 1, 2] if options.case == "atypical" else [0])
+    options.scale = options.scale or SCALES.get(options.case, [""])
     if options.data:
         os.environ["HPCRES_DATA"] = options.data
-    name = {"sofc": "case3-sofc-small", "phantom": "demo", "separator": "case2-separator-small"}[options.case]
-    config = CONFIGS / f"{name}.yaml"
+    return options
+
+
+def variants(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """Scale factor ("" for the study's own) and settings of each table."""
+    if options.case not in SCALES:
+        return [("", [])]
+    by_scale = [(scale, [f"scale_factor={scale}"]) for scale in options.scale]
+    if options.case != "atypical":
+        return by_scale
+    shares = [f"phantom.slices_porosity={share}" for share in options.slices_porosity]
+    return [(scale, [*own, share]) for share, (scale, own) in product(shares, by_scale)]
+
+
+def tables(options: argparse.Namespace, keep: Path, temporary: Path, scale: str, variant: Sequence[str]) -> list[str]:
+    """Train, paint and measure one variant of a case for every seed; the Markdown tables of it."""
+    case, own = options.case, [*options.set, *variant]
+    config = CONFIGS / f"{CASES[case]}.yaml"
+    if case == "electrode":
+        config = electrode.make(keep / "electrode-data", scale, CONFIGS / "fast.yaml")
+    if options.recipe:
+        recipe = [str(config), str(options.recipe.resolve())]
+        config = temporary / config.name
+        config.write_text(yaml.safe_dump({"base": recipe}))
     budget = [f"training.minutes={options.minutes:g}", "training.steps=100000"]
     if options.steps:
         budget = ["training.minutes=null", f"training.steps={options.steps}"]
     length = f"{options.steps}-steps" if options.steps else f"{options.minutes:g}-minutes"
+    title = _name(case, *([options.recipe.stem] if options.recipe else []), length, *own)
+    shown = options.picture
+    if shown and len(variants(options)) > 1:
+        shown = shown.with_stem(_name(shown.stem, *(text.partition("=")[2] for text in variant)))
+    runs: dict[str, Result] = {}
+    halves: dict[str, Result] = {}
+    study: Study | None = None
+    for seed in options.seeds:
+        settings, folder = [f"--set={text}" for text in (*budget, *own, f"seed={seed}")], keep / f"{title}-seed{seed}"
+        result = run_of(config, folder, settings)
+        its_study = load_study(config, plain(settings), str(folder))
+        if case == "atypical":
+            result |= specks(its_study)
+        if case == "electrode":
+            result, halves[f"seed {seed}"] = beside_the_electrode(config, folder, settings, result)
+        runs[f"seed {seed}"] = result
+        if shown and study is None:
+            picture(shown, its_study)
+            if case == "electrode":
+                electrode.distributions(its_study, shown.with_stem(f"{shown.stem}-distributions"), options.cubes)
+        study = study or its_study
+    assert study
+    one = next(iter(runs.values()))
+    phases = list(one["volume"]["volume_fraction"])
+    figures = figures_of(case, options.minutes, scale, phases)
+    beside: dict[str, Result] = {}
+    beside_half: dict[str, Result] = {}
+    data = [text for text in own if not text.startswith(("training.", "network."))]
+    if case in ("sofc", "separator", "electrode"):
+        for how in ("nearest", "trilinear"):
+            settings, folder = [f"--set={text}" for text in data], keep / _name(case, how, *data)
+            beside[how] = upsampled(config, folder, how, settings)
+            if case == "electrode":
+                beside[how], beside_half[how] = beside_the_electrode(config, folder, settings, beside[how])
+    if case in ("sofc", "separator"):
+        beside["a quarter"] = {"quarters": {k: entry["quarters"] for k, entry in one["images"]["planes"].items()}}
+        return [table(title, figures, runs, beside)]
+    truth = one["reference"]
+    images = one["images"] | {"appearance": truth["appearance"]}
+    slices = {"volume": images, "reference": truth}
+    if case == "electrode":
+        compared = against_truth(phases)
+        columns = {"the slices": slices, "the truth": {"volume": truth, "reference": truth}}
+        true_half = next(iter(halves.values()))["reference"]
+        columns_half = {
+            "the slices": {"volume": images, "reference": true_half},
+            "the truth": {"volume": true_half, "reference": true_half},
+        }
+        return [
+            table(f"{title}, whole", figures, runs, beside | columns),
+            table(f"{title}, half without slices", compared, halves, beside_half | columns_half),
+        ]
+    if case == "atypical":
+        columns = as_columns(study, one, slices)
+        return [table(title, figures_of_atypical(study, options.minutes, scale), runs, columns, SPECKS_TEXT)]
+    beside["the slices"] = slices
+    for other in list(runs.values())[1:2]:
+        transport = {"volume": other["transport"]["reference"], "reference": one["transport"]["reference"]}
+        beside["another truth"] = {"volume": other["reference"], "reference": truth, "transport": transport}
+    return [table(title, figures, runs, beside)]
+
+
+def as_columns(study: Study, one: Result, slices: Result) -> dict[str, Result]:
+    """The first seed's slices and truth, in place of a volume."""
+
+    def column(volume: Result, which: str) -> Result:
+        shares = {
+            " + ".join(group): sum(volume["volume_fraction"][name] for name in group)
+            for group in study.low_res.groups
+        }  # fmt: skip
+        counted = {
+            key: {"volume": one[key].get(which), "images": one[key].get("images")} for key in ("specks", "specks_3d")
+        }
+        low_res = {"visible_fraction": shares, "volume_fraction": one["low_res"]["volume_fraction"]}
+        return {"volume": volume, "images": one["images"], "reference": one["reference"], "low_res": low_res, **counted}
+
+    return {"the slices": column(slices["volume"], "images"), "the truth": column(one["reference"], "reference")}
+
+
+def main() -> None:
+    options = parsed()
     with tempfile.TemporaryDirectory(prefix="hpcres-quality-") as temporary:
         keep = (options.keep or Path(temporary)).resolve()
-        if options.recipe:
-            config, recipe = Path(temporary) / config.name, [str(config), str(options.recipe.resolve())]
-            config.write_text(yaml.safe_dump({"base": recipe}))
-        for scale in options.scale if options.case == "phantom" else [""]:
-            own = [*options.set, *([f"scale_factor={scale}"] if scale else [])]
-            title = _name(options.case, *([options.recipe.stem] if options.recipe else []), length, *own)
-            runs = {}
-            for seed in options.seeds:
-                settings = [f"--set={text}" for text in (*budget, *own, f"seed={seed}")]
-                folder = keep / f"{title}-seed{seed}"
-                runs[f"seed {seed}"] = run_of(config, folder, settings)
-                if options.picture and seed == options.seeds[0]:
-                    at = options.picture if len(options.scale) == 1 else options.picture.with_stem(
-                        f"{options.picture.stem}-{scale}"
-                    )  # fmt: skip
-                    picture(at, load_study(config, [s.removeprefix("--set=") for s in settings], str(folder)))
-            one = next(iter(runs.values()))
-            beside: dict[str, Result] = {}
-            if options.case != "phantom":
-                data = [text for text in own if not text.startswith(("training.", "network."))]
-                for how in ("nearest", "trilinear"):
-                    folder = keep / _name(options.case, how, *data)
-                    beside[how] = upsampled(config, folder, how, [f"--set={text}" for text in data])
-                quarters = {plane: entry["quarters"] for plane, entry in one["images"]["planes"].items()}
-                beside["a quarter"] = {"quarters": quarters}
-            else:
-                truth, solved = one["reference"], one["transport"]["reference"]
-                images = one["images"] | {"appearance": truth["appearance"]}
-                beside["the slices"] = {"volume": images, "reference": truth}
-                for other in list(runs.values())[1:2]:
-                    transport = {"volume": other["transport"]["reference"], "reference": solved}
-                    beside["another truth"] = {"volume": other["reference"], "reference": truth, "transport": transport}
-            figures = figures_of(options.case, options.minutes, scale, list(one["volume"]["volume_fraction"]))
-            print(table(title, figures, runs, beside), end="\n\n", flush=True)
+        for scale, variant in variants(options):
+            for text in tables(options, keep, Path(temporary), scale, variant):
+                print(text, end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ _FINEST_VOXELS = 4
 """Below this feature size the voxel lattice shows."""
 _BLOCK_VOXELS = 96
 """High-res edge of the blocks that go one-hot through the imaging operator."""
+_BINDER, _LEAST_ACTIVE = 0.15, 0.02
+"""Shares of a three-phase electrode: of the binder, and what the active material must be more than."""
 
 
 def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosity: float) -> np.ndarray:
@@ -64,7 +66,7 @@ def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosi
 
 
 def three_phase(
-    shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, binder: float = 0.15
+    shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, binder: float = _BINDER
 ) -> np.ndarray:
     """uint8 labels 0 pore, 1 active, 2 binder, in the shares asked for.
 
@@ -73,8 +75,8 @@ def three_phase(
     particles or between two of them, patch by patch, so that all three meet. About 20 bytes per voxel of the torus.
     """
     active = 1 - porosity - binder
-    if active <= 0.02:
-        raise InputError(f"phantom.porosity: {porosity} leaves no active material beside binder {binder}; lower it")
+    if active <= _LEAST_ACTIVE:
+        raise InputError(_no_active("porosity", porosity, binder))
     length = _correlation_length(feature_voxels, active, 5 / 3)
     bulk = _smooth_field(shape, (*_words(seed), 0), (length,) * 3)
     particles = _top_share(bulk, active)
@@ -83,6 +85,10 @@ def three_phase(
     labels = particles.astype(np.uint8)
     labels[_top_share(bulk, binder)] = 2
     return labels
+
+
+def _no_active(key: str, porosity: float, binder: float) -> str:
+    return f"phantom.{key}: {porosity} leaves no active material beside binder {binder}; lower it"
 
 
 def separator(
@@ -180,13 +186,17 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
     """Write `<output>/phantom/`: truth.zarr, low_res.zarr (the truth through the study's imaging operator; for a study
     of probabilities low_res_0.tif, low_res_1.tif, …, one for each channel) and slices of another realisation, so that
     training never sees the truth: slices.tif of an isotropic material, else slices_zy.tif, slices_zx.tif and
-    slices_yx.tif. The folder appears when it is complete. Returns the paths.
+    slices_yx.tif. With `slices_porosity` the slices are not typical of the truth. The folder appears when it is
+    complete. Returns the paths.
     """
     phantom, folder = _checked(study, overwrite)
     say = progress or (lambda _: None)
     labels_of = np.array(list(study.high_res.phases), np.int32)
     label_type = np.min_scalar_type(int(labels_of.max())) if labels_of.min() >= 0 else np.dtype(np.int32)
-    provenance = {"phantom": phantom.model_dump(mode="json"), "seed": study.seed, "hpcres_version": __version__}
+    # A setting that is not used is not listed, so the files have the same bytes as before there was the setting.
+    unused = {"slices_porosity"} if phantom.slices_porosity is None else None
+    made_by = phantom.model_dump(mode="json", exclude=unused)
+    provenance = {"phantom": made_by, "seed": study.seed, "hpcres_version": __version__}
     with made_whole(folder) as temporary:
         temporary.mkdir(parents=True)
         for axis, name in _slice_files(study).items():
@@ -201,7 +211,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
             phases=dict(enumerate(study.phases)), voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
         )  # fmt: skip
         say("low_res")
-        coarse, voxel = _imaged(truth, study), study.low_res_voxel_size
+        coarse, voxel = imaged(truth, study), study.low_res_voxel_size
         if study.low_res.channels:
             for name, fractions in zip(_low_res_files(study), coarse, strict=True):
                 write_images(temporary / name, fractions)
@@ -246,6 +256,10 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
     if phantom.kind != "chi2" and phantom.feature_voxels < _FINEST_VOXELS:
         raise InputError(f"phantom.feature_voxels: {phantom.feature_voxels} is below {_FINEST_VOXELS} voxels, where "
                          "the lattice shows; make it larger")  # fmt: skip
+    for key in ("porosity", "slices_porosity") if phantom.kind == "three-phase" else ():
+        porosity = getattr(phantom, key)
+        if porosity is not None and 1 - porosity - _BINDER <= _LEAST_ACTIVE:
+            raise InputError(_no_active(key, porosity, _BINDER))
     made = {str(folder / name) for name in _files(study)}
     for key, path in (
         *(("high_res.images", image.path) for image in study.high_res.images),
@@ -285,11 +299,13 @@ def _slab_shape(phantom: Phantom, axis: int) -> Triple:
 
 def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
     """Slices normal to `axis` (slice, row, column) of a realisation made for them alone."""
+    if phantom.slices_porosity is not None:
+        phantom = phantom.model_copy(update={"porosity": phantom.slices_porosity})
     slab = phantom_labels(phantom, _slab_shape(phantom, axis), (seed, 1 + axis))
     return np.ascontiguousarray(np.moveaxis(slab, axis, 0)[:: _slice_distance(phantom)])
 
 
-def _imaged(truth: np.ndarray, study: Study) -> np.ndarray:
+def imaged(truth: np.ndarray, study: Study) -> np.ndarray:
     """Low-res labels of the truth (z, y, x), uint8, or fractions (channel, z, y, x), float32, block by block: only a
     block is ever one-hot."""
     import torch

@@ -462,6 +462,8 @@ class Phantom(Section):
     feature_voxels: Annotated[float, Field(gt=0)] = 12.0
     """Length scale of the structure, in high-res voxels."""
     porosity: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    slices_porosity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the realisation that the slices are cut from; by default that of the volume."""
     slices: Annotated[int, Field(ge=1)] = 2
     """High-res slices cut per plane from a volume of another seed than the truth."""
     slice_voxels: Annotated[int, Field(ge=64)] | None = None

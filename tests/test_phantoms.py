@@ -215,13 +215,47 @@ def test_anisotropic_phantoms_have_a_file_per_plane(tmp_path):
         assert stack.mean(axis=1).std() > stack.mean(axis=2).std()
 
 
+KIND_STUDIES: dict[str, dict[str, Any]] = {
+    "three-phase": {},
+    "chi2": {"high_res__phases": {0: "pore", 1: "solid"}, "low_res__phases": {0: "pore", 1: "solid"}},
+    "separator": {"low_res__phases": {0: "pore", 1: "polymer"}},
+}
+
+
+@pytest.mark.parametrize("kind", KIND_STUDIES)
+def test_slices_have_a_porosity_of_their_own(kind, tmp_path):
+    changes = dict(KIND_STUDIES[kind])
+    if kind == "separator":
+        images = [{"path": str(tmp_path / f"phantom/slices_{p}.tif"), "planes": [p]} for p in ("zy", "zx", "yx")]
+        phases = {0: "pore", 1: "polymer"}
+        changes["high_res"] = {"phases": phases, "voxel_size": "50 nm", "isotropic": False, "images": images}
+    here = study(tmp_path, phantom={"kind": kind, "voxels": [70, 64, 90], "feature_voxels": 8, "slices": 3}, **changes)
+
+    def made(**settings: Any) -> dict[str, bytes]:
+        asked = here.model_copy(update={"phantom": here.phantom.model_copy(update=settings)})
+        make_phantom(asked, overwrite=True)
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = made()
+    assert b"slices_porosity" not in b"".join(before.values())  # as before there was the setting
+    after = made(slices_porosity=0.7)
+    assert [k for k in before if before[k] != after[k] and "json" not in k] == [k for k in before if k.endswith(".tif")]
+    truth = open_volume(tmp_path / "phantom" / "truth.zarr")
+    exact = 2e-5 if kind != "chi2" else 0.12  # the field's porosity is its law's, not the volume's
+    assert (truth.read(Box.whole(truth.shape)) == 0).mean() == pytest.approx(0.4, abs=exact)
+    stacks = [read_images(tmp_path / key) for key in after if key.endswith(".tif")]
+    assert len(stacks) == (3 if kind == "separator" else 1)
+    # A few slices of a slab that has the share exactly.
+    assert np.mean([(stack == 0).mean() for stack in stacks]) == pytest.approx(0.7, abs=0.08)
+
+
 def test_a_second_run_needs_overwrite_and_a_failed_one_leaves_the_first(tmp_path, monkeypatch):
     here = study(tmp_path)
     make_phantom(here)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(InputError, match="exists already; give --overwrite"):
         make_phantom(here)
-    monkeypatch.setattr(phantoms, "_imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(phantoms, "imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         make_phantom(here, overwrite=True)
     monkeypatch.undo()
@@ -240,7 +274,8 @@ def test_a_second_run_needs_overwrite_and_a_failed_one_leaves_the_first(tmp_path
         ({"phantom__feature_voxels": 2}, "2.0 is below 4 voxels"),
         ({"phantom__voxels": [64, 3, 64]}, "64x3x64 has no whole low-res voxel"),
         ({"phantom__voxels": [5000, 5000, 5000]}, "5000x5000x5000 needs .* GiB"),
-        ({"phantom__porosity": 0.9}, "0.9 leaves no active material"),
+        ({"phantom__porosity": 0.9}, "phantom.porosity: 0.9 leaves no active material"),
+        ({"phantom__slices_porosity": 0.84}, "phantom.slices_porosity: 0.84 leaves no active material"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_written(changes, words, tmp_path):
