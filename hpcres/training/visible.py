@@ -91,7 +91,7 @@ class Beside:
     images: np.ndarray
     """The same in the images, through the imaging operator."""
     chance: np.ndarray
-    """Standard error of `images`, from parts of the images of the size of a training cube."""
+    """Standard error of `images`, from parts of the images that are about as large as a training cube."""
     phases: np.ndarray
     """Fraction of each phase in the images themselves."""
 
@@ -155,8 +155,10 @@ def _as_coarse(image: np.ndarray, operator: ImagingOperator, phases: int) -> np.
 
 
 def _parts(image: np.ndarray, groups: Sequence[Sequence[int]]) -> Iterator[list[float]]:
-    for top, left in product(*(range(0, n - PATCH_VOXELS + 1, PATCH_VOXELS) for n in image.shape)):
-        part = image[top : top + PATCH_VOXELS, left : left + PATCH_VOXELS]
+    """Fractions of the groups in squares as large as a training cube, or, of a small image, half as wide as it is."""
+    edge = min(PATCH_VOXELS, min(image.shape) // 2)
+    for top, left in product(*(range(0, n - edge + 1, edge) for n in image.shape)):
+        part = image[top : top + edge, left : left + edge]
         yield [float(np.isin(part, group).mean()) for group in groups]
 
 
@@ -182,7 +184,8 @@ class Correction:
     @cached_property
     def fractions(self) -> np.ndarray:
         """Wanted of each phase: the volume's of its group, shared within the group as in the images."""
-        return self.images * self.growth
+        wanted = self.images * self.growth
+        return wanted / wanted.sum()
 
     @cached_property
     def _pairs(self) -> list[tuple[int, int]]:
