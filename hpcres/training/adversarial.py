@@ -147,8 +147,10 @@ class Models:
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
         if settings.fraction_weight:
+            around = low_res.around(step, cubes, self.group.device)
+            around[:, :, 1:-1, 1:-1, 1:-1] = known  # without what masked_fraction hides
             blocks = self.operator.block_fractions(probabilities)
-            loss = loss + settings.fraction_weight * fraction_loss(blocks, low_res.around(step, cubes, blocks.device))
+            loss = loss + settings.fraction_weight * fraction_loss(blocks, around)
         if settings.lattice_weight:
             loss = loss + settings.lattice_weight * self._lattice(probabilities)
         # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
