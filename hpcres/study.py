@@ -279,6 +279,13 @@ class Training(Section):
     planes_apart: bool = False
     """Of an isotropic material, a critic for each plane, so that the slices of each look like the images by themselves
     and no direction differs; as published one for all planes together. An anisotropic material has three anyway."""
+    real_patches: Annotated[int, Field(ge=1)] | Literal["slices"] = 64
+    """Patches of the images for each axis and critic step, over all processes, at least one a cube; 64 as in the
+    published code. `slices` takes as many as generated slices."""
+    penalties: Annotated[int, Field(ge=1)] | Literal["slices"] = 64
+    """Pairs of a patch and a generated slice for each axis and critic step whose mixture has its gradient penalised,
+    over all processes, at least one a cube; 64 as in the published code. `slices` takes as many as generated slices.
+    There are never more than patches or slices."""
     critic_steps: Annotated[int, Field(ge=1)] = 5
     reuse_generated: bool = False
     """One generator forward serves the critic steps and the generator step."""
@@ -529,8 +536,13 @@ class Study(Section):
 
     @classmethod
     def of_json(cls, text: str) -> Study:
-        """The study that `as_json` wrote; pydantic's ValidationError if it is not valid."""
-        return cls.model_validate(json.loads(text))
+        """The study that `as_json` wrote; pydantic's ValidationError if it is not valid.
+
+        Settings that an earlier version did not have get the value that says what it did.
+        """
+        settings = json.loads(text)
+        settings["training"] = {"real_patches": "slices", "penalties": "slices"} | settings.get("training", {})
+        return cls.model_validate(settings)
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Runs that are told to stop, killed, or broken: what they leave, and that going on is the uninterrupted run."""
 
+import json
 import os
 import shutil
 import signal
@@ -75,6 +76,24 @@ def test_another_training_in_the_same_place_is_refused(tmp_path):
     assert train(changed, overwrite=True).resumed_step == 0
     longer = study_of(tmp_path, training={"steps": 2, "gradient_penalty": 5.0, "report_seconds": 3.0, "threads": 1})
     assert train(longer).resumed_step == 1
+
+
+def test_a_run_of_a_version_without_numbers_of_patches_goes_on_as_it_was(tmp_path):
+    """It had as many patches and penalties as slices; a study that says nothing now asks for 64, and is refused."""
+    whole, cut = (study_of(tmp_path, training={"steps": 2}, output=str(tmp_path / name)) for name in ("whole", "cut"))
+    train(whole)
+    train(study_of(tmp_path, training={"steps": 1}, output=str(tmp_path / "cut")))
+    content = torch.load(cut.checkpoint_path)
+    settings = json.loads(content["study"])
+    for name in ("real_patches", "penalties"):
+        assert settings["training"].pop(name) == "slices"
+    torch.save(content | {"study": json.dumps(settings)}, cut.checkpoint_path)
+    assert load_checkpoint(cut.checkpoint_path).study.training.penalties == "slices"
+    changed = study_of(tmp_path, training={"steps": 2, "real_patches": 64}, output=str(tmp_path / "cut"))
+    with pytest.raises(InputError, match=r"training.real_patches slices.*now says 64.*--overwrite"):
+        train(changed)
+    assert train(cut).resumed_step == 1
+    assert same(weights(whole), weights(cut))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -158,6 +158,34 @@ def test_one_step_against_a_reference_of_a_few_lines(tmp_path, around):
 
 
 @pytest.mark.parametrize("planes_apart", [False, True])
+def test_critics_with_fewer_patches_and_penalties_than_slices_against_a_reference(tmp_path, planes_apart):
+    """The published code's numbers are 64 of each axis, whatever the number of generated slices."""
+    assert (Training().real_patches, Training().penalties) == (64, 64)
+    more = {"critic_steps": 1, "real_patches": 5, "penalties": 4, "planes_apart": planes_apart}
+    study = study_of(tmp_path, training=more)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    models.step(0, range(2), low_res, real, 1e-30)
+    draw = real.draw(0, 0, range(2))
+    assert [len(some) for some in draw.real] == [5] * 3
+    assert [len(some) for some in draw.mix] == [4] * 3
+    with torch.no_grad():
+        fake = models.slices(models.generate(low_res.draw(0, range(2), ALONE.device, 1)[1]), draw.chosen)
+    losses = []
+    for axis in range(3):
+        critic = models.critics.critics[axis if planes_apart else 0]
+        loss = critic(fake[axis]).mean() - critic(draw.real[axis]).mean()
+        for (patch, generated), weight in zip(draw.pairs[axis].T.tolist(), draw.mix[axis], strict=True):
+            between = (weight * draw.real[axis][patch] + (1 - weight) * fake[axis][generated])[None].requires_grad_()
+            (slope,) = torch.autograd.grad(critic(between), between, create_graph=True)
+            loss = loss + 10 * (slope.norm() - 1) ** 2 / 4
+        losses.append(loss)
+    loss = torch.stack(losses)
+    expected = torch.autograd.grad(loss.sum() if planes_apart else loss.mean(), list(models.critics.parameters()))
+    for ours, theirs in zip(models.critics.parameters(), expected, strict=True):
+        assert torch.allclose(ours.grad, theirs, atol=1e-5 * float(theirs.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("planes_apart", [False, True])
 def test_only_a_critic_for_each_plane_sees_what_their_mixture_hides(tmp_path, planes_apart):
     """Images of stripes along rows as often as along columns, against volumes that are layered along y: their slices
     normal to z and to x are those stripes, each in one plane; a third plane has one colour and is the same in both."""

@@ -122,7 +122,7 @@ class Models:
                     seen = self.generate(other, learn=False)
             draw = real.draw(step, critic_step, cubes)
             fake = self.slices(seen, draw.chosen)
-            wasserstein, penalty = self.update_critics(draw.real, fake, draw.mix)
+            wasserstein, penalty = self.update_critics(draw.real, fake, draw.mix, draw.pairs, draw.shares)
         if probabilities is None:
             probabilities = self.generate(given)
         warm_up_steps = settings.warm_up_steps if self.init_from is None else 0
@@ -159,13 +159,14 @@ class Models:
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
     def update_critics(
-        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor],
+        pairs: Sequence[Tensor] | None = None, shares: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One step of the critics' optimizer. Arguments and returned values, which are those before the step, are those
         of Critics.forward."""
         self.critic_optimizer.zero_grad()
         with self._autocast():
-            wasserstein, penalty = self._critics(real, fake, mix)
+            wasserstein, penalty = self._critics(real, fake, mix, pairs, shares)
         # Each critic has its own loss; their sum, since Adam's ε sees the size of a gradient.
         weight = self.study.training.gradient_penalty
         (len(self.critics.critics) * (weight * penalty - wasserstein)).backward()

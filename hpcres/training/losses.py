@@ -156,15 +156,24 @@ class Critics(nn.Module):
         values = [critic(x).mean() for critic, x in zip(self.critics, self._groups(slices), strict=True)]
         return torch.stack(values).mean()
 
-    def forward(self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Estimated Wasserstein distance and gradient penalty, means over the planes.
+    def forward(
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor],
+        pairs: Sequence[Tensor] | None = None, shares: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Estimated Wasserstein distance and gradient penalty, means over the planes; arguments as in
+        samples.CriticDraw.
 
         Both come from one forward, so that their sum is one backward, as DistributedDataParallel needs.
         """
         distances, penalties = [], []
-        groups = zip(self.critics, self._groups(real), self._groups(fake), self._groups(mix), strict=True)
-        for critic, ours, theirs, weights in groups:
-            of_real, of_fake = critic(torch.cat([ours, theirs])).split([len(ours), len(theirs)])
-            distances.append(of_real.mean() - of_fake.mean())
-            penalties.append(gradient_penalty(critic, ours, theirs, weights))
+        ours, theirs = self._groups(real), self._groups(fake)
+        first, second = ours, theirs
+        if pairs is not None:
+            first = self._groups([some[pair[0]] for some, pair in zip(real, pairs, strict=True)])
+            second = self._groups([some[pair[1]] for some, pair in zip(fake, pairs, strict=True)])
+        every = zip(self.critics, ours, theirs, first, second, self._groups(mix), strict=True)
+        for critic, patches, slices, one, other, weights in every:
+            of_real, of_fake = critic(torch.cat([patches, slices])).split([len(patches), len(slices)])
+            distances.append(of_real.mean() * shares[0] - of_fake.mean())
+            penalties.append(gradient_penalty(critic, one, other, weights) * shares[1])
         return torch.stack(distances).mean(), torch.stack(penalties).mean()

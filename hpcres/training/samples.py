@@ -22,7 +22,7 @@ from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.networks.resampling import middle
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import PATCH_VOXELS, Study, Training
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
 from hpcres.volumes.volume import read_beyond
@@ -226,12 +226,46 @@ class LowResCubes:
 
 @dataclass(frozen=True)
 class CriticDraw:
-    """What one critic step draws, per axis z, y, x: which slices of each cube, and for each of these a real slice
-    (one-hot, (slices, phases, edge, edge)) and its weight in the gradient penalty's mixture (slices,)."""
+    """What one critic step draws, per axis z, y, x.
+
+    Attributes
+    ----------
+    chosen : tuple of Tensor or None
+        (cubes, slices): which slices of each cube; None for all.
+    real : tuple of Tensor
+        Patches of the images, one-hot (patches, phases, edge, edge).
+    mix : tuple of Tensor
+        (penalties,): weight of the patch in each mixture whose gradient is penalised.
+    pairs : tuple of Tensor, or None
+        (2, penalties): the patch and the generated slice of each mixture; None for the first with the first, and so on.
+    shares : tuple of float
+        Patches, and penalties, of these cubes by the mean number of as many cubes. Means over the processes of
+        (share × mean) are means over all.
+    """
 
     chosen: tuple[Tensor | None, ...]
     real: tuple[Tensor, ...]
     mix: tuple[Tensor, ...]
+    pairs: tuple[Tensor, ...] | None
+    shares: tuple[float, float]
+
+
+def critic_counts(settings: Training, cube: int) -> tuple[int, int, int]:
+    """Generated slices, patches of the images and penalties that come with a cube, for each axis and critic step.
+
+    A number that the study gives for all cubes is divided among them, so that a cube has the same with any number of
+    processes.
+    """
+    slices = settings.slices_per_axis or PATCH_VOXELS - 2 * settings.crop_voxels
+
+    def part(number: int | str) -> int:
+        if isinstance(number, str):
+            return slices
+        number = max(number, settings.cubes)
+        return (cube + 1) * number // settings.cubes - cube * number // settings.cubes
+
+    patches = part(settings.real_patches)
+    return slices, patches, min(slices, patches, part(settings.penalties))
 
 
 class RealSlices:
@@ -244,7 +278,7 @@ class RealSlices:
     def __init__(self, study: Study, device: torch.device) -> None:
         self.seed, self.phases = study.seed, len(study.phases)
         self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
-        self.slices_per_axis = study.training.slices_per_axis
+        self._settings, self.slices_per_axis = study.training, study.training.slices_per_axis
         self.pattern_spacings, self.pattern_pixels = study.training.pattern_spacings, study.training.pattern_pixels
         if self.slices_per_axis is not None and self.slices_per_axis > self.edge:
             raise InputError(
@@ -355,20 +389,31 @@ class RealSlices:
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
         """The draws of one critic step for these cubes."""
         device = self._pixels.device
-        count = self.slices_per_axis or self.edge
         chosen: list[list[np.ndarray]] = [[], [], []]
         origin: list[list[np.ndarray]] = [[], [], []]
         mix: list[list[np.ndarray]] = [[], [], []]
+        pairs: list[list[np.ndarray]] = [[], [], []]
+        drawn = np.zeros(3, np.int64)
         for cube in cubes:
             random = _generator(self.seed, step, _CRITIC, critic_step, cube)
+            slices, patches, penalties = critic_counts(self._settings, cube)
             for axis in range(3):
                 chosen[axis].append(self._pick(random))
-                origin[axis].append(self._patches(random, axis, count))
-                mix[axis].append(random.random(count, np.float32))
+                origin[axis].append(self._patches(random, axis, patches))
+                mix[axis].append(random.random(penalties, np.float32))
+                some = np.arange(slices) if penalties == slices else random.permutation(slices)[:penalties]
+                pairs[axis].append(np.stack([drawn[1] + np.arange(penalties), drawn[0] + some]))
+            drawn += slices, patches, penalties
+        every = np.sum([critic_counts(self._settings, cube) for cube in range(self._settings.cubes)], axis=0)
+        shares = drawn * self._settings.cubes / (every * len(cubes))
         return CriticDraw(
             tuple(torch.from_numpy(np.stack(c)).to(device) if self.slices_per_axis else None for c in chosen),
             tuple(self._cut(np.concatenate(o)) for o in origin),
             tuple(torch.from_numpy(np.concatenate(m)).to(device) for m in mix),
+            None if drawn[0] == drawn[1] == drawn[2] else (
+                tuple(torch.from_numpy(np.concatenate(p, axis=1)).to(device) for p in pairs)
+            ),
+            (float(shares[1]), float(shares[2])),
         )
 
     def choose(self, step: int, cubes: range) -> tuple[Tensor | None, ...]:
