@@ -169,6 +169,9 @@ class LowRes(Section):
     """Probabilities in place of labels; a voxel where all are 0 is unknown."""
     unknown: tuple[int, ...] = ()
     """Labels of voxels that are damaged or masked: the generator is told nothing of them and fills them in."""
+    one_sided: tuple[PhaseName, ...] = ()
+    """Phases, as the pore, of which the output may have less than the volume shows: the voxel-wise loss of training
+    leaves out the groups they are in, and all voxels that show one of these."""
     raw: RawHeader | None = None
 
     @model_validator(mode="after")
@@ -188,6 +191,19 @@ class LowRes(Section):
         for label in self.unknown:
             if label in self.phases or self.unknown.count(label) > 1:
                 raise ValueError(f"unknown: label {label} is given twice, or has a phase as well; keep one")
+        named = [name for group in self.groups for name in group]
+        for name in self.one_sided:
+            if name not in named:
+                hint = difflib.get_close_matches(name, named, 1)
+                raise ValueError(
+                    f"one_sided: {name!r} is no phase of low_res ({', '.join(named)})"
+                    + (f"; did you mean {hint[0]!r}?" if hint else "")
+                )
+        if not self.two_sided:
+            raise ValueError(
+                f"one_sided: {', '.join(self.one_sided)} are of all groups, so that the low-res volume would ask "
+                "nothing of the output; leave one out"
+            )
         return self
 
     @property
@@ -195,6 +211,11 @@ class LowRes(Section):
         """The phases behind each low-res channel, in the order of the file."""
         every = [channel.phases for channel in self.channels] or self.phases.values()
         return tuple((v,) if isinstance(v, str) else v for v in every)
+
+    @property
+    def two_sided(self) -> list[int]:
+        """Numbers of the groups without a phase of `one_sided`."""
+        return [k for k, group in enumerate(self.groups) if not set(group) & set(self.one_sided)]
 
     @property
     def labels(self) -> tuple[int, ...]:

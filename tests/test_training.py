@@ -17,7 +17,7 @@ from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.study import Imaging, Training
+from hpcres.study import Imaging, LowRes, Training
 from hpcres.training.adversarial import Models, average_decay
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
@@ -72,6 +72,38 @@ def test_voxel_loss_is_the_mean_square_over_voxels_and_channels():
     labels[0, 4, 0, 0] = 1  # one of 8 low-res voxels wrong: both its channels are off by one
     assert voxel_loss(operator, one_hot(labels, 2), wanted).item() == pytest.approx(2 / 16)
     assert voxel_loss(operator, torch.full((1, 2, 8, 8, 8), 0.5), wanted).item() == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize(("one_sided", "kept"), [(["a"], [1, 2]), (["a", "c"], [1]), (["c"], [0, 1])])
+def test_one_sided_groups_are_asked_for_nothing_against_a_reference(tmp_path, one_sided, kept):
+    """Voxel by voxel: of a voxel that shows a kept group, how far the output is off having all of it."""
+    phases = {"path": str(tmp_path / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}, "one_sided": one_sided}
+    training = {"critic_steps": 1, "reuse_generated": True}
+    study = study_of(tmp_path, low_res=phases, training=training)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    with torch.no_grad():
+        labels, given = low_res.draw(0, range(2), ALONE.device)
+        seen = models.generate(given)[..., ::4, ::4, ::4]
+    loss = sum(float(((seen[:, k] - 1) ** 2)[labels == k].sum()) for k in kept) / labels.numel() / len(kept)
+    assert models.step(0, range(2), low_res, real, 1e-30).losses[3].item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_one_sided_loss_leaves_out_what_is_unknown_and_follows_probabilities():
+    operator = ImagingOperator(Fraction(1), [[0], [1]], Imaging(operator="under-sampled"))
+    painted = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]).T.view(1, 2, 3, 1, 1)
+    shown = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]).T.view(1, 2, 3, 1, 1)  # material, pore, unknown
+    assert voxel_loss(operator, painted, shown, [1]).item() == pytest.approx(0.2**2 / 3)
+    shares = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.1, 0.9]]).T.view(1, 2, 3, 1, 1)
+    assert voxel_loss(operator, painted, shares, [1]).item() == pytest.approx((0.9 * 0.4) ** 2 / 3)
+
+
+@pytest.mark.parametrize(("one_sided", "says"), [
+    (["por"], r"one_sided: 'por' is no phase of low_res \(pore, fibre, binder\); did you mean 'pore'\?"),
+    (["pore", "binder"], "one_sided: pore, binder are of all groups, .* leave one out"),
+])  # fmt: skip
+def test_one_sided_phases_that_are_unknown_or_all_are_refused(one_sided, says):
+    with pytest.raises(ValueError, match=says):
+        LowRes(path="low.npy", phases={0: "pore", 1: ("fibre", "binder")}, one_sided=one_sided)
 
 
 @pytest.mark.parametrize("chosen", [None, torch.tensor([[3, 0], [1, 4]])])

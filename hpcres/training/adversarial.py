@@ -97,6 +97,7 @@ class Models:
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
         self.operator = ImagingOperator.of(study).to(group.device)
+        self._compared = study.low_res.two_sided if study.low_res.one_sided else None
         self._generator = group.parallel(self.generator)
         self._critics = group.parallel(self.critics)
         self.generator_optimizer, self.critic_optimizer = (
@@ -132,7 +133,7 @@ class Models:
             self.generator_optimizer.state.clear()
         self.generator_optimizer.zero_grad()
         known = one_hot(labels, low_res.channels)
-        voxel = voxel_loss(self.operator, probabilities, known)
+        voxel = voxel_loss(self.operator, probabilities, known, self._compared)
         if step < warm_up_steps:
             loss = interpolation_loss(self.operator, probabilities, known)
         else:

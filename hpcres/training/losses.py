@@ -34,13 +34,19 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def voxel_loss(operator: nn.Module, probabilities: Tensor, low_res: Tensor) -> Tensor:
+def voxel_loss(
+    operator: nn.Module, probabilities: Tensor, low_res: Tensor, channels: Sequence[int] | None = None
+) -> Tensor:
     """Mean squared difference between the low-res cubes, one-hot or probabilities, and what the coarse instrument sees
     of the output.
 
     A voxel without any label is unknown and adds nothing; it still counts in the mean, so that a known voxel weighs the
-    same in every cube and on every process.
+    same in every cube and on every process. With `channels` it is over these, both sides multiplied by the low-res one,
+    so that nothing is asked where the coarse image shows none of them (the published code's, for a separator).
     """
+    if channels is not None:
+        shown = low_res[:, channels]
+        return functional.mse_loss(operator(probabilities)[:, channels] * shown, shown * shown)
     return functional.mse_loss(operator(probabilities) * low_res.sum(1, keepdim=True), low_res)
 
 
