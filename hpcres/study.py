@@ -300,6 +300,9 @@ class Training(Section):
     planes_apart: bool = False
     """Of an isotropic material, a critic for each plane, so that the slices of each look like the images by themselves
     and no direction differs; as published one for all planes together. An anisotropic material has three anyway."""
+    diagonal_slices: bool = False
+    """Show critics of their own slices at 45° to two axes, too, which tell of directions that no other slice shows; as
+    many as slices_per_axis for each axis, and isotropic materials only. None by default, as published."""
     real_patches: Annotated[int, Field(ge=1)] | Literal["slices"] = 64
     """Patches of the images for each axis and critic step, over all processes, at least one a cube; 64 as in the
     published code. `slices` takes as many as generated slices."""
@@ -538,6 +541,11 @@ class Study(Section):
                     f"low_res.phases: {name!r} has no place, so the generator could not put it anywhere; list it "
                     f"with the phase it cannot be told from, as [{named[0]}, {name}]"
                 )
+        if self.training.diagonal_slices and not self.high_res.isotropic:
+            raise ValueError(
+                "training.diagonal_slices: no image shows a plane at 45° of an anisotropic material; set it to false, "
+                "or high_res.isotropic to true"
+            )
         if (around := self.training.surroundings) % (q := self.scale_factor.denominator):
             raise ValueError(
                 f"training.surroundings: {around} low-res voxels are no whole number of high-res ones at scale factor "

@@ -19,6 +19,7 @@ from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.study import Imaging, LowRes, Training
 from hpcres.training.adversarial import Models, average_decay
+from hpcres.training.diagonals import as_unsharp, diagonal_slices, pick_diagonals
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
     Critics,
@@ -117,6 +118,85 @@ def test_slices_of_a_numbered_volume(chosen):
         expected = [volume[cube].select(axis + 1, i) for cube in range(2) for i in picks[cube]]
         assert torch.equal(slices, torch.stack(expected))
     assert volume_slices(volume, 1)[2, 0, 3, 4] == 324  # normal y: rows along z, columns along x
+
+
+def test_diagonal_slices_of_a_known_function_are_the_function_there():
+    """Within the bound of linear interpolation between points h = √2 apart, h² / 8 times the second derivative."""
+    edge, waves = 56, ((0.11, 0.05, -0.07), (-0.04, 0.12, 0.06))
+
+    def function(z, y, x):
+        return np.stack([np.sin(a * z + b * y + c * x) for a, b, c in waves])
+
+    z, y, x = np.meshgrid(*[np.arange(edge)] * 3, indexing="ij")
+    volume = torch.from_numpy(np.stack([function(z, y, x), function(z, y, x + 9)])).float()
+    random, along, rows, columns = np.random.default_rng(0), [], np.arange(edge)[:, None], np.arange(edge)
+    for axis in range(3):
+        chosen = torch.from_numpy(np.stack([pick_diagonals(random, edge, 700)[:40] for _ in range(2)]))
+        found = diagonal_slices(volume, axis, chosen).numpy().reshape(2, 40, 2, edge, edge)
+        for cube, slices in enumerate(found):
+            for one, (first, step) in zip(slices, chosen[cube].tolist(), strict=True):
+                sign = step - edge
+                where = [first // edge + rows / 2**0.5, first % edge + sign * rows / 2**0.5]
+                along.append(sign)
+                where.insert(axis, columns)
+                for place in where:
+                    assert 0 <= place.min() <= place.max() <= edge - 1
+                expected = function(where[0], where[1], where[2] + 9 * cube)
+                assert np.abs(one - expected).max() < 2 / 8 * (0.17**2) + 1e-5
+    assert {-1, 1} == set(along)
+    every = pick_diagonals(random, edge, 700)
+    assert len(np.unique(every, axis=0)) == len(every) == 2 * 17**2  # 39 voxels from the first to the last, of 56
+
+
+def test_patches_are_as_unsharp_as_the_diagonal_slices_beside_them():
+    """Of spheres, which have no direction, by row: the mean of p (1 − p) over pixels of probability p."""
+    edge, random = 56, np.random.default_rng(1)
+    where = np.stack(np.meshgrid(*[np.arange(edge)] * 3, indexing="ij"))
+    volume = torch.zeros(8, edge, edge, edge, dtype=torch.long)
+    for cube in volume:
+        for _ in range(40):
+            centre = random.uniform(-6, edge + 6, 3)[:, None, None, None]
+            cube[torch.from_numpy(((where - centre) ** 2).sum(0) < random.uniform(5, 9) ** 2)] = 1
+    cubes, grey = one_hot(volume, 2), []
+    for axis in range(3):
+        chosen = torch.from_numpy(np.stack([pick_diagonals(random, edge, 56) for _ in range(8)]))
+        for kind in (diagonal_slices(cubes, axis, chosen), as_unsharp(volume_slices(cubes, axis))):
+            assert kind.sum(1).sub(1).abs().max() < 1e-5
+            grey.append((kind[:, 1, 1:-1] * kind[:, 0, 1:-1]).mean(dim=(0, 2)))
+    diagonal, unsharp = torch.stack(grey).view(3, 2, -1).mean(0).numpy()
+    rows = np.argsort(abs(np.arange(1, edge - 1) / 2**0.5 % 1 - 0.5))  # those midway between two voxels first
+    for some, least in ((rows[:18], 0.01), (rows[18:36], 0.007), (rows[36:], 0.003)):
+        assert diagonal[some].mean() > least
+        assert unsharp[some].mean() == pytest.approx(diagonal[some].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("planes_apart", [False, True])
+def test_diagonal_slices_have_critics_of_their_own(tmp_path, planes_apart):
+    training = {"diagonal_slices": True, "planes_apart": planes_apart, "cubes": 1, "critic_steps": 1}
+    study = study_of(tmp_path, training=training)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    assert len(models.critics.critics) == (6 if planes_apart else 2)
+    draw = real.draw(0, 0, range(1))
+    assert [some.shape for some in draw.real] == [(3, 3, 56, 56)] * 6
+    assert all(set(some.unique().tolist()) == {0, 1} for some in draw.real[:3])
+    assert all(0.5 <= some[:, :, 1].max() and len(some.unique()) > 10 for some in draw.real[3:])
+    volume = models.generate(low_res.draw(0, range(1), ALONE.device)[1])
+    slices = models.slices(volume, real.choose(0, range(1)))
+    inner = volume[:, :, 4:60, 4:60, 4:60]
+    assert torch.equal(slices[4], diagonal_slices(inner, 1, real.choose(0, range(1))[4]))
+    critics = models.critics.critics
+    values = [torch.cat(slices[k : k + 3]) for k in (0, 3)] if not planes_apart else slices
+    expected = torch.stack([critic(some).mean() for critic, some in zip(critics, values, strict=True)]).mean()
+    assert models.critics.score(slices).item() == pytest.approx(expected.item(), rel=1e-5)
+    before = [p.detach().clone() for p in models.critics.parameters()]
+    outcome = models.step(0, range(1), low_res, real, 1e-3)
+    assert outcome.finite
+    assert all(not torch.equal(p, q) for p, q in zip(models.critics.parameters(), before, strict=True) if p.ndim > 1)
+
+
+def test_diagonal_slices_of_an_anisotropic_material_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="diagonal_slices: no image shows a plane at 45° of an anisotropic material"):
+        anisotropic(tmp_path, diagonal_slices=True)
 
 
 def test_each_critic_of_an_anisotropic_material_sees_its_plane(tmp_path):

@@ -22,6 +22,7 @@ from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
+from hpcres.training.diagonals import diagonal_slices
 from hpcres.training.distributed import Processes
 from hpcres.training.folder import RunFolder
 from hpcres.training.journal import Journal
@@ -142,7 +143,7 @@ class Models:
                 loss = -self.critics.score(slices)
             # At a high rate the generator of a step has more small features than its average, which is what will
             # paint; as the rate falls they become one, and then it should have the patterns of the images.
-            loss = loss + settings.learning_rate / rate * self._off_images(slices, real)
+            loss = loss + settings.learning_rate / rate * self._off_images(slices[:3], real)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -217,9 +218,11 @@ class Models:
         )
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
-        """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones."""
+        """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones; then, with
+        diagonal_slices, by the axis that they contain, those at 45°."""
         inner = self._inner(probabilities)
-        return [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
+        seen = [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
+        return seen + [diagonal_slices(inner, axis, one) for axis, one in enumerate(chosen[3:]) if one is not None]
 
     def _inner(self, cubes: Tensor) -> Tensor:
         """(…, z, y, x) without the outermost voxels, which no critic sees."""

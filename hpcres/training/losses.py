@@ -140,6 +140,7 @@ def pattern_loss(shares: Tensor, images: Tensor) -> Tensor:
 
 class Critics(nn.Module):
     """One critic for slices in all three planes of an isotropic material, else, or with `planes_apart`, one for each.
+    With `diagonal_slices` as many more for the slices at 45°, which are less sharp.
 
     One for all holds the mixture of the planes only, which can be right where no plane is: with rows and columns in the
     order z, y, x a structure stretched along z shows along rows and one along x along columns, but one along y along
@@ -150,15 +151,20 @@ class Critics(nn.Module):
         super().__init__()
         edge = PATCH_VOXELS - 2 * study.training.crop_voxels
         count = 1 if study.high_res.isotropic and not study.training.planes_apart else 3
+        kinds = 2 if study.training.diagonal_slices else 1
+        self.planes = 3 * kinds
+        """Of slices: normal to z, y, x; with diagonal_slices also those at 45° that contain z, y, x."""
         self.critics = nn.ModuleList(
-            Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count)
+            Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count * kinds)
         )
 
     def _groups(self, slices: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(slices))] if len(self.critics) == 1 else list(slices)
+        if len(self.critics) == self.planes:
+            return list(slices)
+        return [torch.cat(list(slices[first : first + 3])) for first in range(0, self.planes, 3)]
 
     def score(self, slices: Sequence[Tensor]) -> Tensor:
-        """Mean over the planes of the mean critic value; `slices` by normal axis z, y, x, as many for each."""
+        """Mean over the critics of the mean value; `slices` by plane, as many for each."""
         values = [critic(x).mean() for critic, x in zip(self.critics, self._groups(slices), strict=True)]
         return torch.stack(values).mean()
 

@@ -23,6 +23,7 @@ from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, c
 from hpcres.networks.resampling import middle
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
 from hpcres.study import PATCH_VOXELS, Study, Training
+from hpcres.training.diagonals import as_unsharp, pick_diagonals
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
 from hpcres.volumes.volume import read_beyond
@@ -226,14 +227,14 @@ class LowResCubes:
 
 @dataclass(frozen=True)
 class CriticDraw:
-    """What one critic step draws, per axis z, y, x.
+    """What one critic step draws, per axis z, y, x, and with diagonal_slices for slices at 45° that contain z, y, x.
 
     Attributes
     ----------
     chosen : tuple of Tensor or None
-        (cubes, slices): which slices of each cube; None for all.
+        (cubes, slices): which slices of each cube; None for all. At 45° (cubes, slices, 2), as of pick_diagonals.
     real : tuple of Tensor
-        Patches of the images, one-hot (patches, phases, edge, edge).
+        Patches of the images, one-hot (patches, phases, edge, edge); those beside slices at 45° as unsharp as these.
     mix : tuple of Tensor
         (penalties,): weight of the patch in each mixture whose gradient is penalised.
     pairs : tuple of Tensor, or None
@@ -285,6 +286,7 @@ class RealSlices:
                 f"training.slices_per_axis: {self.slices_per_axis} of only {self.edge} slices per axis that are left "
                 f"after the crop; use at most {self.edge}, or leave it out for all"
             )
+        self._planes = 6 if study.training.diagonal_slices else 3
         self._isotropic = isotropic = study.high_res.isotropic
         phases = PhaseMap(list(study.high_res.phases), "")
         pixels: list[np.ndarray] = []
@@ -389,17 +391,14 @@ class RealSlices:
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
         """The draws of one critic step for these cubes."""
         device = self._pixels.device
-        chosen: list[list[np.ndarray]] = [[], [], []]
-        origin: list[list[np.ndarray]] = [[], [], []]
-        mix: list[list[np.ndarray]] = [[], [], []]
-        pairs: list[list[np.ndarray]] = [[], [], []]
+        chosen, origin, mix, pairs = ([list[np.ndarray]() for _ in range(self._planes)] for _ in range(4))
         drawn = np.zeros(3, np.int64)
         for cube in cubes:
             random = _generator(self.seed, step, _CRITIC, critic_step, cube)
             slices, patches, penalties = critic_counts(self._settings, cube)
-            for axis in range(3):
-                chosen[axis].append(self._pick(random))
-                origin[axis].append(self._patches(random, axis, patches))
+            for axis in range(self._planes):
+                chosen[axis].append(self._pick(random, axis))
+                origin[axis].append(self._patches(random, axis % 3, patches))
                 mix[axis].append(random.random(penalties, np.float32))
                 some = np.arange(slices) if penalties == slices else random.permutation(slices)[:penalties]
                 pairs[axis].append(np.stack([drawn[1] + np.arange(penalties), drawn[0] + some]))
@@ -407,8 +406,9 @@ class RealSlices:
         every = np.sum([critic_counts(self._settings, cube) for cube in range(self._settings.cubes)], axis=0)
         shares = drawn * self._settings.cubes / (every * len(cubes))
         return CriticDraw(
-            tuple(torch.from_numpy(np.stack(c)).to(device) if self.slices_per_axis else None for c in chosen),
-            tuple(self._cut(np.concatenate(o)) for o in origin),
+            self._chosen(chosen),
+            tuple(self._cut(np.concatenate(o)) for o in origin[:3])
+            + tuple(as_unsharp(self._cut(np.concatenate(o))) for o in origin[3:]),
             tuple(torch.from_numpy(np.concatenate(m)).to(device) for m in mix),
             None if drawn[0] == drawn[1] == drawn[2] else (
                 tuple(torch.from_numpy(np.concatenate(p, axis=1)).to(device) for p in pairs)
@@ -417,18 +417,25 @@ class RealSlices:
         )
 
     def choose(self, step: int, cubes: range) -> tuple[Tensor | None, ...]:
-        """Which slices, (cubes, slices) for each axis, the critic judges in the generator step; None for all."""
-        if self.slices_per_axis is None:
-            return None, None, None
-        picks: list[list[np.ndarray]] = [[], [], []]
+        """Which slices the critics judge in the generator step, as CriticDraw.chosen."""
+        picks = [list[np.ndarray]() for _ in range(self._planes)]
         for cube in cubes:
             random = _generator(self.seed, step, _CHOICE, cube)
-            for axis in range(3):
-                picks[axis].append(self._pick(random))
-        return tuple(torch.from_numpy(np.stack(pick)).to(self._pixels.device) for pick in picks)
+            for axis in range(self._planes):
+                picks[axis].append(self._pick(random, axis))
+        return self._chosen(picks)
 
-    def _pick(self, random: np.random.Generator) -> np.ndarray:
+    def _pick(self, random: np.random.Generator, axis: int) -> np.ndarray:
+        if axis > 2:
+            return pick_diagonals(random, self.edge, self.slices_per_axis or self.edge)
         return random.permutation(self.edge)[: self.slices_per_axis]
+
+    def _chosen(self, picks: list[list[np.ndarray]]) -> tuple[Tensor | None, ...]:
+        """Picks of each axis and cube as tensors; None where they are all slices."""
+        return tuple(
+            torch.from_numpy(np.stack(pick)).to(self._pixels.device) if self.slices_per_axis or axis > 2 else None
+            for axis, pick in enumerate(picks)
+        )
 
     def _patches(self, random: np.random.Generator, axis: int, count: int) -> np.ndarray:
         """(count, 3): the pixel of each patch's first corner, and the strides of its rows and its columns.

@@ -193,15 +193,16 @@ def _generator_seconds(models: Models, edge: int) -> float:
 
 
 def _critics_seconds(models: Models, slices: int, counts: np.ndarray) -> float:
-    """Seconds of a critic step on so many slices normal to each axis, with patches and penalties as in `counts`."""
+    """Seconds of a critic step on so many slices of each plane, with patches and penalties as in `counts`."""
     edge, phases, device = _slice_edge(models.study), len(models.study.phases), models.group.device
+    planes = models.critics.planes
     patches, penalties = (max(1, round(slices * count / counts[0])) for count in counts[1:])
     fake, real = (
-        [torch.rand(n, phases, edge, edge, device=device) for _ in range(3)] for n in (slices, patches)
+        [torch.rand(n, phases, edge, edge, device=device) for _ in range(planes)] for n in (slices, patches)
     )
-    mix = [torch.rand(penalties, device=device) for _ in range(3)]
+    mix = [torch.rand(penalties, device=device) for _ in range(planes)]
     pair = torch.arange(penalties, device=device)
-    pairs = [torch.stack([pair % patches, pair % slices])] * 3
+    pairs = [torch.stack([pair % patches, pair % slices])] * planes
     return seconds_of(lambda: models.update_critics(real, fake, mix, pairs), device)
 
 
