@@ -644,6 +644,17 @@ def test_refused_before_anything_is_written(tmp_path, data, training, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("scale", "cube", "says"), [
+    ("8/3", 100, r"cube_voxels: 100 .* not 2 or more whole low-res ones at scale factor 8/3; use a multiple of 8"),
+    ("4", 66, "at scale factor 4; use a multiple of 4"), ("32", 32, "use a multiple of 32"),
+])  # fmt: skip
+def test_cubes_of_no_whole_low_res_voxels_are_refused(tmp_path, scale, cube, says):
+    with pytest.raises(ValueError, match=says):
+        study_of(tmp_path, scale_factor=scale, training={"cube_voxels": cube})
+    with pytest.raises(ValueError, match=r"cube_voxels: 32 less crop_voxels 9 .* slices of 14 voxels, .* needs 16"):
+        Training(cube_voxels=32, crop_voxels=9)
+
+
 def test_patterns_wider_than_what_the_crop_leaves_are_refused():
     with pytest.raises(ValueError, match="pattern_spacings: 8, but 3 pixels so far apart are not within the 16 of"):
         Training(crop_voxels=24, pattern_pixels=6)

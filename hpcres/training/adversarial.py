@@ -176,7 +176,7 @@ class Models:
         return wasserstein, penalty
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
-        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), of cubes `given` with their surroundings, by batch
+        """Phase probabilities, float32 (cubes, phases, z, y, x), of cubes `given` with their surroundings, by batch
         norm over the batch."""
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.networks.critic import Critic
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import Study
 
 
 def volume_slices(volume: Tensor, axis: int, chosen: Tensor | None = None) -> Tensor:
@@ -149,7 +149,7 @@ class Critics(nn.Module):
 
     def __init__(self, study: Study) -> None:
         super().__init__()
-        edge = PATCH_VOXELS - 2 * study.training.crop_voxels
+        edge = study.training.slice_voxels
         count = 1 if study.high_res.isotropic and not study.training.planes_apart else 3
         kinds = 2 if study.training.diagonal_slices else 1
         self.planes = 3 * kinds

@@ -22,7 +22,7 @@ from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.networks.resampling import middle
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
-from hpcres.study import PATCH_VOXELS, Study, Training
+from hpcres.study import Study, Training
 from hpcres.training.diagonals import as_unsharp, pick_diagonals
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
@@ -52,14 +52,14 @@ def _bands(image: Tensor, height: int) -> Iterator[Tensor]:
 
 
 class LowResCubes:
-    """Cubes of d³ voxels from the low-res volume (d · scale factor = 64), with training.surroundings around them, which
-    beyond the volume are its mirror image, and channels of noise."""
+    """Cubes of d³ voxels from the low-res volume (d · scale factor = training.cube_voxels), with training.surroundings
+    around them, which beyond the volume are its mirror image, and channels of noise."""
 
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
         self.channels = len(study.low_res.groups)
         self.isotropic = study.high_res.isotropic
-        self.edge = int(PATCH_VOXELS / study.scale_factor)
+        self.edge = int(study.training.cube_voxels / study.scale_factor)
         self.surroundings = study.training.surroundings
         self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
@@ -257,7 +257,7 @@ def critic_counts(settings: Training, cube: int) -> tuple[int, int, int]:
     A number that the study gives for all cubes is divided among them, so that a cube has the same with any number of
     processes.
     """
-    slices = settings.slices_per_axis or PATCH_VOXELS - 2 * settings.crop_voxels
+    slices = settings.slices_per_axis or settings.slice_voxels
 
     def part(number: int | str) -> int:
         if isinstance(number, str):
@@ -278,7 +278,7 @@ class RealSlices:
 
     def __init__(self, study: Study, device: torch.device) -> None:
         self.seed, self.phases = study.seed, len(study.phases)
-        self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
+        self.edge = study.training.slice_voxels
         self._settings, self.slices_per_axis = study.training, study.training.slices_per_axis
         self.pattern_spacings, self.pattern_pixels = study.training.pattern_spacings, study.training.pattern_pixels
         if self.slices_per_axis is not None and self.slices_per_axis > self.edge:

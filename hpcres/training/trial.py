@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import Study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices, critic_counts
@@ -98,7 +98,7 @@ def step_seconds(study: Study, group: Processes, low_res: LowResCubes, real: Rea
 def estimated_seconds(study: Study, group: Processes, smallest: bool = False) -> float:
     """Seconds of a step on this process, from its parts; with `smallest`, timed at the smallest inputs only."""
     settings, share = study.training, _share(study, group)
-    edge = int(PATCH_VOXELS / study.scale_factor)
+    edge = int(settings.cube_voxels / study.scale_factor)
     models = _alone(with_settings(study, surroundings=0), group)
     cube = _extrapolated(lambda n: _generator_seconds(models, n), _sizes(edge, _LEAST_EDGE), 3, smallest)
     # The context widens low-res feature maps but not high-res ones, which docs/recipes.md measured to cost this much.
@@ -176,10 +176,6 @@ def _share(study: Study, group: Processes) -> int:
     return len(group.share(study.training.cubes))
 
 
-def _slice_edge(study: Study) -> int:
-    return PATCH_VOXELS - 2 * study.training.crop_voxels
-
-
 def _generator_seconds(models: Models, edge: int) -> float:
     """Seconds of forward and backward of one cube of edge³ low-res voxels."""
     channels = models.generator.conv_first.in_channels
@@ -194,7 +190,7 @@ def _generator_seconds(models: Models, edge: int) -> float:
 
 def _critics_seconds(models: Models, slices: int, counts: np.ndarray) -> float:
     """Seconds of a critic step on so many slices of each plane, with patches and penalties as in `counts`."""
-    edge, phases, device = _slice_edge(models.study), len(models.study.phases), models.group.device
+    edge, phases, device = models.study.training.slice_voxels, len(models.study.phases), models.group.device
     planes = models.critics.planes
     patches, penalties = (max(1, round(slices * count / counts[0])) for count in counts[1:])
     fake, real = (
