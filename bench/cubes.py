@@ -18,7 +18,6 @@ import numpy as np
 
 from hpcres.geometry import AXES, Box, triple
 from hpcres.metrics.counts import Counts, add, count, finalize
-from hpcres.study import PATCH_VOXELS
 from hpcres.study_file import load_study
 from hpcres.training.samples import LowResCubes
 from hpcres.volumes.formats import open_volume
@@ -48,14 +47,14 @@ def main() -> None:
     study = load_study(options.study, output=None if options.output is None else str(options.output))
     volume, names, isotropic = open_volume(study.labels_path), list(study.phases), study.high_res.isotropic
     whole, whole_areas = fractions_and_areas(count(volume.read(Box.whole(volume.shape))), names, isotropic)
-    low_res = LowResCubes(study)
+    low_res, edge = LowResCubes(study), study.training.cube_voxels
 
     def off(cubes: list[int], kind: int) -> list[float]:
         """Differences of fractions, and relative ones of areas."""
         parts = []
         for cube in cubes:
             corner = [round(at * study.scale_factor) for at in low_res.start(0, kind, cube)[1].tolist()]
-            parts.append(count(volume.read(Box(triple(corner), triple([at + PATCH_VOXELS for at in corner])))))
+            parts.append(count(volume.read(Box(triple(corner), triple([at + edge for at in corner])))))
         fractions, areas = fractions_and_areas(reduce(add, parts), names, isotropic)
         return [*(fractions - whole), *(areas[key] / whole_areas[key] - 1 for key in whole_areas)]
 

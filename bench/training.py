@@ -2,6 +2,10 @@
 
     python bench/training.py                  a phantom, the small network, five minutes on two cores
     python bench/training.py --device cuda --paper
+    python bench/training.py --peer SuperRes --steps 1 --turns 2
+
+With --peer, a step beside one of the published code, whose own loop runs from a checkout of it that you have:
+the same widths, cubes, slices and critic steps, by turns.
 
 `share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
 a matrix product of 2048² in the same run. Each row changes one setting of the row named first. Rows take turns, and
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from published import published_seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -52,6 +58,16 @@ CHANGES = {
     "a generator forward for each critic step": ("training", {"reuse_generated": False}),
     "five critic steps": ("training", {"critic_steps": 5}),
 }
+
+
+PEER = {
+    "ours": {},
+    "ours, `real_patches` and `penalties` as many as slices": {"real_patches": "slices", "penalties": "slices"},
+    "ours, bf16": {"precision": "bf16"},
+}
+"""Settings of training beside the published code's: its three critics, and all else by default. bf16 where a trial
+finds it faster."""
+PEER_WIDTHS = (5, 7)
 
 
 def study_of(folder: Path, settings: dict, device: str) -> Study:
@@ -156,6 +172,58 @@ def processes_rate(study: Study, count: int) -> float:
     return (int(last[0]) - int(first[0])) / (float(last[1]) - float(first[1]))
 
 
+def step_seconds(study: Study, group: Processes, steps: int) -> list[float]:
+    """Seconds of each of some steps, after one that is not timed."""
+    models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
+    marks = []
+    for step in range(steps + 1):
+        models.step(step, range(study.training.cubes), low_res, real, 1e-4)
+        marks.append(waited(group))
+    return np.diff(marks).tolist()
+
+
+def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: int, turns: int) -> None:
+    """A Markdown table of seconds of a generator step with its five critic steps."""
+    found: dict[str, list[float]] = {}
+    network = dict(zip(("width", "critic_width"), PEER_WIDTHS, strict=True))
+    fastest, _ = choose_precision(study_of(folder, {"network": network}, group.device.type), group)
+    for turn in range(turns):
+        place = folder / f"published-{turn}"
+        place.mkdir()
+        study = study_of(folder, {"network": network}, group.device.type)
+        seconds = published_seconds(
+            checkout, place, Path(study.low_res.paths[0]), Path(study.high_res.images[0].path), PEER_WIDTHS, steps
+        )
+        found.setdefault("published", []).extend(seconds)
+        print(f"turn {turn + 1}: published {seconds}", file=sys.stderr, flush=True)
+        for row, training in PEER.items():
+            if training.get("precision", fastest) != fastest:
+                continue
+            study = study_of(
+                folder, {"network": network, "training": {"planes_apart": True, **training}}, group.device.type
+            )
+            seconds = step_seconds(study, group, steps)
+            found.setdefault(row, []).extend(seconds)
+            print(f"turn {turn + 1}: {row} {seconds}", file=sys.stderr, flush=True)
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN held to {isa}' if isa else ''}, "
+          f"{group.device.type}, {torch.get_num_threads()} threads, {turns} turns of {steps} steps\n")  # fmt: skip
+    print("| | seconds a step, fastest | median | of the published code's fastest |\n|---|---|---|---|")
+    for row, seconds in found.items():
+        share = min(seconds) / min(found["published"])
+        print(f"| {row} | {min(seconds):.2f} | {np.median(seconds):.2f} | {share:.2f} |")
+
+
+def processor() -> str:
+    """Its name, and whether it has AMX, in which bf16 is many times as fast."""
+    information = Path("/proc/cpuinfo")
+    if not information.exists():
+        return platform.processor()
+    lines = dict(line.split(":", 1) for line in information.read_text().splitlines() if ":" in line)
+    said = {key.strip(): value.strip() for key, value in lines.items()}
+    return said.get("model name", platform.processor()) + ", AMX" * ("amx_bf16" in said.get("flags", "").split())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
@@ -163,10 +231,16 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--paper", action="store_true", help="the paper's networks and recipe, too")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--peer", type=Path, help="checkout of https://github.com/amirDahari1/SuperRes")
     options = parser.parse_args()
+    if options.peer is not None and torch.cuda.is_available() != (options.device == "cuda"):
+        parser.error("--peer: the published code computes on the GPU if there is one; use the same --device")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as name, processes(options.device, None) as group:
         folder = Path(name)
+        if options.peer is not None:
+            beside_the_published(options.peer.resolve(), folder, group, options.steps, options.turns)
+            return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # an earlier run's would hide what it costs
         precision, bf16_speed = choose_precision(study_of(folder, FAST, options.device), group)
         print(f"precision auto is {precision}: bf16 had {bf16_speed:.2f} times the speed of fp32 in the trial")

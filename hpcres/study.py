@@ -21,7 +21,9 @@ from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
 from hpcres.lengths import Length, parse_length
 
 PATCH_VOXELS = 64
-"""High-res edge of one training cube; scale factors are 64/d because d low-res voxels must fill it exactly."""
+"""Scale factors are 64/d, because d low-res voxels must fill so many high-res ones exactly."""
+LEAST_SLICE_VOXELS = 16
+"""A critic halves a slice four times."""
 _FEWEST_LOW_RES = 2  # d: a cube of one low-res voxel would have no structure to learn from
 
 
@@ -169,6 +171,9 @@ class LowRes(Section):
     """Probabilities in place of labels; a voxel where all are 0 is unknown."""
     unknown: tuple[int, ...] = ()
     """Labels of voxels that are damaged or masked: the generator is told nothing of them and fills them in."""
+    one_sided: tuple[PhaseName, ...] = ()
+    """Phases, as the pore, of which the output may have less than the volume shows: the voxel-wise loss of training
+    leaves out the groups they are in, and all voxels that show one of these."""
     raw: RawHeader | None = None
 
     @model_validator(mode="after")
@@ -188,6 +193,19 @@ class LowRes(Section):
         for label in self.unknown:
             if label in self.phases or self.unknown.count(label) > 1:
                 raise ValueError(f"unknown: label {label} is given twice, or has a phase as well; keep one")
+        named = [name for group in self.groups for name in group]
+        for name in self.one_sided:
+            if name not in named:
+                hint = difflib.get_close_matches(name, named, 1)
+                raise ValueError(
+                    f"one_sided: {name!r} is no phase of low_res ({', '.join(named)})"
+                    + (f"; did you mean {hint[0]!r}?" if hint else "")
+                )
+        if not self.two_sided:
+            raise ValueError(
+                f"one_sided: {', '.join(self.one_sided)} are of all groups, so that the low-res volume would ask "
+                "nothing of the output; leave one out"
+            )
         return self
 
     @property
@@ -195,6 +213,11 @@ class LowRes(Section):
         """The phases behind each low-res channel, in the order of the file."""
         every = [channel.phases for channel in self.channels] or self.phases.values()
         return tuple((v,) if isinstance(v, str) else v for v in every)
+
+    @property
+    def two_sided(self) -> list[int]:
+        """Numbers of the groups without a phase of `one_sided`."""
+        return [k for k, group in enumerate(self.groups) if not set(group) & set(self.one_sided)]
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -273,12 +296,25 @@ class Training(Section):
     (network.least_width) or refuses the run. It does neither with `init_from`. Fewer than 100 steps gave no usable
     generator with any recipe."""
     cubes: Annotated[int, Field(ge=1)] = 8
-    """Cubes of 64³ per step, over all processes."""
+    """Cubes per step, over all processes."""
+    cube_voxels: Annotated[int, Field(ge=16, le=512)] = 64
+    """High-res voxels along the edge of a training cube, which whole low-res voxels must fill. At 128 the critics see
+    four times the area, by one more convolution; memory and time of a cube grow as its volume."""
     slices_per_axis: Annotated[int, Field(ge=1)] | None = None
-    """Random slices per cube and axis shown to the critic; all 56 by default."""
+    """Random slices per cube and axis shown to the critic; by default all, which are 56 of a cube of 64³."""
     planes_apart: bool = False
     """Of an isotropic material, a critic for each plane, so that the slices of each look like the images by themselves
     and no direction differs; as published one for all planes together. An anisotropic material has three anyway."""
+    diagonal_slices: bool = False
+    """Show critics of their own slices at 45° to two axes, too, which tell of directions that no other slice shows; as
+    many as slices_per_axis for each axis, and isotropic materials only. None by default, as published."""
+    real_patches: Annotated[int, Field(ge=1)] | Literal["slices"] = 64
+    """Patches of the images for each axis and critic step, over all processes, at least one a cube; 64 as in the
+    published code. `slices` takes as many as generated slices."""
+    penalties: Annotated[int, Field(ge=1)] | Literal["slices"] = 64
+    """Pairs of a patch and a generated slice for each axis and critic step whose mixture has its gradient penalised,
+    over all processes, at least one a cube; 64 as in the published code. `slices` takes as many as generated slices.
+    There are never more than patches or slices."""
     critic_steps: Annotated[int, Field(ge=1)] = 5
     reuse_generated: bool = False
     """One generator forward serves the critic steps and the generator step."""
@@ -341,7 +377,7 @@ class Training(Section):
     quality_steps: Annotated[int, Field(ge=1)] | None = None
     """Generator steps between two judgements by what a user has (docs/training.md); none by default, as published."""
     quality_cubes: Annotated[int, Field(ge=1)] = 16
-    """Cubes of 64³ that are judged, always the same."""
+    """Cubes that are judged, always the same."""
     keep: Literal["last", "best"] = "last"
     """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -358,13 +394,23 @@ class Training(Section):
     def _consistent(self) -> Training:
         if self.keep == "best" and self.quality_steps is None:
             raise ValueError("keep: best, but nothing is judged; set quality_steps")
-        across, seen = self.pattern_pixels // 2, PATCH_VOXELS - 2 * self.crop_voxels
+        if self.slice_voxels < LEAST_SLICE_VOXELS:
+            raise ValueError(
+                f"cube_voxels: {self.cube_voxels} less crop_voxels {self.crop_voxels} on both sides leaves slices of "
+                f"{self.slice_voxels} voxels, and a critic needs {LEAST_SLICE_VOXELS}; use larger cubes or less crop"
+            )
+        across, seen = self.pattern_pixels // 2, self.slice_voxels
         if (across - 1) * max(self.pattern_spacings) >= seen:
             raise ValueError(
                 f"pattern_spacings: {max(self.pattern_spacings)}, but {across} pixels so far apart are not within the "
                 f"{seen} of a slice that are left after the crop; use a smaller spacing or a smaller crop_voxels"
             )
         return self
+
+    @property
+    def slice_voxels(self) -> int:
+        """Edge of the slices that the critics see."""
+        return self.cube_voxels - 2 * self.crop_voxels
 
     @property
     def padded_voxels(self) -> int:
@@ -519,6 +565,18 @@ class Study(Section):
                     f"low_res.phases: {name!r} has no place, so the generator could not put it anywhere; list it "
                     f"with the phase it cannot be told from, as [{named[0]}, {name}]"
                 )
+        low_res_edge = self.training.cube_voxels / self.scale_factor
+        if low_res_edge.denominator != 1 or low_res_edge < _FEWEST_LOW_RES:
+            every = self.scale_factor.numerator
+            raise ValueError(
+                f"training.cube_voxels: {self.training.cube_voxels} high-res voxels are not {_FEWEST_LOW_RES} or more "
+                f"whole low-res ones at scale factor {self.scale_factor}; use a multiple of {every}"
+            )
+        if self.training.diagonal_slices and not self.high_res.isotropic:
+            raise ValueError(
+                "training.diagonal_slices: no image shows a plane at 45° of an anisotropic material; set it to false, "
+                "or high_res.isotropic to true"
+            )
         if (around := self.training.surroundings) % (q := self.scale_factor.denominator):
             raise ValueError(
                 f"training.surroundings: {around} low-res voxels are no whole number of high-res ones at scale factor "
@@ -538,8 +596,13 @@ class Study(Section):
 
     @classmethod
     def of_json(cls, text: str) -> Study:
-        """The study that `as_json` wrote; pydantic's ValidationError if it is not valid."""
-        return cls.model_validate(json.loads(text))
+        """The study that `as_json` wrote; pydantic's ValidationError if it is not valid.
+
+        Settings that an earlier version did not have get the value that says what it did.
+        """
+        settings = json.loads(text)
+        settings["training"] = {"real_patches": "slices", "penalties": "slices"} | settings.get("training", {})
+        return cls.model_validate(settings)
 
     @property
     def phases(self) -> tuple[str, ...]:

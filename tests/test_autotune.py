@@ -7,6 +7,7 @@ import time
 from itertools import pairwise
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 from small_training import ALONE, history, same, study_of, weights
@@ -67,6 +68,16 @@ def test_without_hardware_for_bf16_fp32_is_chosen(tmp_path):
     chosen, ratio = done.stdout.split()
     assert chosen == "fp32"
     assert float(ratio) < 1
+
+
+def test_parts_are_timed_up_to_the_cubes_and_slices_of_the_study(tmp_path, monkeypatch):
+    largest = []
+    monkeypatch.setattr(trial, "_extrapolated", lambda seconds_at, sizes, *_: largest.append(sizes[-1]) or 1.0)
+    for training in ({}, {"cube_voxels": 128, "slices_per_axis": None}):
+        estimated_seconds(study_of(tmp_path, training={"cubes": 2} | training), ALONE)
+    assert largest == [16, 2 * 3, 32, 2 * 120]
+    models = trial._alone(study_of(tmp_path, training={"cube_voxels": 32, "diagonal_slices": True}), ALONE)
+    assert trial._critics_seconds(models, 2, np.array([4, 2, 1])) > 0  # on one patch and one penalty
 
 
 @pytest.mark.parametrize("constant", [0.0, 0.1])

@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import nn
 
 from hpcres.geometry import plan_tiles
 from hpcres.networks.critic import Critic
@@ -114,9 +115,16 @@ def test_transposed_end_needs_a_doubling():
         SuperResGenerator(2, 3, Fraction(8, 5), last_stage="transposed")
 
 
-@pytest.mark.parametrize("edge", [16, 56, 64])
-def test_critic_gives_one_number_a_slice(edge):
-    assert Critic(3, edge, 5)(torch.zeros(7, 3, edge, edge)).shape == (7,)
+@pytest.mark.parametrize(("edge", "convolutions", "last"), [
+    (16, 4, 1), (56, 4, 3), (64, 4, 4), (88, 4, 5), (120, 5, 3), (248, 6, 3)
+])  # fmt: skip
+def test_critic_gives_one_number_a_slice(edge, convolutions, last):
+    """Slices of twice the edge pass one convolution more, of the first one's channels."""
+    critic = Critic(3, edge, 5)
+    assert critic(torch.zeros(7, 3, edge, edge)).shape == (7,)
+    halving = [layer for layer in critic.layers if isinstance(layer, nn.Conv2d)][:-1]
+    assert [layer.out_channels for layer in halving] == [4] * (convolutions - 4) + [4, 8, 16, 32]
+    assert critic.layers[-1].kernel_size == (last, last)
 
 
 def test_paper_widths():

@@ -1,16 +1,19 @@
 """Runs that are told to stop, killed, or broken: what they leave, and that going on is the uninterrupted run."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from small_group import as_rank, free_ports, run_ranks
-from small_training import history, same, study_of, weights
+from small_training import ALONE, blobs, history, same, study_of, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
@@ -18,6 +21,7 @@ from hpcres.study_file import save_study
 from hpcres.training import run
 from hpcres.training.adversarial import Models
 from hpcres.training.run import train
+from hpcres.training.samples import LowResCubes, RealSlices
 
 EVERY_STEP = {"report_seconds": 1e-6, "checkpoint_minutes": 1e-9}
 
@@ -64,6 +68,35 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, match_fraction
     assert again.step == 5
 
 
+@pytest.mark.parametrize(("scale", "cube"), [("4", 128), ("8/3", 96)])
+def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube):
+    """Trained, judged and settled at another edge than 64, with slices of 120 and 88 voxels."""
+    more = {"scale_factor": scale, "network": {"width": 2, "critic_width": 4, "padding": "zeros"}}
+    training = {"cube_voxels": cube, "cubes": 1, "critic_steps": 1, "quality_steps": 1, "quality_cubes": 1}
+    training |= {"settling_cubes": 1, "pattern_weight": 1, "slices_per_axis": 2, "diagonal_slices": cube == 96}
+    np.save(tmp_path / "wide.npy", blobs((1, 130, 125), 2))
+    images = [{"path": str(tmp_path / "wide.npy")}]
+    edge = round(cube / Fraction(scale))
+
+    def study(steps, name):
+        return study_of(tmp_path, images, volume=blobs((edge, edge + 2, edge), 1), output=str(tmp_path / name),
+                        training=training | {"steps": steps}, **more)  # fmt: skip
+
+    whole, cut = study(2, "whole"), study(2, "cut")
+    low_res, real = LowResCubes(whole), RealSlices(whole, ALONE.device)
+    assert low_res.draw(0, range(1), ALONE.device)[0].shape == (1, edge, edge, edge)
+    assert real.draw(0, 0, range(1)).real[0].shape == (2, 3, cube - 8, cube - 8)
+    train(whole)
+    train(study(1, "cut"))
+    with pytest.raises(InputError, match=rf"training.cube_voxels {cube}.*now says"):
+        train(cut.model_copy(update={"training": cut.training.model_copy(update={"cube_voxels": 64})}))
+    assert train(cut).resumed_step == 1
+    assert same(weights(whole), weights(cut))
+    assert history(whole)[-1] == history(cut)[-1]
+    assert history(whole, "quality.csv") == history(cut, "quality.csv")
+    assert len(history(whole, "quality.csv")) == 3
+
+
 def test_another_training_in_the_same_place_is_refused(tmp_path):
     study = study_of(tmp_path, training={"steps": 1})
     train(study)
@@ -75,6 +108,26 @@ def test_another_training_in_the_same_place_is_refused(tmp_path):
     assert train(changed, overwrite=True).resumed_step == 0
     longer = study_of(tmp_path, training={"steps": 2, "gradient_penalty": 5.0, "report_seconds": 3.0, "threads": 1})
     assert train(longer).resumed_step == 1
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path):
+    """It knew nothing of other cubes than 64³, of slices at 45° and of one-sided phases, and had as many patches and
+    penalties as slices. A study that says nothing of these now asks for 64, and is refused."""
+    whole, cut = (study_of(tmp_path, training={"steps": 2}, output=str(tmp_path / name)) for name in ("whole", "cut"))
+    train(whole)
+    train(study_of(tmp_path, training={"steps": 1}, output=str(tmp_path / "cut")))
+    content = torch.load(cut.checkpoint_path)
+    settings = json.loads(content["study"])
+    for name in ("real_patches", "penalties"):
+        assert settings["training"].pop(name) == "slices"
+    del settings["training"]["cube_voxels"], settings["training"]["diagonal_slices"], settings["low_res"]["one_sided"]
+    torch.save(content | {"study": json.dumps(settings)}, cut.checkpoint_path)
+    assert load_checkpoint(cut.checkpoint_path).study.training.penalties == "slices"
+    changed = study_of(tmp_path, training={"steps": 2, "real_patches": 64}, output=str(tmp_path / "cut"))
+    with pytest.raises(InputError, match=r"training.real_patches slices.*now says 64.*--overwrite"):
+        train(changed)
+    assert train(cut).resumed_step == 1
+    assert same(weights(whole), weights(cut))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

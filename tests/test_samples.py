@@ -78,18 +78,40 @@ def test_an_image_goes_to_the_critic_of_its_normal_with_rows_and_columns_in_orde
         assert found.std(axis=2 - varies).max() == 0
 
 
-def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path):
-    study = study_of(tmp_path)
+@pytest.mark.parametrize(("numbers", "slices"), [({}, 3), ({"real_patches": 7, "penalties": 5}, 3),
+                                                 ({"real_patches": 2, "penalties": "slices"}, None),
+                                                 ({"diagonal_slices": True}, 3)])  # fmt: skip
+def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path, numbers, slices):
+    study = study_of(tmp_path, training={"cubes": 4, "slices_per_axis": slices} | numbers)
     low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
     whole = low_res.draw(7, range(4), ALONE.device)
     parts = [low_res.draw(7, share, ALONE.device) for share in (range(2), range(2, 4))]
     assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
     slices = real.draw(7, 1, range(4))
     parts = [real.draw(7, 1, share) for share in (range(2), range(2, 4))]
-    for axis in range(3):
+    number, planes = numbers.get("real_patches", 12), 6 if "diagonal_slices" in numbers else 3
+    assert len(slices.real) == planes
+    shown = [real.choose(7, share) for share in (range(4), range(2), range(2, 4))]
+    for axis in range(planes):
+        if shown[0][axis] is not None:
+            assert torch.equal(shown[0][axis], torch.cat([shown[1][axis], shown[2][axis]]))
+        assert len(slices.real[axis]) == max(4, number)
         for name in ("chosen", "real", "mix"):
-            cut = torch.cat([getattr(part, name)[axis] for part in parts])
-            assert torch.equal(getattr(slices, name)[axis], cut)
+            if getattr(slices, name)[axis] is not None:
+                cut = torch.cat([getattr(part, name)[axis] for part in parts])
+                assert torch.equal(getattr(slices, name)[axis], cut)
+        if number != 12:
+            fakes = 2 * (study.training.slices_per_axis or 56)
+            first, second = (part.pairs[axis] for part in parts)
+            after = torch.tensor([[len(parts[0].real[axis])], [fakes]])
+            assert torch.equal(slices.pairs[axis], torch.cat([first, second + after], dim=1))
+            for numbers_of_pairs in slices.pairs[axis]:
+                assert len(numbers_of_pairs.unique()) == len(slices.mix[axis])
+    if number == 12:
+        assert slices.pairs is None
+        assert all(part.shares == (1, 1) for part in parts)
+    for share, counts in enumerate(zip(*([len(p.real[0]), len(p.mix[0])] for p in parts), strict=True)):
+        assert [part.shares[share] for part in parts] == pytest.approx([2 * n / sum(counts) for n in counts])
     assert not torch.equal(whole[1], low_res.draw(8, range(4), ALONE.device)[1])
     assert not torch.equal(slices.mix[0], real.draw(7, 0, range(4)).mix[0])
 

@@ -17,8 +17,9 @@ from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.study import Imaging, Training
+from hpcres.study import Imaging, LowRes, Training
 from hpcres.training.adversarial import Models, average_decay
+from hpcres.training.diagonals import as_unsharp, diagonal_slices, pick_diagonals
 from hpcres.training.distributed import Processes
 from hpcres.training.losses import (
     Critics,
@@ -74,6 +75,38 @@ def test_voxel_loss_is_the_mean_square_over_voxels_and_channels():
     assert voxel_loss(operator, torch.full((1, 2, 8, 8, 8), 0.5), wanted).item() == pytest.approx(1 / 4)
 
 
+@pytest.mark.parametrize(("one_sided", "kept"), [(["a"], [1, 2]), (["a", "c"], [1]), (["c"], [0, 1])])
+def test_one_sided_groups_are_asked_for_nothing_against_a_reference(tmp_path, one_sided, kept):
+    """Voxel by voxel: of a voxel that shows a kept group, how far the output is off having all of it."""
+    phases = {"path": str(tmp_path / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}, "one_sided": one_sided}
+    training = {"critic_steps": 1, "reuse_generated": True}
+    study = study_of(tmp_path, low_res=phases, training=training)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    with torch.no_grad():
+        labels, given = low_res.draw(0, range(2), ALONE.device)
+        seen = models.generate(given)[..., ::4, ::4, ::4]
+    loss = sum(float(((seen[:, k] - 1) ** 2)[labels == k].sum()) for k in kept) / labels.numel() / len(kept)
+    assert models.step(0, range(2), low_res, real, 1e-30).losses[3].item() == pytest.approx(loss, rel=1e-5)
+
+
+def test_one_sided_loss_leaves_out_what_is_unknown_and_follows_probabilities():
+    operator = ImagingOperator(Fraction(1), [[0], [1]], Imaging(operator="under-sampled"))
+    painted = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.5, 0.5]]).T.view(1, 2, 3, 1, 1)
+    shown = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]).T.view(1, 2, 3, 1, 1)  # material, pore, unknown
+    assert voxel_loss(operator, painted, shown, [1]).item() == pytest.approx(0.2**2 / 3)
+    shares = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.1, 0.9]]).T.view(1, 2, 3, 1, 1)
+    assert voxel_loss(operator, painted, shares, [1]).item() == pytest.approx((0.9 * 0.4) ** 2 / 3)
+
+
+@pytest.mark.parametrize(("one_sided", "says"), [
+    (["por"], r"one_sided: 'por' is no phase of low_res \(pore, fibre, binder\); did you mean 'pore'\?"),
+    (["pore", "binder"], "one_sided: pore, binder are of all groups, .* leave one out"),
+])  # fmt: skip
+def test_one_sided_phases_that_are_unknown_or_all_are_refused(one_sided, says):
+    with pytest.raises(ValueError, match=says):
+        LowRes(path="low.npy", phases={0: "pore", 1: ("fibre", "binder")}, one_sided=one_sided)
+
+
 @pytest.mark.parametrize("chosen", [None, torch.tensor([[3, 0], [1, 4]])])
 def test_slices_of_a_numbered_volume(chosen):
     z, y, x = np.meshgrid(*map(np.arange, (5, 5, 5)), indexing="ij")
@@ -85,6 +118,85 @@ def test_slices_of_a_numbered_volume(chosen):
         expected = [volume[cube].select(axis + 1, i) for cube in range(2) for i in picks[cube]]
         assert torch.equal(slices, torch.stack(expected))
     assert volume_slices(volume, 1)[2, 0, 3, 4] == 324  # normal y: rows along z, columns along x
+
+
+def test_diagonal_slices_of_a_known_function_are_the_function_there():
+    """Within the bound of linear interpolation between points h = √2 apart, h² / 8 times the second derivative."""
+    edge, waves = 56, ((0.11, 0.05, -0.07), (-0.04, 0.12, 0.06))
+
+    def function(z, y, x):
+        return np.stack([np.sin(a * z + b * y + c * x) for a, b, c in waves])
+
+    z, y, x = np.meshgrid(*[np.arange(edge)] * 3, indexing="ij")
+    volume = torch.from_numpy(np.stack([function(z, y, x), function(z, y, x + 9)])).float()
+    random, along, rows, columns = np.random.default_rng(0), [], np.arange(edge)[:, None], np.arange(edge)
+    for axis in range(3):
+        chosen = torch.from_numpy(np.stack([pick_diagonals(random, edge, 700)[:40] for _ in range(2)]))
+        found = diagonal_slices(volume, axis, chosen).numpy().reshape(2, 40, 2, edge, edge)
+        for cube, slices in enumerate(found):
+            for one, (first, step) in zip(slices, chosen[cube].tolist(), strict=True):
+                sign = step - edge
+                where = [first // edge + rows / 2**0.5, first % edge + sign * rows / 2**0.5]
+                along.append(sign)
+                where.insert(axis, columns)
+                for place in where:
+                    assert 0 <= place.min() <= place.max() <= edge - 1
+                expected = function(where[0], where[1], where[2] + 9 * cube)
+                assert np.abs(one - expected).max() < 2 / 8 * (0.17**2) + 1e-5
+    assert {-1, 1} == set(along)
+    every = pick_diagonals(random, edge, 700)
+    assert len(np.unique(every, axis=0)) == len(every) == 2 * 17**2  # 39 voxels from the first to the last, of 56
+
+
+def test_patches_are_as_unsharp_as_the_diagonal_slices_beside_them():
+    """Of spheres, which have no direction, by row: the mean of p (1 − p) over pixels of probability p."""
+    edge, random = 56, np.random.default_rng(1)
+    where = np.stack(np.meshgrid(*[np.arange(edge)] * 3, indexing="ij"))
+    volume = torch.zeros(8, edge, edge, edge, dtype=torch.long)
+    for cube in volume:
+        for _ in range(40):
+            centre = random.uniform(-6, edge + 6, 3)[:, None, None, None]
+            cube[torch.from_numpy(((where - centre) ** 2).sum(0) < random.uniform(5, 9) ** 2)] = 1
+    cubes, grey = one_hot(volume, 2), []
+    for axis in range(3):
+        chosen = torch.from_numpy(np.stack([pick_diagonals(random, edge, 56) for _ in range(8)]))
+        for kind in (diagonal_slices(cubes, axis, chosen), as_unsharp(volume_slices(cubes, axis))):
+            assert kind.sum(1).sub(1).abs().max() < 1e-5
+            grey.append((kind[:, 1, 1:-1] * kind[:, 0, 1:-1]).mean(dim=(0, 2)))
+    diagonal, unsharp = torch.stack(grey).view(3, 2, -1).mean(0).numpy()
+    rows = np.argsort(abs(np.arange(1, edge - 1) / 2**0.5 % 1 - 0.5))  # those midway between two voxels first
+    for some, least in ((rows[:18], 0.01), (rows[18:36], 0.007), (rows[36:], 0.003)):
+        assert diagonal[some].mean() > least
+        assert unsharp[some].mean() == pytest.approx(diagonal[some].mean(), rel=0.1)
+
+
+@pytest.mark.parametrize("planes_apart", [False, True])
+def test_diagonal_slices_have_critics_of_their_own(tmp_path, planes_apart):
+    training = {"diagonal_slices": True, "planes_apart": planes_apart, "cubes": 1, "critic_steps": 1}
+    study = study_of(tmp_path, training=training)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    assert len(models.critics.critics) == (6 if planes_apart else 2)
+    draw = real.draw(0, 0, range(1))
+    assert [some.shape for some in draw.real] == [(3, 3, 56, 56)] * 6
+    assert all(set(some.unique().tolist()) == {0, 1} for some in draw.real[:3])
+    assert all(0.5 <= some[:, :, 1].max() and len(some.unique()) > 10 for some in draw.real[3:])
+    volume = models.generate(low_res.draw(0, range(1), ALONE.device)[1])
+    slices = models.slices(volume, real.choose(0, range(1)))
+    inner = volume[:, :, 4:60, 4:60, 4:60]
+    assert torch.equal(slices[4], diagonal_slices(inner, 1, real.choose(0, range(1))[4]))
+    critics = models.critics.critics
+    values = [torch.cat(slices[k : k + 3]) for k in (0, 3)] if not planes_apart else slices
+    expected = torch.stack([critic(some).mean() for critic, some in zip(critics, values, strict=True)]).mean()
+    assert models.critics.score(slices).item() == pytest.approx(expected.item(), rel=1e-5)
+    before = [p.detach().clone() for p in models.critics.parameters()]
+    outcome = models.step(0, range(1), low_res, real, 1e-3)
+    assert outcome.finite
+    assert all(not torch.equal(p, q) for p, q in zip(models.critics.parameters(), before, strict=True) if p.ndim > 1)
+
+
+def test_diagonal_slices_of_an_anisotropic_material_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="diagonal_slices: no image shows a plane at 45° of an anisotropic material"):
+        anisotropic(tmp_path, diagonal_slices=True)
 
 
 def test_each_critic_of_an_anisotropic_material_sees_its_plane(tmp_path):
@@ -155,6 +267,34 @@ def test_one_step_against_a_reference_of_a_few_lines(tmp_path, around):
             assert torch.allclose(a, b, atol=2e-5 * largest)
         slopes[threshold] = expected[0]
     assert not torch.allclose(slopes[0.0], slopes[1e9], rtol=0.1)
+
+
+@pytest.mark.parametrize("planes_apart", [False, True])
+def test_critics_with_fewer_patches_and_penalties_than_slices_against_a_reference(tmp_path, planes_apart):
+    """The published code's numbers are 64 of each axis, whatever the number of generated slices."""
+    assert (Training().real_patches, Training().penalties) == (64, 64)
+    more = {"critic_steps": 1, "real_patches": 5, "penalties": 4, "planes_apart": planes_apart}
+    study = study_of(tmp_path, training=more)
+    models, low_res, real = Models(study, ALONE), LowResCubes(study), RealSlices(study, ALONE.device)
+    models.step(0, range(2), low_res, real, 1e-30)
+    draw = real.draw(0, 0, range(2))
+    assert [len(some) for some in draw.real] == [5] * 3
+    assert [len(some) for some in draw.mix] == [4] * 3
+    with torch.no_grad():
+        fake = models.slices(models.generate(low_res.draw(0, range(2), ALONE.device, 1)[1]), draw.chosen)
+    losses = []
+    for axis in range(3):
+        critic = models.critics.critics[axis if planes_apart else 0]
+        loss = critic(fake[axis]).mean() - critic(draw.real[axis]).mean()
+        for (patch, generated), weight in zip(draw.pairs[axis].T.tolist(), draw.mix[axis], strict=True):
+            between = (weight * draw.real[axis][patch] + (1 - weight) * fake[axis][generated])[None].requires_grad_()
+            (slope,) = torch.autograd.grad(critic(between), between, create_graph=True)
+            loss = loss + 10 * (slope.norm() - 1) ** 2 / 4
+        losses.append(loss)
+    loss = torch.stack(losses)
+    expected = torch.autograd.grad(loss.sum() if planes_apart else loss.mean(), list(models.critics.parameters()))
+    for ours, theirs in zip(models.critics.parameters(), expected, strict=True):
+        assert torch.allclose(ours.grad, theirs, atol=1e-5 * float(theirs.abs().max()) + 1e-6)
 
 
 @pytest.mark.parametrize("planes_apart", [False, True])
@@ -502,6 +642,17 @@ def test_refused_before_anything_is_written(tmp_path, data, training, says):
         train(study_of(tmp_path, training=training, **data))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scale", "cube", "says"), [
+    ("8/3", 100, r"cube_voxels: 100 .* not 2 or more whole low-res ones at scale factor 8/3; use a multiple of 8"),
+    ("4", 66, "at scale factor 4; use a multiple of 4"), ("32", 32, "use a multiple of 32"),
+])  # fmt: skip
+def test_cubes_of_no_whole_low_res_voxels_are_refused(tmp_path, scale, cube, says):
+    with pytest.raises(ValueError, match=says):
+        study_of(tmp_path, scale_factor=scale, training={"cube_voxels": cube})
+    with pytest.raises(ValueError, match=r"cube_voxels: 32 less crop_voxels 9 .* slices of 14 voxels, .* needs 16"):
+        Training(cube_voxels=32, crop_voxels=9)
 
 
 def test_patterns_wider_than_what_the_crop_leaves_are_refused():

@@ -7,16 +7,24 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+_LARGEST_LAST = 6
+"""Edge that the last convolution has at most."""
+
 
 class Critic(nn.Module):
     """(batch, phases, edge, edge) → (batch,). Four stride-2 convolutions, then one over what is left.
 
-    `width` is the exponent of the last channel count; `edge_voxels` the slice edge (56 when 4 of 64 are cropped).
+    `width` is the exponent of the last channel count; `edge_voxels` the slice edge (56 when 4 of 64 are cropped). Where
+    more than 6 × 6 would be left, as of 120 (4 of 128 cropped), there are more stride-2 convolutions of the first
+    one's channels, as in the published critic of 128².
     """
 
     def __init__(self, phases: int, edge_voxels: int, width: int = 9) -> None:
         super().__init__()
-        counts = [phases, *(2 ** (width - 3 + i) for i in range(4))]
+        more = 0
+        while edge_voxels >> (4 + more) > _LARGEST_LAST:
+            more += 1
+        counts = [phases, *[2 ** (width - 3)] * more, *(2 ** (width - 3 + i) for i in range(4))]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(counts):
             layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.ReLU()]

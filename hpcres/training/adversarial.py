@@ -22,6 +22,7 @@ from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
+from hpcres.training.diagonals import diagonal_slices
 from hpcres.training.distributed import Processes
 from hpcres.training.folder import RunFolder
 from hpcres.training.journal import Journal
@@ -98,6 +99,7 @@ class Models:
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
         self.operator = ImagingOperator.of(study).to(group.device)
+        self._compared = study.low_res.two_sided if study.low_res.one_sided else None
         self._generator = group.parallel(self.generator)
         self._critics = group.parallel(self.critics)
         self.generator_optimizer, self.critic_optimizer = (
@@ -123,7 +125,7 @@ class Models:
                     seen = self.generate(other, learn=False)
             draw = real.draw(step, critic_step, cubes)
             fake = self.slices(seen, draw.chosen)
-            wasserstein, penalty = self.update_critics(draw.real, fake, draw.mix)
+            wasserstein, penalty = self.update_critics(draw.real, fake, draw.mix, draw.pairs, draw.shares)
         if probabilities is None:
             probabilities = self.generate(given)
         warm_up_steps = settings.warm_up_steps if self.init_from is None else 0
@@ -133,7 +135,7 @@ class Models:
             self.generator_optimizer.state.clear()
         self.generator_optimizer.zero_grad()
         known = one_hot(labels, low_res.channels)
-        voxel = voxel_loss(self.operator, probabilities, known)
+        voxel = voxel_loss(self.operator, probabilities, known, self._compared)
         if step < warm_up_steps:
             loss = interpolation_loss(self.operator, probabilities, known)
         else:
@@ -142,7 +144,7 @@ class Models:
                 loss = -self.critics.score(slices)
             # At a high rate the generator of a step has more small features than its average, which is what will
             # paint; as the rate falls they become one, and then it should have the patterns of the images.
-            loss = loss + settings.learning_rate / rate * self._off_images(slices, real)
+            loss = loss + settings.learning_rate / rate * self._off_images(slices[:3], real)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
@@ -165,13 +167,14 @@ class Models:
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
     def update_critics(
-        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor],
+        pairs: Sequence[Tensor] | None = None, shares: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One step of the critics' optimizer. Arguments and returned values, which are those before the step, are those
         of Critics.forward."""
         self.critic_optimizer.zero_grad()
         with self._autocast():
-            wasserstein, penalty = self._critics(real, fake, mix)
+            wasserstein, penalty = self._critics(real, fake, mix, pairs, shares)
         # Each critic has its own loss; their sum, since Adam's ε sees the size of a gradient.
         weight = self.study.training.gradient_penalty
         (len(self.critics.critics) * (weight * penalty - wasserstein)).backward()
@@ -179,7 +182,7 @@ class Models:
         return wasserstein, penalty
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
-        """Phase probabilities, float32 (cubes, phases, 64, 64, 64), of cubes `given` with their surroundings, by batch
+        """Phase probabilities, float32 (cubes, phases, z, y, x), of cubes `given` with their surroundings, by batch
         norm over the batch."""
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
@@ -222,9 +225,11 @@ class Models:
         )
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
-        """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones."""
+        """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones; then, with
+        diagonal_slices, by the axis that they contain, those at 45°."""
         inner = self._inner(probabilities)
-        return [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
+        seen = [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
+        return seen + [diagonal_slices(inner, axis, one) for axis, one in enumerate(chosen[3:]) if one is not None]
 
     def _inner(self, cubes: Tensor) -> Tensor:
         """(…, z, y, x) without the outermost voxels, which no critic sees."""

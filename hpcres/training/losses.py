@@ -14,7 +14,7 @@ from torch.nn import functional
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.networks.critic import Critic
 from hpcres.networks.resampling import middle
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import Study
 
 
 def volume_slices(volume: Tensor, axis: int, chosen: Tensor | None = None) -> Tensor:
@@ -35,13 +35,19 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def voxel_loss(operator: nn.Module, probabilities: Tensor, low_res: Tensor) -> Tensor:
+def voxel_loss(
+    operator: nn.Module, probabilities: Tensor, low_res: Tensor, channels: Sequence[int] | None = None
+) -> Tensor:
     """Mean squared difference between the low-res cubes, one-hot or probabilities, and what the coarse instrument sees
     of the output.
 
     A voxel without any label is unknown and adds nothing; it still counts in the mean, so that a known voxel weighs the
-    same in every cube and on every process.
+    same in every cube and on every process. With `channels` it is over these, both sides multiplied by the low-res one,
+    so that nothing is asked where the coarse image shows none of them (the published code's, for a separator).
     """
+    if channels is not None:
+        shown = low_res[:, channels]
+        return functional.mse_loss(operator(probabilities)[:, channels] * shown, shown * shown)
     return functional.mse_loss(operator(probabilities) * low_res.sum(1, keepdim=True), low_res)
 
 
@@ -171,6 +177,7 @@ def pattern_loss(shares: Tensor, images: Tensor) -> Tensor:
 
 class Critics(nn.Module):
     """One critic for slices in all three planes of an isotropic material, else, or with `planes_apart`, one for each.
+    With `diagonal_slices` as many more for the slices at 45°, which are less sharp.
 
     One for all holds the mixture of the planes only, which can be right where no plane is: with rows and columns in the
     order z, y, x a structure stretched along z shows along rows and one along x along columns, but one along y along
@@ -179,29 +186,43 @@ class Critics(nn.Module):
 
     def __init__(self, study: Study) -> None:
         super().__init__()
-        edge = PATCH_VOXELS - 2 * study.training.crop_voxels
+        edge = study.training.slice_voxels
         count = 1 if study.high_res.isotropic and not study.training.planes_apart else 3
+        kinds = 2 if study.training.diagonal_slices else 1
+        self.planes = 3 * kinds
+        """Of slices: normal to z, y, x; with diagonal_slices also those at 45° that contain z, y, x."""
         self.critics = nn.ModuleList(
-            Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count)
+            Critic(len(study.phases), edge, study.network.critic_width) for _ in range(count * kinds)
         )
 
     def _groups(self, slices: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat(list(slices))] if len(self.critics) == 1 else list(slices)
+        if len(self.critics) == self.planes:
+            return list(slices)
+        return [torch.cat(list(slices[first : first + 3])) for first in range(0, self.planes, 3)]
 
     def score(self, slices: Sequence[Tensor]) -> Tensor:
-        """Mean over the planes of the mean critic value; `slices` by normal axis z, y, x, as many for each."""
+        """Mean over the critics of the mean value; `slices` by plane, as many for each."""
         values = [critic(x).mean() for critic, x in zip(self.critics, self._groups(slices), strict=True)]
         return torch.stack(values).mean()
 
-    def forward(self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Estimated Wasserstein distance and gradient penalty, means over the planes.
+    def forward(
+        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor],
+        pairs: Sequence[Tensor] | None = None, shares: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Estimated Wasserstein distance and gradient penalty, means over the planes; arguments as in
+        samples.CriticDraw.
 
         Both come from one forward, so that their sum is one backward, as DistributedDataParallel needs.
         """
         distances, penalties = [], []
-        groups = zip(self.critics, self._groups(real), self._groups(fake), self._groups(mix), strict=True)
-        for critic, ours, theirs, weights in groups:
-            of_real, of_fake = critic(torch.cat([ours, theirs])).split([len(ours), len(theirs)])
-            distances.append(of_real.mean() - of_fake.mean())
-            penalties.append(gradient_penalty(critic, ours, theirs, weights))
+        ours, theirs = self._groups(real), self._groups(fake)
+        first, second = ours, theirs
+        if pairs is not None:
+            first = self._groups([some[pair[0]] for some, pair in zip(real, pairs, strict=True)])
+            second = self._groups([some[pair[1]] for some, pair in zip(fake, pairs, strict=True)])
+        every = zip(self.critics, ours, theirs, first, second, self._groups(mix), strict=True)
+        for critic, patches, slices, one, other, weights in every:
+            of_real, of_fake = critic(torch.cat([patches, slices])).split([len(patches), len(slices)])
+            distances.append(of_real.mean() * shares[0] - of_fake.mean())
+            penalties.append(gradient_penalty(critic, one, other, weights) * shares[1])
         return torch.stack(distances).mean(), torch.stack(penalties).mean()

@@ -22,7 +22,7 @@ from hpcres.metrics.agreement import changed_faces, lattice_imprint
 from hpcres.metrics.appearance import Seen, errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import Study
 from hpcres.training.samples import LowResCubes
 from hpcres.training.visible import Correction
 
@@ -87,7 +87,7 @@ class Judge:
         worst["lattice_imprint"] = lattice_imprint(*np.sum(faces, axis=0))
         found_tpb = {"tpb": ours[0].tpb, "tpb_images": self._images[0].tpb} if "tpb_error" in worst else {}
         score = float(np.mean([worst[key] / GOOD[key] for key in worst]))
-        return {"score": score, **worst, **blocks.errors(), **found_tpb}, painted[0][PATCH_VOXELS // 2].numpy()
+        return {"score": score, **worst, **blocks.errors(), **found_tpb}, painted[0][len(painted[0]) // 2].numpy()
 
 
 class _Blocks:

@@ -22,7 +22,8 @@ from hpcres.imaging import one_hot
 from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.networks.resampling import middle
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import Study, Training
+from hpcres.training.diagonals import as_unsharp, pick_diagonals
 from hpcres.training.visible import Correction, patch_weights
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
@@ -54,14 +55,14 @@ def _bands(image: Tensor, height: int) -> Iterator[Tensor]:
 
 
 class LowResCubes:
-    """Cubes of d³ voxels from the low-res volume (d · scale factor = 64), with training.surroundings around them, which
-    beyond the volume are its mirror image, and channels of noise."""
+    """Cubes of d³ voxels from the low-res volume (d · scale factor = training.cube_voxels), with training.surroundings
+    around them, which beyond the volume are its mirror image, and channels of noise."""
 
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
         self.channels = len(study.low_res.groups)
         self.isotropic = study.high_res.isotropic
-        self.edge = int(PATCH_VOXELS / study.scale_factor)
+        self.edge = int(study.training.cube_voxels / study.scale_factor)
         self.surroundings = study.training.surroundings
         self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
@@ -241,12 +242,46 @@ class LowResCubes:
 
 @dataclass(frozen=True)
 class CriticDraw:
-    """What one critic step draws, per axis z, y, x: which slices of each cube, and for each of these a real slice
-    (one-hot, (slices, phases, edge, edge)) and its weight in the gradient penalty's mixture (slices,)."""
+    """What one critic step draws, per axis z, y, x, and with diagonal_slices for slices at 45° that contain z, y, x.
+
+    Attributes
+    ----------
+    chosen : tuple of Tensor or None
+        (cubes, slices): which slices of each cube; None for all. At 45° (cubes, slices, 2), as of pick_diagonals.
+    real : tuple of Tensor
+        Patches of the images, one-hot (patches, phases, edge, edge); those beside slices at 45° as unsharp as these.
+    mix : tuple of Tensor
+        (penalties,): weight of the patch in each mixture whose gradient is penalised.
+    pairs : tuple of Tensor, or None
+        (2, penalties): the patch and the generated slice of each mixture; None for the first with the first, and so on.
+    shares : tuple of float
+        Patches, and penalties, of these cubes by the mean number of as many cubes. Means over the processes of
+        (share × mean) are means over all.
+    """
 
     chosen: tuple[Tensor | None, ...]
     real: tuple[Tensor, ...]
     mix: tuple[Tensor, ...]
+    pairs: tuple[Tensor, ...] | None
+    shares: tuple[float, float]
+
+
+def critic_counts(settings: Training, cube: int) -> tuple[int, int, int]:
+    """Generated slices, patches of the images and penalties that come with a cube, for each axis and critic step.
+
+    A number that the study gives for all cubes is divided among them, so that a cube has the same with any number of
+    processes.
+    """
+    slices = settings.slices_per_axis or settings.slice_voxels
+
+    def part(number: int | str) -> int:
+        if isinstance(number, str):
+            return slices
+        number = max(number, settings.cubes)
+        return (cube + 1) * number // settings.cubes - cube * number // settings.cubes
+
+    patches = part(settings.real_patches)
+    return slices, patches, min(slices, patches, part(settings.penalties))
 
 
 class RealSlices:
@@ -259,14 +294,15 @@ class RealSlices:
     def __init__(self, study: Study, device: torch.device, correction: Correction | None = None) -> None:
         self.correction = correction
         self.seed, self.phases = study.seed, len(study.phases)
-        self.edge = PATCH_VOXELS - 2 * study.training.crop_voxels
-        self.slices_per_axis = study.training.slices_per_axis
+        self.edge = study.training.slice_voxels
+        self._settings, self.slices_per_axis = study.training, study.training.slices_per_axis
         self.pattern_spacings, self.pattern_pixels = study.training.pattern_spacings, study.training.pattern_pixels
         if self.slices_per_axis is not None and self.slices_per_axis > self.edge:
             raise InputError(
                 f"training.slices_per_axis: {self.slices_per_axis} of only {self.edge} slices per axis that are left "
                 f"after the crop; use at most {self.edge}, or leave it out for all"
             )
+        self._planes = 6 if study.training.diagonal_slices else 3
         self._isotropic = isotropic = study.high_res.isotropic
         phases = PhaseMap(list(study.high_res.phases), "")
         pixels: list[np.ndarray] = []
@@ -382,35 +418,51 @@ class RealSlices:
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
         """The draws of one critic step for these cubes."""
         device = self._pixels.device
-        count = self.slices_per_axis or self.edge
-        chosen: list[list[np.ndarray]] = [[], [], []]
-        origin: list[list[np.ndarray]] = [[], [], []]
-        mix: list[list[np.ndarray]] = [[], [], []]
+        chosen, origin, mix, pairs = ([list[np.ndarray]() for _ in range(self._planes)] for _ in range(4))
+        drawn = np.zeros(3, np.int64)
         for cube in cubes:
             random = _generator(self.seed, step, _CRITIC, critic_step, cube)
-            for axis in range(3):
-                chosen[axis].append(self._pick(random))
-                origin[axis].append(self._patches(random, axis, count))
-                mix[axis].append(random.random(count, np.float32))
+            slices, patches, penalties = critic_counts(self._settings, cube)
+            for axis in range(self._planes):
+                chosen[axis].append(self._pick(random, axis))
+                origin[axis].append(self._patches(random, axis % 3, patches))
+                mix[axis].append(random.random(penalties, np.float32))
+                some = np.arange(slices) if penalties == slices else random.permutation(slices)[:penalties]
+                pairs[axis].append(np.stack([drawn[1] + np.arange(penalties), drawn[0] + some]))
+            drawn += slices, patches, penalties
+        every = np.sum([critic_counts(self._settings, cube) for cube in range(self._settings.cubes)], axis=0)
+        shares = drawn * self._settings.cubes / (every * len(cubes))
         return CriticDraw(
-            tuple(torch.from_numpy(np.stack(c)).to(device) if self.slices_per_axis else None for c in chosen),
-            tuple(self._cut(np.concatenate(o)) for o in origin),
+            self._chosen(chosen),
+            tuple(self._cut(np.concatenate(o)) for o in origin[:3])
+            + tuple(as_unsharp(self._cut(np.concatenate(o))) for o in origin[3:]),
             tuple(torch.from_numpy(np.concatenate(m)).to(device) for m in mix),
+            None if drawn[0] == drawn[1] == drawn[2] else (
+                tuple(torch.from_numpy(np.concatenate(p, axis=1)).to(device) for p in pairs)
+            ),
+            (float(shares[1]), float(shares[2])),
         )
 
     def choose(self, step: int, cubes: range) -> tuple[Tensor | None, ...]:
-        """Which slices, (cubes, slices) for each axis, the critic judges in the generator step; None for all."""
-        if self.slices_per_axis is None:
-            return None, None, None
-        picks: list[list[np.ndarray]] = [[], [], []]
+        """Which slices the critics judge in the generator step, as CriticDraw.chosen."""
+        picks = [list[np.ndarray]() for _ in range(self._planes)]
         for cube in cubes:
             random = _generator(self.seed, step, _CHOICE, cube)
-            for axis in range(3):
-                picks[axis].append(self._pick(random))
-        return tuple(torch.from_numpy(np.stack(pick)).to(self._pixels.device) for pick in picks)
+            for axis in range(self._planes):
+                picks[axis].append(self._pick(random, axis))
+        return self._chosen(picks)
 
-    def _pick(self, random: np.random.Generator) -> np.ndarray:
+    def _pick(self, random: np.random.Generator, axis: int) -> np.ndarray:
+        if axis > 2:
+            return pick_diagonals(random, self.edge, self.slices_per_axis or self.edge)
         return random.permutation(self.edge)[: self.slices_per_axis]
+
+    def _chosen(self, picks: list[list[np.ndarray]]) -> tuple[Tensor | None, ...]:
+        """Picks of each axis and cube as tensors; None where they are all slices."""
+        return tuple(
+            torch.from_numpy(np.stack(pick)).to(self._pixels.device) if self.slices_per_axis or axis > 2 else None
+            for axis, pick in enumerate(picks)
+        )
 
     def _patches(self, random: np.random.Generator, axis: int, count: int) -> np.ndarray:
         """(count, 3): the pixel of each patch's first corner, and the strides of its rows and its columns.

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from hpcres.study import PATCH_VOXELS, Study
+from hpcres.study import Study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.samples import LowResCubes, RealSlices, critic_counts
 
 _PART_SECONDS = 0.5
 """Longest part of a step that is timed; a longer one is extrapolated from smaller inputs."""
@@ -97,12 +98,13 @@ def step_seconds(study: Study, group: Processes, low_res: LowResCubes, real: Rea
 def estimated_seconds(study: Study, group: Processes, smallest: bool = False) -> float:
     """Seconds of a step on this process, from its parts; with `smallest`, timed at the smallest inputs only."""
     settings, share = study.training, _share(study, group)
-    edge, slices = int(PATCH_VOXELS / study.scale_factor), settings.slices_per_axis or _slice_edge(study)
+    edge = int(settings.cube_voxels / study.scale_factor)
     models = _alone(with_settings(study, surroundings=0), group)
     cube = _extrapolated(lambda n: _generator_seconds(models, n), _sizes(edge, _LEAST_EDGE), 3, smallest)
     # The context widens low-res feature maps but not high-res ones, which docs/recipes.md measured to cost this much.
     cube *= 1 + settings.surroundings / edge
-    critics = _extrapolated(lambda n: _critics_seconds(models, n), _sizes(slices * share, 1), 1, smallest)
+    counts = np.sum([critic_counts(settings, cube) for cube in range(share)], axis=0)
+    critics = _extrapolated(lambda n: _critics_seconds(models, n, counts), _sizes(int(counts[0]), 1), 1, smallest)
     forwards = 0 if settings.reuse_generated else settings.critic_steps
     # A forward pass is a third of forward and backward; so is the critics' score of the generator's slices.
     return share * cube * (1 + forwards / 3) + critics * (settings.critic_steps + 1 / 3)
@@ -113,7 +115,7 @@ def short_trial(study: Study, group: Processes) -> Callable[[], float]:
     models = _alone(with_settings(study, surroundings=0), group)
 
     def part_seconds() -> float:
-        return _generator_seconds(models, _LEAST_EDGE) + _critics_seconds(models, 1)
+        return _generator_seconds(models, _LEAST_EDGE) + _critics_seconds(models, 1, np.ones(3))
 
     def mean_seconds() -> float:
         runs = [part_seconds()]  # allocates memory, so it counts only where it is the only one
@@ -174,10 +176,6 @@ def _share(study: Study, group: Processes) -> int:
     return len(group.share(study.training.cubes))
 
 
-def _slice_edge(study: Study) -> int:
-    return PATCH_VOXELS - 2 * study.training.crop_voxels
-
-
 def _generator_seconds(models: Models, edge: int) -> float:
     """Seconds of forward and backward of one cube of edge³ low-res voxels."""
     channels = models.generator.conv_first.in_channels
@@ -190,12 +188,18 @@ def _generator_seconds(models: Models, edge: int) -> float:
     return seconds_of(part, models.group.device)
 
 
-def _critics_seconds(models: Models, slices: int) -> float:
-    """Seconds of a critic step on so many slices normal to each axis."""
-    edge, phases, device = _slice_edge(models.study), len(models.study.phases), models.group.device
-    real = [torch.rand(slices, phases, edge, edge, device=device) for _ in range(3)]
-    mix = [torch.rand(slices, device=device) for _ in range(3)]
-    return seconds_of(lambda: models.update_critics(real, real, mix), device)
+def _critics_seconds(models: Models, slices: int, counts: np.ndarray) -> float:
+    """Seconds of a critic step on so many slices of each plane, with patches and penalties as in `counts`."""
+    edge, phases, device = models.study.training.slice_voxels, len(models.study.phases), models.group.device
+    planes = models.critics.planes
+    patches, penalties = (max(1, round(slices * count / counts[0])) for count in counts[1:])
+    fake, real = (
+        [torch.rand(n, phases, edge, edge, device=device) for _ in range(planes)] for n in (slices, patches)
+    )
+    mix = [torch.rand(penalties, device=device) for _ in range(planes)]
+    pair = torch.arange(penalties, device=device)
+    pairs = [torch.stack([pair % patches, pair % slices])] * planes
+    return seconds_of(lambda: models.update_critics(real, fake, mix, pairs), device)
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
