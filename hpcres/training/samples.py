@@ -325,7 +325,8 @@ class RealSlices:
         self._tables = [np.array(table, np.int64) for table in tables]
         self._pixels = torch.from_numpy(np.concatenate(pixels)).to(device)
         self._tilt = correction.patterns(self.pattern_pixels, self.pattern_pixels // 2) if correction else None
-        self._weighted = [self._weigh(table, correction) for table in self._tables] if correction else None
+        own = self._tables[:1] if isotropic else self._tables
+        self._weighted = [self._weigh(table, correction) for table in own] * (3 // len(own)) if correction else None
 
     def _refuse_small(self, path: str, stack: np.ndarray) -> None:
         if min(stack.shape[1:]) < self.edge:
