@@ -23,8 +23,9 @@ class _Enough(Exception):
 
 def published_seconds(
     checkout: Path, folder: Path, low_res: Path, image: Path, widths: tuple[int, int], steps: int
-) -> list[float]:
-    """Seconds of each of `steps` generator steps, each with its five critic iterations.
+) -> np.ndarray:
+    """(steps, 2): seconds, and CPU seconds of all threads, of each of `steps` generator steps, with its five critic
+    iterations.
 
     Parameters
     ----------
@@ -47,17 +48,17 @@ def published_seconds(
         (folder / "data").mkdir(exist_ok=True)
         tifffile.imwrite(folder / "data" / f"{name}.tif", np.load(source))
     (folder / "progress").mkdir(exist_ok=True)
-    reported: list[float] = []
+    reported: list[tuple[float, float]] = []
 
     def log(values: dict[str, Any]) -> None:
         if "pixel distance" in values:
-            reported.append(time.perf_counter())
+            reported.append((time.perf_counter(), time.process_time()))
             if len(reported) > steps:
                 raise _Enough
 
     def plotted(*_: Any, **__: Any) -> None:
         if len(reported) == 1:
-            reported[0] = time.perf_counter()
+            reported[0] = time.perf_counter(), time.process_time()
 
     arguments = ["Architecture.py", "-d", "bench", "-wg", str(widths[0]), "-wd", str(widths[1]), "-sf", "4"]
     arguments += ["-phases_idx", "1", "2", "--super_sampling", "--with_rotation"]
@@ -73,7 +74,7 @@ def published_seconds(
             setattr(tools, name, stand_in)
         with contextlib.suppress(_Enough), contextlib.redirect_stdout(io.StringIO()):
             runpy.run_path(str(checkout / "code" / "Architecture.py"), run_name="__main__")
-    return np.diff(reported).tolist()
+    return np.diff(reported, axis=0)
 
 
 @contextlib.contextmanager

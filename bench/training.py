@@ -5,7 +5,8 @@
     python bench/training.py --peer SuperRes --steps 1 --turns 2
 
 With --peer, a step beside one of the published code, whose own loop runs from a checkout of it that you have:
-the same widths, cubes, slices and critic steps, by turns.
+the same widths, cubes, slices and critic steps, by turns. On a busy machine CPU seconds of one thread (--threads 1)
+say more than seconds.
 
 `share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
 a matrix product of 2048² in the same run. Each row changes one setting of the row named first. Rows take turns, and
@@ -172,19 +173,19 @@ def processes_rate(study: Study, count: int) -> float:
     return (int(last[0]) - int(first[0])) / (float(last[1]) - float(first[1]))
 
 
-def step_seconds(study: Study, group: Processes, steps: int) -> list[float]:
-    """Seconds of each of some steps, after one that is not timed."""
+def step_seconds(study: Study, group: Processes, steps: int) -> np.ndarray:
+    """(steps, 2): seconds, and CPU seconds of all threads, of each of some steps, after one that is not timed."""
     models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
     marks = []
     for step in range(steps + 1):
         models.step(step, range(study.training.cubes), low_res, real, 1e-4)
-        marks.append(waited(group))
-    return np.diff(marks).tolist()
+        marks.append((waited(group), time.process_time()))
+    return np.diff(marks, axis=0)
 
 
 def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: int, turns: int) -> None:
     """A Markdown table of seconds of a generator step with its five critic steps."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[np.ndarray]] = {}
     network = dict(zip(("width", "critic_width"), PEER_WIDTHS, strict=True))
     fastest, _ = choose_precision(study_of(folder, {"network": network}, group.device.type), group)
     for turn in range(turns):
@@ -195,7 +196,7 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
             checkout, place, Path(study.low_res.paths[0]), Path(study.high_res.images[0].path), PEER_WIDTHS, steps
         )
         found.setdefault("published", []).extend(seconds)
-        print(f"turn {turn + 1}: published {seconds}", file=sys.stderr, flush=True)
+        print(f"turn {turn + 1}: published {seconds.round(2).tolist()}", file=sys.stderr, flush=True)
         for row, training in PEER.items():
             if training.get("precision", fastest) != fastest:
                 continue
@@ -204,14 +205,15 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
             )
             seconds = step_seconds(study, group, steps)
             found.setdefault(row, []).extend(seconds)
-            print(f"turn {turn + 1}: {row} {seconds}", file=sys.stderr, flush=True)
+            print(f"turn {turn + 1}: {row} {seconds.round(2).tolist()}", file=sys.stderr, flush=True)
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN held to {isa}' if isa else ''}, "
           f"{group.device.type}, {torch.get_num_threads()} threads, {turns} turns of {steps} steps\n")  # fmt: skip
-    print("| | seconds a step, fastest | median | of the published code's fastest |\n|---|---|---|---|")
-    for row, seconds in found.items():
-        share = min(seconds) / min(found["published"])
-        print(f"| {row} | {min(seconds):.2f} | {np.median(seconds):.2f} | {share:.2f} |")
+    print("| fastest step | seconds | of the published | CPU seconds | of the published |\n|---|---|---|---|---|")
+    fastest_of = {row: np.min(seconds, axis=0) for row, seconds in found.items()}
+    for row, seconds in fastest_of.items():
+        shares = seconds / fastest_of["published"]
+        print(f"| {row} | {seconds[0]:.1f} | {shares[0]:.2f} | {seconds[1]:.1f} | {shares[1]:.2f} |")
 
 
 def processor() -> str:
@@ -231,12 +233,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--paper", action="store_true", help="the paper's networks and recipe, too")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="all cores by default")
     parser.add_argument("--peer", type=Path, help="checkout of https://github.com/amirDahari1/SuperRes")
     options = parser.parse_args()
     if options.peer is not None and torch.cuda.is_available() != (options.device == "cuda"):
         parser.error("--peer: the published code computes on the GPU if there is one; use the same --device")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with tempfile.TemporaryDirectory() as name, processes(options.device, None) as group:
+    with tempfile.TemporaryDirectory() as name, processes(options.device, options.threads) as group:
         folder = Path(name)
         if options.peer is not None:
             beside_the_published(options.peer.resolve(), folder, group, options.steps, options.turns)
