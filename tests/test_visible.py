@@ -79,10 +79,12 @@ def test_images_beside_the_volume_through_the_imaging_operator(tmp_path):
     half = merged(tmp_path, (np.indices((20, 20, 20)).sum(0) % 2).astype(np.uint8), stripes)
     other = beside(half, LowResCubes(half).fractions)
     assert not other.typical
-    said = list(other.messages(True, "correct"))
-    assert "a + c 50.0% there and 75.0% here, b 50.0% there and 25.0% here" in said[0]
-    assert "the volume decides the fractions" in said[1]
-    assert "set training.atypical_images=correct" in list(other.messages(False, "follow"))[1]
+    said = list(other.messages("correct", 0.5))
+    assert "a + c 50.0% and 75.0%, b 50.0% and 25.0%" in said[0]
+    assert "The volume decides the fractions" in said[1]
+    assert "50% of the way" in said[1]
+    assert "set training.atypical_images=correct" in list(other.messages("follow"))[1]
+    assert len(list(both.messages("correct"))) == 1
 
 
 def test_chance_in_small_images_is_no_difference(tmp_path):

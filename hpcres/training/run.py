@@ -133,7 +133,7 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
         quality = ["step", "seconds", *judge.columns] if judge else []
         with closing(Journal(folder if writes else None, columns, quality, _progress_of(before)[0])) as journal:
             opening = _opening(study, group, models, low_res, real, before, tuned)
-            compared = both.messages(corrects, study.training.atypical_images)
+            compared = both.messages(study.training.atypical_images, real.reached)
             for message in (*size_notes, *opening, *compared):
                 journal.note(message)
             yield _Run(models, cubes, low_res, real, threads, judge, journal, before, overwrite)

@@ -104,22 +104,28 @@ class Beside:
     def correction(self) -> Correction:
         return Correction(self.groups, self.phases, self.volume)
 
-    def messages(self, corrected: bool, corrects: str) -> Iterator[str]:
-        """What `hpcres train` says at its start."""
+    def messages(self, setting: str, reached: float = 1.0) -> Iterator[str]:
+        """What `hpcres train` says at its start; `setting` is training.atypical_images, `reached` how far the weighted
+        patches come (`patch_weights`)."""
         shown = ", ".join(
-            f"{name} {ours:.1%} there and {theirs:.1%} here"
+            f"{name} {ours:.1%} and {theirs:.1%}"
             for name, ours, theirs in zip(self.names, self.volume, self.images, strict=True)
         )
-        yield f"low-res volume beside the images as it would show them: {shown}"
-        if corrected:
+        yield (
+            f"visible phases in the low-res volume, and in the images as the coarse instrument would show them: {shown}"
+        )
+        if self.typical:
+            return
+        if setting == "correct":
             yield (
-                "the images are not typical of the volume: the volume decides the fractions and interfaces that it "
-                "shows, the images decide the share and the interfaces of the phases that it does not tell apart, and "
-                "the shape of interfaces"
+                "the images are not typical of the volume. The volume decides the fractions and interfaces that it "
+                "shows. The images decide how the phases that it does not tell apart share their group, the interfaces "
+                "between these, and the shape of interfaces. The critics see weighted patches, whose fractions are "
+                f"{reached:.0%} of the way from the images' to the volume's"
             )
-        elif not self.typical:
+        else:
             yield (
-                f"warning: the images are not typical of the volume, and training.atypical_images is {corrects}: the "
+                f"warning: the images are not typical of the volume, and training.atypical_images is {setting}, so the "
                 "painted volume may follow the images; set training.atypical_images=correct"
             )
 
