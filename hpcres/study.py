@@ -332,10 +332,11 @@ class Training(Section):
     """Factor on the noise channels' first weights; above 1, volumes of other noise differ more."""
     voxel_weight: Annotated[float, Field(ge=0)] = 10.0
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
-    fraction_weight: Annotated[float, Field(ge=0)] = 0.0
+    fraction_weight: Annotated[float, Field(ge=0)] | None = None
     """Weight of how far the fractions of the visible phases in the whole block of each low-res voxel are off its label,
-    beyond a margin for partial volume at boundaries, and off the labels' fractions all over the cubes. None by default,
-    as published; the published imaging operator sees the middle of a block only, and asks for a majority there."""
+    beyond a margin for partial volume at boundaries, and off the labels' fractions all over the cubes. By default 400
+    where `atypical_images` corrects, else none, as published; the published imaging operator sees the middle of a block
+    only, and asks for a majority there."""
     atypical_images: Literal["follow", "correct"] = "follow"
     """Where the images have other fractions of the visible phases than the low-res volume: follow the images all the
     same, as published, or let the volume decide what it shows, and the images what only they show."""
@@ -420,7 +421,7 @@ class Training(Section):
     @property
     def boundaries(self) -> Boundaries:
         """What suits a network trained so beyond the faces of a volume."""
-        return MIRROR if self.surroundings else REPLICATE
+        return MIRROR if self.surroundings or self.atypical_images == "correct" else REPLICATE
 
 
 class Inference(Section):
@@ -430,7 +431,8 @@ class Inference(Section):
     boundary: BoundarySetting | None = None
     """What lies beyond the volume, z, y, x: its outermost voxels again (`replicate`, as published), its other side
     (`periodic`) or its mirror image (`mirror`). One for all axes or as `{z: periodic}`, where the others replicate; by
-    default mirror for a network trained with surroundings, which has never seen a face, else replicate."""
+    default mirror for a network trained with surroundings, which has never seen a face, or with `atypical_images:
+    correct`, whose fractions are settled so; else replicate."""
     codec: Literal["zstd", "lz4"] = "zstd"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Half precision is faster, above all on GPUs, and changes labels; infer says how many."""

@@ -45,6 +45,8 @@ from hpcres.training.settling import match_fractions, settle_statistics
 
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
+_CORRECTED_FRACTIONS = 400.0
+"""training.fraction_weight where images are not typical and none is given."""
 _MUST_FIT = {
     name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage", "noise_sigma_voxels")
 }
@@ -148,11 +150,14 @@ class Models:
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
-        if settings.fraction_weight:
+        fraction_weight = settings.fraction_weight
+        if fraction_weight is None:
+            fraction_weight = _CORRECTED_FRACTIONS if real.correction else 0.0
+        if fraction_weight:
             around = low_res.around(step, cubes, self.group.device)
             around[:, :, 1:-1, 1:-1, 1:-1] = known  # without what masked_fraction hides
             blocks = self.operator.block_fractions(probabilities)
-            loss = loss + settings.fraction_weight * fraction_loss(blocks, around)
+            loss = loss + fraction_weight * fraction_loss(blocks, around)
         if settings.lattice_weight:
             loss = loss + settings.lattice_weight * self._lattice(probabilities)
         # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
@@ -264,14 +269,19 @@ class Models:
     @torch.no_grad()
     def settled(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
         """The generator to save: averaged weights, the batch-norm statistics that these have all over the volume, and,
-        where the study asks for it, last biases that give these cubes the images' phase fractions."""
+        where the study asks for it or images are not typical, last biases that give these cubes the fractions that are
+        wanted."""
         generator = build_generator(self.study).to(self.group.device)
         generator.load_state_dict(self.generator.state_dict())
         for ours, theirs in zip(generator.parameters(), self.average or generator.parameters(), strict=True):
             ours.copy_(theirs)
         settings = self.study.training
         settle_statistics(generator, low_res, settings.settling_cubes, settings.cubes)
-        if settings.match_fractions:
+        if real.correction is not None:
+            # Cubes as they are inside the painted volume: padding at a cube's faces moves fractions by points.
+            cubes, context = settings.settling_cubes, low_res.whole_context
+            match_fractions(generator, low_res, cubes, 0, real.fractions(), context)
+        elif settings.match_fractions:
             match_fractions(generator, low_res, settings.settling_cubes, settings.padded_voxels, real.fractions())
         return generator
 

@@ -42,6 +42,7 @@ class Judge:
         self, study: Study, low_res: LowResCubes, operator: ImagingOperator, correction: Correction | None = None
     ) -> None:
         self._correction = correction
+        self._context = low_res.surroundings if correction is None else low_res.whole_context
         self._study, self._low_res, self._operator = study, low_res, operator
         self._cubes = low_res.typical(study.training.quality_cubes, _JUDGED)
         self._isotropic, phases = study.high_res.isotropic, len(study.phases)
@@ -69,15 +70,15 @@ class Judge:
         painted, right, voxels = [], 0, 0
         blocks = _Blocks(self._operator, self._low_res.channels)
         for cube in self._cubes:
-            low_res, given = self._low_res.draw(0, [cube], device, _JUDGED)
+            low_res, given = self._low_res.draw(0, [cube], device, _JUDGED, context=self._context)
             labels = likeliest(low_res)
-            found = generator(given, settings.surroundings).argmax(1)
+            found = generator(given, self._context).argmax(1)
             seen = self._operator(one_hot(found, phases)).argmax(1)
             right += int((seen == labels).sum())
             voxels += int((labels < self._low_res.channels).sum())
             blocks.add(found, low_res)
             painted.append(found[0].to(torch.uint8).cpu())
-        inner = [middle(cube, settings.padded_voxels).numpy() for cube in painted]
+        inner = [middle(cube, 0 if self._context else settings.padded_voxels).numpy() for cube in painted]
         ours = list(planes_seen(inner, self._study.high_res).values())
         every = [self._errors(mine, images) for mine, images in zip(ours, self._images, strict=True)]
         worst = {key: max(one[key] for one in every) for key in every[0] if all(key in one for one in every)}

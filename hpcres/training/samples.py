@@ -37,6 +37,8 @@ _BAND_PIXELS = 2**24
 _CUBE, _CRITIC, _CHOICE = range(3)
 _SETTLING = 2**31
 """Kind of draw of the cubes before a generator is saved; training uses the kinds up to its critic steps."""
+_REACH = 5
+"""Low-res voxels that padding reaches into a cube, at most (docs/recipes.md, Surroundings)."""
 _EVERY_PATCH = 4
 """Patches with weights begin at every so many pixels."""
 _CANDIDATES = 12
@@ -64,6 +66,9 @@ class LowResCubes:
         self.isotropic = study.high_res.isotropic
         self.edge = int(study.training.cube_voxels / study.scale_factor)
         self.surroundings = study.training.surroundings
+        q = study.scale_factor.denominator
+        self.whole_context = max(self.surroundings, -(-_REACH // q) * q)
+        """Low-res voxels around a cube with which no padding changes what is generated: as inside a volume."""
         self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
         self._volume = open_low_res(study.low_res)
@@ -148,8 +153,11 @@ class LowResCubes:
                     chosen[place], least, better = int(sums.argmin()), sums.min(), True
         return sorted(chosen)
 
-    def settling(self, cubes: int, at_once: int, device: torch.device) -> Iterator[Tensor]:
-        """The generator's input of at most `cubes` cubes that stand for the volume, some at a time.
+    def settling(
+        self, cubes: int, at_once: int, device: torch.device, context: int | None = None
+    ) -> Iterator[Tensor]:
+        """The generator's input, with `context` low-res voxels around, or training.surroundings, of at most `cubes`
+        cubes that stand for the volume, some at a time.
 
         Where so many can hold every voxel, they are the volume that will be painted: a grid over it, with the noise
         that it is painted with. Drawn anywhere inside, cubes hardly know the faces, of which a small volume has much,
@@ -157,9 +165,10 @@ class LowResCubes:
         """
         axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._volume.shape]
         if prod(map(len, axes)) > cubes:
-            settling = (self._drawn(*self.start(0, _SETTLING, cube)) for cube in self.typical(cubes, _SETTLING))
+            chosen = self.typical(cubes, _SETTLING)
+            settling = (self._drawn(*self.start(0, _SETTLING, cube), context=context) for cube in chosen)
         else:
-            settling = (self._to_be_painted(np.array(corner)) for corner in product(*axes))
+            settling = (self._to_be_painted(np.array(corner), context) for corner in product(*axes))
         while some := list(islice(settling, at_once)):
             yield self._given(some, device)[1]
 
@@ -188,17 +197,22 @@ class LowResCubes:
         return self._phases.index(self._volume.read(box)) if self._held is None else self._held[box.slices]
 
     def draw(
-        self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0, masked_fraction: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+        self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0, masked_fraction: float = 0.0,
+        context: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
-        and the generator's input with the surroundings s, float32 (cubes, channels + noises, d + 2s, d + 2s, d + 2s).
+        and the generator's input with s low-res voxels around, float32 (cubes, channels + noises, d + 2s, d + 2s,
+        d + 2s); s is `context`, or training.surroundings.
 
         `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
         channels but those of noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
-        drawn = [self._drawn(*self.start(step, kind, cube), masked_fraction) for cube in cubes]
+        drawn = [self._drawn(*self.start(step, kind, cube), masked_fraction, context) for cube in cubes]
         low_res, given = self._given(drawn, device)
-        return middle(low_res, self.surroundings), given
+        return middle(low_res, self._around(context)), given
+
+    def _around(self, context: int | None) -> int:
+        return self.surroundings if context is None else context
 
     def around(self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0) -> Tensor:
         """What is known of the cubes of `draw` with one low-res voxel more on each side, one-hot or probabilities,
@@ -213,11 +227,11 @@ class LowResCubes:
         return self._content[: self.channels]
 
     def _drawn(
-        self, random: np.random.Generator, start: np.ndarray, masked_fraction: float = 0.0
+        self, random: np.random.Generator, start: np.ndarray, masked_fraction: float = 0.0, context: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is known of a cube and its surroundings, and noise for it."""
-        edge = self.edge + 2 * self.surroundings
-        seen = self._cube(start, self.surroundings)
+        """What is known of a cube and its context, and noise for it."""
+        edge = self.edge + 2 * self._around(context)
+        seen = self._cube(start, self._around(context))
         white = [random.standard_normal([edge + len(t) - 1] * 3, np.float32) for t in self._noise_taps]
         noise = np.stack([smoothed(one, taps) for one, taps in zip(white, self._noise_taps, strict=True)])
         if masked_fraction:
@@ -227,11 +241,11 @@ class LowResCubes:
             seen[z : z + hidden, y : y + hidden, x : x + hidden] = 0 if seen.ndim == 4 else self.channels
         return seen, noise
 
-    def _to_be_painted(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A cube with its surroundings, and the noise that inference by default has there."""
-        box, ends = self._box(start, self.surroundings), (NOISE_VOXELS,) * 3
+    def _to_be_painted(self, start: np.ndarray, context: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A cube with its context, and the noise that inference by default has there."""
+        box, ends = self._box(start, self._around(context)), (NOISE_VOXELS,) * 3
         noise = [noise_of(self.seed, channel, taps, box, ends) for channel, taps in enumerate(self._noise_taps)]
-        return self._cube(start, self.surroundings), np.stack(noise)
+        return self._cube(start, self._around(context)), np.stack(noise)
 
     def _given(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Cubes with their surroundings, and the generator's input that they make."""

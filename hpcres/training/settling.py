@@ -37,12 +37,18 @@ def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes:
 
 @torch.no_grad()
 def match_fractions(
-    generator: SuperResGenerator, low_res: LowResCubes, cubes: int, crop: int, fractions: np.ndarray
-) -> None:
-    """Shift the biases of the last layer until the labels of `cubes` settling cubes have these phase fractions."""
+    generator: SuperResGenerator, low_res: LowResCubes, cubes: int, crop: int, fractions: np.ndarray,
+    context: int | None = None,
+) -> None:  # fmt: skip
+    """Shift the biases of the last layer until the labels of `cubes` settling cubes have these phase fractions.
+
+    The cubes have `context` low-res voxels around them, or training.surroundings, and `crop` high-res voxels of each
+    side are left out.
+    """
     device, seen = generator.conv_end.weight.device, []
-    for given in low_res.settling(cubes, 1, device):
-        logits = middle(generator(given, low_res.surroundings)[0], crop)
+    context = low_res.surroundings if context is None else context
+    for given in low_res.settling(cubes, 1, device, context):
+        logits = middle(generator(given, context)[0], crop)
         seen.append(logits.flatten(1)[:, ::_EVERY].cpu().numpy())
     shifts = matching_shifts(np.concatenate(seen, axis=1), fractions)
     bias = generator.conv_end.bias
