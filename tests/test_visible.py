@@ -236,8 +236,8 @@ def test_block_fractions_and_their_loss_by_brute_force():
         means += seen / 64
         labels[label] += 1 / 64
         sides = [around[tuple(np.add(at, step))] for step in [*np.eye(3, dtype=int), *-np.eye(3, dtype=int)]]
-        least = 0.98 if all(side == label for side in sides) else 0.55
-        lost += max(0.0, least - seen[label]) ** 2 / 64
+        least, weight = (0.98, 4) if all(side == label for side in sides) else (0.55, 1)
+        lost += weight * max(0.0, least - seen[label]) ** 2 / 64
     expected = lost + 10 * np.square(means - labels).sum()
     assert fraction_loss(found, given).item() == pytest.approx(expected, rel=1e-4)
 
