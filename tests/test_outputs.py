@@ -253,10 +253,11 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("moment", ["before a step", "in a step", "after a save"])
 def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, monkeypatch):
-    old = study_of(tmp_path, training={"steps": 3, "report_seconds": 0.001, "quality_steps": 2})
+    old = study_of(tmp_path, training={"steps": 3, "report_seconds": 0.001, "quality_steps": 2, "quality_cubes": 2})
     train(old)
     before = content_of(old.folder)
-    new = study_of(tmp_path, training={"steps": 9, "report_seconds": 0.001, "quality_steps": 1})
+    of_new = {"steps": 9, "report_seconds": 0.001, "quality_steps": 1, "quality_cubes": 2}
+    new = study_of(tmp_path, training=of_new)
     step = Models.step
 
     def interrupted(self, number, *rest):
@@ -284,8 +285,7 @@ def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, 
     assert [row[0] for row in history(new)] == ["step", "1", "2"]
     assert [row[0] for row in history(new, "quality.csv")] == ["step", "1", "2"]
     assert train(new).resumed_step == 2
-    whole = study_of(tmp_path, training={"steps": 9, "report_seconds": 0.001, "quality_steps": 1},
-                     output=str(tmp_path / "whole"))  # fmt: skip
+    whole = study_of(tmp_path, training=of_new, output=str(tmp_path / "whole"))
     train(whole)
     assert history(new) == history(whole)
 
@@ -428,12 +428,14 @@ def test_terminals_and_file_names_of_any_encoding(environment, here):
     os.mkdir(name)
     os.rename("v.npy", os.path.join(name, b"v\xe9.npy"))
     volume = os.path.join(name, b"v\xe9.npy")
-    for arguments in (
+    every = (
         ["metrics", volume, "--output", os.path.join(name, b"m.json"), "--without", "spectrum"],
+        ["metrics", os.path.join(name, b"none.npy")],
         ["tortuosity", volume, "--direction", "z", "--phase", "0", "--output", os.path.join(name, b"t.json")],
         ["report", volume, "--output", os.path.join(name, b"r.html")],
-        ["metrics", os.path.join(name, b"none.npy")],
-    ):
+    )
+    # All commands print through one place: those that take long only under the encoding with the fewest characters.
+    for arguments in every if "PYTHONCOERCECLOCALE" in environment else every[:2]:
         done = subprocess.run(
             [sys.executable, "-m", "hpcres", *arguments], env={**os.environ, **environment}, capture_output=True
         )
