@@ -29,8 +29,9 @@ from hpcres.training.journal import Journal
 from hpcres.training.losses import (
     Critics,
     as_labels,
+    block_loss,
     face_shares,
-    fraction_loss,
+    fraction_differences,
     interpolation_loss,
     lattice_loss,
     pattern_loss,
@@ -47,6 +48,8 @@ _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
 _CORRECTED_FRACTIONS = 400.0
 """training.fraction_weight where images are not typical and none is given."""
+_OVERALL = 10.0
+"""Weight of the visible fractions over all cubes beside those of single blocks."""
 _MUST_FIT = {
     name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage", "noise_sigma_voxels")
 }
@@ -150,14 +153,8 @@ class Models:
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
-        fraction_weight = settings.fraction_weight
-        if fraction_weight is None:
-            fraction_weight = _CORRECTED_FRACTIONS if real.correction else 0.0
-        if fraction_weight:
-            around = low_res.around(step, cubes, self.group.device)
-            around[:, :, 1:-1, 1:-1, 1:-1] = known  # without what masked_fraction hides
-            blocks = self.operator.block_fractions(probabilities)
-            loss = loss + fraction_weight * fraction_loss(blocks, around)
+        if weight := self._fraction_weight(real):
+            loss = loss + weight * self._off_labels(probabilities, known, low_res.around(step, cubes, known.device))
         if settings.lattice_weight:
             loss = loss + settings.lattice_weight * self._lattice(probabilities)
         # Only the gradient at the generator's output is wanted of the critic, not that of its weights.
@@ -199,6 +196,18 @@ class Models:
     def _lattice(self, probabilities: Tensor) -> Tensor:
         shares = face_shares(self._inner(probabilities), self.study.scale_factor.numerator)
         return _loss_at(self.group.mean(shares), lattice_loss, shares)
+
+    def _fraction_weight(self, real: RealSlices) -> float:
+        weight = self.study.training.fraction_weight
+        return (_CORRECTED_FRACTIONS if real.correction else 0.0) if weight is None else weight
+
+    def _off_labels(self, probabilities: Tensor, known: Tensor, around: Tensor) -> Tensor:
+        """How far block fractions are off the low-res labels `known`, one by one and in the mean over all cubes."""
+        around[:, :, 1:-1, 1:-1, 1:-1] = known  # without what masked_fraction hides
+        blocks = self.operator.block_fractions(probabilities)
+        off = fraction_differences(blocks, known)
+        overall = _loss_at(self.group.mean(off), lambda means: means.square().sum(), off)
+        return block_loss(blocks, around, not self.study.low_res.channels) + _OVERALL * overall
 
     def _off_images(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor | float:
         """How far what these slices show as labels is off the images, by the weights of the study."""

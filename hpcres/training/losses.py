@@ -51,40 +51,41 @@ def voxel_loss(
     return functional.mse_loss(operator(probabilities) * low_res.sum(1, keepdim=True), low_res)
 
 
-def fraction_loss(fractions: Tensor, around: Tensor) -> Tensor:
-    """How far the visible phases in whole blocks are off the low-res labels.
+def block_loss(fractions: Tensor, around: Tensor, labels: bool) -> Tensor:
+    """Mean over low-res voxels of the square of what the block of a voxel lacks of the voxel's own group.
 
     Parameters
     ----------
     fractions : Tensor
         Mean of each group's probability over the block of each low-res voxel, (cubes, groups, z, y, x).
     around : Tensor
-        The labels one-hot, or probabilities, of the cubes with one low-res voxel more on each side,
-        (cubes, groups, z + 2, y + 2, x + 2). Unknown voxels are 0 in all groups.
+        Labels one-hot, or probabilities, of the cubes with one low-res voxel more on each side,
+        (cubes, groups, z + 2, y + 2, x + 2). Unknown voxels are 0 in all groups, and add nothing.
+    labels : bool
+        Whether the volume holds labels. A block then needs 98 % of its label where all 6 neighbours have the same
+        label, and such a voxel has weight 4; at boundaries, where volume is partial, it needs 55 %. Of probabilities
+        it needs the probability.
 
     Returns
     -------
     Tensor
-        The mean over low-res voxels of the square of what the label's own fraction lacks, plus ten times the square of
-        how far each group's mean over all cubes is off the labels'. A voxel all of whose 6 neighbours have its label
-        must be of its group but for 2 %, and counts four times; another one must be more than half so, by 5 %. Of
-        probabilities a fraction must be the probability. Unknown voxels add nothing.
+        A number, 0 where no block lacks anything.
     """
     given = middle(around, 1)
     known = given.sum(1, keepdim=True)
     least, weight = given, torch.ones_like(known)
-    if _is_one_hot(around):
+    if labels:
         neighbours = [middle(around.roll(step, axis), 1) for axis in (2, 3, 4) for step in (1, -1)]
         inside = torch.stack([given, *neighbours]).amin(0)
         least = torch.where(inside > 0, 0.98, 0.55) * given
         weight = 1 + 3 * inside.sum(1, keepdim=True)
     lacking = (least - fractions).clamp(min=0) * known
-    overall = ((fractions * known).mean((0, 2, 3, 4)) - given.mean((0, 2, 3, 4))).square().sum()
-    return (weight * lacking.square()).sum(1).mean() + 10 * overall
+    return (weight * lacking.square()).sum(1).mean()
 
 
-def _is_one_hot(given: Tensor) -> bool:
-    return bool(((given == 0) | (given == 1)).all())
+def fraction_differences(fractions: Tensor, low_res: Tensor) -> Tensor:
+    """(groups,): mean over all known low-res voxels of block fractions minus what the low-res cubes hold."""
+    return (fractions * low_res.sum(1, keepdim=True) - low_res).mean((0, 2, 3, 4))
 
 
 def interpolation_loss(operator: ImagingOperator, probabilities: Tensor, low_res: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ _STEPS = 50
 _LONGEST_STEP = 2.0
 
 
-def tilt(base: Tensor, features: Tensor, wanted: Tensor, begin: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def tilt(base: Tensor, features: Tensor, wanted: Tensor) -> Tensor:
     """Shares t = base · exp(λ · features), normalised, whose mean features are as wanted.
 
     Parameters
@@ -45,27 +45,22 @@ def tilt(base: Tensor, features: Tensor, wanted: Tensor, begin: Tensor | None = 
         (places, features).
     wanted : Tensor
         (rows, features).
-    begin : Tensor, optional
-        λ to begin from, (rows, features): that of an earlier call.
 
     Returns
     -------
-    shares : Tensor
+    Tensor
         (rows, places). Where no such shares exist, those of the last of a fixed number of Newton steps.
-    multipliers : Tensor
-        λ, (rows, features).
 
     Examples
     --------
     >>> base, first = torch.tensor([[0.5, 0.25, 0.25]]).double(), torch.tensor([[1.0], [0.0], [0.0]]).double()
-    >>> shares, _ = tilt(base, first, torch.tensor([[0.2]]))
-    >>> [round(share, 3) for share in shares[0].tolist()]
+    >>> [round(share, 3) for share in tilt(base, first, torch.tensor([[0.2]]))[0].tolist()]
     [0.2, 0.4, 0.4]
     """
     centre = base @ features / base.sum(1, keepdim=True)
     spread = ((base @ features.square()) / base.sum(1, keepdim=True) - centre.square()).clamp(min=1e-12).sqrt().mean(0)
     scaled, aim, logs = features / spread, wanted.to(features) / spread, base.log()
-    own = torch.zeros_like(aim) if begin is None else begin * spread
+    own = torch.zeros_like(aim)
     ridge = 1e-6 * torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
     for _ in range(_STEPS):
         shares = (logs + own @ scaled.mT).softmax(1)
@@ -76,7 +71,7 @@ def tilt(base: Tensor, features: Tensor, wanted: Tensor, begin: Tensor | None = 
         covariance = torch.einsum("rp,pk,pl->rkl", shares, scaled, scaled) - mean[:, :, None] * mean[:, None, :]
         step = torch.linalg.solve(covariance + ridge, off)
         own = own + step * (_LONGEST_STEP / step.abs().amax(1, keepdim=True)).clamp(max=1)
-    return (logs + own @ scaled.mT).softmax(1), own / spread
+    return (logs + own @ scaled.mT).softmax(1)
 
 
 @dataclass(frozen=True)
@@ -272,7 +267,6 @@ class PatternTilt:
             [side * len(groups) + g for side in range(2) for g in groups_of_hidden], dtype=torch.int64
         )
         self._growth = torch.tensor([correction.growth[a] for a, _ in correction._hidden] * 2, dtype=torch.float64)
-        self._multipliers: Tensor | None = None
 
     def moved(self, images: Tensor, ours: Tensor, spacings: Sequence[int]) -> Tensor:
         """Shares of the images (rows, patterns) moved to slices with shares `ours`; rows are by spacing first."""
@@ -290,8 +284,7 @@ class PatternTilt:
             wanted[:, end:] = share * (ours @ inside)[:, group]
             near = torch.tensor(spacings, device=device).repeat_interleave(len(images) // len(spacings)) == 1
             wanted[near, end:] = (theirs[:, end:] * self._growth.to(device))[near]
-        shares, self._multipliers = tilt(images, features, wanted, self._multipliers)
-        return shares
+        return tilt(images, features, wanted)
 
 
 def _pair_share(a: np.ndarray, b: np.ndarray, pair: tuple[int, int]) -> np.ndarray:
@@ -324,7 +317,7 @@ def patch_weights(fractions: np.ndarray, wanted: np.ndarray, independent: float)
     base = torch.full((1, len(fractions)), 1 / len(fractions), dtype=torch.float64)
     for reached in np.linspace(1, 0, 21):
         aim = torch.from_numpy(mean + reached * (wanted[1:] - mean))[None]
-        weights, _ = tilt(base, features, aim)
+        weights = tilt(base, features, aim)
         met = bool((abs(weights @ features - aim) < 1e-3).all())
         share = 1 / float(weights.square().sum()) / len(fractions)
         if met and share * independent >= min(_FEWEST_PATCHES, independent):
