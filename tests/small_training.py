@@ -82,6 +82,17 @@ def counted_thin(stack):
     return found
 
 
+def atypical(folder, **training):
+    """A low-res volume with half of phase b, and an image with 70 % of it; phase c is merged with a."""
+    tenths = blobs((1, 90, 80), 2, 10)
+    np.save(folder / "other.npy", np.array([2, 0, 0, *[1] * 7], np.uint8)[tenths])
+    return study_of(
+        folder, [{"path": str(folder / "other.npy")}], volume=blobs((20, 18, 17), 1, 2),
+        low_res={"path": str(folder / "low.npy"), "phases": {0: ["a", "c"], 1: "b"}},
+        training={"atypical_images": "correct", "pattern_weight": 0.5} | training,
+    )  # fmt: skip
+
+
 def anisotropic(folder, **training):
     np.save(folder / "side.npy", blobs((2, 60, 70), 3))
     np.save(folder / "top.npy", blobs((1, 64, 64), 4))

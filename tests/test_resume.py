@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from small_group import as_rank, free_ports, run_ranks
-from small_training import ALONE, blobs, history, same, study_of, weights
+from small_training import ALONE, atypical, blobs, history, same, study_of, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
@@ -31,13 +31,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("match_fractions", [False, True])
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, match_fractions):
+@pytest.mark.parametrize(("make", "match_fractions"), [(study_of, False), (study_of, True), (atypical, False)])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, make, match_fractions):
     training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
     training |= {"match_fractions": match_fractions, "pattern_weight": 30, "thin_weight": 30}
-    whole, cut = (
-        study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut")
-    )
+    study = make(tmp_path, training=training) if make is study_of else make(tmp_path, **training)
+    whole, cut = (study.model_copy(update={"output": str(tmp_path / name)}) for name in ("whole", "cut"))
     assert train(whole).step == 5
     plain = Models.step
 

@@ -1,5 +1,6 @@
 """Images that are not typical of the low-res volume: what both show, and the distributions moved to the volume."""
 
+import re
 from fractions import Fraction
 from itertools import combinations
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from small_training import ALONE, blobs, counted_patterns, study_of
+from small_training import ALONE, atypical, blobs, counted_patterns, study_of
 
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.metrics.appearance import errors_between, look
 from hpcres.study import Imaging
+from hpcres.training.adversarial import Models
 from hpcres.training.losses import block_loss, fraction_differences
 from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -252,11 +254,40 @@ def test_block_loss_is_nothing_where_the_blocks_are_as_labelled():
 # ---- a run ----
 
 
-def test_training_says_how_far_images_are_from_the_volume_and_what_it_does(tmp_path):
-    image = three((1, 90, 80), 1, 0.7, 0.3)
-    study = merged(tmp_path, blobs((20, 18, 17), 1, 2), image, atypical_images="correct", fraction_weight=10.0,
-                   pattern_weight=1.0, quality_steps=2, quality_cubes=2, steps=2)  # fmt: skip
+def test_the_saved_generator_has_the_wanted_fractions_inside_the_volume(tmp_path):
+    """Of cubes with their context, of which the settling cubes are all."""
+    study = atypical(tmp_path, settling_cubes=8)
+    low_res = LowResCubes(study)
+    both = beside(study, low_res.fractions)
+    real, models = RealSlices(study, ALONE.device, both.correction), Models(study, ALONE)
+    for step in range(2):
+        models.step(step, range(2), low_res, real, 1e-3)
+    context, found = low_res.whole_context, []
+    generator = models.settled(low_res, real)
+    for given in low_res.settling(8, 1, ALONE.device, context):
+        found.append(generator(given, context).argmax(1).numpy().ravel())
+    shares = np.bincount(np.concatenate(found), minlength=3) / np.concatenate(found).size
+    assert shares == pytest.approx(both.correction.fractions, abs=0.01)
+    assert abs(shares - both.phases).max() > 0.1  # which are not the images' own
+
+
+def test_blocks_are_held_to_labels_only_where_images_are_corrected_or_it_is_asked(tmp_path):
+    losses = {}
+    for name, weight, corrected in (("none", None, False), ("own", None, True), ("400", 400.0, True), ("0", 0.0, True)):
+        study = atypical(tmp_path, fraction_weight=weight, pattern_weight=0.0)
+        low_res = LowResCubes(study)
+        real = RealSlices(study, ALONE.device, beside(study, low_res.fractions).correction if corrected else None)
+        losses[name] = float(Models(study, ALONE).step(0, range(2), low_res, real, 1e-3).losses[2])
+    assert losses["own"] == losses["400"]
+    assert losses["own"] > losses["0"] + 1
+
+
+def test_training_says_how_far_images_are_from_the_volume_and_what_it_does(tmp_path, capfd):
+    study = atypical(tmp_path, quality_steps=2, quality_cubes=2, steps=2)
     train(study)
+    said = capfd.readouterr().err
+    assert re.search(r"a \+ c 50\.0% and (29|30|31)\.\d%, b 50\.0% and (69|70|71)\.\d%", said)
+    assert "The volume decides the fractions" in said
     table = (study.folder / "quality.csv").read_text().splitlines()
     assert "correlation_error" not in table[0]
     assert "visible_fraction_error" in table[0]
