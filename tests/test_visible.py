@@ -282,6 +282,28 @@ def test_blocks_are_held_to_labels_only_where_images_are_corrected_or_it_is_aske
     assert losses["own"] > losses["0"] + 1
 
 
+def test_fractions_over_all_cubes_are_those_of_all_processes(tmp_path):
+    """The slope is taken at the mean over the processes, here a mean that another process has moved."""
+    study = atypical(tmp_path)
+    models, low_res = Models(study, ALONE), LowResCubes(study)
+    moved = torch.tensor([0.25, -0.5])
+
+    class Others:
+        def mean(self, value):
+            return value.detach() + moved
+
+    models.group = Others()
+    given = low_res.around(0, range(2), ALONE.device)
+    known = given[:, :, 1:-1, 1:-1, 1:-1].clone()
+    probabilities = torch.rand(2, 3, 64, 64, 64).softmax(1).requires_grad_()
+    blocks = models.operator.block_fractions(probabilities)
+    off = fraction_differences(blocks, known)
+    expected = block_loss(blocks, given, labels=True) + 10 * (2 * (off.detach() + moved) * off).sum()
+    (wanted,) = torch.autograd.grad(expected, probabilities)
+    (slope,) = torch.autograd.grad(models._off_labels(probabilities, known, given), probabilities)
+    assert torch.allclose(slope, wanted, rtol=1e-4, atol=1e-12)
+
+
 def test_training_says_how_far_images_are_from_the_volume_and_what_it_does(tmp_path, capfd):
     study = atypical(tmp_path, quality_steps=2, quality_cubes=2, steps=2)
     train(study)
