@@ -15,6 +15,7 @@ from hpcres.metrics.appearance import errors_between, look
 from hpcres.study import Imaging
 from hpcres.training.adversarial import Models
 from hpcres.training.losses import block_loss, fraction_differences
+from hpcres.training.quality import Judge
 from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.visible import Correction, beside, patch_weights, tilt
@@ -302,6 +303,45 @@ def test_fractions_over_all_cubes_are_those_of_all_processes(tmp_path):
     (wanted,) = torch.autograd.grad(expected, probabilities)
     (slope,) = torch.autograd.grad(models._off_labels(probabilities, known, given), probabilities)
     assert torch.allclose(slope, wanted, rtol=1e-4, atol=1e-12)
+
+
+def test_what_is_hidden_from_the_generator_asks_nothing_of_a_block(tmp_path):
+    study = atypical(tmp_path)
+    models, low_res = Models(study, ALONE), LowResCubes(study)
+    given = low_res.around(0, range(2), ALONE.device)
+    known = given[:, :, 1:-1, 1:-1, 1:-1].clone()
+    known[:, :, 4:8, 4:8, 4:8] = 0
+    probabilities = torch.rand(2, 3, 64, 64, 64).softmax(1)
+    before = models._off_labels(probabilities, known, given.clone())
+    probabilities[:, :, 16:32, 16:32, 16:32] = probabilities[:, :, 16:32, 16:32, 16:32].roll(1, 1)
+    assert models._off_labels(probabilities, known, given.clone()) == before
+    probabilities[:, :, :16] = probabilities[:, :, :16].roll(1, 1)
+    assert models._off_labels(probabilities, known, given.clone()) != before
+
+
+def test_a_corrected_run_has_moved_patterns_and_is_judged_and_painted_with_context(tmp_path):
+    study = atypical(tmp_path, pattern_weight=1.0, quality_cubes=2)
+    low_res = LowResCubes(study)
+    correction = beside(study, low_res.fractions).correction
+    real = RealSlices(study, ALONE.device, correction)
+    plain = RealSlices(study, ALONE.device)
+    assert torch.equal(plain.wanted_patterns(real.patterns), plain.patterns)
+    moved = real.wanted_patterns(real.patterns).reshape(-1, 3, 3, 3, 3)
+    first = (moved.sum((2, 3, 4)) + moved.sum((1, 2, 3))) / 2  # of the first and the last pixel
+    assert first.mean(0).numpy() == pytest.approx(correction.fractions, abs=1e-3)
+    asked = []
+
+    def generator(given, context):
+        asked.append((given.shape[2], context))
+        return torch.rand(1, 3, 64, 64, 64)
+
+    Judge(study, low_res, ImagingOperator.of(study), correction).judge(generator, ALONE.device)
+    assert set(asked) == {(16 + 2 * 5, 5)}
+    asked.clear()
+    Judge(study, low_res, ImagingOperator.of(study)).judge(generator, ALONE.device)
+    assert set(asked) == {(16, 0)}
+    assert study.training.boundaries == ("mirror",) * 3
+    assert study_of(tmp_path).training.boundaries == ("replicate",) * 3
 
 
 def test_training_says_how_far_images_are_from_the_volume_and_what_it_does(tmp_path, capfd):
