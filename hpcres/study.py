@@ -354,7 +354,8 @@ class Training(Section):
     cube of the number of phases, not its square: of two cubes a step 0.3 GB for three, 1.9 GB for six."""
     thin_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the difference between the shares of pixels, in generated slices and in the images, that differ from
-    both neighbours along a line: lines one pixel wide and single pixels. As pattern_weight in all else."""
+    both neighbours along a line: lines one pixel wide and single pixels. As pattern_weight in all else, but not
+    corrected where the images are not typical of the volume."""
     surroundings: Annotated[int, Field(ge=0, le=8)] = 0
     """Low-res voxels around each training cube that the generator sees and nothing is asked of, so that no padding is
     near what the critics see; a multiple of q where the scale factor is p/q. None by default, as published."""

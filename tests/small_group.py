@@ -5,8 +5,10 @@ This module imports little, because every process that is started imports it.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +19,17 @@ from hpcres.training.distributed import processes
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports on which nothing listens."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    """Different ports on which nothing listens.
+
+    They are below the ports that systems give to a socket that asks for any (from 32768 on Linux), so that no socket
+    that another test opens meanwhile is given one of them.
+    """
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports += [port] if port not in ports else []
     return ports
 
 

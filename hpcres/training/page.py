@@ -82,7 +82,12 @@ def _curves(columns: dict[str, np.ndarray], alt: str) -> str:
     panels += [shares] if shares else []
     lines = -(-len(panels) // 4)
     style = ".-" if len(columns["seconds"]) == 1 else "-"  # one point makes no line
-    figure = Figure(figsize=(11, 2.1 * lines), layout="constrained")
+    height = 2.1 * lines
+    figure = Figure(figsize=(11, height))
+    # Fixed margins, in inches: a layout engine draws everything three times, a second and more of each save.
+    figure.subplots_adjust(
+        left=0.6 / 11, right=1 - 0.1 / 11, bottom=0.45 / height, top=1 - 0.25 / height, wspace=0.32, hspace=0.35
+    )
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(lines, 4, place)
         for name in panel:
@@ -90,6 +95,7 @@ def _curves(columns: dict[str, np.ndarray], alt: str) -> str:
             axes.plot(columns["seconds"] / 60, columns[name], style, linewidth=1, label=label)
         axes.set_title("fractions" if len(panel) > 1 else panel[0].replace("_", " "), fontsize=8)
         axes.tick_params(labelsize=7)
+        axes.locator_params(axis="x", nbins=5)
         if len(panel) > 1:
             axes.legend(fontsize=6, frameon=False)
         if place > len(panels) - 4:

@@ -126,7 +126,25 @@ class Beside:
 
 
 def beside(study: Study, fractions: np.ndarray) -> Beside:
-    """Compare the images with the low-res volume, whose groups have these `fractions`."""
+    """Compare the visible phases in the images and in the low-res volume.
+
+    Parameters
+    ----------
+    study : Study
+        Its images are read, and looked at through its imaging operator as if each was every slice of a volume.
+    fractions : ndarray of float64, (groups,)
+        Fraction of each group of `low_res.phases` in the low-res volume, in their order; they sum to 1.
+
+    Returns
+    -------
+    Beside
+        The fractions of both, and the standard error of the images' from parts as large as a training cube.
+
+    Raises
+    ------
+    InputError
+        If an image cannot be read or holds labels that the study does not name.
+    """
     operator = ImagingOperator.of(study)
     groups = tuple(tuple(study.phases.index(name) for name in group) for group in study.low_res.groups)
     seen, pixels, parts = np.zeros(len(groups)), np.zeros(len(study.phases)), []
