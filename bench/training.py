@@ -26,19 +26,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from published import published_seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hpcres.study import Study
-from hpcres.study_file import save_study
+from hpcres.study_file import recipe_settings, save_study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.trial import choose_precision
 
-_FAST = yaml.safe_load((Path(__file__).resolve().parent.parent / "configs" / "fast.yaml").read_text())
+_FAST = recipe_settings("fast")
 _OF_THE_RUN = ("minutes", "quality_steps", "keep", "warm_up_steps")
 FAST = {
     "network": _FAST["network"],

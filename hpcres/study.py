@@ -537,6 +537,10 @@ class Study(Section):
     output: str = "results"
     """Folder for everything the stages write."""
     scale_factor: ScaleFactor
+    recipe: Literal["auto"] | None = None
+    """`auto`: training chooses a shipped recipe by the images, the scale factor, the visible phases, the minutes and
+    the speed of this machine, and says why. What the study sets under `network` and `training` goes before the recipe.
+    By default there is no recipe, and settings that are not given are as published."""
     high_res: HighRes
     low_res: LowRes
     imaging: Imaging = Imaging()

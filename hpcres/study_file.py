@@ -21,6 +21,9 @@ from hpcres.outputs import STUDY, STUDY_MARK, refuse_output
 from hpcres.study import Section, Study
 from hpcres.volumes.files import made_whole
 
+_SHIPPED = "hpcres:"
+_RECIPES = Path(__file__).resolve().parent / "recipes"
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice: plain YAML would silently keep the last."""
@@ -38,7 +41,8 @@ class _Loader(yaml.SafeLoader):
 def load_study(path: str | Path, settings: Sequence[str] = (), output: str | None = None) -> Study:
     """Read, override (`section.key=value`) and check a study file; raises InputError in one line.
 
-    A study may name another, or several, as its `base` and then holds only what differs; later ones win.
+    A study may name another, or several, as its `base` and then holds only what differs; later ones win. `hpcres:fast`,
+    `hpcres:long` and `hpcres:long-white` are the recipes that hpcres ships.
     """
     path = Path(path)
     raw = _read(path, ())
@@ -81,7 +85,35 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 def _bases(raw: dict[str, Any], folder: Path) -> list[Path]:
     """Paths of the studies that a study in `folder` names as its base."""
     names = raw.get("base", [])
-    return [Path(_place(str(name), folder)) for name in ([names] if isinstance(names, str) else names)]
+    return [_base(str(name), folder) for name in ([names] if isinstance(names, str) else names)]
+
+
+def _base(name: str, folder: Path) -> Path:
+    """`hpcres:NAME` is a recipe that hpcres ships; any other name is a path."""
+    if not name.startswith(_SHIPPED):
+        return Path(_place(name, folder))
+    path = _RECIPES / f"{name.removeprefix(_SHIPPED)}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(_SHIPPED + file.stem for file in _RECIPES.glob("*.yaml")))
+        raise InputError(f"base {name}: hpcres has no such recipe; use one of {known}, or the path of a study file")
+    return path
+
+
+def recipe_settings(name: str) -> dict[str, dict[str, Any]]:
+    """The `network` and `training` settings of a recipe that hpcres ships.
+
+    Parameters
+    ----------
+    name : str
+        fast, long or long-white.
+
+    Examples
+    --------
+    >>> recipe_settings("long")["network"]["noise_sigma_voxels"]
+    [0, 4, 8]
+    """
+    settings = _read(_base(_SHIPPED + name, Path()), ())
+    return {section: settings[section] for section in ("network", "training")}
 
 
 def files_of(path: str | Path) -> list[str]:

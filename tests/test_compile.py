@@ -56,7 +56,7 @@ def assert_same(ours, theirs):
     assert saved == saved_plain
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.slow])])
 def test_a_compiled_step_is_the_plain_step(tmp_path, monkeypatch, backend):
     """aot_eager runs the graphs of forward and backward without making code of them, which any machine can."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))

@@ -90,7 +90,7 @@ def test_a_process_can_end_as_soon_as_the_group_is_left():
 
     Each is a Python of its own, since a forked one ends without clearing up.
     """
-    for port in free_ports(3):
+    for port in free_ports(2):
         torch.multiprocessing.spawn(leave, (port,), 2)
 
 

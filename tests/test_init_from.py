@@ -67,7 +67,7 @@ def test_the_runs_own_checkpoint_wins_and_it_is_said(tmp_path, capfd):
     other, third = taught(tmp_path / "other"), taught(tmp_path / "third", imaging={"operator": "under-resolved"})
     whole = beginning(tmp_path, other, {"steps": 2}, output=str(tmp_path / "whole"))
     train(whole)
-    for name, asked in (("same", other.path), ("none", None), ("third", third.path)):
+    for name, asked in (("same", other.path), ("third", third.path)):
         cut = {"quality_steps": 1, "quality_cubes": 1} if name == "same" else {}
         train(beginning(tmp_path, other, cut, output=str(tmp_path / name)))
         capfd.readouterr()

@@ -57,7 +57,7 @@ def test_rerun_paints_what_is_missing_and_nothing_else(study, copy, painted):
     assert infer(job, Ranks()).painted == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_stops_after_the_tile_in_hand(number, tmp_path):
     path = make_study(tmp_path / "s", "4", (16, 16, 16))
     arguments = command(path, "infer", "--tiles", "4x4x4")
@@ -194,7 +194,7 @@ def test_a_signal_to_one_rank_stops_them_all(tmp_path):
     path = make_study(tmp_path / "s", "4", (16, 16, 16))
     fault = (
         "def slowly(self, tile, read, **how):\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(0.1)\n"
         "    if tile.index == 33: os.kill(os.getpid(), 15)\n"
         "    return paint(self, tile, read, **how)\n"
         "generate.Painter.paint = slowly"
@@ -334,11 +334,10 @@ def test_output_that_is_not_finite_is_no_labels(study, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "why"),
-    [(flip, "checksum"), (truncate, "checksum"), (Path.unlink, "missing")],
+    ("spoil", "why", "shard"),
+    [(flip, "checksum", "0/c/0/1/0"), (truncate, "checksum", "0/c/1/1/1"), (Path.unlink, "missing", "0/c/0/1/0")],
     ids=["flip", "cut", "delete"],
 )
-@pytest.mark.parametrize("shard", ["0/c/0/1/0", "0/c/1/1/1"])
 def test_verify_finds_and_repair_mends(spoil, why, shard, copy, painted, hpcres):
     assert find_faults(copy) == []
     spoil(copy / shard)

@@ -71,7 +71,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, make, match_fr
 def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube):
     """Trained, judged and settled at another edge than 64, with slices of 120 and 88 voxels."""
     more = {"scale_factor": scale, "network": {"width": 2, "critic_width": 4, "padding": "zeros"}}
-    training = {"cube_voxels": cube, "cubes": 1, "critic_steps": 1, "quality_steps": 1, "quality_cubes": 1}
+    judged = {"quality_steps": 1, "quality_cubes": 1} if cube == 96 else {}
+    training = {"cube_voxels": cube, "cubes": 1, "critic_steps": 1, **judged}
     training |= {"settling_cubes": 1, "pattern_weight": 1, "slices_per_axis": 2, "diagonal_slices": cube == 96}
     np.save(tmp_path / "wide.npy", blobs((1, 130, 125), 2))
     images = [{"path": str(tmp_path / "wide.npy")}]
@@ -92,8 +93,9 @@ def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube
     assert train(cut).resumed_step == 1
     assert same(weights(whole), weights(cut))
     assert history(whole)[-1] == history(cut)[-1]
-    assert history(whole, "quality.csv") == history(cut, "quality.csv")
-    assert len(history(whole, "quality.csv")) == 3
+    if judged:
+        assert history(whole, "quality.csv") == history(cut, "quality.csv")
+        assert len(history(whole, "quality.csv")) == 3
 
 
 def test_another_training_in_the_same_place_is_refused(tmp_path):

@@ -53,7 +53,7 @@ def interrupted(name: str, times: int, seed: int, template: Path, folder: Path) 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_stage_that_is_interrupted_ends_with_a_line(name, template, tmp_path):
-    for outcome in interrupted(name, 2, 1, template, tmp_path):
+    for outcome in interrupted(name, 1, 1, template, tmp_path):
         assert not outcome.faults, outcome
 
 

@@ -27,6 +27,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     """
     from hpcres.checkpoint import build_generator, load_checkpoint
     from hpcres.inference.plan import describe, estimate
+    from hpcres.training.recipes import choices
     from hpcres.volumes.phases import open_low_res
     from hpcres.volumes.sizes import compare_sizes
 
@@ -34,10 +35,21 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     if tiles is not None:
         settings = (*settings, f"inference.tiles={tiles}")
     loaded = load_study(study, settings, output)
-    trained = loaded.checkpoint_path.exists()
-    generator = load_checkpoint(loaded.checkpoint_path).generator if trained else build_generator(loaded).eval()
+    notes = []
+    if loaded.checkpoint_path.exists():
+        checkpoint = load_checkpoint(loaded.checkpoint_path)
+        generator = checkpoint.generator
+        if loaded.recipe is not None:
+            trained = {name: getattr(checkpoint.study, name) for name in ("recipe", "network", "training")}
+            loaded = loaded.model_copy(update=trained)
+    else:
+        if loaded.recipe is not None:
+            likely = choices(loaded)[0]
+            loaded = likely.applied(loaded)
+            notes.append(f"recipe auto: {likely.name} is assumed; with too few minutes for it, train takes fast")
+        generator = build_generator(loaded).eval()
     volume = open_low_res(loaded.low_res)
-    notes = compare_sizes(loaded, low_res=volume, images=True, reference=True)
+    notes += compare_sizes(loaded, low_res=volume, images=True, reference=True)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
     echo_notes(notes)
     echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))

@@ -6,7 +6,7 @@ on whatever machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil, inf
 from typing import Any
@@ -17,6 +17,7 @@ from hpcres.checkpoint import Checkpoint
 from hpcres.errors import InputError
 from hpcres.study import Study
 from hpcres.training.distributed import Processes
+from hpcres.training.recipes import Choice, taken
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import WAITING_SHARE, Threads
 from hpcres.training.trial import choose_precision, short_trial, step_seconds, with_settings
@@ -46,6 +47,16 @@ class Tuned:
     chosen: dict[str, dict[str, Any]]
     messages: list[str] = field(default_factory=list)
 
+    def by(self, choice: Choice) -> Tuned:
+        """The same, with `choice` among what was chosen."""
+        recipe = {"study": "auto", "chosen": choice.plain}
+        message = f"recipe auto is {choice.name}: {choice.why}"
+        return replace(self, chosen={"recipe": recipe, **self.chosen}, messages=[message, *self.messages])
+
+
+class TooFewSteps(InputError):
+    """training.minutes do not allow training.least_steps, even with the narrowest network allowed."""
+
 
 def autotune(
     study: Study, group: Processes, low_res: LowResCubes, real: RealSlices, threads: Threads, before: Checkpoint | None
@@ -71,7 +82,7 @@ def autotune(
 
     Raises
     ------
-    InputError
+    TooFewSteps
         training.minutes are too few for training.least_steps, even with the narrowest network allowed.
     """
     if before is not None:
@@ -94,7 +105,7 @@ def autotune(
         narrowed = _narrower(narrowed)
         seconds = step_seconds(narrowed, group, low_res, real)
     if _too_few(narrowed, seconds):
-        raise InputError(_refusal(study, narrowed, seconds, group))
+        raise TooFewSteps(_refusal(study, narrowed, seconds, group))
     for key in ("width", "critic_width"):
         given, used = getattr(study.network, key), getattr(narrowed.network, key)
         if given != used:
@@ -108,6 +119,7 @@ def autotune(
 def as_chosen(study: Study, before: Checkpoint) -> Study:
     """The study with what was chosen when the run of `before` began, for each setting that it still leaves open."""
     chosen = _chosen(before)
+    study = taken(study, chosen)
     network = {}
     for name in ("width", "critic_width"):
         setting = chosen.get(f"network.{name}")
@@ -117,6 +129,11 @@ def as_chosen(study: Study, before: Checkpoint) -> Study:
     return with_settings(
         study, network, precision=before.study.training.precision if precision == "auto" else precision
     )
+
+
+def with_recipe(study: Study, before: Checkpoint) -> Study:
+    """The study with the recipe that was chosen when the run of `before` began."""
+    return study if study.recipe is None else taken(study, _chosen(before))
 
 
 def _chosen(before: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -181,7 +198,7 @@ def _outlook(study: Study, seconds: float, steps_done: int = 0, seconds_done: fl
     if steps * seconds > 3600 * study.cluster.train_hours:
         message += (
             f", longer than cluster.train_hours {study.cluster.train_hours:g}; set training.minutes, or add the recipe "
-            "for few cores (base: [yours.yaml, fast.yaml], from configs/)"
+            "for few cores (base: [yours.yaml, hpcres:fast])"
         )
     return message
 
@@ -194,7 +211,7 @@ def _refusal(study: Study, narrowest: Study, seconds: float, group: Processes) -
         f"training.minutes: {settings.minutes:g} allows about {steps:.2g} steps of a generator of width "
         f"{narrowest.network.width}{narrowed} at {_duration(seconds)} each on this machine; fewer than {least} steps "
         f"(training.least_steps) give no usable generator; set training.minutes to {ceil(least * seconds / 60)} or "
-        "more, or add the recipe for few cores (base: [yours.yaml, fast.yaml], from configs/)"
+        "more, or add the recipe for few cores (base: [yours.yaml, hpcres:fast])"
         + ("" if group.device.type == "cuda" else ", or use a GPU")
     )
 

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,15 @@ from hpcres.signals import handling_signals, set_saved
 from hpcres.study import Study
 from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models, Outcome
-from hpcres.training.autotune import Tuned, as_chosen, autotune
+from hpcres.training.autotune import TooFewSteps, Tuned, as_chosen, autotune, with_recipe
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.folder import RunFolder, recover, refuse_outputs
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
+from hpcres.training.recipes import choices
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
-from hpcres.training.visible import beside
+from hpcres.training.visible import Beside, beside
 from hpcres.volumes.phases import open_low_res
 from hpcres.volumes.sizes import compare_sizes
 
@@ -87,6 +88,8 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
     """
     with processes(study.device, study.training.threads) as group:
         before = _checkpoint_to_resume(study, group, overwrite)
+        if before is not None:
+            study = with_recipe(study, before)
         first_step, seconds = _progress_of(before)
         if before is not None and _share_done(study, first_step, seconds) >= 1:
             return TrainingResult(str(study.checkpoint_path), first_step, seconds, first_step, True)
@@ -110,12 +113,8 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
     refuse_outputs(study, overwrite, [] if before else study.inputs)
     cubes = group.share(study.training.cubes)
     size_notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
-    low_res = LowResCubes(study)
-    both = beside(study, low_res.fractions)
-    corrects = study.training.atypical_images == "correct" and not both.typical
-    real = RealSlices(study, group.device, both.correction if corrects else None)
     threads = Threads(fixed=study.training.threads is not None)
-    tuned = autotune(study, group, low_res, real, threads, before)
+    tuned, low_res, real, both = _tuned(study, group, threads, before)
     study = tuned.study
     models = Models(study, group, tuned.chosen)
     if before is not None:
@@ -137,6 +136,30 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
             for message in (*size_notes, *opening, *compared):
                 journal.note(message)
             yield _Run(models, cubes, low_res, real, threads, judge, journal, before, overwrite)
+
+
+def _tuned(
+    study: Study, group: Processes, threads: Threads, before: Checkpoint | None
+) -> tuple[Tuned, LowResCubes, RealSlices, Beside]:
+    """The study with all that it leaves open chosen, and its data; of recipes, the first one that has steps enough."""
+
+    def data(study: Study) -> tuple[LowResCubes, RealSlices, Beside]:
+        low_res = LowResCubes(study)
+        both = beside(study, low_res.fractions)
+        corrects = study.training.atypical_images == "correct" and not both.typical
+        return low_res, RealSlices(study, group.device, both.correction if corrects else None), both
+
+    if study.recipe is None:
+        low_res, real, both = data(study)
+        return autotune(study, group, low_res, real, threads, before), low_res, real, both
+    *longer, last = choices(study)
+    for choice in longer:
+        low_res, real, both = data(choice.applied(study))
+        with suppress(TooFewSteps):
+            tuned = autotune(choice.applied(study), group, low_res, real, threads, None)
+            return tuned.by(choice), low_res, real, both
+    low_res, real, both = data(last.applied(study))
+    return autotune(last.applied(study), group, low_res, real, threads, None).by(last), low_res, real, both
 
 
 class _Run:

@@ -1,0 +1,146 @@
+"""The recipe of a study that says `recipe: auto`: which of the shipped ones, with what changed, and why.
+
+The rules are the advice of docs/recipes.md. They use what training has before its first step: the images, the scale
+factor, the phases that the low-res volume tells apart, the minutes, and a trial of the speed of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from hpcres.errors import InputError
+from hpcres.metrics.appearance import images_by_plane
+from hpcres.study import Study
+from hpcres.study_file import recipe_settings
+
+_MINUTES = 15.0
+"""training.minutes where a study gives neither minutes nor steps."""
+_WIDE = 2.0
+"""Low-res voxels that a feature is wide from which on smooth noise is a gain (docs/recipes.md, Smooth noise)."""
+_MOST_PHASES_OF_SIX_PIXELS = 3
+_DOUBLED = {"pattern_weight": 960, "voxel_weight": 40, "lattice_weight": 40}
+"""Weights of long-white where images differ by plane (docs/training.md, Separator)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe that may suit a study.
+
+    Attributes
+    ----------
+    name : str
+        Of the shipped recipe.
+    changes : dict
+        Settings by section that differ from that recipe.
+    why : str
+        For the user.
+    """
+
+    name: str
+    changes: dict[str, dict[str, Any]]
+    why: str
+
+    def applied(self, study: Study) -> Study:
+        """The study with the recipe under what the study itself sets, and no recipe left to choose.
+
+        Raises
+        ------
+        InputError
+            A setting of the study contradicts the recipe.
+        """
+        settings = study.model_dump(exclude_unset=True) | {"recipe": None}
+        recipe = recipe_settings(self.name)
+        for section, of_recipe in recipe.items():
+            settings[section] = of_recipe | self.changes.get(section, {}) | settings.get(section, {})
+        try:
+            return Study.model_validate(settings)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise InputError(
+                f"recipe: auto chose {self.name}, which the study's own settings contradict ({reason}); set another "
+                "value, or name a recipe as base"
+            ) from None
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"name": self.name, "changes": self.changes}
+
+
+def choices(study: Study) -> list[Choice]:
+    """Recipes that suit the study, the best one first; the last one suits any number of minutes.
+
+    Parameters
+    ----------
+    study : Study
+        One whose `recipe` is auto. Its images are read.
+
+    Returns
+    -------
+    list of Choice
+        A long recipe, for as many minutes as its least_steps need, then fast.
+    """
+    width = feature_pixels(study)
+    low_res = width / float(study.scale_factor)
+    hidden = [name for group in study.low_res.groups if len(group) > 1 for name in group]
+    seen = f"features of the visible phases are {width:.1f} pixels wide in the images, {low_res:.1f} low-res voxels"
+    given = study.training.model_fields_set
+    minutes = {} if given & {"minutes", "steps"} else {"minutes": _MINUTES}
+    network: dict[str, Any] = {"least_width": None}  # with fewer minutes, fast is better than a narrow long
+    training: dict[str, Any] = dict(minutes)
+    if not study.high_res.isotropic:
+        name, training = "long-white", {**training, **_DOUBLED}
+        why = "images differ by plane, so noise is white and the weights of patterns, lattice and voxels are doubled"
+    elif low_res < _WIDE:
+        name = "long-white"
+        why = f"{seen}, fewer than {_WIDE:g}, so noise is white"
+    else:
+        name = "long"
+        network["noise_sigma_voxels"] = sigmas = [0.0, round(width / 3, 1), round(2 * width / 3, 1)]
+        why = f"{seen}, so noise is smooth as well, with a standard deviation of {sigmas[1]:g} and {sigmas[2]:g} voxels"
+        if hidden and len(study.phases) <= _MOST_PHASES_OF_SIX_PIXELS:
+            training["pattern_pixels"] = 6
+            why += f"; the low-res volume does not tell {', '.join(hidden)} apart, so patterns have six pixels"
+    long = Choice(name, {"network": network, "training": training}, why)
+    few = "training.minutes are too few on this machine for the least steps of a longer recipe"
+    return [long, Choice("fast", {"training": minutes}, few)]
+
+
+def taken(study: Study, chosen: dict[str, dict[str, Any]]) -> Study:
+    """The study with the recipe that was chosen when a run began; `chosen` is what its checkpoint keeps."""
+    if study.recipe is None or "recipe" not in chosen:
+        return study
+    return Choice(**chosen["recipe"]["chosen"], why="").applied(study)
+
+
+def feature_pixels(study: Study) -> float:
+    """Mean chord length, in pixels, of that group of visible phases whose chords are shortest in the images.
+
+    Along lines of pixels a group has two faces a chord, so the mean chord is twice its share of pixels over the share
+    of faces that part it from other groups.
+    """
+    return min(_chords(study))
+
+
+def _chords(study: Study) -> Iterator[float]:
+    groups = np.zeros(len(study.phases), np.int64)
+    for number, group in enumerate(study.low_res.groups):
+        groups[[study.phases.index(name) for name in group]] = number
+    stacks = [groups[stack] for stacks in images_by_plane(study.high_res).values() for stack in stacks]
+    for number in range(len(study.low_res.groups)):
+        inside = [stack == number for stack in stacks]
+        pixels = sum(int(one.sum()) for one in inside)
+        parted = all_faces = 0
+        for one in inside:
+            for axis in (1, 2):
+                faces = np.diff(one, axis=axis)
+                parted, all_faces = parted + int(faces.sum()), all_faces + faces.size
+        if parted:
+            yield 2 * pixels / sum(one.size for one in inside) / (parted / all_faces)
+        else:
+            yield float(min(min(one.shape[1:]) for one in inside))
