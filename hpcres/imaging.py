@@ -21,12 +21,27 @@ def one_hot(labels: Tensor, channels: int) -> Tensor:
     return torch.stack([labels == channel for channel in range(channels)], dim=1).float()
 
 
+def largest_channel(x: Tensor) -> Tensor:
+    """x.argmax(1), the first of equals; several times as fast as torch's where channels are few.
+
+    Examples
+    --------
+    >>> largest_channel(torch.tensor([[0.2, 0.6, 0.2], [0.5, 0.0, 0.5]]))
+    tensor([1, 0])
+    """
+    largest, found = x[:, 0], torch.zeros(x[:, 0].shape, dtype=torch.int64, device=x.device)
+    for channel in range(1, x.shape[1]):
+        found = found.masked_fill(x[:, channel] > largest, channel)
+        largest = torch.maximum(largest, x[:, channel])
+    return found
+
+
 def likeliest(low_res: Tensor) -> Tensor:
     """Labels (batch, z, y, x): those given, or of probabilities (batch, channels, z, y, x) the largest, the first of
     equals, and the number of channels where all are 0."""
     if not low_res.is_floating_point():
         return low_res
-    return torch.where(low_res.amax(1) > 0, low_res.argmax(1), low_res.shape[1])
+    return torch.where(low_res.amax(1) > 0, largest_channel(low_res), low_res.shape[1])
 
 
 def block_majority(counts: Tensor, labels: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ class Training(Section):
     voxel_threshold: Annotated[float, Field(ge=0)] = 0.005
     fraction_weight: Annotated[float, Field(ge=0)] | None = None
     """Weight of how far the fractions of the visible phases in the whole block of each low-res voxel are off its label,
-    beyond a margin for partial volume at boundaries, and off the labels' fractions all over the cubes. By default 400
+    beyond a margin for partial volume at boundaries, and off the labels' fractions all over the cubes. By default 800
     where `atypical_images` corrects, else none, as published; the published imaging operator sees the middle of a block
     only, and asks for a majority there."""
     atypical_images: Literal["follow", "correct"] = "follow"

@@ -446,6 +446,14 @@ def test_lattice_loss_of_blocks_of_stripes_and_of_what_knows_no_lattice():
     assert face_shares(unsure, 4) == pytest.approx(torch.full((3, 4), 0.5))
 
 
+@pytest.mark.parametrize(("shape", "period"), [((2, 3, 5, 6, 7), 2), ((1, 2, 4, 4, 4), 8)])
+def test_gradients_of_face_shares_are_those_of_finite_differences(shape, period):
+    probabilities = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # A view, as the cropped cubes are.
+    inner = functional.pad(probabilities, (1,) * 6)[..., 1:-1, 1:-1, 1:-1].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: face_shares(p, period), inner)
+
+
 def test_lattice_loss_joins_the_generators(tmp_path):
     """What the step adds is weight × loss of the cropped cubes, value and gradient."""
     plain, more = (
@@ -463,6 +471,17 @@ def test_lattice_loss_joins_the_generators(tmp_path):
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(models.generator.parameters()))])
     assert found[1][0] - found[0][0] == pytest.approx(loss.item(), rel=1e-4)
     assert (found[1][1] - found[0][1] - slope).norm() < 1e-4 * slope.norm()
+
+
+@pytest.mark.parametrize(("pixels", "apart"), [(4, 1), (4, 3), (6, 1), (6, 2)])
+def test_gradients_of_pattern_shares_are_those_of_finite_differences(pixels, apart):
+    volume = torch.rand((1, 3, 5, 6, 7), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def shares(cubes):
+        return pattern_shares([volume_slices(cubes, axis) for axis in range(3)], (apart,), pixels)
+
+    assert torch.autograd.gradcheck(shares, volume.requires_grad_())
+
 
 
 @pytest.mark.parametrize("pixels", [4, 6])

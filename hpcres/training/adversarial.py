@@ -46,7 +46,7 @@ from hpcres.training.settling import match_fractions, settle_statistics
 
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
-_CORRECTED_FRACTIONS = 400.0
+_CORRECTED_FRACTIONS = 800.0
 """training.fraction_weight where images are not typical and none is given."""
 _OVERALL = 10.0
 """Weight of the visible fractions over all cubes beside those of single blocks."""

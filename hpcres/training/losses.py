@@ -6,12 +6,13 @@ Cubes are (cubes, phases, z, y, x), slices (slices, phases, rows, columns), both
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.imaging import ImagingOperator, largest_channel, one_hot
 from hpcres.networks.critic import Critic
 from hpcres.networks.resampling import middle
 from hpcres.study import Study
@@ -104,13 +105,44 @@ def face_shares(probabilities: Tensor, period: int) -> Tensor:
     The expectation is over independent draws of both voxels' phases from `probabilities` (cubes, phases, z, y, x). Of a
     period beyond the cubes' edge there are the positions that they have.
     """
-    shares = []
-    for axis in (2, 3, 4):
-        voxels = probabilities.movedim(axis, 0)
-        parted = 1 - (voxels[:-1] * voxels[1:]).sum(2)  # (face along the axis, cube, two other axes)
-        place = torch.arange(len(parted), device=parted.device) % period
-        shares.append(torch.stack([parted[place == k].mean() for k in range(min(period, len(parted)))]))
-    return torch.stack(shares)
+    shares: Tensor = _FaceShares.apply(probabilities, period)
+    return shares
+
+
+class _FaceShares(torch.autograd.Function):
+    """`face_shares`, with its gradient as two products per axis: autograd's fills and adds a volume for each slice."""
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, period: int) -> Tensor:
+        ctx.period = period
+        ctx.save_for_backward(probabilities)
+        shares = []
+        for axis in (2, 3, 4):
+            one, next_one = _sides(probabilities, axis)
+            others = [other for other in range(5) if other != axis]
+            alike = (one * next_one).sum(others) / (one.shape[0] * one[0, 0].numel() / one.shape[axis])
+            shares.append(torch.stack([1 - alike[k::period].mean() for k in range(min(period, len(alike)))]))
+        return torch.stack(shares)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        (probabilities,) = ctx.saved_tensors
+        gradient = torch.zeros_like(probabilities)
+        for axis, slope in zip((2, 3, 4), slopes, strict=True):
+            one, next_one = _sides(probabilities, axis)
+            place = torch.arange(one.shape[axis], device=one.device) % ctx.period
+            faces = place.bincount(minlength=len(slope)) * (one.shape[0] * one[0, 0].numel() / one.shape[axis])
+            weight = -(slope / faces)[place].view([-1 if other == axis else 1 for other in range(5)])
+            ours, next_ours = _sides(gradient, axis)
+            ours.addcmul_(next_one, weight)
+            next_ours.addcmul_(one, weight)
+        return gradient, None
+
+
+def _sides(volume: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Views of the voxels before and behind each face along `axis`."""
+    return volume.narrow(axis, 0, volume.shape[axis] - 1), volume.narrow(axis, 1, volume.shape[axis] - 1)
 
 
 def lattice_loss(shares: Tensor) -> Tensor:
@@ -127,7 +159,7 @@ def as_labels(probabilities: Tensor) -> Tensor:
 
     Straight through (Bengio 2013), so that what is painted is counted, not what was almost painted.
     """
-    return one_hot(probabilities.argmax(1), probabilities.shape[1]) + probabilities - probabilities.detach()
+    return one_hot(largest_channel(probabilities), probabilities.shape[1]) + probabilities - probabilities.detach()
 
 
 def pattern_shares(slices: Sequence[Tensor], spacings: Sequence[int], pixels: int = 4) -> Tensor:
