@@ -68,7 +68,7 @@ KEEPERS = {
         "compiled.py", "kernel_cache.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py",
     },
 }  # fmt: skip
-COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report"]
+COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report", "confidence"]
 
 
 def imports(file: Path) -> set[str]:

@@ -274,12 +274,12 @@ def test_the_saved_generator_has_the_wanted_fractions_inside_the_volume(tmp_path
 
 def test_blocks_are_held_to_labels_only_where_images_are_corrected_or_it_is_asked(tmp_path):
     losses = {}
-    for name, weight, corrected in (("none", None, False), ("own", None, True), ("400", 400.0, True), ("0", 0.0, True)):
+    for name, weight, corrected in (("none", None, False), ("own", None, True), ("800", 800.0, True), ("0", 0.0, True)):
         study = atypical(tmp_path, fraction_weight=weight, pattern_weight=0.0)
         low_res = LowResCubes(study)
         real = RealSlices(study, ALONE.device, beside(study, low_res.fractions).correction if corrected else None)
         losses[name] = float(Models(study, ALONE).step(0, range(2), low_res, real, 1e-3).losses[2])
-    assert losses["own"] == losses["400"]
+    assert losses["own"] == losses["800"]
     assert losses["own"] > losses["0"] + 1
 
 
