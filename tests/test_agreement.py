@@ -136,8 +136,10 @@ def test_counts_of_a_block_are_whole_numbers_that_add_up(scale):
     assert torch.equal(operator.block_counts(labels[:, 8:])[:, :, 1:], counts[:, :, 1 + int(8 / scale) :])
 
 
-def test_the_example_of_block_counts_is_right():
-    assert doctest.testmod(imaging) == (0, 3)
+def test_the_examples_of_imaging_are_right():
+    failed, tried = doctest.testmod(imaging)
+    assert failed == 0
+    assert tried > 3
 
 
 def test_a_tie_goes_to_the_coarse_label():
