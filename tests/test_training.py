@@ -577,6 +577,23 @@ def test_shares_join_the_generators_loss_after_the_warm_up(tmp_path, weight, sha
     assert (found[1][1] - found[0][1] - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_the_weight_of_patterns_grows_over_its_ramp(tmp_path):
+    """From a tenth at the start of the run to all of it at half of the run."""
+    more = {"critic_steps": 1, "reuse_generated": True, "pattern_spacings": [1], "pattern_weight": 1e3}
+    added = []
+    for ramp, done in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5), (0.5, 1.0)):
+        study = study_of(tmp_path, training=more | {"pattern_ramp": ramp})
+        plain = study_of(tmp_path, training=more | {"pattern_weight": 0.0})
+        low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
+        losses = [
+            Models(one, ALONE).step(0, range(2), low_res, real, one.training.learning_rate, done).losses[2].item()
+            for one in (study, plain)
+        ]
+        added.append(losses[0] - losses[1])
+    assert np.array(added[1:]) / added[0] == pytest.approx([0.1, 0.55, 1, 1], rel=1e-4)
+
+
+
 @pytest.mark.parametrize("sigmas", [(0.0,), (0.0, 6.0, 3.0)])
 def test_noise_gain_multiplies_what_the_noise_says_at_first(sigmas, tmp_path):
     network = {"width": 3, "critic_width": 5, "noise_sigma_voxels": sigmas}

@@ -69,6 +69,11 @@ def average_decay(ema: float, growth: float, step: int) -> float:
     return min(ema, (1 + step) / (2 + growth + step))
 
 
+def _pattern_ramp(ramp: float, done: float) -> float:
+    """Share of the weight of patterns when `done` of the run is done: from a tenth to all over the share `ramp`."""
+    return 1.0 if done >= ramp else 0.1 + 0.9 * done / ramp
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One step of this process's share: Wasserstein distance, gradient penalty, generator loss and voxel loss in
@@ -115,8 +120,13 @@ class Models:
             for module in (self.generator, self.critics)
         )
 
-    def step(self, step: int, cubes: range, low_res: LowResCubes, real: RealSlices, rate: float) -> Outcome:
-        """All critic steps and the generator step; every random draw depends on the seed, `step` and the cube."""
+    def step(
+        self, step: int, cubes: range, low_res: LowResCubes, real: RealSlices, rate: float, done: float = 1.0
+    ) -> Outcome:
+        """All critic steps and the generator step at this learning rate, `done` of the run being done.
+
+        Every random draw depends on the seed, `step` and the cube.
+        """
         settings = self.study.training
         for optimizer in (self.generator_optimizer, self.critic_optimizer):
             for parameters in optimizer.param_groups:
@@ -152,7 +162,8 @@ class Models:
                 loss = -self.critics.score(slices)
             # At a high rate the generator of a step has more small features than its average, which is what will
             # paint; as the rate falls they become one, and then it should have the patterns of the images.
-            loss = loss + settings.learning_rate / rate * self._off_images(slices[:3], real)
+            weight = _pattern_ramp(settings.pattern_ramp, done) * settings.learning_rate / rate
+            loss = loss + weight * self._off_images(slices[:3], real)
             # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
             if self.group.mean(voxel) > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
