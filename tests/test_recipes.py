@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import yaml
@@ -9,9 +12,10 @@ from click.testing import CliRunner
 from small_training import anisotropic, history, one_image, same, study_of, weights
 
 from hpcres.cli import commands
-from hpcres.errors import InputError
+from hpcres.errors import InputError, Stopped
 from hpcres.study_file import load_study, recipe_settings, save_study
 from hpcres.training import autotune
+from hpcres.training.adversarial import Models
 from hpcres.training.recipes import choices, feature_pixels
 from hpcres.training.run import train
 
@@ -110,14 +114,23 @@ def test_too_few_minutes_for_a_long_recipe_give_fast(tmp_path, monkeypatch, capf
     assert chosen[0].training.pattern_weight == (60 if name == "fast" else 480)
 
 
-def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, capfd):
+def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, monkeypatch, capfd):
     whole, cut = (
         auto(tmp_path, stripes(12)).model_copy(update={"output": str(tmp_path / name)}) for name in ("whole", "cut")
     )
     assert train(whole).step == 4
     assert "recipe auto is long: features of the visible phases" in capfd.readouterr().err
-    shorter = cut.model_copy(update={"training": cut.training.model_copy(update={"steps": 2})})
-    assert train(shorter).step == 2
+    plain = Models.step
+
+    def signalled(self, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Models, "step", signalled)
+        with pytest.raises(Stopped, match="step 2"):
+            train(cut)
     assert train(cut).resumed_step == 2
     assert same(weights(whole)[1], weights(cut)[1])
     assert history(whole)[-1] == history(cut)[-1]
