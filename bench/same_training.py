@@ -73,8 +73,7 @@ def trained(package: Path, study: Path, output: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, cwd=package, check=True, capture_output=True)
     rows = [line.split(",") for line in (output / "training.csv").read_text().splitlines()]
-    left = ["seconds"]
-    kept = [place for place, name in enumerate(rows[0]) if name not in left]
+    kept = [place for place, name in enumerate(rows[0]) if name != "seconds"]
     text = "\n".join(",".join(row[place] for place in kept) for row in rows)
     weights = subprocess.run(
         [sys.executable, "-c", DIGEST, str(output / "checkpoint.pt")], env=environment, cwd=package, check=True,

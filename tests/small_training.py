@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import combinations
 
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.study import Study
+from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes
 
 ALONE = Processes(0, 1, 1, torch.device("cpu"))
@@ -106,6 +109,18 @@ def anisotropic(folder, **training):
         imaging={"operator": "under-resolved"},
         training={"slices_per_axis": None, "critic_steps": 1, "cubes": 3} | training,
     )  # fmt: skip
+
+
+def told_to_stop_at(step):
+    """Models.step that sends its own process SIGUSR1 before it makes the step of this number."""
+    plain = Models.step
+
+    def signalled(self, number, *rest):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain(self, number, *rest)
+
+    return signalled
 
 
 def weights(study):

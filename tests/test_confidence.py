@@ -99,6 +99,15 @@ def test_a_solve_that_not_every_run_has_is_left_out(runs):
     assert not [one for one in intervals(runs) if one.metric == "D_rel"]
 
 
+def test_a_pair_of_phases_that_meets_in_some_runs_only_is_left_out(runs):
+    metrics = json.loads((runs[1] / "metrics.json").read_text())
+    metrics["volume"]["interphase_area"] = {}
+    (runs[1] / "metrics.json").write_text(json.dumps(metrics))
+    found = {one.metric for one in intervals(runs)}
+    assert "interphase area" not in found
+    assert {"volume fraction", "D_rel"} < found
+
+
 def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
     with pytest.raises(InputError, match="2 runs: an interval needs at least 3 trainings"):
         intervals(runs[:2])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
-from small_training import anisotropic, history, one_image, same, study_of, weights
+from small_training import anisotropic, history, one_image, same, study_of, told_to_stop_at, weights
 
 from hpcres.cli import commands
 from hpcres.errors import InputError, Stopped
@@ -77,6 +74,14 @@ def test_wide_features_have_smooth_noise_and_hidden_phases_six_pixels(tmp_path):
     assert resolved.recipe is None
 
 
+@pytest.mark.parametrize(
+    ("given", "minutes"), [({"steps": None}, 15), ({"steps": 900}, None), ({"minutes": 4.0}, 4), ({}, None)]
+)
+def test_steps_that_are_given_are_not_cut_short_by_a_recipe(tmp_path, given, minutes):
+    study = auto(tmp_path, stripes(12), **given)
+    assert [choice.applied(study).training.minutes for choice in choices(study)] == [minutes] * 2
+
+
 def test_small_features_have_white_noise(tmp_path):
     long, _ = choices(auto(tmp_path, stripes(3)))
     assert (long.name, "pattern_pixels" in long.changes["training"]) == ("long-white", False)
@@ -120,15 +125,8 @@ def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, monkeypatch, capfd
     )
     assert train(whole).step == 4
     assert "recipe auto is long: features of the visible phases" in capfd.readouterr().err
-    plain = Models.step
-
-    def signalled(self, step, *rest):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return plain(self, step, *rest)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Models, "step", signalled)
+        patched.setattr(Models, "step", told_to_stop_at(1))
         with pytest.raises(Stopped, match="step 2"):
             train(cut)
     assert train(cut).resumed_step == 2
@@ -149,6 +147,10 @@ def test_plan_says_which_recipe_it_assumes(tmp_path):
     shown = CliRunner().invoke(commands, ["plan", str(study)])
     assert shown.exit_code == 0, shown.output
     assert "recipe auto: long is assumed" in shown.output
+    train(load_study(study))
+    shown = CliRunner().invoke(commands, ["plan", str(study)])
+    assert shown.exit_code == 0, shown.output
+    assert "is assumed" not in shown.output
     # A study file that names a recipe as its base has what the recipe sets.
     content = yaml.safe_load(study.read_text()) | {"base": "hpcres:fast"}
     del content["recipe"], content["training"], content["network"]

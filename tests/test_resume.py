@@ -1,7 +1,6 @@
 """Runs that are told to stop, killed, or broken: what they leave, and that going on is the uninterrupted run."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_group import as_rank, free_ports, run_ranks
-from small_training import ALONE, atypical, blobs, history, same, study_of, weights
+from small_training import ALONE, atypical, blobs, history, same, study_of, told_to_stop_at, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
@@ -38,15 +37,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, make, match_fr
     study = make(tmp_path, training=training) if make is study_of else make(tmp_path, **training)
     whole, cut = (study.model_copy(update={"output": str(tmp_path / name)}) for name in ("whole", "cut"))
     assert train(whole).step == 5
-    plain = Models.step
-
-    def signalled(self, step, *rest):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return plain(self, step, *rest)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Models, "step", signalled)
+        patched.setattr(Models, "step", told_to_stop_at(2))
         with pytest.raises(Stopped, match=r"SIGUSR1.*step 3"):
             train(cut)
     assert load_checkpoint(cut.checkpoint_path).step == 3
@@ -185,14 +177,9 @@ def cut_and_whole(rank, ports, whole, cut, other):
     as_rank(rank, 2, ports[0])
     train(whole)
     plain = Models.step
-
-    def signalled(self, step, *rest):
-        if step == 2 and rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return plain(self, step, *rest)
-
     as_rank(rank, 2, ports[1])
-    Models.step = signalled
+    if rank == 1:
+        Models.step = told_to_stop_at(2)
     with pytest.raises(Stopped, match="after saving step 3"):
         train(cut)
     Models.step = plain

@@ -577,6 +577,13 @@ def test_shares_join_the_generators_loss_after_the_warm_up(tmp_path, weight, sha
     assert (found[1][1] - found[0][1] - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_a_run_tells_each_step_what_of_it_is_done(tmp_path, monkeypatch):
+    told, plain = [], Models.step
+    monkeypatch.setattr(Models, "step", lambda self, *given: told.append(given[-1]) or plain(self, *given))
+    train(study_of(tmp_path, training={"steps": 4}))
+    assert told == [0, 0.25, 0.5, 0.75]
+
+
 def test_the_weight_of_patterns_grows_over_its_ramp(tmp_path):
     """From a tenth at the start of the run to all of it at half of the run."""
     more = {"critic_steps": 1, "reuse_generated": True, "pattern_spacings": [1], "pattern_weight": 1e3}

@@ -255,9 +255,10 @@ def test_block_loss_is_nothing_where_the_blocks_are_as_labelled():
 # ---- a run ----
 
 
-def test_the_saved_generator_has_the_wanted_fractions_inside_the_volume(tmp_path):
-    """Of cubes with their context, of which the settling cubes are all."""
-    study = atypical(tmp_path, settling_cubes=8)
+@pytest.mark.parametrize("settling_cubes", [2, 8])
+def test_the_saved_generator_has_the_wanted_fractions_inside_the_volume(tmp_path, settling_cubes):
+    """Of cubes with their context. Eight are all of this volume, and are taken even where the study asks for fewer."""
+    study = atypical(tmp_path, settling_cubes=settling_cubes)
     low_res = LowResCubes(study)
     both = beside(study, low_res.fractions)
     real, models = RealSlices(study, ALONE.device, both.correction), Models(study, ALONE)

@@ -190,11 +190,12 @@ def _read(path: Path, schema: str, remedy: str) -> dict[str, Any]:
 
 
 def _of_metrics(runs: Sequence[_Run], level: float) -> Iterator[Interval]:
-    for rows in zip(*(metric_rows(run.metrics) for run in runs), strict=True):
-        first = rows[0]
-        yield _interval(
-            first.metric, first.of, first.unit, [row.value for row in rows], level, [row.reference for row in rows]
-        )
+    by_name = [{(row.metric, row.of): row for row in metric_rows(run.metrics)} for run in runs]
+    for name, first in by_name[0].items():
+        if all(name in rows for rows in by_name):
+            rows = [rows[name] for rows in by_name]
+            values, references = [row.value for row in rows], [row.reference for row in rows]
+            yield _interval(first.metric, first.of, first.unit, values, level, references)
 
 
 def _of_transport(runs: Sequence[_Run], level: float) -> Iterator[Interval]:

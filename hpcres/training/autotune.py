@@ -17,7 +17,7 @@ from hpcres.checkpoint import Checkpoint
 from hpcres.errors import InputError
 from hpcres.study import Study
 from hpcres.training.distributed import Processes
-from hpcres.training.recipes import Choice, taken
+from hpcres.training.recipes import Choice
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import WAITING_SHARE, Threads
 from hpcres.training.trial import choose_precision, short_trial, step_seconds, with_settings
@@ -119,7 +119,7 @@ def autotune(
 def as_chosen(study: Study, before: Checkpoint) -> Study:
     """The study with what was chosen when the run of `before` began, for each setting that it still leaves open."""
     chosen = _chosen(before)
-    study = taken(study, chosen)
+    study = with_recipe(study, before)
     network = {}
     for name in ("width", "critic_width"):
         setting = chosen.get(f"network.{name}")
@@ -133,7 +133,8 @@ def as_chosen(study: Study, before: Checkpoint) -> Study:
 
 def with_recipe(study: Study, before: Checkpoint) -> Study:
     """The study with the recipe that was chosen when the run of `before` began."""
-    return study if study.recipe is None else taken(study, _chosen(before))
+    recipe = _chosen(before).get("recipe")
+    return study if study.recipe is None or recipe is None else Choice(**recipe["chosen"]).applied(study)
 
 
 def _chosen(before: Checkpoint) -> dict[str, dict[str, Any]]:

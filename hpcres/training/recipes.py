@@ -43,7 +43,7 @@ class Choice:
 
     name: str
     changes: dict[str, dict[str, Any]]
-    why: str
+    why: str = ""
 
     def applied(self, study: Study) -> Study:
         """The study with the recipe under what the study itself sets, and no recipe left to choose.
@@ -89,10 +89,10 @@ def choices(study: Study) -> list[Choice]:
     low_res = width / float(study.scale_factor)
     hidden = [name for group in study.low_res.groups if len(group) > 1 for name in group]
     seen = f"features of the visible phases are {width:.1f} pixels wide in the images, {low_res:.1f} low-res voxels"
-    given = study.training.model_fields_set
-    minutes = {} if given & {"minutes", "steps"} else {"minutes": _MINUTES}
+    # Steps that the study gives are not to be cut short by a recipe's minutes. Minutes that it gives go before these.
+    minutes: dict[str, Any] = {"minutes": None if "steps" in study.training.model_fields_set else _MINUTES}
     network: dict[str, Any] = {"least_width": None}  # with fewer minutes, fast is better than a narrow long
-    training: dict[str, Any] = dict(minutes)
+    training = dict(minutes)
     if not study.high_res.isotropic:
         name, training = "long-white", {**training, **_DOUBLED}
         why = "images differ by plane, so noise is white and the weights of patterns, lattice and voxels are doubled"
@@ -109,13 +109,6 @@ def choices(study: Study) -> list[Choice]:
     long = Choice(name, {"network": network, "training": training}, why)
     few = "training.minutes are too few on this machine for the least steps of a longer recipe"
     return [long, Choice("fast", {"training": minutes}, few)]
-
-
-def taken(study: Study, chosen: dict[str, dict[str, Any]]) -> Study:
-    """The study with the recipe that was chosen when a run began; `chosen` is what its checkpoint keeps."""
-    if study.recipe is None or "recipe" not in chosen:
-        return study
-    return Choice(**chosen["recipe"]["chosen"], why="").applied(study)
 
 
 def feature_pixels(study: Study) -> float:

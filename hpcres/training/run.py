@@ -26,7 +26,7 @@ from hpcres.training.distributed import Processes, processes
 from hpcres.training.folder import RunFolder, recover, refuse_outputs
 from hpcres.training.journal import Journal
 from hpcres.training.quality import Judge
-from hpcres.training.recipes import choices
+from hpcres.training.recipes import Choice, choices
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
 from hpcres.training.visible import Beside, beside
@@ -149,17 +149,19 @@ def _tuned(
         corrects = study.training.atypical_images == "correct" and not both.typical
         return low_res, RealSlices(study, group.device, both.correction if corrects else None), both
 
+    def chosen(choice: Choice) -> tuple[Tuned, LowResCubes, RealSlices, Beside]:
+        applied = choice.applied(study)
+        found = data(applied)
+        return autotune(applied, group, *found[:2], threads, None).by(choice), *found
+
     if study.recipe is None:
-        low_res, real, both = data(study)
-        return autotune(study, group, low_res, real, threads, before), low_res, real, both
+        found = data(study)
+        return autotune(study, group, *found[:2], threads, before), *found
     *longer, last = choices(study)
     for choice in longer:
-        low_res, real, both = data(choice.applied(study))
         with suppress(TooFewSteps):
-            tuned = autotune(choice.applied(study), group, low_res, real, threads, None)
-            return tuned.by(choice), low_res, real, both
-    low_res, real, both = data(last.applied(study))
-    return autotune(last.applied(study), group, low_res, real, threads, None).by(last), low_res, real, both
+            return chosen(choice)
+    return chosen(last)
 
 
 class _Run:
