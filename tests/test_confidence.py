@@ -85,6 +85,12 @@ def test_every_number_that_runs_share_has_an_interval(runs):
     assert narrower["D_rel", "pore, z"].high < d_rel.high
 
 
+def test_an_interval_of_a_fraction_ends_at_0_and_1(tmp_path):
+    runs = [run_in(tmp_path / str(seed), seed, pore) for seed, pore in enumerate((0.05, 0.4, 0.6))]
+    pore, solid = [one for one in intervals(runs) if one.metric == "volume fraction"]
+    assert (pore.low, solid.high) == (0, 1)
+
+
 def test_a_run_without_a_path_gives_no_interval(runs, tmp_path):
     four = [*runs, run_in(tmp_path / "3", 3, d_rel=None, state="not percolating")]
     d_rel = next(one for one in intervals(four) if one.metric == "D_rel")

@@ -577,6 +577,18 @@ def test_shares_join_the_generators_loss_after_the_warm_up(tmp_path, weight, sha
     assert (found[1][1] - found[0][1] - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_batch_norm_has_the_plain_layout_and_the_last_convolution_the_fast_one(tmp_path):
+    """In fp32 on a CPU, where the one loses digits in the fast layout and the other takes twice as long in the plain."""
+    models, seen = Models(study_of(tmp_path), ALONE), {}
+    for name in ("norm_last", "conv_end"):
+        layer = getattr(models.generator, name)
+        layer.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+    made = models.generate(LowResCubes(models.study).draw(0, range(2), ALONE.device)[1])
+    assert seen["norm_last"].is_contiguous()
+    assert seen["conv_end"].is_contiguous(memory_format=torch.channels_last_3d)
+    assert made.is_contiguous()
+
+
 def test_a_run_tells_each_step_what_of_it_is_done(tmp_path, monkeypatch):
     told, plain = [], Models.step
     monkeypatch.setattr(Models, "step", lambda self, *given: told.append(given[-1]) or plain(self, *given))

@@ -37,11 +37,7 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     loaded = load_study(study, settings, output)
     notes = []
     if loaded.checkpoint_path.exists():
-        checkpoint = load_checkpoint(loaded.checkpoint_path)
-        generator = checkpoint.generator
-        if loaded.recipe is not None:
-            trained = {name: getattr(checkpoint.study, name) for name in ("recipe", "network", "training")}
-            loaded = loaded.model_copy(update=trained)
+        generator = load_checkpoint(loaded.checkpoint_path).generator
     else:
         if loaded.recipe is not None:
             likely = choices(loaded)[0]
