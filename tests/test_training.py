@@ -578,7 +578,7 @@ def test_shares_join_the_generators_loss_after_the_warm_up(tmp_path, weight, sha
 
 
 def test_batch_norm_has_the_plain_layout_and_the_last_convolution_the_fast_one(tmp_path):
-    """In fp32 on a CPU, where the one loses digits in the fast layout and the other takes twice as long in the plain."""
+    """In fp32 on a CPU: the one loses digits in the fast layout, the other takes twice as long in the plain."""
     models, seen = Models(study_of(tmp_path), ALONE), {}
     for name in ("norm_last", "conv_end"):
         layer = getattr(models.generator, name)
