@@ -39,14 +39,15 @@ EDGE = 64
 """Of the cubes and squares that are measured one by one."""
 
 
-def make(folder: Path, scale: str, recipe: Path) -> Path:
+def make(folder: Path, scale: str, recipe: Path | None) -> Path:
     """Write what is not in `folder` yet: the truth and its second half, the slices, the low-res volume at this scale
-    factor and its second half, and the study. Returns the study file."""
+    factor and its second half, and the study, whose recipe training chooses where none is given. Returns the study
+    file."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"electrode-{scale.replace('/', '-')}.yaml"
+    file = folder / f"electrode-{scale.replace('/', '-')}{'' if recipe else '-auto'}.yaml"
     low_res = f"low_res-{scale.replace('/', '-')}.zarr"
     study_content = {
-        "base": str(recipe),
+        **({"base": str(recipe)} if recipe else {"recipe": "auto"}),
         "name": "electrode",
         "output": "results",
         "scale_factor": scale,

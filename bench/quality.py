@@ -603,7 +603,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--slices-porosity", nargs="+", default=["0.25", "0.55"], help="of atypical")
     parser.add_argument("--data", help="folder of the real images; HPCRES_DATA by default")
     parser.add_argument("--keep", type=Path, help="folder for everything that is made; a temporary one by default")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="on top of the study: configs/long.yaml")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="on top of the study: configs/long.yaml; auto "
+                        "takes the study without its recipe, and lets training choose one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.add_argument("--cubes", type=int, default=256, help="in the picture of the electrode's distributions")
@@ -613,6 +614,16 @@ def parsed() -> argparse.Namespace:
     if options.data:
         os.environ["HPCRES_DATA"] = options.data
     return options
+
+
+def without_recipe(config: Path, target: Path) -> Path:
+    """The study of `config` whose recipe training chooses, written to `target`. Returns that path."""
+    content = yaml.safe_load(config.read_text())
+    bases = [content["base"]] if isinstance(content["base"], str) else content["base"]
+    content["base"] = [str(config.parent / base) for base in bases if base != "fast.yaml"]
+    content.pop("training", None)
+    target.write_text(yaml.safe_dump(content | {"recipe": "auto"}))
+    return target
 
 
 def variants(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
@@ -629,10 +640,13 @@ def variants(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
 def tables(options: argparse.Namespace, keep: Path, temporary: Path, scale: str, variant: Sequence[str]) -> list[str]:
     """Train, paint and measure one variant of a case for every seed; the Markdown tables of it."""
     case, own = options.case, [*options.set, *variant]
+    auto = options.recipe == Path("auto")
     config = CONFIGS / f"{CASES[case]}.yaml"
     if case == "electrode":
-        config = electrode.make(keep / "electrode-data", scale, CONFIGS / "fast.yaml")
-    if options.recipe:
+        config = electrode.make(keep / "electrode-data", scale, None if auto else CONFIGS / "fast.yaml")
+    elif auto:
+        config = without_recipe(config, temporary / config.name)
+    if options.recipe and not auto:
         recipe = [str(config), str(options.recipe.resolve())]
         config = temporary / config.name
         config.write_text(yaml.safe_dump({"base": recipe}))
