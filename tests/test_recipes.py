@@ -121,9 +121,13 @@ def test_too_few_minutes_for_a_long_recipe_give_fast(tmp_path, monkeypatch, capf
 
 def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, monkeypatch, capfd):
     whole, cut = (
-        auto(tmp_path, stripes(12)).model_copy(update={"output": str(tmp_path / name)}) for name in ("whole", "cut")
+        auto(tmp_path, stripes(12), cubes=None).model_copy(update={"output": str(tmp_path / name)})
+        for name in ("whole", "cut")
     )
+    plain, seen = Models.step, []
+    monkeypatch.setattr(Models, "step", lambda self, step, *given: seen.append(given[0]) or plain(self, step, *given))
     assert train(whole).step == 4
+    assert set(seen) == {range(2)}  # cubes of the recipe; 8 where a study has none
     assert "recipe auto is long: features of the visible phases" in capfd.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(Models, "step", told_to_stop_at(1))

@@ -111,11 +111,11 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
     InputError before anything is written.
     """
     refuse_outputs(study, overwrite, [] if before else study.inputs)
-    cubes = group.share(study.training.cubes)
     size_notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
     threads = Threads(fixed=study.training.threads is not None)
     tuned, low_res, real, both = _tuned(study, group, threads, before)
     study = tuned.study
+    cubes = group.share(study.training.cubes)  # of the chosen recipe
     models = Models(study, group, tuned.chosen)
     if before is not None:
         models.restore(before)
