@@ -48,7 +48,7 @@ def test_processes_with_a_share_of_the_batch_give_the_gradients_of_one_with_all(
     if material == "atypical":
         # Block fractions have slopes that are alike all over a cube, so that the last convolution's gradient loses
         # digits, as below. tests/test_visible.py tests them.
-        study = atypical(tmp_path, cubes=4, reuse_generated=True, critic_steps=1, fraction_weight=0.0)
+        study = atypical(tmp_path, cubes=2, reuse_generated=True, critic_steps=1, fraction_weight=0.0)
     elif material != "anisotropic":
         # With a large pattern weight the last convolution's gradient, and no other, is off by more than the bound, 3e-5
         # at 30: its slopes are alike all over a cube, and their sum over all voxels loses digits.
@@ -86,7 +86,7 @@ def test_a_group_can_be_left_while_a_model_still_holds_it():
 
 
 def test_a_process_can_end_as_soon_as_the_group_is_left():
-    """One of four processes died of SIGABRT: gloo's thread let go of a tensor while Python ended.
+    """Of four processes one died of SIGABRT: gloo's thread let go of a tensor while Python ended.
 
     Each is a Python of its own, since a forked one ends without clearing up.
     """

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -131,10 +133,16 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@cache
+def distributions() -> Mapping[str, list[str]]:
+    """Distributions that each importable name comes from; every call reads the metadata of all that are installed."""
+    return packages_distributions()
+
+
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_every_package_that_is_imported_is_declared(file):
     """Imports inside functions count too, except those whose ImportError is caught."""
-    made_by = packages_distributions()
+    made_by = distributions()
     for name in {one.split(".")[0] for one in imports(file) - optional(file)} - sys.stdlib_module_names - {"hpcres"}:
         assert {canonical(one) for one in made_by.get(name, [])} & stated(), f"{file.name} imports {name}, not declared"
 
@@ -152,7 +160,7 @@ def test_every_module_is_imported_with_only_the_declared_packages():
                         found.add(canonical(each.name))
         waiting = found - needed
     hidden = sorted(
-        module for module, made in packages_distributions().items()
+        module for module, made in distributions().items()
         if not {canonical(one) for one in made} & needed and module != "hpcres"
     )  # fmt: skip
     assert "pytest" in hidden

@@ -26,7 +26,7 @@ def _one_thread():
 def taught(folder, **more):
     """A trained study, whose checkpoint has weights that no seed gives."""
     folder.mkdir()
-    study = study_of(folder, training={"steps": 2}, seed=77, **more)
+    study = study_of(folder, training={"steps": 1}, seed=77, **more)
     train(study)
     return load_checkpoint(study.checkpoint_path)
 
@@ -48,11 +48,11 @@ def test_weights_are_taken_over_and_all_else_begins_anew(tmp_path, capfd):
     assert all(w.requires_grad for w in models.generator.parameters())
     assert train(study).resumed_step == 0
     said = capfd.readouterr().err
-    assert f"beginning from step 2 of {other.path} (weights {other.sha256[:12]}…)" in said
+    assert f"beginning from step 1 of {other.path} (weights {other.sha256[:12]}…)" in said
     assert "made anew: nothing" in said
     found = load_checkpoint(study.checkpoint_path)
     assert found.init_from == {
-        "path": other.path, "sha256": other.sha256, "step": 2, "phases": ["a", "b", "c"], "made_anew": [],
+        "path": other.path, "sha256": other.sha256, "step": 1, "phases": ["a", "b", "c"], "made_anew": [],
     }  # fmt: skip
     # One Adam step moves no weight by more than the learning rate; random first weights are far from these.
     for name, theirs in other.generator.named_parameters():

@@ -253,10 +253,10 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("moment", ["before a step", "in a step", "after a save"])
 def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, monkeypatch):
-    old = study_of(tmp_path, training={"steps": 3, "report_seconds": 0.001, "quality_steps": 2, "quality_cubes": 2})
+    old = study_of(tmp_path, training={"steps": 1, "report_seconds": 0.001, "quality_steps": 1, "quality_cubes": 1})
     train(old)
     before = content_of(old.folder)
-    of_new = {"steps": 4, "report_seconds": 0.001, "quality_steps": 1, "quality_cubes": 2}
+    of_new = {"steps": 3, "report_seconds": 0.001, "quality_steps": 1, "quality_cubes": 1}
     new = study_of(tmp_path, training=of_new)
     step = Models.step
 

@@ -32,36 +32,36 @@ def _one_thread():
 
 @pytest.mark.parametrize(("make", "match_fractions"), [(study_of, False), (study_of, True), (atypical, False)])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, make, match_fractions):
-    training = {"steps": 5, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
+    training = {"steps": 4, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
     training |= {"match_fractions": match_fractions, "pattern_weight": 30, "thin_weight": 30}
     study = make(tmp_path, training=training) if make is study_of else make(tmp_path, **training)
     whole, cut = (study.model_copy(update={"output": str(tmp_path / name)}) for name in ("whole", "cut"))
-    assert train(whole).step == 5
+    assert train(whole).step == 4
     with monkeypatch.context() as patched:
-        patched.setattr(Models, "step", told_to_stop_at(2))
-        with pytest.raises(Stopped, match=r"SIGUSR1.*step 3"):
+        patched.setattr(Models, "step", told_to_stop_at(1))
+        with pytest.raises(Stopped, match=r"SIGUSR1.*step 2"):
             train(cut)
-    assert load_checkpoint(cut.checkpoint_path).step == 3
+    assert load_checkpoint(cut.checkpoint_path).step == 2
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     with (cut.folder / "training.csv").open("a") as file:
-        file.write("4,9,9,9")  # a row that a kill cut short
+        file.write("3,9,9,9")  # a row that a kill cut short
     result = train(cut)
-    assert (result.step, result.resumed_step) == (5, 3)
+    assert (result.step, result.resumed_step) == (4, 2)
     assert same(weights(whole), weights(cut))
     assert history(whole) == history(cut)
-    assert len(history(whole)) == 6
+    assert len(history(whole)) == 5
     assert history(whole, "quality.csv") == history(cut, "quality.csv")
-    assert len(history(whole, "quality.csv")) == 6
+    assert len(history(whole, "quality.csv")) == 5
     best = [load_checkpoint(study.best_path) for study in (whole, cut)]
     assert best[0].sha256 == best[1].sha256
     again = train(cut)
     assert again.already_finished
-    assert again.step == 5
+    assert again.step == 4
 
 
-@pytest.mark.parametrize(("scale", "cube"), [("4", 128), ("8/3", 96)])
+@pytest.mark.parametrize(("scale", "cube"), [("4", 80), ("8/3", 96)])
 def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube):
-    """Trained, judged and settled at another edge than 64, with slices of 120 and 88 voxels."""
+    """Trained, judged and settled at another edge than 64, with slices of 72 and 88 voxels."""
     more = {"scale_factor": scale, "network": {"width": 2, "critic_width": 4, "padding": "zeros"}}
     judged = {"quality_steps": 1, "quality_cubes": 1} if cube == 96 else {}
     training = {"cube_voxels": cube, "cubes": 1, "critic_steps": 1, **judged}
@@ -149,26 +149,26 @@ def started(study, after_step):
     return run
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_goes_on_bit_for_bit(tmp_path, how):
-    training = {"steps": 9, "final_learning_rate": 0.1, "cubes": 1, "slices_per_axis": 2, **EVERY_STEP}
-    cut = study_of(tmp_path, training=training, output=str(tmp_path / "cut"))
-    run = started(cut, 2)
-    run.send_signal(how)
-    said = run.communicate(timeout=60)[1]
-    assert run.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL)
-    reached = load_checkpoint(cut.checkpoint_path).step
-    assert 1 <= reached < 9
-    if how == signal.SIGTERM:
-        assert f"stopped by SIGTERM after saving step {reached} to {cut.checkpoint_path}" in said.splitlines()[-1]
-    else:  # as a kill in the middle of writing would leave it
-        (cut.folder / ".checkpoint.pt.1.partial").write_bytes(cut.checkpoint_path.read_bytes()[:1000])
-    assert train(cut).resumed_step == reached
+def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
+    training = {"steps": 6, "final_learning_rate": 0.1, "cubes": 1, "slices_per_axis": 2, **EVERY_STEP}
     whole = study_of(tmp_path, training=training, output=str(tmp_path / "whole"))
     train(whole)
-    assert same(weights(whole), weights(cut))
-    assert history(whole) == history(cut)
-    assert not list(cut.folder.glob(".*"))
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        cut = study_of(tmp_path, training=training, output=str(tmp_path / how.name))
+        run = started(cut, 2)
+        run.send_signal(how)
+        said = run.communicate(timeout=60)[1]
+        assert run.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL)
+        reached = load_checkpoint(cut.checkpoint_path).step
+        assert 1 <= reached < 6
+        if how == signal.SIGTERM:
+            assert f"stopped by SIGTERM after saving step {reached} to {cut.checkpoint_path}" in said.splitlines()[-1]
+        else:  # as a kill in the middle of writing would leave it
+            (cut.folder / ".checkpoint.pt.1.partial").write_bytes(cut.checkpoint_path.read_bytes()[:1000])
+        assert train(cut).resumed_step == reached
+        assert same(weights(whole), weights(cut))
+        assert history(whole) == history(cut)
+        assert not list(cut.folder.glob(".*"))
 
 
 def cut_and_whole(rank, ports, whole, cut, other):
@@ -179,8 +179,8 @@ def cut_and_whole(rank, ports, whole, cut, other):
     plain = Models.step
     as_rank(rank, 2, ports[1])
     if rank == 1:
-        Models.step = told_to_stop_at(2)
-    with pytest.raises(Stopped, match="after saving step 3"):
+        Models.step = told_to_stop_at(1)
+    with pytest.raises(Stopped, match="after saving step 2"):
         train(cut)
     Models.step = plain
     if rank == 0:
@@ -190,17 +190,17 @@ def cut_and_whole(rank, ports, whole, cut, other):
 
 
 def test_two_processes_go_on_bit_for_bit_and_one_goes_on_from_two(tmp_path, capfd):
-    training = {"steps": 5, "cubes": 2, "pattern_weight": 30, "thin_weight": 30, **EVERY_STEP}
+    training = {"steps": 4, "cubes": 2, "pattern_weight": 30, "thin_weight": 30, **EVERY_STEP}
     whole, cut, other = (
         study_of(tmp_path, training=training, output=str(tmp_path / name)) for name in ("whole", "cut", "other")
     )
     ports = free_ports(3)
     run_ranks(cut_and_whole, (ports, whole, cut, other), 2)
-    assert load_checkpoint(cut.checkpoint_path).step == 5
+    assert load_checkpoint(cut.checkpoint_path).step == 4
     assert same(weights(whole), weights(cut))
     assert history(whole) == history(cut)
     capfd.readouterr()
-    assert train(other).resumed_step == 3
+    assert train(other).resumed_step == 2
     assert "it ran on 2 processes before, now on 1: the same samples, sums rounded otherwise" in capfd.readouterr().err
     last, expected = ([float(v) for v in history(study)[-1]] for study in (other, whole))
     assert last == pytest.approx(expected, rel=0.01, abs=1e-4)
