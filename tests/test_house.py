@@ -219,7 +219,7 @@ def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
     assert long.network.noise_sigma_voxels == (0, 4, 8)
     assert (long.training.surroundings, long.training.pattern_weight, long.training.match_fractions) == (5, 480, True)
     changed = {
-        "minutes", "least_steps", "surroundings", "pattern_weight", "pattern_ramp", "pattern_spacings",
+        "minutes", "least_steps", "surroundings", "pattern_weight", "pattern_tolerance", "pattern_spacings",
         "voxel_threshold", "ema_growth", "match_fractions", "settling_cubes", "quality_steps", "quality_cubes",
     }  # fmt: skip
     assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)

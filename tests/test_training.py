@@ -589,28 +589,35 @@ def test_batch_norm_has_the_plain_layout_and_the_last_convolution_the_fast_one(t
     assert made.is_contiguous()
 
 
-def test_a_run_tells_each_step_what_of_it_is_done(tmp_path, monkeypatch):
-    told, plain = [], Models.step
-    monkeypatch.setattr(Models, "step", lambda self, *given: told.append(given[-1]) or plain(self, *given))
-    train(study_of(tmp_path, training={"steps": 4}))
-    assert told == [0, 0.25, 0.5, 0.75]
-
-
-def test_the_weight_of_patterns_grows_over_its_ramp(tmp_path):
-    """From a tenth at the start of the run to all of it at half of the run."""
+def test_patterns_yield_to_the_low_res_volume(tmp_path):
+    """Their weight falls by a tenth in a step whose voxel loss exceeds the tolerance, and else grows by 3 %."""
     more = {"critic_steps": 1, "reuse_generated": True, "pattern_spacings": [1], "pattern_weight": 1e3}
-    added = []
-    for ramp, done in ((0.0, 0.0), (0.5, 0.0), (0.5, 0.25), (0.5, 0.5), (0.5, 1.0)):
-        study = study_of(tmp_path, training=more | {"pattern_ramp": ramp})
-        plain = study_of(tmp_path, training=more | {"pattern_weight": 0.0})
-        low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
-        losses = [
-            Models(one, ALONE).step(0, range(2), low_res, real, one.training.learning_rate, done).losses[2].item()
-            for one in (study, plain)
-        ]
-        added.append(losses[0] - losses[1])
-    assert np.array(added[1:]) / added[0] == pytest.approx([0.1, 0.55, 1, 1], rel=1e-4)
+    study, plain = (study_of(tmp_path, training=more | one) for one in ({}, {"pattern_weight": 0.0}))
+    low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
 
+    def loss_of(study, shares):
+        models = Models(study, ALONE)
+        for tolerance, share in shares:
+            models.study = study_of(tmp_path, training=more | {"pattern_tolerance": tolerance})
+            models._yield_to_voxels(0.5)
+            assert models.pattern_share == pytest.approx(share)
+        models.study = study
+        return models.step(0, range(2), low_res, real, 1e-3).losses[2].item()
+
+    whole = loss_of(study, []) - loss_of(plain, [])
+    tolerant = study_of(tmp_path, training=more | {"pattern_tolerance": 1e-9})
+    first = loss_of(tolerant, [(0.6, 0.103), (0.6, 0.10609), (0.4, 0.095481)]) - loss_of(plain, [])
+    assert first / whole == pytest.approx(0.9 * 0.095481, rel=1e-4)
+    models = Models(tolerant, ALONE)
+    for newest, late in ((0.5, 0.5), (1.0, 0.6), (0.0, 0.48)):
+        models._yield_to_voxels(newest)
+        assert models.voxel_loss_of_late == pytest.approx(late)
+    for _ in range(99):
+        models._yield_to_voxels(1.0)
+    assert models.pattern_share == 0.01
+    for _ in range(300):
+        models._yield_to_voxels(0.0)
+    assert models.pattern_share == 1.0
 
 
 @pytest.mark.parametrize("sigmas", [(0.0,), (0.0, 6.0, 3.0)])

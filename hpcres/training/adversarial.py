@@ -46,6 +46,12 @@ from hpcres.training.settling import match_fractions, settle_statistics
 
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
+_FIRST_PATTERN_SHARE, _LEAST_PATTERN_SHARE = 0.1, 0.01
+"""Share of the weight of patterns after the warm-up, and the least one, where training.pattern_tolerance is set."""
+_PATTERNS_GROW, _PATTERNS_FALL = 1.03, 0.9
+"""Factor of this share in a step whose recent voxel loss is tolerated, and in one where it is not."""
+_NEWEST_VOXEL_LOSS = 0.2
+"""Weight of the newest step in the running mean of the voxel loss. Single steps scatter, and a longer mean is late."""
 _CORRECTED_FRACTIONS = 800.0
 """training.fraction_weight where images are not typical and none is given."""
 _CORRECTED_CUBES = 64
@@ -67,11 +73,6 @@ def average_decay(ema: float, growth: float, step: int) -> float:
     weights.
     """
     return min(ema, (1 + step) / (2 + growth + step))
-
-
-def _pattern_ramp(ramp: float, done: float) -> float:
-    """Share of the weight of patterns when `done` of the run is done: from a tenth to all over the share `ramp`."""
-    return 1.0 if done >= ramp else 0.1 + 0.9 * done / ramp
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Models:
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         self.of_late: dict[str, Tensor] = {}
         """Running means of the shares of patterns, and of thin features, in generated slices."""
+        self.pattern_share = _FIRST_PATTERN_SHARE if settings.pattern_tolerance else 1.0
+        """Share of the weights of patterns and thin features in the last step."""
+        self.voxel_loss_of_late: float | None = None
+        """Running mean of the batch's voxel loss after the warm-up."""
         self.best: dict[str, Any] | None = None
         self._chosen = dict(chosen or {})
         """autotune.Tuned.chosen, to be saved."""
@@ -120,13 +125,8 @@ class Models:
             for module in (self.generator, self.critics)
         )
 
-    def step(
-        self, step: int, cubes: range, low_res: LowResCubes, real: RealSlices, rate: float, done: float = 1.0
-    ) -> Outcome:
-        """All critic steps and the generator step at this learning rate, `done` of the run being done.
-
-        Every random draw depends on the seed, `step` and the cube.
-        """
+    def step(self, step: int, cubes: range, low_res: LowResCubes, real: RealSlices, rate: float) -> Outcome:
+        """All critic steps and the generator step; every random draw depends on the seed, `step` and the cube."""
         settings = self.study.training
         for optimizer in (self.generator_optimizer, self.critic_optimizer):
             for parameters in optimizer.param_groups:
@@ -162,10 +162,13 @@ class Models:
                 loss = -self.critics.score(slices)
             # At a high rate the generator of a step has more small features than its average, which is what will
             # paint; as the rate falls they become one, and then it should have the patterns of the images.
-            weight = _pattern_ramp(settings.pattern_ramp, done) * settings.learning_rate / rate
+            # The share and the threshold go by the loss of the whole batch, or processes would differ in what they
+            # minimise.
+            of_batch = self.group.mean(voxel)
+            self._yield_to_voxels(float(of_batch))
+            weight = self.pattern_share * settings.learning_rate / rate
             loss = loss + weight * self._off_images(slices[:3], real)
-            # The threshold is on the loss of the whole batch, or processes would differ in what they minimise.
-            if self.group.mean(voxel) > settings.voxel_threshold:
+            if of_batch > settings.voxel_threshold:
                 loss = loss + settings.voxel_weight * voxel
         if weight := self._fraction_weight(real):
             loss = loss + weight * self._off_labels(probabilities, known, low_res.around(step, cubes, known.device))
@@ -222,6 +225,18 @@ class Models:
         off = fraction_differences(blocks, known)
         overall = _loss_at(self.group.mean(off), lambda means: means.square().sum(), off)
         return block_loss(blocks, around, not self.study.low_res.channels) + _OVERALL * overall
+
+    def _yield_to_voxels(self, voxel_loss: float) -> None:
+        """Let `pattern_share` grow where the low-res volume is met, and fall where it is not.
+
+        Patterns with all of their weight from the start can drive a generator so far from the low-res volume that it
+        never finds it (docs/recipes.md, Patterns yield to the low-res volume).
+        """
+        if tolerance := self.study.training.pattern_tolerance:
+            before = voxel_loss if self.voxel_loss_of_late is None else self.voxel_loss_of_late
+            self.voxel_loss_of_late = before + _NEWEST_VOXEL_LOSS * (voxel_loss - before)
+            factor = _PATTERNS_GROW if self.voxel_loss_of_late <= tolerance else _PATTERNS_FALL
+            self.pattern_share = min(1.0, max(_LEAST_PATTERN_SHARE, self.pattern_share * factor))
 
     def _off_images(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor | float:
         """How far what these slices show as labels is off the images, by the weights of the study."""
@@ -342,6 +357,7 @@ class Models:
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "seconds": seconds, "processes": self.group.size, "best": self.best,
             "of_late": self.of_late, "chosen_settings": self._chosen,
+            "pattern_share": self.pattern_share, "voxel_loss_of_late": self.voxel_loss_of_late,
         }  # fmt: skip
         save_checkpoint(
             self.folder.checkpoint, generator=generator, study=self.study, step=step, training_state=state,
@@ -395,6 +411,8 @@ class Models:
         self.best = state.get("best")
         # A run of an earlier version has none, and begins them anew.
         self.of_late = {kind: shares.to(self.group.device) for kind, shares in state.get("of_late", {}).items()}
+        self.pattern_share = state.get("pattern_share", self.pattern_share)
+        self.voxel_loss_of_late = state.get("voxel_loss_of_late")
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)

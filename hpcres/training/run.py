@@ -185,9 +185,8 @@ class _Run:
         with handling_signals("train", self._kept(self.first_step, self.how_to_resume)) as received:
             started, seconds = time.monotonic(), self.seconds_before
             for step in range(self.first_step, settings.steps):
-                begun = _share_done(self.study, step, seconds)
-                rate = learning_rate(self.study, begun)
-                outcome = self._step(step, rate, begun)
+                rate = learning_rate(self.study, _share_done(self.study, step, seconds))
+                outcome = self._step(step, rate)
                 stop, broken, seconds = self.group.largest(
                     bool(received), not outcome.finite, self.seconds_before + time.monotonic() - started
                 )
@@ -212,9 +211,9 @@ class _Run:
                 self.journal.note(message)
         return TrainingResult(str(self.study.checkpoint_path), step + 1, seconds, self.first_step, False)
 
-    def _step(self, step: int, rate: float, begun: float) -> Outcome:
+    def _step(self, step: int, rate: float) -> Outcome:
         self.threads.step_begins()
-        outcome = self.models.step(step, self.cubes, self.low_res, self.real, rate, begun)
+        outcome = self.models.step(step, self.cubes, self.low_res, self.real, rate)
         if (message := self.threads.step_ends()) is not None:
             self.journal.note(message)
         return outcome
