@@ -589,6 +589,23 @@ def test_batch_norm_has_the_plain_layout_and_the_last_convolution_the_fast_one(t
     assert made.is_contiguous()
 
 
+def test_denormals_count_as_zero_in_training_only(tmp_path, monkeypatch):
+    """Slopes of a softmax that is nearly sure are denormal, and a convolution of some takes five times as long."""
+    def smallest() -> float:
+        return (torch.tensor([1e-40]) * 1).item()
+
+    seen, plain = [], Models.step
+    monkeypatch.setattr(Models, "step", lambda self, *given: seen.append(smallest()) or plain(self, *given))
+    study = study_of(tmp_path, training={"steps": 2, "threads": None})
+    for flushed in (False, True):
+        torch.set_flush_denormal(flushed)
+        train(study, overwrite=True)
+        assert seen == [0.0, 0.0]
+        assert (smallest() == 0) == flushed
+        seen.clear()
+    torch.set_flush_denormal(False)
+
+
 def test_patterns_yield_to_the_low_res_volume(tmp_path):
     """Their weight falls by a tenth in a step whose voxel loss exceeds the tolerance, and else grows by 3 %."""
     more = {"critic_steps": 1, "reuse_generated": True, "pattern_spacings": [1], "pattern_weight": 1e3}

@@ -6,6 +6,7 @@ position of output voxel i, (i + ½)·step − ½ in input voxels, is an integer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil, floor
 
@@ -51,6 +52,33 @@ def area_taps(size: int, step: Fraction, outputs: int) -> Taps:
 def nearest_taps(size: int, step: Fraction, outputs: int) -> Taps:
     """The input voxel at ⌊i·step⌋."""
     return [[(min(floor(i * step), size - 1), Fraction(1))] for i in range(outputs)]
+
+
+def blur_taps(size: int, kernel: Sequence[float]) -> Taps:
+    """Weighted sum over the voxels around each one, those beyond an end replaced by the last."""
+    half = len(kernel) // 2
+    weights = list(map(Fraction, kernel))
+    return [[(min(max(i + k - half, 0), size - 1), w) for k, w in enumerate(weights)] for i in range(size)]
+
+
+def matrix_of(taps: Taps, size: int) -> Tensor:
+    """float64 (outputs, inputs): the weights of `taps` along an axis of `size` voxels."""
+    matrix = torch.zeros(len(taps), size, dtype=torch.float64)
+    for i, row in enumerate(taps):
+        for j, weight in row:
+            matrix[i, j] += float(weight)
+    return matrix
+
+
+def by_matrices(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Apply a matrix (outputs, inputs) along each of the last three axes of (batch, channels, z, y, x).
+
+    The gradient is as many products again, where that of `resample` fills an array of the size of x for every tap. Sums
+    have another order than there, so that windows of a volume agree to rounding only.
+    """
+    z, y, x_ = (matrix.to(x) for matrix in matrices)
+    x = torch.matmul(z, x.flatten(3)).unflatten(3, x.shape[3:])
+    return torch.matmul(torch.matmul(y, x), x_.T)
 
 
 def resample(x: Tensor, taps: tuple[Taps, Taps, Taps]) -> Tensor:
