@@ -67,7 +67,7 @@ case3: install
 	hpcres report configs/case3-sofc-small.yaml
 
 test: .venv/tested
-	pytest tests -m "not slow and not slurm and not machines" -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+	pytest tests -m "not slow and not slurm and not machines" -n $(TESTERS) --dist worksteal
 
 # All stages on a CPU held to AVX2, and from a read-only installation.
 test-machines: .venv/tested

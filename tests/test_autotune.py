@@ -144,11 +144,11 @@ def test_a_step_is_estimated_from_its_parts(tmp_path):
 def test_the_chosen_precision_is_kept_when_a_run_is_resumed(tmp_path, monkeypatch, capfd):
     """Resumed where bf16 is faster, a run begun in fp32 is bit for bit the uninterrupted fp32 run."""
     whole, auto = (
-        study_of(tmp_path, output=str(tmp_path / name), training={"steps": 4, "precision": precision})
+        study_of(tmp_path, output=str(tmp_path / name), training={"steps": 2, "precision": precision})
         for name, precision in (("whole", "fp32"), ("auto", "auto"))
     )
     train(whole)
-    begun = auto.model_copy(update={"training": auto.training.model_copy(update={"steps": 2})})
+    begun = auto.model_copy(update={"training": auto.training.model_copy(update={"steps": 1})})
     monkeypatch.setattr(autotune, "choose_precision", lambda *_: ("fp32", 0.25))
     train(begun)
     said = "precision fp32: in a trial on this CPU with 1 thread, bf16 had 0.25 times the speed of fp32"

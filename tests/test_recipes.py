@@ -19,8 +19,8 @@ from hpcres.training.run import train
 SMALL = {
     "network": {"width": 3, "critic_width": 5, "residual_blocks": 1},
     "training": {
-        "steps": 4, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "settling_cubes": 2,
-        "quality_steps": 2, "quality_cubes": 1, "pattern_spacings": [1], "surroundings": 1,
+        "steps": 3, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "settling_cubes": 2,
+        "quality_steps": 3, "quality_cubes": 1, "pattern_spacings": [1], "surroundings": 1, "precision": "fp32",
     },
 }  # fmt: skip
 
@@ -126,14 +126,14 @@ def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, monkeypatch, capfd
     )
     plain, seen = Models.step, []
     monkeypatch.setattr(Models, "step", lambda self, step, *given: seen.append(given[0]) or plain(self, step, *given))
-    assert train(whole).step == 4
+    assert train(whole).step == 3
     assert set(seen) == {range(2)}  # cubes of the recipe; 8 where a study has none
     assert "recipe auto is long: features of the visible phases" in capfd.readouterr().err
     with monkeypatch.context() as patched:
-        patched.setattr(Models, "step", told_to_stop_at(1))
-        with pytest.raises(Stopped, match="step 2"):
+        patched.setattr(Models, "step", told_to_stop_at(0))
+        with pytest.raises(Stopped, match="step 1"):
             train(cut)
-    assert train(cut).resumed_step == 2
+    assert train(cut).resumed_step == 1
     assert same(weights(whole)[1], weights(cut)[1])
     assert history(whole)[-1] == history(cut)[-1]
     changed = cut.model_copy(update={"training": cut.training.model_copy(update={"surroundings": 2})})
@@ -147,7 +147,7 @@ def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, monkeypatch, capfd
 
 
 def test_plan_says_which_recipe_it_assumes(tmp_path):
-    study = save_study(auto(tmp_path, stripes(12)), "mine")
+    study = save_study(auto(tmp_path, stripes(12), steps=1), "mine")
     shown = CliRunner().invoke(commands, ["plan", str(study)])
     assert shown.exit_code == 0, shown.output
     assert "recipe auto: long is assumed" in shown.output

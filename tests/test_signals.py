@@ -22,8 +22,9 @@ from test_metrics import dask_cluster
 from hpcres.errors import Stopped
 from hpcres.signals import end_if_signalled, handling_signals
 
-ALONE = [name for name, stage in STAGES.items() if not stage.launcher and name != "train --overwrite"]
-"""Stages of one process. tests/test_outputs.py interrupts `train --overwrite` where it matters."""
+ALONE = [name for name, stage in STAGES.items() if not stage.launcher and name not in ("train --overwrite", "plan")]
+"""Stages of one process but two. tests/test_outputs.py interrupts `train --overwrite` where it matters, and plan writes
+nothing."""
 
 
 @pytest.fixture(scope="module")
