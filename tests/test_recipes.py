@@ -70,7 +70,7 @@ def test_wide_features_have_smooth_noise_and_hidden_phases_six_pixels(tmp_path):
     assert (resolved.training.pattern_weight, resolved.training.ema_growth) == (480, 6)
     assert recipe["training"]["minutes"] == 15
     # The study's own settings go before the recipe's.
-    assert (resolved.network.width, resolved.training.surroundings, resolved.training.steps) == (3, 1, 4)
+    assert (resolved.network.width, resolved.training.surroundings, resolved.training.steps) == (3, 1, 3)
     assert resolved.recipe is None
 
 
