@@ -11,7 +11,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export PRTE_MCA_hwloc_default_binding_policy := none
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test lint types test-machines test-slurm test-kills test-interruptions test-threads test-compile case3 bench-inference bench-metrics bench-transport bench-quality clean
+.PHONY: help install demo test lint types test-variants test-machines test-slurm test-kills test-interruptions test-threads test-compile case3 bench-inference bench-metrics bench-transport bench-quality clean
 
 help:
 	@echo "make demo    the main job on a phantom, 3 to 8 minutes on two idle cores once set up; ends with results/demo/report.html"
@@ -21,7 +21,7 @@ help:
 	@echo "make bench-metrics     how fast counting is on one core, 15 minutes"
 	@echo "make bench-transport   how fast transport is solved, beside TauFactor (HPCRES_DATA), ten minutes"
 	@echo "make bench-quality     the quality bars, three seeds each, six hours"
-	@echo "make lint types test-machines test-slurm test-kills test-interruptions test-threads test-compile clean"
+	@echo "make lint types test-variants test-machines test-slurm test-kills test-interruptions test-threads test-compile clean"
 
 install: .venv/installed
 
@@ -67,7 +67,11 @@ case3: install
 	hpcres report configs/case3-sofc-small.yaml
 
 test: .venv/tested
-	pytest tests -m "not slow and not slurm and not machines" -n $(TESTERS) --dist worksteal
+	pytest tests -m "not slow and not variant and not slurm and not machines" -n $(TESTERS) --dist worksteal
+
+# Further cases of tests that `make test` has, ten minutes.
+test-variants: .venv/tested
+	pytest tests -m variant -n $(TESTERS)
 
 # All stages on a CPU held to AVX2, and from a read-only installation.
 test-machines: .venv/tested

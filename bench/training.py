@@ -3,10 +3,14 @@
     python bench/training.py                  a phantom, the small network, five minutes on two cores
     python bench/training.py --device cuda --paper
     python bench/training.py --peer SuperRes --steps 1 --turns 2
+    git worktree add ../before COMMIT && python bench/training.py --beside ../before --steps 60 --turns 2
 
 With --peer, a step beside one of the published code, whose own loop runs from a checkout of it that you have:
 the same widths, cubes, slices and critic steps, by turns. On a busy machine CPU seconds of one thread (--threads 1)
 say more than seconds.
+
+With --beside, CPU seconds of a step of fast.yaml on one thread beside those of another checkout of this repository, by
+turns: the median of the second half of the steps, in fp32 and, where a trial finds it faster, in bf16.
 
 `share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
 a matrix product of 2048² in the same run. Each row changes one setting of the row named first. Rows take turns, and
@@ -215,6 +219,48 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
         print(f"| {row} | {seconds[0]:.1f} | {shares[0]:.2f} | {seconds[1]:.1f} | {shares[1]:.2f} |")
 
 
+BESIDE = """
+import json, sys, time
+from hpcres.study import Study
+from hpcres.training.adversarial import Models
+from hpcres.training.distributed import processes
+from hpcres.training.samples import LowResCubes, RealSlices
+with open(sys.argv[1]) as file:
+    study = Study.model_validate(json.load(file))
+with processes(study.device, 1) as group:
+    models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
+    seconds = []
+    for step in range(int(sys.argv[2])):
+        began = time.process_time()
+        models.step(step, range(study.training.cubes), low_res, real, study.training.learning_rate)
+        seconds.append(time.process_time() - began)
+last = sorted(seconds[len(seconds) // 2 :])
+print(last[len(last) // 2])
+"""
+
+
+def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, turns: int) -> None:
+    """A Markdown table of CPU seconds of a step by the code of `checkout` and by this one."""
+    fastest, _ = choose_precision(study_of(folder, FAST, "cpu"), group)
+    print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {turns} turns of {steps} steps\n")
+    print("| CPU seconds of a step | before | after | ratio of the medians |\n|---|---|---|---|")
+    for precision in dict.fromkeys(("fp32", fastest)):
+        study = study_of(folder, {**FAST, "training": {**FAST["training"], "precision": precision}}, "cpu")
+        file = folder / "study.json"
+        file.write_text(study.model_dump_json(exclude_unset=True))
+        found: dict[Path, list[float]] = {checkout: [], Path(__file__).resolve().parent.parent: []}
+        for _ in range(turns):
+            for package, seconds in found.items():
+                done = subprocess.run(
+                    [sys.executable, "-c", BESIDE, str(file), str(steps)], check=True, capture_output=True, text=True,
+                    cwd=package, env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+                seconds.append(float(done.stdout))
+        shown = [", ".join(f"{one:.3f}" for one in seconds) for seconds in found.values()]
+        before, after = (float(np.median(seconds)) for seconds in found.values())
+        print(f"| {precision} | {shown[0]} | {shown[1]} | {before / after:.2f} |", flush=True)
+
+
 def processor() -> str:
     """Its name, and whether it has AMX, in which bf16 is many times as fast."""
     information = Path("/proc/cpuinfo")
@@ -234,6 +280,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, help="all cores by default")
     parser.add_argument("--peer", type=Path, help="checkout of https://github.com/amirDahari1/SuperRes")
+    parser.add_argument("--beside", type=Path, help="another checkout of this repository")
     options = parser.parse_args()
     if options.peer is not None and torch.cuda.is_available() != (options.device == "cuda"):
         parser.error("--peer: the published code computes on the GPU if there is one; use the same --device")
@@ -242,6 +289,9 @@ def main() -> None:
         folder = Path(name)
         if options.peer is not None:
             beside_the_published(options.peer.resolve(), folder, group, options.steps, options.turns)
+            return
+        if options.beside is not None:
+            beside_another(options.beside.resolve(), folder, group, options.steps, options.turns)
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # an earlier run's would hide what it costs
         precision, bf16_speed = choose_precision(study_of(folder, FAST, options.device), group)

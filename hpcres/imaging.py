@@ -181,9 +181,10 @@ class ImagingOperator(nn.Module):
     def _downsampled(
         self, probabilities: Tensor, kind: Callable[[int, Fraction, int], Taps], blurred: bool = False
     ) -> Tensor:
-        """(batch, phases, z, y, x) → (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋), blurred first or not.
+        """(batch, phases, z, y, x) → (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋), after a blur if `blurred`.
 
-        Where a gradient is wanted it is a product of matrices, which takes a tenth of the time.
+        If the gradient is needed, the operator is applied as a matrix along each axis, which takes a tenth of the time.
+        Otherwise it is applied tap by tap, so that a window of a volume has the values of the whole bit for bit.
         """
         if probabilities.requires_grad:
             matrices = [self._matrix(n, kind, blurred) for n in probabilities.shape[2:]]
@@ -195,7 +196,7 @@ class ImagingOperator(nn.Module):
         return resample(x, (z, y, x_))
 
     def _matrix(self, size: int, kind: Callable[[int, Fraction, int], Taps], blurred: bool) -> Tensor:
-        """float64 (⌊size/s⌋, size): the operator along one axis."""
+        """The operator along an axis of `size` voxels: float64 (⌊size/s⌋, size)."""
         if (size, kind, blurred) not in self._matrices:
             matrix = matrix_of(kind(size, self.scale, int(size / self.scale)), size)
             if blurred:

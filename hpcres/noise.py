@@ -10,10 +10,9 @@ from __future__ import annotations
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import ceil
+from statistics import NormalDist
 
 import numpy as np
-from scipy.ndimage import correlate1d
-from scipy.special import ndtri
 
 from hpcres.compiled import compiled
 from hpcres.geometry import PERIODIC, Box, Triple, pieces_of
@@ -23,7 +22,7 @@ NOISE_VOXELS = 2**32
 _REACH = 3
 """Standard deviations of a Gaussian at which it is cut off."""
 # Quantiles at the middle of 65536 equal slices of probability, scaled to unit variance.
-_QUANTILES = ndtri((np.arange(65536) + 0.5) / 65536)
+_QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(65536)])
 _QUANTILES = (_QUANTILES / np.sqrt(np.mean(_QUANTILES**2))).astype(np.float32)
 
 
@@ -90,6 +89,8 @@ def gaussian_taps(sigma_voxels: float, scale: Fraction) -> np.ndarray:
 
 def smoothed(white: np.ndarray, taps: np.ndarray) -> np.ndarray:
     """float32 (z, y, x) by the same `taps` along each axis, without the outermost len(taps) // 2 voxels."""
+    from scipy.ndimage import correlate1d  # takes a second to import, and only smooth noise needs it
+
     reach = len(taps) // 2
     for axis in range(3) if reach else ():
         white = correlate1d(white, taps, axis)

@@ -348,9 +348,10 @@ class Training(Section):
     or so, and in the images; it grows as the learning rate falls. None by default, as published, and none during the
     warm-up."""
     pattern_tolerance: Annotated[float, Field(ge=0)] = 0.0
-    """Voxel loss of the last steps up to which the weights of patterns and thin features grow, by 3 % a step from a
-    tenth of what is set; above it they fall, by 10 % a step. 0: they are always what is set. With a large weight from
-    the start some materials never find the low-res volume (docs/recipes.md, Patterns yield to the low-res volume)."""
+    """Limit of the voxel loss, as a mean over the last steps. Below it the weights of patterns and thin features grow
+    by 3 % a step, from a tenth of their setting to all of it; above it they fall by 10 % a step. 0: they are constant.
+    With a large weight from the start, training of some materials does not come to agree with the low-res volume
+    (docs/recipes.md, The weight of patterns follows the voxel loss)."""
     pattern_spacings: Annotated[tuple[Annotated[int, Field(ge=1, le=15)], ...], Field(min_length=1)] = (1, 2, 4, 8)
     """How far apart the pixels of such a pattern are: each spacing has patterns of its own."""
     pattern_pixels: Literal[4, 6] = 4

@@ -85,12 +85,14 @@ def test_a_group_can_be_left_while_a_model_still_holds_it():
             pytest.fail("hangs")
 
 
-def test_a_process_can_end_as_soon_as_the_group_is_left():
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.variant)])
+def test_a_process_can_end_as_soon_as_the_group_is_left(times):
     """One of four processes died of SIGABRT: gloo's thread let go of a tensor while Python ended.
 
     Each is a Python of its own, since a forked one ends without clearing up.
     """
-    torch.multiprocessing.spawn(leave, (free_ports(1)[0],), 2)
+    for port in free_ports(times):
+        torch.multiprocessing.spawn(leave, (port,), 2)
 
 
 def test_torchrun_trains_with_two_processes_and_stops_when_told_to(tmp_path):

@@ -66,9 +66,10 @@ def softmax(channels, temperature):
     return powers / powers.sum(0)
 
 
+@pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("box", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
-def test_under_resolved_is_blur_or_binning_then_softmax(scale, box):
+def test_under_resolved_is_blur_or_binning_then_softmax(scale, box, with_gradient):
     scale = Fraction(scale)
     shape = (2 * scale.numerator, 3 * scale.numerator + 1, 17)
     probabilities = torch.rand(1, 3, *shape, dtype=torch.float64).softmax(1)
@@ -79,7 +80,7 @@ def test_under_resolved_is_blur_or_binning_then_softmax(scale, box):
         binned(p.numpy(), scale) if box else linear_at(blurred(p.numpy(), operator.kernel.numpy()), scale)
         for p in merged
     ]
-    result = operator(probabilities)[0].numpy()
+    result = operator(probabilities.requires_grad_(with_gradient))[0].detach().numpy()
     assert result.shape[1:] == tuple(floor(n / scale) for n in shape)
     np.testing.assert_allclose(result, softmax(np.array(coarse), 7.0), atol=1e-6)
 
@@ -97,7 +98,21 @@ def test_under_sampled_takes_one_voxel_unblurred(scale):
     operator = ImagingOperator(scale, [[0], [1], [2]], Imaging(operator="under-sampled"))
     place = [[floor(i * scale) for i in range(floor(n / scale))] for n in labels.shape[1:]]
     expected = labels.numpy()[:, place[0]][:, :, place[1]][:, :, :, place[2]]
-    assert np.array_equal(operator(one_hot(labels, 3)).argmax(1).numpy(), expected)
+    for with_gradient in (False, True):
+        found = operator(one_hot(labels, 3).requires_grad_(with_gradient))
+        assert np.array_equal(found.argmax(1).numpy(), expected)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_block_fractions_are_means_over_blocks(scale):
+    scale = Fraction(scale)
+    probabilities = torch.rand(1, 3, 2 * scale.numerator, 3 * scale.numerator + 1, 17).softmax(1)
+    operator = ImagingOperator(scale, [[0, 2], [1]], Imaging())
+    merged = probabilities[0, 0] + probabilities[0, 2], probabilities[0, 1]
+    expected = np.array([binned(p.double().numpy(), scale) for p in merged])
+    for with_gradient in (False, True):
+        found = operator.block_fractions(probabilities.requires_grad_(with_gradient))
+        np.testing.assert_allclose(found[0].detach().numpy(), expected, atol=1e-6)
 
 
 def test_a_window_with_its_margin_gives_the_values_of_the_whole():

@@ -22,9 +22,12 @@ from test_metrics import dask_cluster
 from hpcres.errors import Stopped
 from hpcres.signals import end_if_signalled, handling_signals
 
-ALONE = [name for name, stage in STAGES.items() if not stage.launcher and name not in ("train --overwrite", "plan")]
-"""Stages of one process but two. tests/test_outputs.py interrupts `train --overwrite` where it matters, and plan writes
-nothing."""
+FURTHER = ("train --overwrite", "plan")
+"""tests/test_outputs.py interrupts `train --overwrite` at the moments that matter, and `plan` writes nothing."""
+ALONE = [
+    pytest.param(name, marks=pytest.mark.variant) if name in FURTHER else name
+    for name, stage in STAGES.items() if not stage.launcher
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,10 @@ from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from distributed import Client
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
@@ -52,6 +51,9 @@ from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Study
 from hpcres.volumes.phases import PhaseMap, likeliest
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _BLOCK_HIGH_RES = 128
 

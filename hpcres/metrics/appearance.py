@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client
 
 from hpcres.compiled import compiled
 from hpcres.geometry import Box, blocks
@@ -32,6 +31,9 @@ from hpcres.study import HighRes
 from hpcres.volumes.formats import read_images
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _LAGS = 16
 _RARE = 1e-3

@@ -34,10 +34,9 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client
 
 from hpcres.compiled import compiled
 from hpcres.errors import InputError
@@ -57,6 +56,9 @@ from hpcres.signals import half_made
 from hpcres.volumes.files import made_whole
 from hpcres.volumes.formats import map_npy, read_npz
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 UNIT = 4096
 """Integer length of the shortest voxel edge."""

@@ -31,10 +31,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client
 
 from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
@@ -52,6 +51,9 @@ from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PhaseMap, open_low_res
 from hpcres.volumes.sizes import compare_sizes
 from hpcres.volumes.volume import NotALabel, Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 SCHEMA = "hpcres metrics 1"
 OPEN = (False, False, False)

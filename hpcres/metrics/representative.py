@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from distributed import Client
 
 from hpcres.geometry import Box, Triple, triple
 from hpcres.metrics import counts
@@ -33,6 +33,9 @@ from hpcres.metrics.counts import Counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Representative
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 LEAST_CUBES = 8
 """Fewer cells of a size say little of its spread, and what they say is biased by the volume they share."""

@@ -1,4 +1,7 @@
-"""The Dask side of measuring: a client, tasks by place, their progress. Kernels know nothing of it."""
+"""The Dask side of measuring: a client, tasks by place, their progress. Kernels know nothing of it.
+
+Dask is imported by the functions that use it, since training counts slices without it and would wait a second for it.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.config
-from dask import delayed
-from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, as_completed
-from distributed.comm import CommClosedError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -33,6 +32,9 @@ from hpcres.study import RawHeader
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import probabilities
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
 
 BLOCK_BYTES = 64 * 2**20
 _SLAB_BYTES = 16 * 2**20
@@ -52,6 +54,9 @@ def connect(
     Unfinished where it is lost on the way, where workers die of one and the same task again and again, or where there
     are none for `worker_wait` seconds.
     """
+    from distributed import CancelledError, KilledWorker
+    from distributed.comm import CommClosedError
+
     for name in ("distributed", "distributed.client"):  # what ends a run is said here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
     where, given_up = scheduler or "this machine", threading.Event()
@@ -79,6 +84,9 @@ def connect(
 
 @contextmanager
 def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
+    import dask.config
+    from distributed import Client, LocalCluster
+
     if scheduler is None:
         # Threads share the address space, so results and open files are never copied between processes.
         threads = threads or cores()
@@ -137,6 +145,8 @@ def _start_workers(where: str) -> str:
 @contextmanager
 def _watched(client: Client, where: str, limit: float, given_up: threading.Event) -> Iterator[None]:
     """Tell the user while `client` has no workers; after `limit` seconds of that, cancel all it waits for."""
+    from distributed import Future
+
     ended = threading.Event()
 
     def watch() -> None:
@@ -246,6 +256,8 @@ def submit_with_neighbours(
 
     A result of `first` is dropped as soon as the last that needs it is done, so few are held at any time.
     """
+    from dask import delayed
+
     # One graph, so that Dask sees at once what becomes of each result and goes through it depth first.
     leaves = [delayed(first, pure=False)(item, **first_fixed) for item in items]
     joined = [
@@ -280,6 +292,8 @@ def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[in
 
 def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
     """Futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
+    from distributed import CancelledError, as_completed
+
     waiting = as_completed(futures)
     try:
         while not waiting.is_empty():

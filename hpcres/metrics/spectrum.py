@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client
 
 from hpcres.geometry import AXES, Box, triple
 from hpcres.metrics import counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 def radial_magnitude(

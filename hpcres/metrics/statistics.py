@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from distributed import Client, Future
 
 from hpcres.geometry import AXES, Box, Triple, blocks
 from hpcres.metrics import counts
@@ -39,6 +38,9 @@ from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, t
 from hpcres.metrics.spectrum import spectrum
 from hpcres.study import Metrics
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
 
 BLOCK_VOXELS = 2**23
 """Large enough for what a task costs, and small enough that what a block turns into is of no account."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from distributed import Client
 
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics import counts
@@ -22,6 +22,9 @@ from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.metrics.transport import Solution, solve_phase
 from hpcres.study import SubVolumes
 from hpcres.volumes.volume import Volume
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 
 @dataclass(frozen=True)

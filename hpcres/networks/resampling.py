@@ -55,14 +55,14 @@ def nearest_taps(size: int, step: Fraction, outputs: int) -> Taps:
 
 
 def blur_taps(size: int, kernel: Sequence[float]) -> Taps:
-    """Weighted sum over the voxels around each one, those beyond an end replaced by the last."""
+    """Weighted sum over the voxels around each voxel; voxels beyond an end have the value of the last one."""
     half = len(kernel) // 2
     weights = list(map(Fraction, kernel))
     return [[(min(max(i + k - half, 0), size - 1), w) for k, w in enumerate(weights)] for i in range(size)]
 
 
 def matrix_of(taps: Taps, size: int) -> Tensor:
-    """float64 (outputs, inputs): the weights of `taps` along an axis of `size` voxels."""
+    """The weights of `taps` along an axis of `size` voxels: float64 (outputs, inputs)."""
     matrix = torch.zeros(len(taps), size, dtype=torch.float64)
     for i, row in enumerate(taps):
         for j, weight in row:
@@ -73,8 +73,9 @@ def matrix_of(taps: Taps, size: int) -> Tensor:
 def by_matrices(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Apply a matrix (outputs, inputs) along each of the last three axes of (batch, channels, z, y, x).
 
-    The gradient is as many products again, where that of `resample` fills an array of the size of x for every tap. Sums
-    have another order than there, so that windows of a volume agree to rounding only.
+    The gradient of `resample` fills an array of the size of x for every tap; here it is three more matrix products.
+    The order of summation depends on the size of x, so a window of a volume has the values of the whole only within
+    rounding.
     """
     z, y, x_ = (matrix.to(x) for matrix in matrices)
     x = torch.matmul(z, x.flatten(3)).unflatten(3, x.shape[3:])

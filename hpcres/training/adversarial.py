@@ -47,11 +47,12 @@ from hpcres.training.settling import match_fractions, settle_statistics
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
 _FIRST_PATTERN_SHARE, _LEAST_PATTERN_SHARE = 0.1, 0.01
-"""Share of the weight of patterns after the warm-up, and the least one, where training.pattern_tolerance is set."""
+"""Share of the weight of patterns after the warm-up, and its minimum, if training.pattern_tolerance is set."""
 _PATTERNS_GROW, _PATTERNS_FALL = 1.03, 0.9
-"""Factor of this share in a step whose recent voxel loss is tolerated, and in one where it is not."""
+"""Factor of this share in a step if the mean voxel loss is at most the tolerance, and if it exceeds it."""
 _NEWEST_VOXEL_LOSS = 0.2
-"""Weight of the newest step in the running mean of the voxel loss. Single steps scatter, and a longer mean is late."""
+"""Weight of the newest step in the running mean of the voxel loss. A smaller one reacts too late, a larger one to
+noise."""
 _CORRECTED_FRACTIONS = 800.0
 """training.fraction_weight where images are not typical and none is given."""
 _CORRECTED_CUBES = 64
@@ -109,7 +110,7 @@ class Models:
         """Running means of the shares of patterns, and of thin features, in generated slices."""
         self.pattern_share = _FIRST_PATTERN_SHARE if settings.pattern_tolerance else 1.0
         """Share of the weights of patterns and thin features in the last step."""
-        self.voxel_loss_of_late: float | None = None
+        self.mean_voxel_loss: float | None = None
         """Running mean of the batch's voxel loss after the warm-up."""
         self.best: dict[str, Any] | None = None
         self._chosen = dict(chosen or {})
@@ -162,10 +163,9 @@ class Models:
                 loss = -self.critics.score(slices)
             # At a high rate the generator of a step has more small features than its average, which is what will
             # paint; as the rate falls they become one, and then it should have the patterns of the images.
-            # The share and the threshold go by the loss of the whole batch, or processes would differ in what they
-            # minimise.
+            # Share and threshold depend on the loss of the whole batch, or processes would minimise different losses.
             of_batch = self.group.mean(voxel)
-            self._yield_to_voxels(float(of_batch))
+            self._adapt_pattern_share(float(of_batch))
             weight = self.pattern_share * settings.learning_rate / rate
             loss = loss + weight * self._off_images(slices[:3], real)
             if of_batch > settings.voxel_threshold:
@@ -226,16 +226,16 @@ class Models:
         overall = _loss_at(self.group.mean(off), lambda means: means.square().sum(), off)
         return block_loss(blocks, around, not self.study.low_res.channels) + _OVERALL * overall
 
-    def _yield_to_voxels(self, voxel_loss: float) -> None:
-        """Let `pattern_share` grow where the low-res volume is met, and fall where it is not.
+    def _adapt_pattern_share(self, voxel_loss: float) -> None:
+        """Raise `pattern_share` if the mean voxel loss is at most training.pattern_tolerance, else lower it.
 
-        Patterns with all of their weight from the start can drive a generator so far from the low-res volume that it
-        never finds it (docs/recipes.md, Patterns yield to the low-res volume).
+        With a large weight of patterns from the start, some generators do not come to agree with the low-res volume
+        (docs/recipes.md, The weight of patterns follows the voxel loss).
         """
         if tolerance := self.study.training.pattern_tolerance:
-            before = voxel_loss if self.voxel_loss_of_late is None else self.voxel_loss_of_late
-            self.voxel_loss_of_late = before + _NEWEST_VOXEL_LOSS * (voxel_loss - before)
-            factor = _PATTERNS_GROW if self.voxel_loss_of_late <= tolerance else _PATTERNS_FALL
+            before = voxel_loss if self.mean_voxel_loss is None else self.mean_voxel_loss
+            self.mean_voxel_loss = before + _NEWEST_VOXEL_LOSS * (voxel_loss - before)
+            factor = _PATTERNS_GROW if self.mean_voxel_loss <= tolerance else _PATTERNS_FALL
             self.pattern_share = min(1.0, max(_LEAST_PATTERN_SHARE, self.pattern_share * factor))
 
     def _off_images(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor | float:
@@ -357,7 +357,7 @@ class Models:
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "seconds": seconds, "processes": self.group.size, "best": self.best,
             "of_late": self.of_late, "chosen_settings": self._chosen,
-            "pattern_share": self.pattern_share, "voxel_loss_of_late": self.voxel_loss_of_late,
+            "pattern_share": self.pattern_share, "mean_voxel_loss": self.mean_voxel_loss,
         }  # fmt: skip
         save_checkpoint(
             self.folder.checkpoint, generator=generator, study=self.study, step=step, training_state=state,
@@ -412,7 +412,7 @@ class Models:
         # A run of an earlier version has none, and begins them anew.
         self.of_late = {kind: shares.to(self.group.device) for kind, shares in state.get("of_late", {}).items()}
         self.pattern_share = state.get("pattern_share", self.pattern_share)
-        self.voxel_loss_of_late = state.get("voxel_loss_of_late")
+        self.mean_voxel_loss = state.get("mean_voxel_loss")
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)

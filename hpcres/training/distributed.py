@@ -97,7 +97,7 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     place = _device(device, local_rank, local_size)
-    with _denormals_as_zero():  # before torch starts its threads, which take this over
+    with _denormals_as_zero():  # before torch starts its threads, which inherit this
         torch.set_num_threads(threads or max(1, cores() // local_size))
         keep_freed_memory()
         if size == 1:
@@ -109,10 +109,11 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
 
 @contextmanager
 def _denormals_as_zero() -> Iterator[None]:
-    """Numbers below 1.2e-38 count as 0 on the CPU, in this thread and in those that it starts; as before at the end.
+    """Treat numbers below 1.2e-38 as 0 on the CPU, in this thread and the threads that it starts; undone at the end.
 
-    Slopes of a softmax that is nearly sure are of this size. A convolution's gradient takes five times as long where
-    one in thirty of them is (docs/training.md, Speed). They are too small to change a sum or a weight.
+    The gradient of a softmax whose probabilities are close to 0 and 1 holds such numbers. If one value in thirty is
+    one, the gradient of a convolution takes five times as long (docs/training.md, Speed). They are too small to change
+    a sum or a weight.
     """
     before = (torch.tensor([1e-40]) * 1).item() == 0
     torch.set_flush_denormal(True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import nn
 
 from hpcres.networks.resampling import middle
@@ -63,6 +62,8 @@ def matching_shifts(logits: np.ndarray, fractions: np.ndarray) -> np.ndarray:
     The shifts d least for mean(max(logits + d)) − fractions · d, a convex function whose slope is how far the shares
     are off: the dual of the transport of voxels to phases (Aurenhammer 1998).
     """
+    from scipy.optimize import minimize  # half a second, which only some runs need and none at its start
+
     there = fractions > 0
     logits, wanted = logits[there], fractions[there]
     scale = max(1e-9, float(logits.std()))
