@@ -3,8 +3,8 @@
 electrode.tiff (HPCRES_DATA, 256³) is the truth. Its finest phase, label 170, is taken for the binder: 15 % of the
 volume in features of 2.6 voxels. The low-res volume merges it with the pore, where it lies: 0.084 of all faces part
 binder and pore, 0.030 binder and active material. Slices are cut from the first half along z, in all three planes,
-evenly spaced. The material is treated as isotropic; faces of pore and binder are 0.083, 0.080 and 0.089 of all along z,
-y and x. The file gives no voxel size, so the study says 1 µm.
+evenly spaced. Faces of pore and binder are 0.083, 0.080 and 0.089 of all along z, y and x. The study takes the material for
+isotropic, or tells of each image which plane it shows. The file gives no voxel size, so the study says 1 µm.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.tiff import write_images
 from hpcres.volumes.volume import array_volume
 
+PLANES = ("yx", "zx", "zy")
 SLICES = 4
 """In each plane."""
 PHASES = {0: "pore", 85: "active", 170: "binder"}
@@ -39,12 +40,13 @@ EDGE = 64
 """Of the cubes and squares that are measured one by one."""
 
 
-def make(folder: Path, scale: str, recipe: Path | None) -> Path:
+def make(folder: Path, scale: str, recipe: Path | None, isotropic: bool) -> Path:
     """Write what is not in `folder` yet: the truth and its second half, the slices, the low-res volume at this scale
     factor and its second half, and the study, whose recipe training chooses where none is given. Returns the study
     file."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"electrode-{scale.replace('/', '-')}{'' if recipe else '-auto'}.yaml"
+    parts = ["electrode", scale.replace("/", "-"), *([] if recipe else ["auto"]), *([] if isotropic else ["planes"])]
+    file = folder / f"{'-'.join(parts)}.yaml"
     low_res = f"low_res-{scale.replace('/', '-')}.zarr"
     study_content = {
         **({"base": str(recipe)} if recipe else {"recipe": "auto"}),
@@ -53,7 +55,8 @@ def make(folder: Path, scale: str, recipe: Path | None) -> Path:
         "scale_factor": scale,
         "high_res": {
             "phases": PHASES, "voxel_size": "1 um",
-            "images": [{"path": "slices-256x256.tif"}, {"path": "slices-128x256.tif"}],
+            "isotropic": isotropic,
+            "images": [{"path": f"slices-{p}.tif", **({} if isotropic else {"planes": [p]})} for p in PLANES],
         },
         "low_res": {"path": low_res, "phases": {0: ["pore", "binder"], 1: "active"}},
         "imaging": {"operator": "under-resolved"},
@@ -67,19 +70,19 @@ def make(folder: Path, scale: str, recipe: Path | None) -> Path:
     labels = volume.read(Box.whole(volume.shape))
     truth = PhaseMap(tuple(PHASES), str(source)).index(labels)
     half = labels[: len(labels) // 2]
-    if not (folder / "slices-256x256.tif").exists():
-        place = [((2 * np.arange(SLICES) + 1) * n) // (2 * SLICES) for n in half.shape]
-        write_images(folder / "slices-256x256.tif", half[place[0]])
-        upright = [half.take(place[1], 1).swapaxes(0, 1), np.moveaxis(half.take(place[2], 2), 2, 0)]
-        write_images(folder / "slices-128x256.tif", np.concatenate(upright))
+    if not (folder / f"slices-{PLANES[-1]}.tif").exists():
+        for axis, plane in enumerate(PLANES):
+            n = half.shape[axis]
+            places = ((2 * np.arange(SLICES) + 1) * n) // (2 * SLICES)
+            write_images(folder / f"slices-{plane}.tif", np.moveaxis(half.take(places, axis), axis, 0))
     of_high, of_low = dict(enumerate(study.phases)), dict(enumerate("+".join(g) for g in study.low_res.groups))
-    places = half_files(study)
+    halves = half_files(study)
     _written(folder / "truth.zarr", truth, of_high, 1)
-    _written(places["truth"], other_half(truth), of_high, 1)
-    if not (folder / low_res).exists() or not places["low_res"].exists():
+    _written(halves["truth"], other_half(truth), of_high, 1)
+    if not (folder / low_res).exists() or not halves["low_res"].exists():
         coarse = imaged(truth, study)
         _written(folder / low_res, coarse, of_low, float(study.scale_factor))
-        _written(places["low_res"], other_half(coarse), of_low, float(study.scale_factor))
+        _written(halves["low_res"], other_half(coarse), of_low, float(study.scale_factor))
     return file
 
 

@@ -8,7 +8,8 @@
 
 sofc, separator and electrode need HPCRES_DATA, or --data FOLDER. --keep FOLDER keeps everything and goes on where an
 earlier call stopped. --steps N trains N steps whatever the clock says, which is what to compare recipes with where
-other work runs; --recipe configs/long.yaml puts that recipe on top of the study, --set SECTION.KEY=VALUE changes it.
+other work runs; --recipe configs/long.yaml puts that recipe on top of the study, --recipe auto lets training choose
+one, --set SECTION.KEY=VALUE changes it.
 Nothing is chosen by the truth: training keeps the generator with the best score by the images and the low-res volume
 (training/quality.py). --picture FILE.png shows slices of the first seed; of the electrode also, in
 FILE-distributions.png, the numbers of 256 cubes of 64³ as in figure 2 of Dahari 2022.
@@ -607,6 +608,7 @@ def parsed() -> argparse.Namespace:
                         "takes the study without its recipe, and lets training choose one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
+    parser.add_argument("--by-plane", action="store_true", help="tell training which plane each slice of electrode shows")
     parser.add_argument("--cubes", type=int, default=256, help="in the picture of the electrode's distributions")
     options = parser.parse_args()
     options.seeds = options.seeds or ([0, 1, 2] if options.case == "atypical" else [0])
@@ -643,7 +645,9 @@ def tables(options: argparse.Namespace, keep: Path, temporary: Path, scale: str,
     auto = options.recipe == Path("auto")
     config = CONFIGS / f"{CASES[case]}.yaml"
     if case == "electrode":
-        config = electrode.make(keep / "electrode-data", scale, None if auto else CONFIGS / "fast.yaml")
+        config = electrode.make(
+            keep / "electrode-data", scale, None if auto else CONFIGS / "fast.yaml", not options.by_plane
+        )
     elif auto:
         config = without_recipe(config, temporary / config.name)
     if options.recipe and not auto:
@@ -654,7 +658,8 @@ def tables(options: argparse.Namespace, keep: Path, temporary: Path, scale: str,
     if options.steps:
         budget = ["training.minutes=null", f"training.steps={options.steps}"]
     length = f"{options.steps}-steps" if options.steps else f"{options.minutes:g}-minutes"
-    title = _name(case, *([options.recipe.stem] if options.recipe else []), length, *own)
+    how = [*([options.recipe.stem] if options.recipe else []), *(["by-plane"] if options.by_plane else [])]
+    title = _name(case, *how, length, *own)
     shown = options.picture
     if shown and len(variants(options)) > 1:
         shown = shown.with_stem(_name(shown.stem, *(text.partition("=")[2] for text in variant)))

@@ -10,7 +10,8 @@ the same widths, cubes, slices and critic steps, by turns. On a busy machine CPU
 say more than seconds.
 
 With --beside, CPU seconds of a step of fast.yaml on one thread beside those of another checkout of this repository, by
-turns: the median of the second half of the steps, in fp32 and, where a trial finds it faster, in bf16.
+turns: the median of the second half of the steps, in fp32 and, where a trial finds it faster, in bf16. Settings that
+the other checkout does not know are left out there, and are printed.
 
 `share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
 a matrix product of 2048² in the same run. Each row changes one setting of the row named first. Rows take turns, and
@@ -71,7 +72,8 @@ PEER = {
 }
 """Settings of training beside the published code's: its three critics, and all else by default. bf16 where a trial
 finds it faster."""
-PEER_WIDTHS = (5, 7)
+PEER_WIDTHS, PEER_TRAINING = (5, 7), {"planes_apart": True}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def study_of(folder: Path, settings: dict, device: str) -> Study:
@@ -204,7 +206,7 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
             if training.get("precision", fastest) != fastest:
                 continue
             study = study_of(
-                folder, {"network": network, "training": {"planes_apart": True, **training}}, group.device.type
+                folder, {"network": network, "training": {**PEER_TRAINING, **training}}, group.device.type
             )
             seconds = step_seconds(study, group, steps)
             found.setdefault(row, []).extend(seconds)
@@ -212,6 +214,11 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN held to {isa}' if isa else ''}, "
           f"{group.device.type}, {torch.get_num_threads()} threads, {turns} turns of {steps} steps\n")  # fmt: skip
+    with Arithmetic() as counter:  # on the models' own first step, of which no time is taken
+        step_seconds(study_of(folder, {"network": network, "training": PEER_TRAINING}, group.device.type), group, 0)
+    limits = {kind: counter.flops / peak(group, dtype) for kind, dtype in PRECISIONS.items()}
+    print(f"{counter.flops / 1e9:.0f} GFLOP a step, which at the speed of a matrix product of 2048² take "
+          + ", ".join(f"{limit:.1f} s in {kind}" for kind, limit in limits.items()) + "\n")  # fmt: skip
     print("| fastest step | seconds | of the published | CPU seconds | of the published |\n|---|---|---|---|---|")
     fastest_of = {row: np.min(seconds, axis=0) for row, seconds in found.items()}
     for row, seconds in fastest_of.items():
@@ -221,12 +228,25 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
 
 BESIDE = """
 import json, sys, time
+from pydantic import ValidationError
 from hpcres.study import Study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import processes
 from hpcres.training.samples import LowResCubes, RealSlices
 with open(sys.argv[1]) as file:
-    study = Study.model_validate(json.load(file))
+    content = json.load(file)
+try:
+    study = Study.model_validate(content)
+except ValidationError as found:
+    for error in found.errors():
+        if error["type"] != "extra_forbidden":
+            raise
+        *sections, key = error["loc"]
+        section = content
+        for name in sections:
+            section = section[name]
+        print("left out:", ".".join(error["loc"]), section.pop(key), file=sys.stderr)
+    study = Study.model_validate(content)
 with processes(study.device, 1) as group:
     models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
     seconds = []
@@ -252,7 +272,7 @@ def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, t
         for _ in range(turns):
             for package, seconds in found.items():
                 done = subprocess.run(
-                    [sys.executable, "-c", BESIDE, str(file), str(steps)], check=True, capture_output=True, text=True,
+                    [sys.executable, "-c", BESIDE, str(file), str(steps)], check=True, stdout=subprocess.PIPE, text=True,
                     cwd=package, env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
                 seconds.append(float(done.stdout))
@@ -304,7 +324,7 @@ def main() -> None:
         if options.paper:
             rows["the paper's, fp32"] = {}
             rows["the paper's, bf16"] = {"training": {"precision": "bf16"}}
-        tops = {kind: peak(group, dtype) for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+        tops = {kind: peak(group, dtype) for kind, dtype in PRECISIONS.items()}
         print(f"{group.device.type}, {torch.get_num_threads()} threads; matrix product: "
               + ", ".join(f"{kind} {top / 1e9:.0f} GFLOP/s" for kind, top in tops.items()))  # fmt: skip
         best: dict[str, dict[str, float]] = {}
