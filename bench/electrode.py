@@ -3,8 +3,8 @@
 electrode.tiff (HPCRES_DATA, 256³) is the truth. Its finest phase, label 170, is taken for the binder: 15 % of the
 volume in features of 2.6 voxels. The low-res volume merges it with the pore, where it lies: 0.084 of all faces part
 binder and pore, 0.030 binder and active material. Slices are cut from the first half along z, in all three planes,
-evenly spaced. Faces of pore and binder are 0.083, 0.080 and 0.089 of all along z, y and x. The study takes the material for
-isotropic, or tells of each image which plane it shows. The file gives no voxel size, so the study says 1 µm.
+evenly spaced. Faces of pore and binder are 0.083, 0.080 and 0.089 of all along z, y and x. The study takes the material
+for isotropic, or tells of each image which plane it shows. The file gives no voxel size, so the study says 1 µm.
 """
 
 from __future__ import annotations

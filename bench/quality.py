@@ -608,7 +608,7 @@ def parsed() -> argparse.Namespace:
                         "takes the study without its recipe, and lets training choose one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
-    parser.add_argument("--by-plane", action="store_true", help="tell training which plane each slice of electrode shows")
+    parser.add_argument("--by-plane", action="store_true", help="each slice of the electrode says which plane it shows")
     parser.add_argument("--cubes", type=int, default=256, help="in the picture of the electrode's distributions")
     options = parser.parse_args()
     options.seeds = options.seeds or ([0, 1, 2] if options.case == "atypical" else [0])

@@ -272,8 +272,9 @@ def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, t
         for _ in range(turns):
             for package, seconds in found.items():
                 done = subprocess.run(
-                    [sys.executable, "-c", BESIDE, str(file), str(steps)], check=True, stdout=subprocess.PIPE, text=True,
-                    cwd=package, env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+                    [sys.executable, "-c", BESIDE, str(file), str(steps)],
+                    check=True, stdout=subprocess.PIPE, text=True, cwd=package,
+                    env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
                 )  # fmt: skip
                 seconds.append(float(done.stdout))
         shown = [", ".join(f"{one:.3f}" for one in seconds) for seconds in found.values()]
