@@ -9,9 +9,9 @@ With --peer, a step beside one of the published code, whose own loop runs from a
 the same widths, cubes, slices and critic steps, by turns. On a busy machine CPU seconds of one thread (--threads 1)
 say more than seconds.
 
-With --beside, CPU seconds of a step of fast.yaml on one thread beside those of another checkout of this repository, by
-turns: the median of the second half of the steps, in fp32 and, where a trial finds it faster, in bf16. Settings that
-the other checkout does not know are left out there, and are printed.
+With --beside, CPU seconds of a step of configs/demo.yaml on one thread, with its phantom, beside those of another
+checkout of this repository, by turns: the median of the second half of the steps, in fp32 and, where a trial finds it
+faster, in bf16. Settings that the other checkout does not know are left out there, and are printed.
 
 `share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
 a matrix product of 2048² in the same run. Each row changes one setting of the row named first. Rows take turns, and
@@ -21,6 +21,7 @@ the fastest step of all counts, so that neighbours on the machine matter little;
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -36,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hpcres.study import Study
-from hpcres.study_file import recipe_settings, save_study
+from hpcres.study_file import load_study, recipe_settings, save_study
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -260,14 +261,20 @@ print(last[len(last) // 2])
 
 
 def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, turns: int) -> None:
-    """A Markdown table of CPU seconds of a step by the code of `checkout` and by this one."""
-    fastest, _ = choose_precision(study_of(folder, FAST, "cpu"), group)
+    """A Markdown table of CPU seconds of a step by the code of `checkout` and by this one, on the phantom of
+    configs/demo.yaml."""
+    demo = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
+    subprocess.run([sys.executable, "-m", "hpcres", "phantom", str(demo), f"--output={folder}"],
+                   check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    study = load_study(demo, ["training.minutes=null", "training.warm_up_steps=10", "device=cpu"], str(folder))
+    fastest, _ = choose_precision(study, group)
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {turns} turns of {steps} steps\n")
     print("| CPU seconds of a step | before | after | ratio of the medians |\n|---|---|---|---|")
     for precision in dict.fromkeys(("fp32", fastest)):
-        study = study_of(folder, {**FAST, "training": {**FAST["training"], "precision": precision}}, "cpu")
+        content = study.model_dump(mode="json", exclude_unset=True)
+        content["training"]["precision"] = precision
         file = folder / "study.json"
-        file.write_text(study.model_dump_json(exclude_unset=True))
+        file.write_text(json.dumps(content))
         found: dict[Path, list[float]] = {checkout: [], Path(__file__).resolve().parent.parent: []}
         for _ in range(turns):
             for package, seconds in found.items():
