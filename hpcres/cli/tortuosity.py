@@ -59,6 +59,7 @@ class _Options:
     memory: str | None
     scratch: str | None
     device: str | None
+    check: str | None
     overwrite: bool
     as_json: bool
 
@@ -91,6 +92,9 @@ class _Options:
     "--scratch", metavar="DIR", help="Scratch storage for --memory, best on a fast local disk; beside the output."
 )
 @click.option("--device", metavar="cuda[:N]", help="Solve on a GPU, after set-up on the cores.")
+@click.option(
+    "--check", type=click.Choice(("taufactor",)), help="Solve with TauFactor too, in memory, and print its numbers."
+)
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
 def tortuosity(**given: Any) -> None:
@@ -104,6 +108,7 @@ def tortuosity(**given: Any) -> None:
     mpirun -n 4 hpcres tortuosity                       in the memory of several nodes
     hpcres tortuosity --memory 4GiB --scratch /local    in little memory, on scratch storage
     hpcres tortuosity --device cuda                     on a GPU
+    hpcres tortuosity v.tif --phase 1 --check taufactor   beside TauFactor
 
     Needs about 15 bytes a voxel where 40 % conduct, together over all ranks; with --memory down to 4, and 15 of
     scratch storage. Writes <output>/transport.json after each solve; for a bare volume only where --output names a
@@ -178,6 +183,7 @@ def _checked(options: _Options) -> _Task:
     if options.field is not None:
         refuse_output(options.field, FIELDS, inputs=[*inputs, target], overwrite=options.overwrite)
     memory, scratch = _out_of_core(options, target)
+    _refuse_check(options)
     solver = describe(options.rtol, _periodic(options), BLOCK_VOXELS if options.estimate else None)
     return _Task(study, volume, reference, edges, notes, target, conductivity, memory, scratch, solver)
 
@@ -208,10 +214,21 @@ def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Pa
     return memory, scratch
 
 
+def _refuse_check(options: _Options) -> None:
+    """TauFactor solves one phase of cubic voxels with insulated sides, the whole volume in memory."""
+    refused = {
+        "--conductivity": options.conductivities, "--periodic": options.periodic, "--estimate": options.estimate,
+        "--memory": options.memory,
+    }  # fmt: skip
+    if options.check and (other := next((name for name, given in refused.items() if given), None)):
+        raise InputError(f"--check {options.check}: TauFactor has nothing like {other}; drop one of them")
+
+
 def _refuse_several_processes(options: _Options, ranks: Ranks) -> None:
     if ranks.communicator is None:
         return
     given = {"--memory": options.memory, "--estimate blocks": options.estimate, "--device": options.device}
+    given["--check taufactor"] = options.check
     if option := next((name for name, value in given.items() if value is not None), None):
         raise InputError(f"{option}: is for one process, and this job has several; drop it, or mpirun")
 
@@ -244,8 +261,9 @@ def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -
     study = task.study
     if study is not None:
         results.content["published"] = [p.model_dump(mode="json") for p in study.reference.published]
+    printer = _Printer(task, options.as_json, options.check)
     solve = partial(
-        solve_missing, results, ranks=ranks, show=_Printer(task, options.as_json) if first else lambda *_: None,
+        solve_missing, results, ranks=ranks, show=printer if first else lambda *_: None,
         resume_with=f"run {'it without --overwrite' if options.overwrite else 'the same command'} to go on",
         phases=study.phases if study else None, only=options.only, conductivity=task.conductivity,
         directions=options.directions or ("z", "y", "x"), spacing=task.edges.lengths(options.source)[0],
@@ -260,6 +278,7 @@ def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -
     if task.reference is not None:
         if first:
             echo(f"reference {task.reference.path}:", err=options.as_json)
+        printer.volume = task.reference
         unsolved += solve("reference", task.reference)
     return unsolved
 
@@ -282,8 +301,14 @@ class _Printer:
 
     task: _Task
     as_json: bool
+    check: str | None
+    volume: Volume = field(init=False)
+    """That of the results."""
     begun: bool = field(default=False, init=False)
     skipped: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.volume = self.task.volume
 
     def __call__(self, result: dict[str, Any], solved_before: bool) -> None:
         from hpcres.metrics.table import transport_text
@@ -299,6 +324,10 @@ class _Printer:
         self.begun, self.skipped = True, self.skipped or solved_before
         for line in (*lines, transport_text(result)):
             echo(line, err=self.as_json)
+        if self.check and result["state"] == "converged":
+            from hpcres.metrics.transport.second_opinion import by_taufactor
+
+            echo(f"  {by_taufactor(self.volume, result)}", err=self.as_json)
 
 
 def _finish(options: _Options, task: _Task, results: ResultsFile) -> None:

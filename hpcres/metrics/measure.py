@@ -173,7 +173,7 @@ def measure(
     total = count_volume(volume, client=client, labels=known, periodic=periodic, block=block, progress=progress)
     named = Named(dict(enumerate(names)) if names is not None else {i: str(i) for i in total.labels}, size, unit)
     result = {
-        "path": os.path.abspath(volume.path),
+        "path": volume.place,
         "provenance": volume.provenance,
         "shape": list(volume.shape),
         "periodic": [axis for axis, wraps in zip(AXES, periodic, strict=True) if wraps],

@@ -19,6 +19,7 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -83,22 +84,31 @@ def connect(
 
 
 @contextmanager
-def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
+def local_client(threads: int | None = None) -> Iterator[Client]:
+    """A Dask client of threads of this process, all cores by default."""
     import dask.config
     from distributed import Client, LocalCluster
 
-    if scheduler is None:
+    with (
+        # A computer that slept longer than this has a worker still.
+        dask.config.set({"distributed.scheduler.worker-ttl": None}),
         # Threads share the address space, so results and open files are never copied between processes.
-        threads = threads or cores()
+        LocalCluster(
+            n_workers=1, threads_per_worker=threads or cores(), processes=False, dashboard_address=":0",
+            memory_limit=None,
+        ) as cluster,
+        Client(cluster) as client,
+    ):  # fmt: skip
+        yield client
+
+
+@contextmanager
+def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
+    from distributed import Client
+
+    if scheduler is None:
         keep_freed_memory(shared_by_threads=True)  # before there are threads, each with an arena of its own
-        with (
-            # A computer that slept longer than this has a worker still.
-            dask.config.set({"distributed.scheduler.worker-ttl": None}),
-            LocalCluster(
-                n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=":0", memory_limit=None
-            ) as cluster,
-            Client(cluster) as client,
-        ):
+        with local_client(threads) as client:
             yield client
         return
     is_file = "://" not in scheduler
@@ -182,6 +192,10 @@ def _watched(client: Client, where: str, limit: float, given_up: threading.Event
         watcher.join(timeout=5)
 
 
+_HELD: WeakValueDictionary[str, Volume] = WeakValueDictionary()
+"""Volumes in the memory of this process, by the token of their source."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A volume as tasks name it: every worker opens the path once and keeps it open."""
@@ -190,15 +204,29 @@ class Source:
     raw: RawHeader | None = None
     parts: tuple[Source, ...] = ()
     """Of probabilities, a file for each channel."""
+    in_memory: bool = False
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
     def of(cls, volume: Volume) -> Source:
+        if volume.in_memory:
+            source = cls(volume.path, in_memory=True)
+            _HELD[source.token] = volume
+            return source
         path = volume.path if volume.parts else os.path.abspath(volume.path)
         return cls(path, volume.raw, tuple(cls.of(part) for part in volume.parts))
 
     def open(self) -> Volume:
-        return _opened(self)
+        """InputError for a volume in the memory of another process."""
+        if not self.in_memory:
+            return _opened(self)
+        held = _HELD.get(self.token)
+        if held is None:
+            raise InputError(
+                f"{self.path}: is in the memory of another process than this worker; write it to a file that all "
+                "workers see, or let the client have threads of its own process"
+            )
+        return held
 
 
 @lru_cache(maxsize=8)

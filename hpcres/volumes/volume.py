@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hpcres.errors import InputError
-from hpcres.geometry import Boundaries, Box, Triple, pieces_of
+from hpcres.geometry import Boundaries, Box, Triple, pieces_of, triple
 from hpcres.lengths import UNKNOWN, Spacing, VoxelEdges
 from hpcres.study import RawHeader
 from hpcres.volumes.axes import Arrangement, arranged, times
@@ -98,6 +98,38 @@ class Volume:
                 raise InputError(f"{file}: has gone ({error.strerror}); put it back") from None
             found += status.st_ino, status.st_size, status.st_mtime_ns
         return tuple(found)
+
+    @property
+    def place(self) -> str:
+        """The absolute path; of an array in memory, its name."""
+        return self.path if self.in_memory else os.path.abspath(self.path)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether only this process can read it."""
+        return self._reopen is None and not self.parts
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Voxels as of an array, for integers, slices and an ellipsis; only the box that holds them is read."""
+        keys = key if isinstance(key, tuple) else (key,)
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            keys = (*keys[:at], *(slice(None),) * (len(self.shape) + 1 - len(keys)), *keys[at + 1 :])
+        if len(keys) > len(self.shape):
+            raise IndexError(f"{len(keys)} indices for a volume of {len(self.shape)} axes")
+        starts, stops, within = [], [], list[int | slice]()
+        for one, n in zip((*keys, *(slice(None),) * (len(self.shape) - len(keys))), self.shape, strict=True):
+            found = range(n)[one]
+            places = found if isinstance(found, range) else range(found, found + 1)
+            starts.append(min(places, default=0))
+            stops.append(max(places, default=0) + 1)
+            within.append(0 if found is not places else slice(None, None, places.step) if places else slice(0))
+        return self.read(Box(triple(starts), triple(stops)))[tuple(within)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole volume."""
+        voxels = self.read(Box.whole(self.shape))
+        return voxels if dtype is None else voxels.astype(dtype)
 
     def __reduce__(self) -> tuple[Callable[..., Volume], tuple[Any, ...]]:
         assert self._reopen, f"{self.path} is in memory only"

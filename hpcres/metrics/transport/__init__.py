@@ -27,7 +27,6 @@ profile: tau of each layer along the direction (see `voxels.tau_of_layers`), on 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -327,8 +326,8 @@ def tortuosity(
         raise InputError(f"{volume.path}: label {unknown[0]} has no phase; the phases are {', '.join(named.values())}")
     for name in (*only, *(conductivity or ())):
         if name not in named.values():
-            option = "--phase" if name in only else "--conductivity"
-            raise InputError(f"{option} {name}: no such phase; {volume.path} has {', '.join(named.values())}")
+            setting = "phase" if name in only else "conductivity"
+            raise InputError(f"{setting} {name}: no such phase; {volume.path} has {', '.join(named.values())}")
     # What is solved: a name, its labels, and the conductivities where they were given.
     systems: list[tuple[str, dict[int, float]]]
     if conductivity:
@@ -375,7 +374,7 @@ def tortuosity(
                 if finished is not None:
                     finished(results[-1])
     return {
-        "path": os.path.abspath(volume.path),
+        "path": volume.place,
         "shape": list(volume.shape),
         "crop": cut,
         "voxel_size": list(lengths),

@@ -1,0 +1,467 @@
+"""The functions of `import hpcres`: the stages as calls, on files and on arrays.
+
+A volume is a path (`x.tif`, `x.npy`, `x.h5:/dataset`, `x.zarr`), what `open` returns, or any array (z, y, x) of whole
+numbers: of NumPy, Dask, Zarr or h5py. A box of it is read at a time. The calls write nothing that is not named, print
+nothing and change no setting of the process; what a user should know goes to the logger `hpcres`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from pydantic import ValidationError
+
+from hpcres.errors import InputError, Unfinished
+from hpcres.geometry import AXES, Box, Periodic
+from hpcres.lengths import VoxelEdges, parse_voxel_edges
+from hpcres.results import Measurement, Tortuosity
+from hpcres.study import Metrics, Study, SubVolumes
+from hpcres.study_file import load_study
+from hpcres.volumes.formats import open_volume
+from hpcres.volumes.phases import PhaseMap
+from hpcres.volumes.volume import NotALabel, Volume, array_volume
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from hpcres.training.run import TrainingResult
+
+log = logging.getLogger("hpcres")
+Statistic = Literal["correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"]
+AnyVolume = Any
+"""A path, a `Volume`, or what has shape, dtype and slices like an array."""
+VoxelSize = str | Sequence[str] | None
+"""`50 nm`, or three such lengths along z, y and x."""
+
+
+def open(path: str | os.PathLike[str]) -> Volume:
+    """Open a label volume of any format; nothing is read before it is asked for.
+
+    Parameters
+    ----------
+    path : path
+        `x.tif`, `x.npy`, `x.h5:/dataset`, `x.zarr`, or an array in a Zarr group, `x.zarr/0`.
+
+    Returns
+    -------
+    Volume
+        With `shape`, `dtype`, `phases`, `edges` (of a voxel), and slices like an array.
+
+    Raises
+    ------
+    InputError
+        The file is missing, damaged, or holds no labels.
+    """
+    return open_volume(os.fspath(path))
+
+
+def measure(
+    volume: AnyVolume, *, phases: Sequence[str] | Mapping[int, str] | None = None, voxel_size: VoxelSize = None,
+    periodic: Iterable[str] = (), statistics: Iterable[Statistic] = (), subvolumes: SubVolumes | None = None,
+    seed: int = 0, client: Client | None = None, progress: bool = False,
+) -> Measurement:  # fmt: skip
+    """Volume fractions, surface and interphase areas and TPB of a label volume (docs/metrics.md).
+
+    Parameters
+    ----------
+    volume : path, Volume or array
+        Labels (z, y, x).
+    phases : sequence of str or mapping, optional
+        Names of the labels 0, 1, 2, …, or label → name. By default those that the file has, else the labels.
+    voxel_size : str or three of them, optional
+        `50 nm`, or lengths along z, y and x. By default what the file says; where that is nothing, lengths are in
+        voxels.
+    periodic : axes
+        Any of z, y, x: the volume's two sides meet there.
+    statistics : names
+        What else to measure: correlations, chords, connectivity, spectrum, representative (the standard error of each
+        number), geodesic.
+    subvolumes : SubVolumes, optional
+        How many random cubes to measure one by one, and their edge.
+    seed : int
+        Of the random places.
+    client : distributed.Client, optional
+        Where to compute. By default on the cores of this machine.
+    progress : bool
+        Show progress on stderr.
+
+    Returns
+    -------
+    Measurement
+
+    Raises
+    ------
+    InputError
+        A label without a phase, or a voxel size that is known along some axes only.
+    Unfinished
+        Some blocks could not be read.
+
+    Examples
+    --------
+    >>> labels = np.zeros((8, 8, 8), np.int64)
+    >>> labels[:4] = 1
+    >>> found = measure(labels, phases=["pore", "solid"], voxel_size="2 um")
+    >>> found.volume_fraction["solid"], found.specific_surface_area.faces["solid"], found.length_unit
+    (0.5, 0.0625, 'micrometer')
+    """
+    from hpcres.metrics.measure import measure as measured
+
+    unknown = [name for name in statistics if name not in get_args(Statistic)]
+    if unknown:
+        raise InputError(f"statistics: {unknown[0]!r} is none; choose from {', '.join(get_args(Statistic))}")
+    chosen = tuple(statistics)
+    source = _volume(volume, phases)
+    names = tuple(phases.values()) if isinstance(phases, Mapping) else phases
+    _warn_of_absent_chunks(source)
+    with _client(client) as connected:
+        return Measurement.of(
+            measured(
+                source, client=connected, phases=names, voxel_size=_edges(source, voxel_size), periodic=_axes(periodic),
+                settings=subvolumes, seed=seed, progress=progress,
+                statistics=Metrics().model_copy(update={"statistics": chosen}) if chosen else None,
+            )
+        )  # fmt: skip
+
+
+def tortuosity(
+    volume: AnyVolume, phase: str | int | None = None, *, direction: Literal["z", "y", "x"] = "z",
+    conductivity: Mapping[str, float] | None = None, phases: Sequence[str] | Mapping[int, str] | None = None,
+    voxel_size: VoxelSize = None, periodic: Iterable[str] = (), rtol: float = 1e-3, threads: int | None = None,
+    check: Literal["taufactor"] | None = None,
+) -> Tortuosity:  # fmt: skip
+    """Relative diffusivity and tortuosity factor of a phase along one direction, with their error (docs/transport.md).
+
+    Parameters
+    ----------
+    volume : path, Volume or array
+        Labels (z, y, x), held in memory while it is solved. True conducts in an array of booleans.
+    phase : str or int, optional
+        Name or label of the phase that conducts. Not needed for booleans, nor with `conductivity`.
+    direction : str
+        z, y or x.
+    conductivity : mapping, optional
+        Phase → conductivity, for several phases that conduct together.
+    phases, voxel_size, periodic
+        As of `measure`. Sides that do not meet are insulated.
+    rtol : float
+        The solver stops when the estimated error of D_rel is below this share of it.
+    threads : int, optional
+        All cores by default. The result does not depend on it.
+    check : str, optional
+        `taufactor` solves with TauFactor too; cubic voxels and one phase only.
+
+    Returns
+    -------
+    Tortuosity
+
+    Raises
+    ------
+    InputError
+        No such phase, or too little memory.
+    Unfinished
+        The solver did not reach `rtol`.
+
+    Examples
+    --------
+    >>> tortuosity(np.ones((8, 8, 8), bool)).tau
+    1.0
+    """
+    from hpcres.metrics.transport import tortuosity as solved
+
+    if direction not in AXES:
+        raise InputError(f"direction {direction!r} is none; choose from {', '.join(AXES)}")
+    source = _volume(volume, phases)
+    names = tuple(phases.values()) if isinstance(phases, Mapping) else phases or source.phases
+    if conductivity is not None and phase is not None:
+        raise InputError(f"phase {phase!r}: conductivity already names the phases; drop one of them")
+    if conductivity is None and phase is None:
+        if getattr(volume, "dtype", None) != np.bool_:
+            raise InputError(f"{source.path}: phase is missing; name the one that conducts, or give conductivity")
+        phase = 1
+    if isinstance(phase, int) and names is not None and phase in range(len(names)):
+        phase = names[phase]
+    edges = _edges(source, voxel_size)
+    _warn_of_absent_chunks(source)
+    found = solved(
+        source, phases=names, only=() if phase is None else (str(phase),), conductivity=conductivity,
+        directions=(direction,), spacing=edges.lengths(source.path)[0], periodic=_axes(periodic), rtol=rtol,
+        threads=threads,
+    )["results"][0]  # fmt: skip
+    if found["state"] == "not converged":
+        raise Unfinished(
+            f"{source.path}: {found['phase']} along {direction} is not solved to rtol={rtol:g}, so no number is given; "
+            "try a larger rtol, conductivities less far apart, or a part of the volume"
+        )
+    opinion = None
+    if check is not None:
+        from hpcres.metrics.transport.second_opinion import by_taufactor
+
+        if conductivity is not None:
+            raise InputError("check='taufactor': TauFactor is asked about one phase; drop conductivity or check")
+        opinion = by_taufactor(source, found)
+    return Tortuosity.of(found, opinion)
+
+
+def train(
+    study: Study | Mapping[str, Any] | str | os.PathLike[str], *, settings: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None, overwrite: bool = False,
+) -> TrainingResult:  # fmt: skip
+    """Train the generator of a study, or resume where an earlier call stopped.
+
+    Parameters
+    ----------
+    study : Study, mapping or path
+        A study, its content, or its file.
+    settings : sequence of str
+        `section.key=value`, which go before what the file says.
+    output : path, optional
+        The study's folder of results, in place of its own.
+    overwrite : bool
+        Train anew where there is a checkpoint.
+
+    Returns
+    -------
+    TrainingResult
+        `checkpoint`, `step` and `seconds`.
+
+    Raises
+    ------
+    InputError, Stopped, Unfinished
+    """
+    from hpcres.training.run import train as trained
+
+    return trained(_study(study, settings, output), overwrite=overwrite)
+
+
+def infer(
+    study: Study | Mapping[str, Any] | str | os.PathLike[str] | None = None, *, settings: Sequence[str] = (),
+    checkpoint: str | os.PathLike[str] | None = None, low_res: str | Sequence[str] | None = None,
+    output: str | os.PathLike[str] | None = None, tiles: str | None = None, seed: int | None = None,
+    device: str | None = None, ensemble: int | None = None, overwrite: bool = False,
+) -> Volume:  # fmt: skip
+    """Paint the high-res volume; under mpirun every rank calls this. What an earlier call has painted is kept.
+
+    Parameters
+    ----------
+    study : Study, mapping or path, optional
+        Not needed with `checkpoint`, `low_res` and `output`, which is then the store.
+    settings, output
+        As of `train`.
+    checkpoint, low_res : path, optional
+        In place of the study's own.
+    tiles : str, optional
+        `4x4x4`: tiles along z, y and x.
+    seed : int, optional
+        Of the noise.
+    device : str, optional
+        auto, cpu or cuda.
+    ensemble : int, optional
+        Paint so many seeds.
+    overwrite : bool
+        Paint anew.
+
+    Returns
+    -------
+    Volume
+        The store labels.zarr.
+
+    Raises
+    ------
+    InputError, Stopped, Unfinished
+    """
+    from hpcres.inference.ranks import join_ranks
+    from hpcres.inference.run import infer as painted
+    from hpcres.inference.run import open_job
+
+    loaded = None if study is None else _study(study, settings, output)
+    with join_ranks() as ranks:
+        job = open_job(
+            loaded, checkpoint=None if checkpoint is None else os.fspath(checkpoint), low_res=low_res,
+            output=None if output is None else os.fspath(output), tiles=tiles, seed=seed, device=device,
+            command="hpcres.infer", inference={} if ensemble is None else {"ensemble": ensemble},
+        )  # fmt: skip
+        return open_volume(painted(job, ranks, overwrite=overwrite).store)
+
+
+def phantom(
+    study: Study | Mapping[str, Any] | str | os.PathLike[str], *, settings: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None, overwrite: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Make the ground truth, the low-res volume and the slices that a study's section `phantom` describes.
+
+    Parameters
+    ----------
+    study, settings, output
+        As of `train`.
+    overwrite : bool
+        Make them anew.
+
+    Returns
+    -------
+    list of Path
+        The files, in `<output>/phantom`.
+
+    Raises
+    ------
+    InputError
+    """
+    from hpcres.phantoms import make_phantom
+
+    return make_phantom(_study(study, settings, output), overwrite)
+
+
+def convert(
+    volume: AnyVolume, output: str | os.PathLike[str], *, phases: Mapping[int, str] | None = None,
+    voxel_size: VoxelSize = None, overwrite: bool = False,
+) -> Volume:  # fmt: skip
+    """Write a volume as a sharded OME-Zarr label store.
+
+    Parameters
+    ----------
+    volume : path, Volume or array
+        Labels (z, y, x).
+    output : path
+        The store, `x.zarr`. It appears when it is complete.
+    phases : mapping, optional
+        Label → name; the labels of the store are 0, 1, 2, … in this order. By default the values are kept.
+    voxel_size
+        As of `measure`.
+    overwrite : bool
+        Replace a store that hpcres wrote.
+
+    Returns
+    -------
+    Volume
+        The store.
+
+    Raises
+    ------
+    InputError
+    """
+    from hpcres.volumes.convert import convert as converted
+
+    source = _volume(volume, None)
+    size, unit = _edges(source, voxel_size).lengths(source.path)
+    converted(source, os.fspath(output), phases=phases, voxel_size=size, unit=unit, overwrite=overwrite)
+    return open_volume(os.fspath(output))
+
+
+def report(
+    study: Study | Mapping[str, Any] | str | os.PathLike[str], *, settings: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+) -> Path:  # fmt: skip
+    """Write the page of a study, from what the other stages wrote.
+
+    Parameters
+    ----------
+    study, settings, output
+        As of `train`.
+
+    Returns
+    -------
+    Path
+        report.html in the study's folder.
+
+    Raises
+    ------
+    InputError
+    """
+    from hpcres.outputs import PAGE, refuse_output
+    from hpcres.report.write import report_study
+
+    loaded = _study(study, settings, output)
+    if not loaded.labels_path.exists():
+        raise InputError(f"{loaded.labels_path}: not there yet; call hpcres.infer first")
+    made = (loaded.labels_path, loaded.metrics_path, loaded.transport_path)
+    refuse_output(loaded.report_path, PAGE, inputs=[*loaded.inputs, *made], renewed=True)
+    return report_study(loaded, open_volume(loaded.labels_path))
+
+
+# ---- what the arguments mean ------------------------------------------------------------------------------
+
+
+def _volume(given: AnyVolume, phases: Sequence[str] | Mapping[int, str] | None) -> Volume:
+    """A volume of what was given, with labels 0, 1, 2, … in the order of `phases` where that is a mapping."""
+    if isinstance(given, Volume):
+        volume = given
+    elif isinstance(given, str | os.PathLike):
+        volume = open_volume(os.fspath(given))
+    elif hasattr(given, "shape") and hasattr(given, "dtype"):
+        volume = array_volume(given, "array")
+    else:
+        kind = type(given).__name__
+        raise InputError(f"volume: {kind} is neither a path nor an array; give one with shape and dtype")
+    if not isinstance(phases, Mapping):
+        return volume
+    phase_map = PhaseMap(tuple(phases), volume.path)
+
+    def read(box: Box) -> np.ndarray:
+        try:
+            return phase_map.index(volume.read(box))
+        except InputError as error:
+            raise NotALabel(str(error)) from None
+
+    return replace(
+        volume, dtype=np.dtype(np.uint8), phases=tuple(phases.values()), _read=read, _read_unwritten=None, _reopen=None
+    )
+
+
+def _edges(volume: Volume, given: VoxelSize) -> VoxelEdges:
+    """The voxel size given, else the file's own; InputError where that is known along some axes only."""
+    edges = volume.edges
+    if given is not None:
+        try:
+            edges = parse_voxel_edges(given if isinstance(given, str) else ",".join(map(str, given)))
+        except ValueError as error:
+            raise InputError(f"voxel_size: {error}") from None
+        if not edges.agrees_with(volume.edges):
+            log.warning("%s: voxel_size %s overrides the file's own, %s", volume.path, edges, volume.edges)
+    edges.lengths(volume.path, "give voxel_size, three lengths along z, y and x, such as ('1 um', '250 nm', '250 nm')")
+    return edges
+
+
+def _warn_of_absent_chunks(volume: Volume) -> None:
+    from hpcres.volumes.absent import absent_chunks
+
+    for absent in () if volume.in_memory else absent_chunks(volume):
+        log.warning("%s", absent)
+
+
+def _axes(periodic: Iterable[str]) -> Periodic:
+    chosen = tuple(periodic)
+    if unknown := [axis for axis in chosen if axis not in AXES]:
+        raise InputError(f"periodic: {unknown[0]!r} is no axis; choose from {', '.join(AXES)}")
+    z, y, x = (axis in chosen for axis in AXES)
+    return z, y, x
+
+
+@contextmanager
+def _client(given: Client | None) -> Iterator[Client]:
+    from hpcres.metrics.schedule import local_client
+
+    with nullcontext(given) if given is not None else local_client() as client:
+        yield client
+
+
+def _study(
+    given: Study | Mapping[str, Any] | str | os.PathLike[str], settings: Sequence[str],
+    output: str | os.PathLike[str] | None,
+) -> Study:  # fmt: skip
+    where = None if output is None else os.fspath(output)
+    if isinstance(given, str | os.PathLike):
+        return load_study(os.fspath(given), settings, where)
+    if settings:
+        raise InputError(f"settings {settings[0]}: are for a study file; change the study itself")
+    try:
+        study = given if isinstance(given, Study) else Study.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"study: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return study if where is None else study.model_copy(update={"output": where})

@@ -1,0 +1,102 @@
+"""The same transport by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from hpcres.errors import InputError
+from hpcres.geometry import AXES, Box
+from hpcres.volumes.volume import Volume
+
+_BYTES_PER_VOXEL = 40
+"""Of TauFactor: six float32 fields and the image in float64."""
+_CONVERGENCE = 1e-3
+"""Largest difference of the fluxes of two layers, relative to the largest flux, at which TauFactor stops."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The same transport by another solver.
+
+    Attributes
+    ----------
+    solver : str
+        Name and version.
+    D_rel, tau : float
+        Its numbers.
+    difference : float
+        Its D_rel / ours − 1.
+    reason : str
+        Why they differ.
+    """
+
+    solver: str
+    D_rel: float
+    tau: float
+    difference: float
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.solver}: D_rel {self.D_rel:.6g}, tau {self.tau:.6g}, D_rel {self.difference:+.2%} of ours; "
+            f"{self.reason}"
+        )
+
+
+def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
+    """Solve with TauFactor what `result`, one of those of transport.json, has solved.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    result : mapping
+        One phase of conductivity 1, converged or not percolating.
+
+    Returns
+    -------
+    Check
+
+    Raises
+    ------
+    InputError
+        Voxels are not cubic, sides are periodic, or there is too little memory.
+    """
+    import psutil
+    from taufactor import Solver
+
+    settings = result["settings"]
+    if len(set(settings["voxel_size"])) > 1:
+        raise InputError(f"{volume.path}: TauFactor's solver takes cubic voxels only; drop the check")
+    if settings["periodic"]:
+        raise InputError(f"{volume.path}: TauFactor's solver takes insulated sides only; drop the check")
+    crop = settings["crop"] or [[0, n] for n in volume.shape]
+    (a, b), (c, d), (e, f) = crop
+    box = Box((a, c, e), (b, d, f))
+    need, free = prod(box.shape) * _BYTES_PER_VOXEL, psutil.virtual_memory().available
+    if need > free:
+        raise InputError(
+            f"{volume.path}: TauFactor needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; drop "
+            "the check, or take a part of the volume"
+        )
+    conducts = np.isin(volume.read(box), result["labels"])
+    solver = Solver(np.moveaxis(conducts, AXES.index(result["direction"]), 0).astype(np.uint8), device="cpu")
+    name = f"TauFactor {version('taufactor')}"
+    if result["state"] == "not percolating":
+        return Check(name, 0.0, float("inf"), 0.0, "the phase does not percolate")
+    solver.solve(verbose=False, conv_crit=_CONVERGENCE)
+    d_rel = float(np.ravel(solver.D_rel)[0])
+    flux = solver.flux_1d[0]
+    uneven = float((flux.max() - flux.min()) / flux.max())
+    state = "stopped" if solver.converged else "did not converge"
+    return Check(
+        name, d_rel, result["volume_fraction"] / d_rel, d_rel / result["D_rel"] - 1,
+        f"it {state} after {solver.iter} iterations, where the fluxes of its layers differ by {uneven:.1e}; ours is at "
+        f"most {result['error']:.1e} too high. Both put the potentials on the outer faces",
+    )  # fmt: skip
