@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hpcres.study_file import save_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.volume import array_volume
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LABELS = np.random.default_rng(0).integers(0, 3, (12, 10, 9))
 
 
@@ -243,3 +245,11 @@ def test_from_a_study_to_a_painted_volume_and_its_page(tmp_path):
     assert np.array_equal(np.asarray(again), np.asarray(painted))
     assert hpcres.report(file).read_text(encoding="utf-8").startswith("<!")
     assert hpcres.measure(painted).phases == study.phases
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
+def test_examples_run(example, tmp_path):
+    given = [sys.executable, str(example), str(tmp_path / "out")]
+    done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 2
