@@ -1,8 +1,8 @@
 """The functions of `import hpcres`: the stages as calls, on files and on arrays.
 
 A volume is a path (`x.tif`, `x.npy`, `x.h5:/dataset`, `x.zarr`), what `open` returns, or any array (z, y, x) of whole
-numbers: of NumPy, Dask, Zarr or h5py. A box of it is read at a time. What a user should know goes to the logger `hpcres`;
-`train` and `infer` show their progress on stderr.
+numbers: of NumPy, Dask, Zarr or h5py. A box of it is read at a time. What a user should know goes to the logger
+`hpcres`; `train` and `infer` show their progress on stderr.
 """
 
 from __future__ import annotations
