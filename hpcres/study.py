@@ -339,7 +339,8 @@ class Training(Section):
     only, and asks for a majority there."""
     atypical_images: Literal["follow", "correct"] = "follow"
     """Where the images have other fractions of the visible phases than the low-res volume: follow the images all the
-    same, as published, or let the volume decide what it shows, and the images what only they show."""
+    same, as published, or let the volume decide what it shows, and the images what only they show. With
+    `low_res.one_sided` the images decide the fractions in any case."""
     lattice_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the square by which the share of faces between two phases differs with the position in the low-res
     lattice; none by default, as published."""

@@ -80,12 +80,29 @@ def test_images_beside_the_volume_through_the_imaging_operator(tmp_path):
     half = merged(tmp_path, (np.indices((20, 20, 20)).sum(0) % 2).astype(np.uint8), stripes)
     other = beside(half, LowResCubes(half).fractions)
     assert not other.typical
-    said = list(other.messages("correct", 0.5))
+
+
+    def told(**settings):
+        """`half` with other settings of training, or of low_res."""
+        low_res = {k: settings.pop(k) for k in ("one_sided",) if k in settings}
+        return half.model_copy(update={
+            "training": half.training.model_copy(update=settings), "low_res": half.low_res.model_copy(update=low_res)
+        })
+
+    corrects, follows = told(atypical_images="correct"), told(atypical_images="follow")
+    said = list(other.messages(corrects, 0.5))
     assert "a + c 50.0% and 75.0%, b 50.0% and 25.0%" in said[0]
     assert "The volume decides the fractions" in said[1]
     assert "50% of the way" in said[1]
-    assert "set training.atypical_images=correct" in list(other.messages("follow"))[1]
-    assert len(list(both.messages("correct"))) == 1
+    assert other.corrected(corrects) is not None
+    assert "set training.atypical_images=correct" in list(other.messages(follows))[1]
+    assert other.corrected(follows) is None
+    assert len(list(both.messages(corrects))) == 1
+    assert both.corrected(corrects) is None
+    one_sided = told(atypical_images="correct", one_sided=("a",))
+    said = list(other.messages(one_sided))[1]
+    assert "shows too much of a (low_res.one_sided); the images decide all fractions" in said
+    assert other.corrected(one_sided) is None
 
 
 def test_chance_in_small_images_is_no_difference(tmp_path):

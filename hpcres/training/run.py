@@ -132,7 +132,7 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
         quality = ["step", "seconds", *judge.columns] if judge else []
         with closing(Journal(folder if writes else None, columns, quality, _progress_of(before)[0])) as journal:
             opening = _opening(study, group, models, low_res, real, before, tuned)
-            compared = both.messages(study.training.atypical_images, real.reached)
+            compared = both.messages(study, real.reached)
             for message in (*size_notes, *opening, *compared):
                 journal.note(message)
             yield _Run(models, cubes, low_res, real, threads, judge, journal, before, overwrite)
@@ -146,8 +146,7 @@ def _tuned(
     def data(study: Study) -> tuple[LowResCubes, RealSlices, Beside]:
         low_res = LowResCubes(study)
         both = beside(study, low_res.fractions)
-        corrects = study.training.atypical_images == "correct" and not both.typical
-        return low_res, RealSlices(study, group.device, both.correction if corrects else None), both
+        return low_res, RealSlices(study, group.device, both.corrected(study)), both
 
     def chosen(choice: Choice) -> tuple[Tuned, LowResCubes, RealSlices, Beside]:
         applied = choice.applied(study)

@@ -99,9 +99,17 @@ class Beside:
     def correction(self) -> Correction:
         return Correction(self.groups, self.phases, self.volume)
 
-    def messages(self, setting: str, reached: float = 1.0) -> Iterator[str]:
-        """What `hpcres train` says at its start; `setting` is training.atypical_images, `reached` how far the weighted
-        patches come (`patch_weights`)."""
+    def corrected(self, study: Study) -> Correction | None:
+        """The correction that training takes, or None.
+
+        None where images are typical, where training.atypical_images is follow, and where low_res.one_sided names a
+        phase: the volume shows too much of that phase, so its fractions are not those of the material.
+        """
+        wanted = study.training.atypical_images == "correct" and not study.low_res.one_sided
+        return self.correction if wanted and not self.typical else None
+
+    def messages(self, study: Study, reached: float = 1.0) -> Iterator[str]:
+        """What `hpcres train` says at its start; `reached` is how far the weighted patches come (`patch_weights`)."""
         shown = ", ".join(
             f"{name} {ours:.1%} and {theirs:.1%}"
             for name, ours, theirs in zip(self.names, self.volume, self.images, strict=True)
@@ -111,7 +119,12 @@ class Beside:
         )
         if self.typical:
             return
-        if setting == "correct":
+        if study.low_res.one_sided:
+            yield (
+                "the images have other fractions than the low-res volume, which shows too much of "
+                f"{', '.join(study.low_res.one_sided)} (low_res.one_sided); the images decide all fractions"
+            )
+        elif self.corrected(study):
             yield (
                 "the images are not typical of the volume. The volume decides the fractions and interfaces that it "
                 "shows. The images decide how the phases that it does not tell apart share their group, the interfaces "
@@ -120,8 +133,9 @@ class Beside:
             )
         else:
             yield (
-                f"warning: the images are not typical of the volume, and training.atypical_images is {setting}, so the "
-                "painted volume may follow the images; set training.atypical_images=correct"
+                "warning: the images are not typical of the volume, and training.atypical_images is "
+                f"{study.training.atypical_images}, so the painted volume may follow the images; set "
+                "training.atypical_images=correct"
             )
 
 
