@@ -374,7 +374,7 @@ def report(
     InputError
     """
     from hpcres.outputs import PAGE, refuse_output
-    from hpcres.report.write import report_study
+    from hpcres.reports.write import report_study
 
     loaded = _study(study, settings, output)
     if not loaded.labels_path.exists():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_painting import make_study, paint_alone
+from small_schemas import validate_files
 
 ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while the other worker has their core
@@ -20,6 +21,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while the other 
     os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # pytest is a background job of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _written_files_fit_their_schemas(request):
+    """Every metrics.json and transport.json that a test leaves in its folder; one that it spoiled has no JSON."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is not None:
+        validate_files(folder)
 
 
 @pytest.fixture(scope="session")

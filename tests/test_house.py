@@ -60,12 +60,13 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "signals",
     },
     "results": {"errors", "metrics"},
+    "schemas": {"study"},
     "library": {
         "errors", "geometry", "lengths", "results", "study", "study_file", "volumes", "metrics", "training",
-        "inference", "phantoms", "outputs", "report",
+        "inference", "phantoms", "outputs", "reports",
     },
     "__init__": {"errors", "library", "results"},
-    "report": {"errors", "geometry", "lengths", "study", "volumes", "metrics", "report"},
+    "reports": {"errors", "geometry", "lengths", "study", "volumes", "metrics", "reports"},
 }  # fmt: skip
 KEEPERS = {
     "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"}, "tifffile": {"volumes/tiff.py"},
@@ -77,7 +78,9 @@ KEEPERS = {
         "compiled.py", "kernel_cache.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py",
     },
 }  # fmt: skip
-COMMANDS = ["phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report", "confidence"]
+COMMANDS = [
+    "phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report", "confidence", "schema",
+]  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -22,8 +22,8 @@ from hpcres.metrics.measure import header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.metrics.transport import SCHEMA, describe, tortuosity
-from hpcres.report.numbers import metrics_sections
-from hpcres.report.write import find_result, report_study, report_volume
+from hpcres.reports.numbers import metrics_sections
+from hpcres.reports.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
@@ -215,7 +215,7 @@ def test_slices_are_the_voxels_of_the_volume_and_of_the_same_region(finished):
 
 
 def test_large_volumes_show_their_middle_from_a_whole_coarse_voxel_on(finished, monkeypatch):
-    from hpcres.report import slices as module
+    from hpcres.reports import slices as module
 
     monkeypatch.setattr(module, "_SLICE_VOXELS", 20)
     study, sharp, _ = finished
@@ -310,6 +310,8 @@ def test_a_bare_volume_shows_all_that_metrics_shows_and_takes_what_was_measured(
     solution = tortuosity(open_volume(tmp_path / "v.npy"), directions="z", only=["0"])
     solution["results"][0]["D_rel"] = 0.12345
     transport = {"schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(1e-3), "volume": solution}
+    transport |= {"reference": None, "published": [], "absent_chunks": []}
+    solution["digest"] = ""
     write_json(tmp_path / "out/transport.json", transport)
     taken, said = page()
     assert "0.98765" in taken

@@ -411,7 +411,7 @@ def test_everything_asked_for_is_in_the_file(client, tmp_path):
 def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
     from hpcres.metrics.measure import measure
     from hpcres.metrics.table import metric_rows, metrics_text
-    from hpcres.report.write import report_volume
+    from hpcres.reports.write import report_volume
 
     every = Metrics(statistics=("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"))
     np.save(tmp_path / "a.npy", structure(3, (48, 52, 50), [0, 1, 2]))

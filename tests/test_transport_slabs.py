@@ -284,7 +284,7 @@ def test_an_estimate_is_labelled_wherever_it_is_shown_and_never_the_default(tmp_
     from click.testing import CliRunner
 
     from hpcres.cli import commands
-    from hpcres.report.numbers import _transport_table
+    from hpcres.reports.numbers import _transport_table
 
     np.save(tmp_path / "a.npy", np.random.default_rng(2).integers(0, 2, (40, 72, 40)).astype(np.uint8))
     arguments = ["tortuosity", str(tmp_path / "a.npy"), "--output", str(tmp_path / "t.json"), "--phase", "1"]

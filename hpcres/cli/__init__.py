@@ -15,7 +15,7 @@ from contextlib import suppress
 import click
 
 from hpcres import __version__
-from hpcres.cli import confidence, convert, infer, metrics, phantom, plan, report, tortuosity, train, verify
+from hpcres.cli import confidence, convert, infer, metrics, phantom, plan, report, schema, tortuosity, train, verify
 from hpcres.cli.console import echo
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.signals import EXIT_AT_ONCE, EXIT_STOPPED, handling_signals, is_first_rank, set_exit_status
@@ -102,6 +102,6 @@ def commands(context: click.Context) -> None:
 
 for _command in (
     phantom.phantom, convert.convert, train.train, plan.plan, infer.infer, verify.verify, metrics.metrics,
-    tortuosity.tortuosity, report.report, confidence.confidence,
+    tortuosity.tortuosity, report.report, confidence.confidence, schema.schema,
 ):  # fmt: skip
     commands.add_command(_command)

@@ -64,7 +64,7 @@ def report(
 
 
 def _page_of_study(source: str, settings: tuple[str, ...], output: str | None) -> Path:
-    from hpcres.report.write import report_study
+    from hpcres.reports.write import report_study
     from hpcres.volumes.absent import absent_chunks_of_study
 
     study = load_study(source, settings, output)
@@ -82,7 +82,7 @@ def _page_of_volume(
     """The page of a bare volume, measured where no metrics.json is found, and notes on its voxel size."""
     from hpcres.metrics.measure import header, measure
     from hpcres.metrics.schedule import connect
-    from hpcres.report.write import find_result, report_volume
+    from hpcres.reports.write import find_result, report_volume
     from hpcres.volumes.absent import absent_chunks
     from hpcres.volumes.formats import open_volume
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from hpcres.geometry import AXES
 from hpcres.metrics.named import Named
 from hpcres.metrics.table import pair_name, short_unit
-from hpcres.report import page
+from hpcres.reports import page
 
 _Shown = Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]]
 _FORMS = ("inlet", "outlet", "whole")

@@ -13,7 +13,7 @@ import numpy as np
 
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.lengths import Spacing
-from hpcres.report import page
+from hpcres.reports import page
 from hpcres.study import Study
 from hpcres.volumes.formats import file_of, read_images
 from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap, likeliest

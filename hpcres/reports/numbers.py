@@ -11,8 +11,8 @@ import numpy as np
 
 from hpcres.geometry import AXES
 from hpcres.metrics.table import Row, metric_rows
-from hpcres.report import page
-from hpcres.report.statistics import statistics_section
+from hpcres.reports import page
+from hpcres.reports.statistics import statistics_section
 from hpcres.study import Study
 
 # Shares that call for a second look, and for doubt: fractions in points, the others relative.

@@ -17,9 +17,9 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.lengths import VoxelEdges
 from hpcres.metrics.table import short_unit, size_text
-from hpcres.report import page
-from hpcres.report.numbers import metrics_sections, transport_section, verdict
-from hpcres.report.slices import UNKNOWN_COLOUR, Sight, exists, palette, slices_section, training_crop
+from hpcres.reports import page
+from hpcres.reports.numbers import metrics_sections, transport_section, verdict
+from hpcres.reports.slices import UNKNOWN_COLOUR, Sight, exists, palette, slices_section, training_crop
 from hpcres.study import Study
 from hpcres.volumes.formats import file_of, open_volume
 from hpcres.volumes.phases import open_low_res
