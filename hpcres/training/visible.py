@@ -129,8 +129,8 @@ class Beside:
                 "the images are not typical of the volume. The volume decides the fractions and interfaces that it "
                 "shows. The images decide how the phases that it does not tell apart share their group, the interfaces "
                 "between these, and the shape of interfaces. The critics see weighted patches, whose fractions are "
-                f"{reached:.0%} of the way from the images' to the volume's. If the volume lacks thin parts of a phase, "
-                "its fractions are not the material's; name the phase that it shows in their place in "
+                f"{reached:.0%} of the way from the images' to the volume's. If the volume lacks thin parts of a "
+                "phase, its fractions are not the material's; name the phase that it shows in their place in "
                 "low_res.one_sided, or set training.atypical_images=follow"
             )
         else:
