@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from hpcres.geometry import Box
-from hpcres.noise import _philox, gaussian_taps, normals, smoothed
+from hpcres.noise import _QUANTILES, _philox, gaussian_taps, normals, smoothed
 
 
 def test_philox_known_answers():
@@ -68,3 +68,11 @@ def test_any_window_sees_the_same_smooth_values_to_the_bit():
 def test_noise_of_no_width_is_white_as_it_was():
     white = normals(3, Box((0, 0, 0), (5, 6, 7)))
     assert (smoothed(white, gaussian_taps(0.0, Fraction(4))) == white).all()
+
+
+def test_the_table_holds_the_normal_quantiles_in_the_middle_of_equal_slices():
+    from scipy.special import ndtri
+
+    expected = ndtri((np.arange(65536) + 0.5) / 65536)
+    assert np.array_equal(_QUANTILES, (expected / expected.std()).astype(np.float32))
+    assert np.array_equal(_QUANTILES, -_QUANTILES[::-1])
