@@ -114,7 +114,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path}: not an hpcres checkpoint ({_FORMAT}); give the checkpoint.pt of `hpcres train`")
     config = dict(content["network"])
-    assert config.pop("family") == "superres"
+    if (family := config.pop("family", None)) != "superres":
+        raise InputError(
+            f"{path}: its network is of the family {family!r}, which this hpcres does not know (it knows 'superres'); "
+            f"it was written by hpcres {content['versions']['hpcres']}, so paint with that one"
+        )
     try:
         study = Study.of_json(content["study"])
         generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})

@@ -383,6 +383,10 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         lambda f: rewrite_checkpoint(f, lambda content: content["network"].update(old=1)),
         INFER, ["checkpoint.pt", "'old'", "train again"],
     ),
+    "checkpoint of a family that is not known": (
+        lambda f: rewrite_checkpoint(f, lambda content: content["network"].update(family="gan3000")),
+        INFER, ["checkpoint.pt", "family 'gan3000'", "does not know"],
+    ),
     "checkpoint of another phase count": (
         lambda f: checkpoint_of(
             f, "high_res.phases={0: pore, 1: solid}", "low_res.phases={0: pore, 1: solid}"

@@ -37,6 +37,14 @@ def test_importing_takes_no_time_and_no_heavy_package():
     assert heavy == []
 
 
+def test_training_imports_neither_dask_nor_other_packages_that_it_does_not_need():
+    program = (
+        "import sys, hpcres.training.run; "
+        "print(*(name for name in ('dask', 'distributed', 'scipy.ndimage', 'scipy.optimize') if name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split() == []
+
+
 def test_every_public_name_is_there_and_explains_itself():
     assert set(hpcres.__all__) <= set(dir(hpcres))
     for name in hpcres.__all__:
