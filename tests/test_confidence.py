@@ -45,8 +45,9 @@ def run_in(folder, seed, pore=0.4, d_rel=0.2, truth=None, state="converged", **p
         one = {"phase": "pore", "direction": "z", "conductivity": None, "settings": settings, "state": state}
         return {"results": [one | {"D_rel": value}]}
 
-    metrics = {"schema": "hpcres metrics 1", "volume": volume(pore), "images": {"pixels": 9, "volume_fraction": {}}}
-    transport = {"schema": "hpcres transport 2", "volume": solved(d_rel, state)}
+    # Only what is read of them, and so of no version that has a schema.
+    metrics = {"schema": "hpcres metrics 0", "volume": volume(pore), "images": {"pixels": 9, "volume_fraction": {}}}
+    transport = {"schema": "hpcres transport 0", "volume": solved(d_rel, state)}
     if truth is not None:
         metrics["reference"], transport["reference"] = volume(truth[0]), solved(truth[1])
     (folder / "metrics.json").write_text(json.dumps(metrics))
