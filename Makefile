@@ -69,7 +69,7 @@ case3: install
 test: .venv/tested
 	pytest tests -m "not slow and not variant and not slurm and not machines" -n $(TESTERS) --dist worksteal
 
-# Further cases of tests that `make test` has, ten minutes.
+# Further cases of tests that `make test` has, one to two minutes.
 test-variants: .venv/tested
 	pytest tests -m variant -n $(TESTERS)
 
