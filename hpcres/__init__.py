@@ -1,7 +1,7 @@
 """Super-resolve segmented 3D images of porous materials on a cluster, and measure them.
 
 The functions below do what the commands of the same names do, on files and on arrays. They are imported when they are
-first used, so that `import hpcres` takes no time.
+first used, so that `import hpcres` takes a few milliseconds.
 """
 
 from __future__ import annotations

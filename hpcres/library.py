@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -112,15 +112,15 @@ def measure(
     (0.5, 0.0625, 'micrometer')
     """
     from hpcres.metrics.measure import measure as measured
+    from hpcres.metrics.schedule import local_client
 
-    unknown = [name for name in statistics if name not in get_args(Statistic)]
-    if unknown:
-        raise InputError(f"statistics: {unknown[0]!r} is none; choose from {', '.join(get_args(Statistic))}")
     chosen = tuple(statistics)
+    if unknown := [name for name in chosen if name not in get_args(Statistic)]:
+        raise InputError(f"statistics: {unknown[0]!r} is none; choose from {', '.join(get_args(Statistic))}")
     source = _volume(volume, phases)
     names = tuple(phases.values()) if isinstance(phases, Mapping) else phases
     _warn_of_absent_chunks(source)
-    with _client(client) as connected:
+    with local_client() if client is None else nullcontext(client) as connected:
         return Measurement.of(
             measured(
                 source, client=connected, phases=names, voxel_size=_edges(source, voxel_size), periodic=_axes(periodic),
@@ -185,13 +185,17 @@ def tortuosity(
         if getattr(volume, "dtype", None) != np.bool_:
             raise InputError(f"{source.path}: phase is missing; name the one that conducts, or give conductivity")
         phase = 1
-    if isinstance(phase, int) and names is not None and phase in range(len(names)):
-        phase = names[phase]
-    edges = _edges(source, voxel_size)
+    if isinstance(phase, int):
+        label = int(phase)
+        by_label = phases if isinstance(phases, Mapping) else dict(enumerate(names or ()))
+        phase = by_label.get(label, str(label))
+    edges, sides = _edges(source, voxel_size), _axes(periodic)
+    if check is not None:
+        _refuse_check(check, source, edges, sides, conductivity)
     _warn_of_absent_chunks(source)
     found = solved(
         source, phases=names, only=() if phase is None else (str(phase),), conductivity=conductivity,
-        directions=(direction,), spacing=edges.lengths(source.path)[0], periodic=_axes(periodic), rtol=rtol,
+        directions=(direction,), spacing=edges.lengths(source.path)[0], periodic=sides, rtol=rtol,
         threads=threads,
     )["results"][0]  # fmt: skip
     if found["state"] == "not converged":
@@ -203,8 +207,6 @@ def tortuosity(
     if check is not None:
         from hpcres.metrics.transport.second_opinion import by_taufactor
 
-        if conductivity is not None:
-            raise InputError("check='taufactor': TauFactor is asked about one phase; drop conductivity or check")
         opinion = by_taufactor(source, found)
     return Tortuosity.of(found, opinion)
 
@@ -434,20 +436,25 @@ def _warn_of_absent_chunks(volume: Volume) -> None:
         log.warning("%s", absent)
 
 
+def _refuse_check(
+    check: str, volume: Volume, edges: VoxelEdges, sides: Periodic, conductivity: Mapping[str, float] | None
+) -> None:
+    """InputError for a check that cannot be made, before anything is solved."""
+    from hpcres.metrics.transport.second_opinion import refuse_taufactor
+
+    if check != "taufactor":
+        raise InputError(f"check {check!r} is none; the one there is, is 'taufactor'")
+    if conductivity is not None:
+        raise InputError("check='taufactor': TauFactor is asked about one phase; drop conductivity or check")
+    refuse_taufactor(volume.path, volume.shape, edges.lengths(volume.path)[0], sides)
+
+
 def _axes(periodic: Iterable[str]) -> Periodic:
     chosen = tuple(periodic)
     if unknown := [axis for axis in chosen if axis not in AXES]:
         raise InputError(f"periodic: {unknown[0]!r} is no axis; choose from {', '.join(AXES)}")
     z, y, x = (axis in chosen for axis in AXES)
     return z, y, x
-
-
-@contextmanager
-def _client(given: Client | None) -> Iterator[Client]:
-    from hpcres.metrics.schedule import local_client
-
-    with nullcontext(given) if given is not None else local_client() as client:
-        yield client
 
 
 def _study(

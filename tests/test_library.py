@@ -64,6 +64,11 @@ def test_arrays_of_any_type_and_order_are_measured_in_place(dtype):
     assert hpcres.measure(labels).volume_fraction == expected
 
 
+def test_statistics_may_come_from_a_generator():
+    found = hpcres.measure(LABELS, statistics=(name for name in ["connectivity"]))
+    assert list(found.statistics) == ["connectivity"]
+
+
 def test_negative_and_large_labels_keep_their_names():
     labels = np.array([-3, 0, 2**31 - 1], np.int64)[LABELS]
     assert list(hpcres.measure(labels).volume_fraction) == ["-3", "0", str(2**31 - 1)]
@@ -139,12 +144,16 @@ def test_tortuosity_of_a_channel_in_closed_form_by_name_label_and_conductivity()
         assert (found.D_rel, found.tau, found.direction) == (pytest.approx(1 / 3), pytest.approx(1), "z")
     assert hpcres.tortuosity(labels == 5).tau == pytest.approx(1)
     assert hpcres.tortuosity(labels, "solid", phases={0: "pore", 5: "solid"}).tau == pytest.approx(1)
+    swapped = {5: "solid", 0: "pore"}  # label 0 is the second name
+    for phase, fraction in ((5, 1 / 3), (0, 2 / 3), ("pore", 2 / 3)):
+        assert hpcres.tortuosity(labels, phase, phases=swapped).D_rel == pytest.approx(fraction)
+    assert hpcres.tortuosity(labels == 5, True).D_rel == pytest.approx(1 / 3)
     across = hpcres.tortuosity(labels, 5, direction="y")
     assert (across.D_rel, across.tau, across.tau_percolating) == (0, math.inf, math.inf)
     assert json.loads(json.dumps(across.to_dict()))["tau"] is None
 
 
-def test_taufactor_is_a_second_opinion_that_agrees():
+def test_taufactor_is_a_second_opinion_that_agrees(monkeypatch):
     from scipy.ndimage import gaussian_filter
 
     mask = gaussian_filter(np.random.default_rng(4).random((40, 32, 32)), 2.5) > 0.5
@@ -153,6 +162,11 @@ def test_taufactor_is_a_second_opinion_that_agrees():
     assert found.check.D_rel == pytest.approx(found.D_rel, rel=3e-3)
     assert found.check.difference == pytest.approx(found.check.D_rel / found.D_rel - 1)
     assert "TauFactor 1." in str(found)
+    monkeypatch.setattr("hpcres.metrics.transport.solve", lambda *_, **__: pytest.fail("solved before it was refused"))
+    with pytest.raises(hpcres.InputError, match="'jury' is none"):
+        hpcres.tortuosity(mask, check="jury")
+    with pytest.raises(hpcres.InputError, match="about one phase"):
+        hpcres.tortuosity(mask, conductivity={"1": 1}, check="taufactor")
     with pytest.raises(hpcres.InputError, match="cubic voxels only"):
         hpcres.tortuosity(mask, voxel_size=("2 um", "1 um", "1 um"), check="taufactor")
     with pytest.raises(hpcres.InputError, match="insulated sides only"):
@@ -168,6 +182,11 @@ def test_the_command_checks_too_and_refuses_what_taufactor_lacks(tmp_path):
     done = subprocess.run([sys.executable, *given, "--conductivity", "1=2"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "nothing like --conductivity" in done.stderr
+    flat = [*given, "--voxel-size", "2um,1um,1um", "--output", str(tmp_path / "t.json")]
+    done = subprocess.run([sys.executable, *flat], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cubic voxels only" in done.stderr
+    assert not (tmp_path / "t.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +235,8 @@ def test_a_volume_slices_like_its_array():
     for key in (..., (..., 2), (1, ...), 4, slice(1, 3), (2, slice(None, None, 2))):
         assert np.array_equal(volume[key], LABELS[key]), key
     assert np.array_equal(np.asarray(volume), LABELS)
+    with pytest.raises(ValueError, match="ask for a copy"):
+        np.asarray(volume, copy=False)
     with pytest.raises(IndexError):
         volume[12]
     with pytest.raises(IndexError):

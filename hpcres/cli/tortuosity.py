@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -183,7 +183,7 @@ def _checked(options: _Options) -> _Task:
     if options.field is not None:
         refuse_output(options.field, FIELDS, inputs=[*inputs, target], overwrite=options.overwrite)
     memory, scratch = _out_of_core(options, target)
-    _refuse_check(options)
+    _refuse_check(options, [one for one in (volume, reference) if one is not None], edges)
     solver = describe(options.rtol, _periodic(options), BLOCK_VOXELS if options.estimate else None)
     return _Task(study, volume, reference, edges, notes, target, conductivity, memory, scratch, solver)
 
@@ -214,14 +214,25 @@ def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Pa
     return memory, scratch
 
 
-def _refuse_check(options: _Options) -> None:
-    """TauFactor solves one phase of cubic voxels with insulated sides, the whole volume in memory."""
+def _refuse_check(options: _Options, volumes: Sequence[Volume], edges: VoxelEdges) -> None:
+    """InputError for --check where TauFactor cannot solve the volumes, before anything is solved.
+
+    It solves one phase of cubic voxels with insulated sides, the whole volume in memory.
+    """
+    from hpcres.metrics.transport import parse_crop
+    from hpcres.metrics.transport.second_opinion import refuse_taufactor
+
+    if options.check is None:
+        return
     refused = {
         "--conductivity": options.conductivities, "--periodic": options.periodic, "--estimate": options.estimate,
         "--memory": options.memory,
     }  # fmt: skip
-    if options.check and (other := next((name for name, given in refused.items() if given), None)):
+    if other := next((name for name, given in refused.items() if given), None):
         raise InputError(f"--check {options.check}: TauFactor has nothing like {other}; drop one of them")
+    for volume in volumes:
+        shape = volume.shape if options.crop is None else parse_crop(options.crop, volume.shape).shape
+        refuse_taufactor(volume.path, shape, edges.lengths(options.source)[0], _periodic(options))
 
 
 def _refuse_several_processes(options: _Options, ranks: Ranks) -> None:

@@ -412,7 +412,7 @@ class Models:
         # A run of an earlier version has none, and begins them anew.
         self.of_late = {kind: shares.to(self.group.device) for kind, shares in state.get("of_late", {}).items()}
         self.pattern_share = state.get("pattern_share", self.pattern_share)
-        self.mean_voxel_loss = state.get("mean_voxel_loss")
+        self.mean_voxel_loss = state.get("mean_voxel_loss", state.get("voxel_loss_of_late"))  # its name until 8d388d7
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)

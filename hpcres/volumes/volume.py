@@ -127,7 +127,9 @@ class Volume:
         return self.read(Box(triple(starts), triple(stops)))[tuple(within)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole volume."""
+        """The whole volume, always a copy."""
+        if copy is False:
+            raise ValueError(f"{self.path}: is read into a new array; ask for a copy")
         voxels = self.read(Box.whole(self.shape))
         return voxels if dtype is None else voxels.astype(dtype)
 

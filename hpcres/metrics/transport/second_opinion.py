@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -49,19 +49,21 @@ class Check:
         )
 
 
-def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
-    """Solve with TauFactor what `result`, one of those of transport.json, has solved.
+def refuse_taufactor(
+    path: str, shape: Sequence[int], voxel_size: Sequence[float], periodic: Sequence[bool]
+) -> None:
+    """Raise InputError where TauFactor cannot solve a volume, before the time of a solve is spent.
 
     Parameters
     ----------
-    volume : Volume
-        Labels (z, y, x).
-    result : mapping
-        One phase of conductivity 1, converged or not percolating.
-
-    Returns
-    -------
-    Check
+    path : str
+        Of the volume, for the message.
+    shape : sequence of int
+        Voxels z, y, x that are solved.
+    voxel_size : sequence of float
+        Edges z, y, x in one unit.
+    periodic : sequence of bool
+        Axes z, y, x whose sides meet.
 
     Raises
     ------
@@ -69,22 +71,37 @@ def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
         Voxels are not cubic, sides are periodic, or there is too little memory.
     """
     import psutil
-    from taufactor import Solver
 
-    settings = result["settings"]
-    if len(set(settings["voxel_size"])) > 1:
-        raise InputError(f"{volume.path}: TauFactor's solver takes cubic voxels only; drop the check")
-    if settings["periodic"]:
-        raise InputError(f"{volume.path}: TauFactor's solver takes insulated sides only; drop the check")
-    crop = settings["crop"] or [[0, n] for n in volume.shape]
-    (a, b), (c, d), (e, f) = crop
-    box = Box((a, c, e), (b, d, f))
-    need, free = prod(box.shape) * _BYTES_PER_VOXEL, psutil.virtual_memory().available
+    if len(set(voxel_size)) > 1:
+        raise InputError(f"{path}: TauFactor's solver takes cubic voxels only; drop the check")
+    if any(periodic):
+        raise InputError(f"{path}: TauFactor's solver takes insulated sides only; drop the check")
+    need, free = prod(shape) * _BYTES_PER_VOXEL, psutil.virtual_memory().available
     if need > free:
         raise InputError(
-            f"{volume.path}: TauFactor needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; drop "
-            "the check, or take a part of the volume"
+            f"{path}: TauFactor needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; drop the "
+            "check, or take a part of the volume"
         )
+
+
+def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
+    """Solve with TauFactor what `result`, one of those of transport.json, has solved.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x) that `refuse_taufactor` does not refuse.
+    result : mapping
+        One phase of conductivity 1, converged or not percolating.
+
+    Returns
+    -------
+    Check
+    """
+    from taufactor import Solver
+
+    (a, b), (c, d), (e, f) = result["settings"]["crop"] or [[0, n] for n in volume.shape]
+    box = Box((a, c, e), (b, d, f))
     conducts = np.isin(volume.read(box), result["labels"])
     solver = Solver(np.moveaxis(conducts, AXES.index(result["direction"]), 0).astype(np.uint8), device="cpu")
     name = f"TauFactor {version('taufactor')}"
