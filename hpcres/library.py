@@ -443,7 +443,7 @@ def _refuse_check(
     from hpcres.metrics.transport.second_opinion import refuse_taufactor
 
     if check != "taufactor":
-        raise InputError(f"check {check!r} is none; the one there is, is 'taufactor'")
+        raise InputError(f"check: {check!r} is no solver that hpcres can ask; write 'taufactor', or drop it")
     if conductivity is not None:
         raise InputError("check='taufactor': TauFactor is asked about one phase; drop conductivity or check")
     refuse_taufactor(volume.path, volume.shape, edges.lengths(volume.path)[0], sides)
