@@ -215,7 +215,7 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN held to {isa}' if isa else ''}, "
           f"{group.device.type}, {torch.get_num_threads()} threads, {turns} turns of {steps} steps\n")  # fmt: skip
-    with Arithmetic() as counter:  # on the models' own first step, of which no time is taken
+    with Arithmetic() as counter:  # counted in a step that is not timed
         step_seconds(study_of(folder, {"network": network, "training": PEER_TRAINING}, group.device.type), group, 0)
     limits = {kind: counter.flops / peak(group, dtype) for kind, dtype in PRECISIONS.items()}
     print(f"{counter.flops / 1e9:.0f} GFLOP a step, which at the speed of a matrix product of 2048² take "

@@ -25,7 +25,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # pytest is a background 
 
 @pytest.fixture(autouse=True)
 def _written_files_fit_their_schemas(request):
-    """Every metrics.json and transport.json that a test leaves in its folder; one that it spoiled has no JSON."""
+    """Check every metrics.json and transport.json that a test leaves.
+
+    A file that a test damages is no JSON and is skipped.
+    """
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
     yield
     if folder is not None:

@@ -45,7 +45,7 @@ def run_in(folder, seed, pore=0.4, d_rel=0.2, truth=None, state="converged", **p
         one = {"phase": "pore", "direction": "z", "conductivity": None, "settings": settings, "state": state}
         return {"results": [one | {"D_rel": value}]}
 
-    # Only what is read of them, and so of no version that has a schema.
+    # The files hold only what is read of them, so they state a version that has no schema.
     metrics = {"schema": "hpcres metrics 0", "volume": volume(pore), "images": {"pixels": 9, "volume_fraction": {}}}
     transport = {"schema": "hpcres transport 0", "volume": solved(d_rel, state)}
     if truth is not None:

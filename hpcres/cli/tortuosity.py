@@ -229,7 +229,7 @@ def _refuse_check(options: _Options, volumes: Sequence[Volume], edges: VoxelEdge
         "--memory": options.memory,
     }  # fmt: skip
     if other := next((name for name, given in refused.items() if given), None):
-        raise InputError(f"--check {options.check}: TauFactor has nothing like {other}; drop one of them")
+        raise InputError(f"--check {options.check}: TauFactor cannot solve with {other}; drop one of them")
     for volume in volumes:
         shape = volume.shape if options.crop is None else parse_crop(options.crop, volume.shape).shape
         refuse_taufactor(volume.path, shape, edges.lengths(options.source)[0], _periodic(options))
@@ -314,7 +314,7 @@ class _Printer:
     as_json: bool
     check: str | None
     volume: Volume = field(init=False)
-    """That of the results."""
+    """The volume that the results are of."""
     begun: bool = field(default=False, init=False)
     skipped: bool = field(default=False, init=False)
 

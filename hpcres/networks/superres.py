@@ -148,7 +148,7 @@ class SuperResGenerator(nn.Module):
             x = self.conv_last(upsample(x, self.last_scale))
         else:
             x = _in_channels_last(self.conv_last, x)
-        # The ReLU has the layout of the convolution, or its gradient would read one array against the order of memory.
+        # The ReLU has the memory layout of the convolution; with two layouts its gradient is slower.
         ended = _in_channels_last(lambda x: self.conv_end(functional.relu(x)), self.norm_last(x))
         return middle(ended, next(cuts))
 

@@ -62,7 +62,7 @@ def matching_shifts(logits: np.ndarray, fractions: np.ndarray) -> np.ndarray:
     The shifts d least for mean(max(logits + d)) − fractions · d, a convex function whose slope is how far the shares
     are off: the dual of the transport of voxels to phases (Aurenhammer 1998).
     """
-    from scipy.optimize import minimize  # half a second, which only some runs need and none at its start
+    from scipy.optimize import minimize  # takes half a second to import, and only some runs need it
 
     there = fractions > 0
     logits, wanted = logits[there], fractions[there]
