@@ -312,7 +312,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.peer is not None and torch.cuda.is_available() != (options.device == "cuda"):
         parser.error("--peer: the published code computes on the GPU if there is one; use the same --device")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as name, processes(options.device, options.threads) as group:
         folder = Path(name)
         if options.peer is not None:

@@ -218,3 +218,25 @@ def test_a_run_prints_the_message_about_its_threads(tmp_path, monkeypatch, capfd
                                                               lambda: machine.waited))  # fmt: skip
     train(study_of(tmp_path, training={"steps": 3, "threads": 2}))
     assert capfd.readouterr().err.count("warning: the 2 threads of this process wait for a core") == 1
+
+
+def test_the_train_command_limits_spinning_before_torch_reads_the_environment(tmp_path):
+    program = """if True:
+        import os, sys
+        from click.testing import CliRunner
+        from hpcres.cli.train import train
+        assert "torch" not in sys.modules
+        CliRunner().invoke(train, ["missing.yaml"])
+        print(os.environ["GOMP_SPINCOUNT"], os.environ["OMP_WAIT_POLICY"])
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+
+    def set_with(**variables):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(
+            command, env={**environment, **variables}, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert set_with() == ["10000", "PASSIVE"]
+    assert set_with(GOMP_SPINCOUNT="5") == ["5", "PASSIVE"]

@@ -11,6 +11,7 @@ import click
 from hpcres.cli.console import echo, warn
 from hpcres.cli.inputs import study_for
 from hpcres.cli.options import Stage, overwrite_option, study_argument, study_options
+from hpcres.cores import limit_spinning
 from hpcres.signals import is_first_rank
 
 
@@ -35,8 +36,7 @@ def train(
     Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume), training.csv and training.html; with
     training.quality_steps also quality.csv and best.pt, the generator with the best score; tensorboard/ has all curves.
     """
-    # Threads that wait must not spin: on cores shared with other work a step would take several times longer.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_spinning(os.environ)
     from hpcres.training.run import train as run
     from hpcres.volumes.absent import absent_chunks_of_study
 
