@@ -157,10 +157,9 @@ def forms(path: str | Path, most: int) -> Iterator[str]:
 
     from hpcres.checkpoint import load_checkpoint
     from hpcres.geometry import Box
-    from hpcres.inference.winograd import Memory, WinogradNetwork
+    from hpcres.engines.winograd import Memory, WinogradNetwork
     from hpcres.memory import keep_freed_memory
-    from hpcres.networks.folded import fold
-    from hpcres.networks.polyphase import Polyphase
+    from hpcres.engines.polyphase import Polyphase
     from hpcres.noise import normals
     from hpcres.study_file import load_study
     from hpcres.volumes.formats import open_volume
@@ -174,8 +173,8 @@ def forms(path: str | Path, most: int) -> Iterator[str]:
     low = Box.whole([min(int(most / study.scale_factor), n) // q * q for n in volume.shape])
     whole = Box.whole([int(n * study.scale_factor) for n in low.shape])
     index = PhaseMap.of(study.low_res, study.low_res.path).index(volume.read(low))
-    winograd, memory = WinogradNetwork(fold(generator), low.shape), Memory()
-    fp32, bf16 = (Polyphase(fold(generator), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    winograd, memory = WinogradNetwork(generator.stages(), low.shape), Memory()
+    fp32, bf16 = (Polyphase(generator.stages(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     window, channels = np.zeros((*low.shape, winograd.channels), np.float32), len(study.low_res.labels)
     window[..., :channels] = index[..., None] == np.arange(channels)
     window[..., channels] = normals(study.seed, low)

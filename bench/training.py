@@ -9,9 +9,10 @@ With --peer, a step beside one of the published code, whose own loop runs from a
 the same widths, cubes, slices and critic steps, by turns. On a busy machine CPU seconds of one thread (--threads 1)
 say more than seconds.
 
-With --beside, CPU seconds of a step of configs/demo.yaml on one thread, with its phantom, beside those of another
-checkout of this repository, by turns: the median of the second half of the steps, in fp32 and, where a trial finds it
-faster, in bf16. Settings that the other checkout does not know are left out there, and are printed.
+With --beside, a step of configs/demo.yaml, with its phantom, beside that of another checkout of this repository, by
+turns, in fp32 and, where a trial finds it faster, in bf16: CPU seconds of one thread, the median of the second half of
+the steps, and seconds of `hpcres train` with all cores after the first third, which needs a machine without other work.
+Settings that the other checkout does not know are left out there, and are printed.
 
 `share of peak` is the arithmetic of a step (counted by torch, double backward included) over what this device does in
 a matrix product of 2048² in the same run. Each row changes one setting of the row named first. Rows take turns, and
@@ -227,13 +228,10 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
         print(f"| {row} | {seconds[0]:.1f} | {shares[0]:.2f} | {seconds[1]:.1f} | {shares[1]:.2f} |")
 
 
-BESIDE = """
+READ = """
 import json, sys, time
 from pydantic import ValidationError
 from hpcres.study import Study
-from hpcres.training.adversarial import Models
-from hpcres.training.distributed import processes
-from hpcres.training.samples import LowResCubes, RealSlices
 with open(sys.argv[1]) as file:
     content = json.load(file)
 try:
@@ -248,6 +246,11 @@ except ValidationError as found:
             section = section[name]
         print("left out:", ".".join(error["loc"]), section.pop(key), file=sys.stderr)
     study = Study.model_validate(content)
+"""
+PROCESSOR_SECONDS = READ + """
+from hpcres.training.adversarial import Models
+from hpcres.training.distributed import processes
+from hpcres.training.samples import LowResCubes, RealSlices
 with processes(study.device, 1) as group:
     models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
     seconds = []
@@ -258,35 +261,57 @@ with processes(study.device, 1) as group:
 last = sorted(seconds[len(seconds) // 2 :])
 print(last[len(last) // 2])
 """
+COMMAND_SECONDS = READ + """
+import csv, os, subprocess
+content["training"].update(steps=int(sys.argv[2]), report_seconds=3, settling_cubes=1, least_steps=1)
+known = set(type(study.training).model_fields)
+content["training"] = {key: value for key, value in content["training"].items() if key in known}
+content["training"].pop("quality_steps", None), content["training"].pop("keep", None)
+with open(sys.argv[1], "w") as file:
+    json.dump(content, file)
+done = subprocess.run([sys.executable, "-m", "hpcres", "train", sys.argv[1], "--overwrite"],
+                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+if done.returncode:
+    sys.exit(done.stderr)
+with open(os.path.join(content["output"], "training.csv")) as file:
+    rows = [(int(row["step"]), float(row["seconds"])) for row in csv.DictReader(file)]
+(first, began), (last, ended) = rows[len(rows) // 3], rows[-1]
+print((ended - began) / (last - first))
+"""
 
 
 def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, turns: int) -> None:
-    """A Markdown table of CPU seconds of a step by the code of `checkout` and by this one, on the phantom of
-    configs/demo.yaml."""
+    """Two Markdown tables of a step by the code of `checkout` and by this one, on the phantom of configs/demo.yaml: CPU
+    seconds of one thread, and seconds of `hpcres train` with the threads that it takes by itself."""
     demo = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
     subprocess.run([sys.executable, "-m", "hpcres", "phantom", str(demo), f"--output={folder}"],
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip
     study = load_study(demo, ["training.minutes=null", "training.warm_up_steps=10", "device=cpu"], str(folder))
     fastest, _ = choose_precision(study, group)
-    print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {turns} turns of {steps} steps\n")
-    print("| CPU seconds of a step | before | after | ratio of the medians |\n|---|---|---|---|")
-    for precision in dict.fromkeys(("fp32", fastest)):
-        content = study.model_dump(mode="json", exclude_unset=True)
-        content["training"]["precision"] = precision
-        file = folder / "study.json"
-        file.write_text(json.dumps(content))
-        found: dict[Path, list[float]] = {checkout: [], Path(__file__).resolve().parent.parent: []}
-        for _ in range(turns):
-            for package, seconds in found.items():
-                done = subprocess.run(
-                    [sys.executable, "-c", BESIDE, str(file), str(steps)],
-                    check=True, stdout=subprocess.PIPE, text=True, cwd=package,
-                    env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
-                )  # fmt: skip
-                seconds.append(float(done.stdout))
-        shown = [", ".join(f"{one:.3f}" for one in seconds) for seconds in found.values()]
-        before, after = (float(np.median(seconds)) for seconds in found.values())
-        print(f"| {precision} | {shown[0]} | {shown[1]} | {before / after:.2f} |", flush=True)
+    print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {turns} turns of {steps} steps")
+    for head, program, variables in (
+        ("CPU seconds of a step", PROCESSOR_SECONDS, {"OMP_NUM_THREADS": "1"}),
+        ("seconds of a step by the command", COMMAND_SECONDS, {}),
+    ):
+        print(f"\n| {head} | before | after | ratio of the medians |\n|---|---|---|---|")
+        for precision in dict.fromkeys(("fp32", fastest)):
+            content = study.model_dump(mode="json", exclude_unset=True)
+            content["training"]["precision"] = precision
+            found: dict[Path, list[float]] = {checkout: [], Path(__file__).resolve().parent.parent: []}
+            for _ in range(turns):
+                for package, seconds in found.items():
+                    file = folder / "study.json"
+                    output = str(folder / ("before" if package == checkout else "after"))
+                    file.write_text(json.dumps(content | {"output": output}))
+                    done = subprocess.run(
+                        [sys.executable, "-c", program, str(file), str(steps)],
+                        check=True, stdout=subprocess.PIPE, text=True, cwd=package,
+                        env=os.environ | {"PYTHONPATH": str(package)} | variables,
+                    )  # fmt: skip
+                    seconds.append(float(done.stdout))
+            shown = [", ".join(f"{one:.3f}" for one in seconds) for seconds in found.values()]
+            before, after = (float(np.median(seconds)) for seconds in found.values())
+            print(f"| {precision} | {shown[0]} | {shown[1]} | {before / after:.2f} |", flush=True)
 
 
 def processor() -> str:

@@ -21,7 +21,8 @@ from torch import nn
 
 from hpcres import __version__
 from hpcres.errors import InputError
-from hpcres.networks.superres import SuperResGenerator
+from hpcres.families import FAMILIES, family_of
+from hpcres.networks.generator import Generator
 from hpcres.outputs import CHECKPOINT_MARK
 from hpcres.study import Study
 from hpcres.volumes.files import made_whole
@@ -34,7 +35,7 @@ class Checkpoint:
     """A generator in eval mode and what is known about it. `sha256` covers its configuration and weights."""
 
     path: str
-    generator: SuperResGenerator
+    generator: Generator
     study: Study
     step: int
     sha256: str
@@ -52,20 +53,20 @@ class Checkpoint:
     def phases(self) -> tuple[str, ...]:
         return self.study.phases
 
+    @property
+    def family(self) -> str:
+        return str(self.generator.config["family"])
 
-def build_generator(study: Study) -> SuperResGenerator:
+
+def build_generator(study: Study) -> Generator:
     """The untrained generator that a study asks for."""
-    net = study.network
     try:
-        return SuperResGenerator(
-            len(study.low_res.groups), len(study.phases), study.scale_factor, net.width, net.residual_blocks,
-            net.padding, net.last_stage, net.noise_sigma_voxels,
-        )  # fmt: skip
+        return family_of(study.network.family).build(study)
     except ValueError as error:
         raise InputError(f"network: {error}") from None
 
 
-def weights_sha256(generator: SuperResGenerator) -> str:
+def weights_sha256(generator: Generator) -> str:
     """Digest of configuration and weights, independent of device and file."""
     digest = hashlib.sha256(json.dumps(generator.config, sort_keys=True).encode())
     for name, tensor in sorted(generator.state_dict().items()):
@@ -75,7 +76,7 @@ def weights_sha256(generator: SuperResGenerator) -> str:
 
 
 def save_checkpoint(
-    path: str | Path, *, generator: SuperResGenerator, study: Study, step: int,
+    path: str | Path, *, generator: Generator, study: Study, step: int,
     training_state: dict[str, Any] | None = None, init_from: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write atomically; `training_state` holds what a resumed run needs and inference ignores."""
@@ -114,14 +115,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path}: not an hpcres checkpoint ({_FORMAT}); give the checkpoint.pt of `hpcres train`")
     config = dict(content["network"])
-    if (family := config.pop("family", None)) != "superres":
+    name = config.pop("family", None)
+    if name not in FAMILIES:
         raise InputError(
-            f"{path}: its network is of the family {family!r}, which this hpcres does not know (it knows 'superres'); "
-            f"it was written by hpcres {content['versions']['hpcres']}, so paint with that one"
+            f"{path}: its network is of the family {name!r}, which this hpcres does not know (it knows "
+            f"{', '.join(map(repr, FAMILIES))}); it was written by hpcres {content['versions']['hpcres']}, so paint "
+            "with that one"
         )
     try:
         study = Study.of_json(content["study"])
-        generator = SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})
+        generator = FAMILIES[name].rebuild(config)
     except (ValidationError, TypeError) as error:  # TypeError names a keyword
         others = error.errors() if isinstance(error, ValidationError) else []
         what = ", ".join(".".join(map(str, one["loc"])) for one in others) or str(error)
@@ -129,10 +132,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             f"{path}: written by hpcres {content['versions']['hpcres']} with settings that this one does not know "
             f"({what}); paint with that one, or train again"
         ) from None
-    if config["phases"] != len(study.phases) or config["low_res_channels"] != len(study.low_res.groups):
+    conditions = 0 if study.low_res is None else len(study.low_res.groups)
+    if (generator.phases, generator.inputs.conditions) != (len(study.phases), conditions):
         raise InputError(
-            f"{path}: the network has {config['phases']} phases but its study {len(study.phases)}; the file was "
-            "changed by hand, train again"
+            f"{path}: the network has {generator.phases} phases and {generator.inputs.conditions} low-res channels, "
+            f"its study {len(study.phases)} and {conditions}; the file was changed by hand, train again"
         )
     for name, tensor in content["weights"].items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

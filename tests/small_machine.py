@@ -31,7 +31,7 @@ def machine() -> dict[str, object]:
     from numba.core.registry import cpu_target
 
     from hpcres.compiled import register_floats
-    from hpcres.inference import lanes
+    from hpcres.engines import lanes
 
     numpy_has = np._core._multiarray_umath.__cpu_features__
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
@@ -47,8 +47,8 @@ def prepared() -> str:
     """SHA-256 of weights that are computed before a network runs: of smooth noise, of interpolation, of a layer."""
     import numpy as np
 
-    from hpcres.inference import winograd
-    from hpcres.networks.folded import Stage
+    from hpcres.engines import winograd
+    from hpcres.networks.stages import Stage
     from hpcres.noise import gaussian_taps
 
     digest = hashlib.sha256()
@@ -58,7 +58,7 @@ def prepared() -> str:
         for sigma in range(1, 60):
             digest.update(gaussian_taps(sigma / 7, scale).tobytes())
     weight = np.random.default_rng(0).standard_normal((64, 64, 3, 3, 3))
-    layer = winograd._layer_of(Stage("", "convolution", weight, np.zeros(64), True, Fraction(1), "zeros"))
+    layer = winograd._layer_of(Stage("", "convolution", 64, 64, weight=weight, bias=np.zeros(64)))
     digest.update(layer.weights.tobytes())
     return digest.hexdigest()
 

@@ -75,7 +75,7 @@ KEEPERS = {
     "dask": {"metrics/"}, "distributed": {"metrics/", "library.py"}, "click": {"cli/"},
     "taufactor": {"metrics/transport/second_opinion.py"},
     "numba": {
-        "compiled.py", "kernel_cache.py", "inference/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py",
+        "compiled.py", "kernel_cache.py", "engines/lanes.py", "metrics/counts.py", "metrics/transport/vectors.py",
     },
 }  # fmt: skip
 COMMANDS = [

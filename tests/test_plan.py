@@ -16,8 +16,7 @@ from hpcres.inference import generate, plan
 from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
 from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.inference.run import open_job
-from hpcres.inference.winograd import WinogradNetwork
-from hpcres.networks.folded import fold
+from hpcres.engines.winograd import WinogradNetwork
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
 from hpcres.volumes.phases import PhaseMap
@@ -156,7 +155,7 @@ def test_half_precision_is_compared_with_fp32_on_a_sample(monkeypatch):
     monkeypatch.setattr(generate, "_SAMPLE_VOXELS", 1)
 
     def network_of(generator, plan, device, precision="fp32"):
-        return Timed(clock, {"fp32": 1.0, "bf16": 4.0}[precision], fold(generator), plan.low_res_shape)
+        return Timed(clock, {"fp32": 1.0, "bf16": 4.0}[precision], generator.stages(), plan.low_res_shape)
 
     monkeypatch.setattr(generate, "network_of", network_of)
     generator = SuperResGenerator(2, 3, Fraction(4), 2).eval()

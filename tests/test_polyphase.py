@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from hpcres.errors import InputError
 from hpcres.geometry import plan_tiles
-from hpcres.networks import polyphase
-from hpcres.networks.folded import Folded, fold
-from hpcres.networks.polyphase import Polyphase, paint_batches
+from hpcres.engines import polyphase
+from hpcres.networks.stages import Stages
+from hpcres.engines.polyphase import Polyphase, paint_batches
 from hpcres.networks.resampling import upsample
 from hpcres.networks.superres import SuperResGenerator
 
@@ -54,7 +54,7 @@ def window(shape: tuple[int, int, int], batch: int = 1) -> torch.Tensor:
     return torch.from_numpy(given.astype(np.float64))
 
 
-def naive(folded: Folded, x: torch.Tensor) -> torch.Tensor:
+def naive(folded: Stages, x: torch.Tensor) -> torch.Tensor:
     """The stages as their description reads."""
     outputs: list[torch.Tensor] = []
     for stage in folded.stages:
@@ -66,12 +66,12 @@ def naive(folded: Folded, x: torch.Tensor) -> torch.Tensor:
                 x = upsample(x, stage.scale)
             mode = "replicate" if stage.padding == "replicate" else "constant"
             y = functional.conv3d(functional.pad(x, (1,) * 6, mode=mode), weight, bias)
-        if stage.add_before_relu is not None:
-            y = y + outputs[stage.add_before_relu]
+        if stage.add_before is not None:
+            y = y + outputs[stage.add_before]
         if stage.relu:
             y = y.relu()
-        if stage.add_after_relu is not None:
-            y = y + outputs[stage.add_after_relu]
+        if stage.add_after is not None:
+            y = y + outputs[stage.add_after]
         outputs.append(y)
         x = y
     return x
@@ -80,8 +80,8 @@ def naive(folded: Folded, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("scale", "padding", "last", "blocks"), CASES)
 def test_folded_stages_are_the_generator(scale, padding, last, blocks):
     generator = trained(scale, padding, last, blocks)
-    folded = fold(generator)
-    assert (folded.in_channels, folded.phases, folded.scale) == (3, 3, generator.scale)
+    folded = generator.stages()
+    assert (folded.inputs, folded.phases, folded.scale) == (3, 3, generator.scale)
     x = window((4, 5, 6) if generator.scale <= 8 else (2, 3, 2))
     with torch.no_grad():
         expected = generator(x)
@@ -92,7 +92,7 @@ def test_folded_stages_are_the_generator(scale, padding, last, blocks):
 def test_folding_does_not_touch_the_generator():
     generator = trained("4")
     before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
-    for stage in fold(generator).stages:
+    for stage in generator.stages().stages:
         stage.weight[:] = 0
         stage.bias[:] = 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in generator.state_dict().items())
@@ -111,7 +111,7 @@ def test_polyphase_is_the_generator_everywhere(scale, padding, last, blocks, sla
     if slabs == "thin":
         request.getfixturevalue("small_slabs")
     generator = trained(scale, padding, last, blocks)
-    network = Polyphase(fold(generator), dtype=torch.float64)
+    network = Polyphase(generator.stages(), dtype=torch.float64)
     x = window((4, 5, 6) if generator.scale <= 8 else (2, 3, 2), 2)
     with torch.no_grad():
         expected = generator(x)
@@ -127,7 +127,7 @@ def test_the_layout_for_fp32_on_gpus_gives_the_same(scale, padding, last, monkey
     generator, x = trained(scale, padding, last), window((3, 5, 4), 2)
     with torch.no_grad():
         expected = generator(x)
-    network = Polyphase(fold(generator), dtype=torch.float64)
+    network = Polyphase(generator.stages(), dtype=torch.float64)
     assert (network.logits(x) - expected).abs().max() < 1e-10 * expected.abs().max()
     assert torch.equal(network.labels(x), expected.argmax(1))
 
@@ -140,14 +140,14 @@ def test_axes_of_one_voxel(padding):
         x = window(shape)
         with torch.no_grad():
             expected = generator(x)
-        assert (Polyphase(fold(generator), dtype=torch.float64).logits(x) - expected).abs().max() < 1e-10
+        assert (Polyphase(generator.stages(), dtype=torch.float64).logits(x) - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize(("scale", "padding", "last", "blocks"), CASES)
 def test_tiles_with_their_halo_are_the_whole(scale, padding, last, blocks):
     """A crop is computed from no more than the generator's halo, at faces and inside."""
     generator = trained(scale, padding, last, blocks, width=2)
-    network = Polyphase(fold(generator), dtype=torch.float64)
+    network = Polyphase(generator.stages(), dtype=torch.float64)
     x = window((9, 12, 16) if generator.scale <= 8 else (1, 2, 9))
     p = generator.scale.numerator
     plan = plan_tiles(x.shape[2:], generator.scale, (1, 2, 3), generator.halo_low_res, p * max(1, 8 // p))
@@ -167,7 +167,7 @@ def test_what_lies_beyond_the_halo_has_no_effect(scale, last):
     halo, n = generator.halo_low_res, 10
     x = window((2 * halo + n,) * 3)
     crop = tuple(slice(int((halo + 5) * generator.scale), int((halo + n - 1) * generator.scale)) for _ in range(3))
-    network = Polyphase(fold(generator), dtype=torch.float64)
+    network = Polyphase(generator.stages(), dtype=torch.float64)
     expected = network.labels(x, crop)
     x[:, :, :5] = x[..., :5, :] = x[..., :5] = x[:, :, -1:] = x[..., -1:, :] = x[..., -1:] = torch.nan
     assert torch.equal(network.labels(x, crop), expected)
@@ -177,7 +177,7 @@ def test_what_lies_beyond_the_halo_has_no_effect(scale, last):
 def test_fp32_labels_flip_as_rarely_as_rounding_makes_them(scale, padding, last):
     generator = trained(scale, padding, last)
     x = window((128 // int(scale),) * 3).float()
-    network = Polyphase(fold(generator))
+    network = Polyphase(generator.stages())
     with torch.no_grad():
         expected = generator.float()(x).argmax(1)
     assert torch.bincount(expected.flatten()).min() > 0.05 * expected.numel()
@@ -189,7 +189,7 @@ def test_ties_go_to_the_lowest_label():
     with torch.no_grad():
         generator.conv_end.weight[2] = generator.conv_end.weight[1]
         generator.conv_end.bias[2] = generator.conv_end.bias[1]
-    labels = Polyphase(fold(generator)).labels(window((5, 5, 5)))
+    labels = Polyphase(generator.stages()).labels(window((5, 5, 5)))
     assert labels.unique().tolist() == [0, 1]
 
 
@@ -199,14 +199,14 @@ def test_logits_that_are_not_finite_are_refused(dtype, factor):
     with torch.no_grad():
         generator.conv_end.bias += factor
     with pytest.raises(InputError, match=f"not finite in {str(dtype)[6:]}.*checkpoint"):
-        Polyphase(fold(generator), dtype=dtype).labels(window((3, 3, 3)))
+        Polyphase(generator.stages(), dtype=dtype).labels(window((3, 3, 3)))
 
 
 def test_a_lone_value_that_is_not_finite_is_found(small_slabs):
     x = window((6, 6, 6), 2)
     x[0, 2, 0, 3, 3] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        Polyphase(fold(trained("2"))).labels(x)
+        Polyphase(trained("2").stages()).labels(x)
 
 
 class Held(TorchDispatchMode):
@@ -235,7 +235,7 @@ class Held(TorchDispatchMode):
 @pytest.mark.parametrize(("scale", "last"), [("2", "resize"), ("3", "resize"), ("8", "resize"), ("8", "transposed")])
 def test_memory_is_as_foretold(scale, last, dtype, monkeypatch):
     generator = trained(scale, last=last, width=5)
-    network = Polyphase(fold(generator), dtype=dtype)
+    network = Polyphase(generator.stages(), dtype=dtype)
     edge = int(64 / generator.scale)
     for slab_bytes, batch in ((2**28, 1), (2**28, 3), (2**20, 2)):
         monkeypatch.setitem(polyphase.SLAB_BYTES, "cpu", slab_bytes)
@@ -252,12 +252,12 @@ def test_no_feature_map_is_of_high_res(monkeypatch):
     monkeypatch.setitem(polyphase.SLAB_BYTES, "cpu", 2**21)
     generator = trained("8", width=5)
     with Held() as held:
-        Polyphase(fold(generator)).labels(window((12, 12, 12)))
+        Polyphase(generator.stages()).labels(window((12, 12, 12)))
     assert held.largest_bytes <= 4 * generator.channels_last * 96**3 / 6
 
 
 def test_largest_batch_fills_the_memory():
-    network = Polyphase(fold(trained("4")))
+    network = Polyphase(trained("4").stages())
     assert network.largest_batch((20, 20, 20), 0) == 1
     for memory in (10**8, 10**9):
         batch = network.largest_batch((20, 20, 20), memory)
@@ -272,7 +272,7 @@ def mixed_windows(count: int):
 
 
 def test_batches_come_back_in_order():
-    network = Polyphase(fold(trained("4")))
+    network = Polyphase(trained("4").stages())
     windows, crops = mixed_windows(11)
     painted, batch = paint_batches(network, windows, crops, batch=2)
     assert batch == 2
@@ -293,7 +293,7 @@ def torch_out_of_memory() -> RuntimeError:
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
 ], ids=lambda e: type(e).__name__)  # fmt: skip
 def test_out_of_memory_halves_the_batch(shortage, monkeypatch):
-    network = Polyphase(fold(trained("4")))
+    network = Polyphase(trained("4").stages())
     windows, crops = [x.numpy() for x in window((3, 3, 3), 13)], [(slice(12),) * 3] * 13
     expected, _ = paint_batches(network, windows, crops, 13)
     tried, room, labels = [], 3, network.labels
@@ -314,7 +314,7 @@ def test_out_of_memory_halves_the_batch(shortage, monkeypatch):
 
 
 def test_other_failures_are_not_taken_for_a_shortage(monkeypatch):
-    network = Polyphase(fold(trained("4")))
+    network = Polyphase(trained("4").stages())
 
     def broken(given, crop):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -328,7 +328,7 @@ def test_other_failures_are_not_taken_for_a_shortage(monkeypatch):
 @pytest.mark.parametrize("last", ["resize", "transposed"])
 def test_a_gpu_paints_what_the_cpu_paints(last, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    folded = fold(trained("8", last=last))
+    folded = trained("8", last=last).stages()
     x = window((16, 16, 16)).float()
     differ = Polyphase(folded, "cuda").labels(x).cpu() != Polyphase(folded).labels(x)
     assert differ.double().mean() <= 4e-6

@@ -11,7 +11,7 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.geometry import Box
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.inference.winograd import WinogradNetwork
+from hpcres.engines.winograd import WinogradNetwork
 from hpcres.networks.resampling import middle
 from hpcres.training import samples, settling
 from hpcres.training.adversarial import Models

@@ -13,10 +13,9 @@ import torch
 from small_painting import lively
 
 from hpcres.geometry import Box
-from hpcres.inference import winograd
-from hpcres.inference.lanes import NARROW
-from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
-from hpcres.networks.folded import fold
+from hpcres.engines import winograd
+from hpcres.engines.lanes import NARROW
+from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.networks.superres import SuperResGenerator
 
 CASES = {  # scale, width, blocks, padding, last stage, low-res shape
@@ -44,7 +43,7 @@ def network_of(name: str) -> tuple[SuperResGenerator, np.ndarray, WinogradNetwor
     scale, width, blocks, padding, last, shape = CASES[name]
     generator = lively(SuperResGenerator(3, 3, Fraction(scale), width, blocks, padding, last))
     rng = np.random.default_rng(3)
-    network = WinogradNetwork(fold(generator), shape)
+    network = WinogradNetwork(generator.stages(), shape)
     window = np.zeros((*shape, network.channels), np.float32)
     window[..., :3] = rng.integers(0, 3, shape)[..., None] == np.arange(3)
     window[..., 3] = rng.standard_normal(shape)
@@ -88,7 +87,7 @@ def test_every_block_gives_the_bits_of_the_whole(name, monkeypatch):
         generator.conv_end.weight[1:] = generator.conv_end.weight[:1]
         generator.conv_end.bias[1:] = generator.conv_end.bias[:1]
         generator.conv_end.weight[1:] *= 1 + 1e-7 * torch.randn_like(generator.conv_end.weight[1:])
-    network = WinogradNetwork(fold(generator), window.shape[:3])
+    network = WinogradNetwork(generator.stages(), window.shape[:3])
     p = generator.scale.numerator
     whole = Box.whole([int(n * generator.scale) for n in window.shape[:3]])
     labels = labels_of(network, window, whole, Memory())
@@ -112,7 +111,7 @@ def test_every_scale_factor(d):
     generator = lively(SuperResGenerator(2, 3, scale, 2 if scale <= 8 else 3))
     n = scale.denominator + 5 if scale > 2 else scale.denominator + 12
     shape = (n, 5, 6) if scale <= 8 else (scale.denominator + 2, 2, 3)
-    network, rng = WinogradNetwork(fold(generator), shape), np.random.default_rng(d)
+    network, rng = WinogradNetwork(generator.stages(), shape), np.random.default_rng(d)
     window = np.zeros((*shape, network.channels), np.float32)
     window[..., :2] = rng.integers(0, 2, shape)[..., None] == np.arange(2)
     window[..., 2] = rng.standard_normal(shape)
@@ -133,14 +132,14 @@ def test_ties_go_to_the_lowest_label():
     with torch.no_grad():
         generator.conv_end.weight[:] = generator.conv_end.weight[:1].clone()
         generator.conv_end.bias[:] = torch.tensor([-1.0, 2.0, 2.0])
-    network = WinogradNetwork(fold(generator), window.shape[:3])
+    network = WinogradNetwork(generator.stages(), window.shape[:3])
     assert (labels_of(network, window, Box.whole([4 * n for n in window.shape[:3]]), Memory()) == 1).all()
 
 
 def test_reach_is_what_blocks_read():
     for name in ("4", "8", "8/5", "16/3", "64/6", "two blocks"):
         scale, width, blocks, padding, last, _ = CASES[name]
-        folded = fold(SuperResGenerator(3, 3, Fraction(scale), width, blocks, padding, last))
+        folded = SuperResGenerator(3, 3, Fraction(scale), width, blocks, padding, last).stages()
         network, reach = WinogradNetwork(folded, (10**6,) * 3), reach_low_res(folded)
         p, q = Fraction(scale).numerator, Fraction(scale).denominator
         worst = 0
@@ -164,7 +163,7 @@ def test_what_is_not_finite_is_no_label():
 def test_block_bytes_are_what_a_block_takes():
     for name, edge in (("4", 64), ("8", 64), ("16/3", 64), ("16", 64), ("zeros, transposed", 128)):
         generator, _, _ = network_of(name)
-        network = WinogradNetwork(fold(generator), (200,) * 3)
+        network = WinogradNetwork(generator.stages(), (200,) * 3)
         block = Box((4 * edge,) * 3, (5 * edge,) * 3)
         read = network.reads(block)
         memory = Memory()
@@ -177,7 +176,7 @@ def test_kernels_come_from_the_cache(tmp_path):
     """A thousand ranks must not compile what one has compiled."""
     program = (
         "import time, sys; sys.path.insert(0, sys.argv[1]); import test_winograd as t\n"
-        "from hpcres.inference import winograd\n"
+        "from hpcres.engines import winograd\n"
         "_, window, network = t.network_of('4')\n"
         "t.labels_of(network, window, t.Box((0, 0, 0), (16, 16, 16)), t.Memory())\n"
         "print(sum(winograd._convolve.stats.cache_misses.values()), sum(winograd._convolve.stats.cache_hits.values()))"

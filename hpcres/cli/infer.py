@@ -53,7 +53,7 @@ def infer(
             command=command_line(), inference={} if ensemble is None else {"ensemble": ensemble},
         )  # fmt: skip
         if ranks.rank == 0:
-            warn(absent_chunks(job.low_res))
+            warn(absent_chunks(*job.conditions.volumes))
         painted = run(job, ranks, overwrite=overwrite)
         if ranks.rank == 0:
             if loaded is not None:

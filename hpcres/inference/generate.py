@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import floor, prod
+from math import floor
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from hpcres.conditions import Conditions, Held
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
-from hpcres.inference.winograd import Memory, WinogradNetwork, reach_low_res
-from hpcres.networks.folded import fold
-from hpcres.networks.polyphase import Polyphase, paint_batches
-from hpcres.networks.superres import SuperResGenerator
+from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
+from hpcres.engines.polyphase import Polyphase, paint_batches
+from hpcres.engines.staged import Staged
+from hpcres.networks.generator import Generator
+from hpcres.networks.stages import supported
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, normals
-from hpcres.volumes.phases import PhaseMap
-from hpcres.volumes.volume import read_beyond
 
 BLOCK_BYTES = 1536 * 2**20
 """What a thread may take for the maps of its block."""
@@ -53,15 +53,18 @@ class Network(Protocol):
 
 
 class TorchNetwork:
-    """The polyphase form in torch: for GPUs, and for float formats that the Winograd form would round too much."""
+    """Stages in torch: for GPUs, for float formats that the Winograd form would round too much, and for kinds of stages
+    that it does not have."""
 
-    def __init__(self, generator: SuperResGenerator, plan: TilePlan, device: torch.device, precision: str) -> None:
+    def __init__(self, generator: Generator, plan: TilePlan, device: torch.device, precision: str) -> None:
         # fp32 means fp32: TF32 would flip labels, and cuDNN's search change bytes.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-        self._network, self._plan = Polyphase(fold(generator), device, PRECISIONS[precision]), plan
-        self._halo, self._precision = generator.halo_low_res, precision
-        self.channels = generator.conv_first.in_channels
+        stages = generator.stages()
+        engine = Polyphase if supported(stages.stages) else Staged
+        self._network, self._plan = engine(stages, device, PRECISIONS[precision]), plan
+        self._halo, self._precision = stages.halo_low_res, precision
+        self.channels = stages.inputs
         self.weight_bytes = sum(p.nbytes for p in generator.parameters())
         self.together, self.same_bits = 1, False
         if device.type == "cuda":  # as many as fill it; other ranks on the same one may halve that
@@ -129,30 +132,32 @@ class PrecisionSample:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def network_of(generator: SuperResGenerator, plan: TilePlan, device: torch.device, precision: str = "fp32") -> Network:
-    """The form that suits a device and a float format."""
-    if device.type == "cpu" and precision == "fp32":
-        return WinogradNetwork(fold(generator), plan.low_res_shape, plan.endless)
+def network_of(generator: Generator, plan: TilePlan, device: torch.device, precision: str = "fp32") -> Network:
+    """The form that suits the stages, a device and a float format."""
+    stages = generator.stages()
+    if device.type == "cpu" and precision == "fp32" and supported(stages.stages):
+        return WinogradNetwork(stages, plan.low_res_shape, plan.endless)
     return TorchNetwork(generator, plan, device, precision)
 
 
-def halo_of(generator: SuperResGenerator) -> int:
+def halo_of(generator: Generator) -> int:
     """Low-res voxels around a tile that painting it reads: all that its whole cells can depend on."""
-    return max(reach_low_res(fold(generator)), generator.halo_low_res + 1)
+    stages = generator.stages()
+    by_cells = reach_low_res(stages) if supported(stages.stages) else 0
+    return max(by_cells, stages.halo_low_res + 1)
 
 
 class Painter:
     """Paints tiles with a generator in eval mode on one device. `threads` blocks are computed at a time on a CPU."""
 
     def __init__(
-        self, generator: SuperResGenerator, plan: TilePlan, phase_map: PhaseMap, seed: int, device: torch.device,
-        threads: int, precision: str = "fp32",
+        self, generator: Generator, plan: TilePlan, seed: int, device: torch.device, threads: int,
+        precision: str = "fp32",
     ) -> None:  # fmt: skip
         self.plan, self.seed, self.device = plan, seed, device
         self.network = network_of(generator, plan, device, precision)
-        self._phase_map = phase_map
-        self._channels: int = generator.config["low_res_channels"]
-        self._noise_taps = [gaussian_taps(sigma, plan.scale) for sigma in generator.config["noise_sigma_voxels"]]
+        self._channels = generator.inputs.conditions
+        self._noise_taps = [gaussian_taps(sigma, plan.scale) for sigma in generator.inputs.latents]
         self.block_voxels = next(
             (edge for edge in _BLOCK_EDGES if self.network.block_bytes(edge) <= BLOCK_BYTES), _BLOCK_EDGES[-1]
         )
@@ -173,28 +178,27 @@ class Painter:
         """Spent so far, by all threads together, on each part of a tile."""
 
     def paint(
-        self, tile: Tile, read: Callable[[Box], np.ndarray], *, seed: int | None = None, more: int = 0
+        self, tile: Tile, conditions: Conditions, *, seed: int | None = None, more: int = 0
     ) -> np.ndarray:
         """uint8 labels (z, y, x) of tile.write, and of `more` voxels (0 or 1) beyond its + sides inside the volume.
 
-        `read` gives low-res labels as the file has them, or probabilities (z, y, x, channel); `seed` is the painter's
-        own by default.
+        `seed` is the painter's own by default.
         """
         with self.timed("read"):
-            low_res = self._labels(read, tile.read)
+            held = conditions.hold(tile.read, self.plan.boundaries)
         box = tile.write.grown(0, more, Box.whole(self.plan.shape))
         labels = np.empty(box.shape, np.uint8)
         chosen = self.seed if seed is None else seed
 
         def some(part: list[Box]) -> None:
-            for block, painted in zip(part, self._paint(part, low_res, tile.read, chosen), strict=True):
+            for block, painted in zip(part, self._paint(part, held, chosen), strict=True):
                 labels[block.relative_to(box.start).slices] = painted
 
         cut, together = self.blocks_of(box), self.network.together
         list(self._pool.map(some, [cut[i : i + together] for i in range(0, len(cut), together)]))
         return labels
 
-    def compare_with_fp32(self, generator: SuperResGenerator, read: Callable[[Box], np.ndarray]) -> PrecisionSample:
+    def compare_with_fp32(self, generator: Generator, conditions: Conditions) -> PrecisionSample:
         """Paint a sample from the middle of the volume, about a million labels, in this precision and in fp32."""
         exact = network_of(generator, self.plan, self.device)
         self._warm_up(exact)
@@ -203,31 +207,28 @@ class Painter:
         exact_blocks = 1 if isinstance(exact, TorchNetwork) else self._torch_threads
         labels = differ = 0
         seconds = exact_seconds = 0.0
-        for block, low_res, place in self._sample(read):
+        for block, held in self._sample(conditions):
             started = time.perf_counter()
-            (ours,) = self._paint([block], low_res, place, self.seed)
+            (ours,) = self._paint([block], held, self.seed)
             between = time.perf_counter()
-            (theirs,) = exact.paint([self._window(block, low_res, place, self.seed, exact)], memory)
+            (theirs,) = exact.paint([self._window(block, held, self.seed, exact)], memory)
             seconds += between - started
             exact_seconds += (time.perf_counter() - between) / exact_blocks
             labels += ours.size
             differ += int(np.count_nonzero(ours != theirs))
         return PrecisionSample(labels, differ, exact_seconds / seconds)
 
-    def _sample(self, read: Callable[[Box], np.ndarray]) -> Iterator[tuple[Box, np.ndarray, Box]]:
-        """Blocks of _SAMPLE_VOXELS together, from the middle of the volume on; low-res labels of each one's tile, and
-        their place."""
+    def _sample(self, conditions: Conditions) -> Iterator[tuple[Box, Held]]:
+        """Blocks of _SAMPLE_VOXELS together, from the middle of the volume on, and the conditions of each one's
+        tile."""
         voxels, middle = 0, len(self.plan.tiles) // 2
         for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
-            low_res = self._labels(read, tile.read)
+            held = conditions.hold(tile.read, self.plan.boundaries)
             for block in self.blocks_of(tile.write):
-                yield block, low_res, tile.read
+                yield block, held
                 voxels += block.voxels
                 if voxels >= _SAMPLE_VOXELS:
                     return
-
-    def _labels(self, read: Callable[[Box], np.ndarray], box: Box) -> np.ndarray:
-        return self._phase_map.index(read_beyond(read, box, self.plan.low_res_shape, self.plan.boundaries))
 
     def _noise(self, seed: int, channel: int, box: Box) -> np.ndarray:
         """That of the voxels a box stands for; but beyond a mirror noise of its own, as every matter has.
@@ -243,7 +244,7 @@ class Painter:
     @property
     def noise_bytes(self) -> int:
         """What smoothing a block's noise takes: the widest field, before an axis and after."""
-        reach = max(len(taps) // 2 for taps in self._noise_taps)
+        reach = max((len(taps) // 2 for taps in self._noise_taps), default=0)
         middle = self.plan.tiles[len(self.plan.tiles) // 2].write
         reads = [self.network.reads(block).grown(reach, reach) for block in self.blocks_of(middle)]
         return 2 * 4 * max(box.voxels for box in reads) if reach else 0
@@ -270,24 +271,19 @@ class Painter:
             for b in blocks(box.shape, edges)
         ]  # fmt: skip
 
-    def _paint(self, blocks: list[Box], low_res: np.ndarray, place: Box, seed: int) -> list[np.ndarray]:
+    def _paint(self, blocks: list[Box], held: Held, seed: int) -> list[np.ndarray]:
         if not hasattr(self._own, "memory"):
             torch.set_num_threads(self._torch_threads)
             self._own.memory = self.network.memory(self._largest_edge)
-        parts = [self._window(block, low_res, place, seed, self.network) for block in blocks]
+        parts = [self._window(block, held, seed, self.network) for block in blocks]
         with self.timed("network"):
             return self.network.paint(parts, self._own.memory)
 
-    def _window(
-        self, block: Box, low_res: np.ndarray, place: Box, seed: int, network: Network
-    ) -> tuple[np.ndarray, Box, Box]:
-        """What a network sees of a block, float32 (z, y, x, channel), its low-res place, and the block."""
+    def _window(self, block: Box, held: Held, seed: int, network: Network) -> tuple[np.ndarray, Box, Box]:
+        """What a network is given for a block, float32 (z, y, x, channel), its low-res place, and the block."""
         reads = network.reads(block)
-        assert reads.clipped(place) == reads, f"{block} reads {reads}, the tile's window is {place}"
-        inner = low_res[reads.relative_to(place.start).slices]
         window = np.zeros((*reads.shape, network.channels), np.float32)
-        for channel in range(self._channels):  # all of them are zero where nothing is known
-            window[..., channel] = inner == channel if inner.ndim == 3 else inner[..., channel]
+        held.read(reads, window)
         with self.timed("noise"):
             for channel in range(len(self._noise_taps)):
                 window[..., self._channels + channel] = self._noise(seed, channel, reads)
@@ -302,19 +298,3 @@ class Painter:
 
     def close(self) -> None:
         self._pool.shutdown()
-
-
-def operations(generator: SuperResGenerator, box: Box) -> float:
-    """Floating-point operations of the convolutions for a low-res box: 2 per multiply-add."""
-    total, grid, doubled = 0.0, float(box.voxels), [convolution for convolution, _ in generator.resizes]
-    for module in generator.modules():
-        if isinstance(module, torch.nn.ConvTranspose3d):
-            grid *= 8
-            total += 2 * grid * module.in_channels * module.out_channels * 8
-        elif isinstance(module, torch.nn.Conv3d):
-            if module in doubled:
-                grid *= 8
-            elif module is generator.conv_last:
-                grid *= float(generator.last_scale) ** 3
-            total += 2 * grid * module.in_channels * module.out_channels * prod(module.kernel_size)
-    return total

@@ -10,15 +10,15 @@ from math import ceil, prod
 import numpy as np
 import torch
 
+from hpcres.conditions import Conditions
 from hpcres.cores import cores
-from hpcres.geometry import Box, TilePlan, high_res_shape, plan_tiles, tiles_of_rank, triple
-from hpcres.inference.generate import Painter, halo_of, operations
+from hpcres.geometry import Box, TilePlan, Triple, high_res_shape, plan_tiles, tiles_of_rank, triple
+from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.run import chunk_edge
-from hpcres.inference.winograd import WinogradNetwork
-from hpcres.networks.superres import SuperResGenerator
+from hpcres.engines.winograd import WinogradNetwork
+from hpcres.networks.generator import Generator
 from hpcres.signals import end_if_signalled
 from hpcres.study import Study
-from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.pyramid import pyramid
 
 COMPRESSION = 10
@@ -74,7 +74,7 @@ class Cost:
 
 
 def estimate(
-    study: Study, generator: SuperResGenerator, low_res_shape: tuple[int, int, int], ranks: int
+    study: Study, generator: Generator, low_res_shape: tuple[int, int, int], ranks: int
 ) -> tuple[Cost, Cost]:
     """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
 
@@ -88,7 +88,7 @@ def estimate(
         settings.boundary or study.training.boundaries,
     )
     threads = settings.threads or study.cluster.cores_per_rank
-    whole = operations(generator, Box.whole(low_res_shape)) / prod(plan.shape)
+    whole = generator.stages().operations(prod(low_res_shape)) / prod(plan.shape)
     job, large = (_cost(study, generator, one, threads) for one in (plan, large_plan(plan)))
     return (
         Cost(plan, ranks, threads, *job, whole, settings.ensemble),
@@ -96,17 +96,16 @@ def estimate(
     )
 
 
-def _cost(study: Study, generator: SuperResGenerator, plan: TilePlan, threads: int) -> tuple[int, int, float]:
+def _cost(study: Study, generator: Generator, plan: TilePlan, threads: int) -> tuple[int, int, float]:
     """The longest edge of a block, a rank's bytes, and voxels per second, from a trial."""
-    phase_map = PhaseMap(study.low_res.labels, "trial")
     use = min(threads, cores())
-    painter = Painter(generator, plan, phase_map, study.seed, torch.device("cpu"), use)
+    painter = Painter(generator, plan, study.seed, torch.device("cpu"), use)
     try:
         tile_blocks = painter.blocks_of(plan.tiles[0].write)
         edge = max(max(block.shape) for block in tile_blocks)
         volumes = 1 if study.inference.ensemble == 1 else 3  # the first seed's labels, another's, how many agree
         # Labels as bytes, or float32 probabilities as they are read and divided.
-        read_bytes = 8 * len(study.low_res.channels) or 1
+        read_bytes = 0 if study.low_res is None else 8 * len(study.low_res.channels) or 1
         labels = max(read_bytes * t.read.voxels + volumes * t.write.voxels for t in plan.tiles)
         in_flight = max(2, -(-threads // len(tile_blocks)))
         # The interpreter with torch, the weights, the blocks in flight, tiles of labels, one shard being compressed.
@@ -130,29 +129,24 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     that does not, and multiplies its time by the ratio of multiply-adds.
     """
     network = painter.network
-    assert isinstance(network, WinogradNetwork)
     whole = painter.blocks_of(painter.plan.tiles[0].write)[0]
-    values, channels = np.array(study.low_res.labels), len(study.low_res.channels)
-    rng = np.random.default_rng(0)
+
+    def work(part: Box) -> float:
+        return network.work(part) if isinstance(network, WinogradNetwork) else float(part.voxels)
 
     def seconds_of(part: Box) -> float:
         """Seconds of painting a part on all threads at once."""
         tile = replace(painter.plan.tiles[0], read=network.reads(part), write=part)
-        shape = tile.read.shape
-        low_res = rng.random((*shape, channels), np.float32) if channels else rng.choice(values, shape)
-
-        def read(box: Box) -> np.ndarray:
-            return low_res[Box.whole(box.shape).slices]
-
+        conditions = _Random(study, tile.read.shape)
         started = time.monotonic()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda _: painter.paint(tile, read), range(threads)))
+            list(pool.map(lambda _: painter.paint(tile, conditions), range(threads)))
         return time.monotonic() - started
 
     parts = _parts_of(whole, painter.plan.scale.numerator)
     part, seconds = parts[0], min(seconds_of(parts[0]) for _ in range(2))  # the first run allocates memory
     for larger in parts[1:]:
-        if seconds * network.work(larger) / network.work(part) > _TRIAL_SECONDS:
+        if seconds * work(larger) / work(part) > _TRIAL_SECONDS:
             break
         end_if_signalled()
         part, seconds = larger, seconds_of(larger)
@@ -160,8 +154,23 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
     while time.monotonic() - started + seconds < _TRIAL_SECONDS:
         end_if_signalled()
         runs.append(seconds_of(part))
-    per_part = sum(runs) / len(runs) * network.work(whole) / network.work(part)
+    per_part = sum(runs) / len(runs) * work(whole) / work(part)
     return threads * whole.voxels / per_part
+
+
+class _Random(Conditions):
+    """Labels or probabilities by chance, of any box of one shape, for a trial."""
+
+    def __init__(self, study: Study, shape: Triple) -> None:
+        self.channels, self.shape = 0 if study.low_res is None else len(study.low_res.groups), shape
+        rng = np.random.default_rng(0)
+        if study.low_res is None or study.low_res.channels:
+            self._drawn = rng.random((*shape, self.channels), np.float32)
+        else:
+            self._drawn = rng.integers(0, self.channels, shape, np.uint8)
+
+    def values(self, box: Box) -> np.ndarray:
+        return self._drawn[Box.whole(box.shape).slices]
 
 
 def _parts_of(block: Box, unit: int) -> list[Box]:
@@ -186,7 +195,7 @@ def describe(study: Study, cost: Cost, large: Cost, source: str) -> str:
     grid, edge, tiles = _times(plan.grid), _times(plan.tile_voxels), len(plan.tiles)
     idle = max(0, cost.ranks - tiles)
     rows = [
-        ("low-res volume", f"{_times(plan.low_res_shape)} voxels, scale factor {plan.scale}"),
+        ("low-res volume" if study.low_res else "lattice", f"{_times(plan.low_res_shape)} voxels, scale factor {plan.scale}"),
         ("output", f"{_times(plan.shape)} voxels of {study.high_res.voxel_size}, {total:.3g} in all"),
         ("tiles", f"{grid} = {tiles}, {edge} voxels each, in chunks of {plan.chunk_voxels}³"),
         ("halo", f"{plan.halo_low_res} low-res voxels; {plan.halo_overhead:.2f} × the low-res volume is read"),

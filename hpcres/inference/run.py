@@ -7,7 +7,6 @@ again makes what is missing; a job whose weights, input, seed or tiles differ fr
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
 import signal
 import sys
@@ -28,8 +27,9 @@ from rich.console import Console
 
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
+from hpcres.conditions import Conditions, conditions_of
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import AXES, Box, Tile, TilePlan, blocks, plan_tiles, triple
+from hpcres.geometry import AXES, Box, Tile, TilePlan, plan_tiles
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.journal import (
     Claim,
@@ -48,12 +48,10 @@ from hpcres.metrics import counts
 from hpcres.metrics.named import Named, described, spread
 from hpcres.outputs import LABELS, refuse_output
 from hpcres.signals import handling_signals
-from hpcres.study import Inference, RawHeader, Study, parse_grid
+from hpcres.study import Inference, LowRes, RawHeader, Study, parse_grid
 from hpcres.volumes.files import clear_leftovers
-from hpcres.volumes.phases import PhaseMap, open_low_res
 from hpcres.volumes.sizes import compare_sizes, refuse_other_size
 from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
-from hpcres.volumes.volume import Volume
 
 _IDENTITY = (
     "weights_sha256", "input_sha256", "seed", "ensemble", "scale_factor", "boundary",
@@ -71,7 +69,7 @@ class Job:
     """What to paint, from what, where; pure data but for the generator and the lazily read volume."""
 
     checkpoint: Checkpoint
-    low_res: Volume
+    conditions: Conditions
     output: Path
     plan: TilePlan
     seed: int
@@ -84,10 +82,6 @@ class Job:
     """Lines for the user, before anything is painted."""
     any_voxel_size: bool = False
     """Go on in a store of another voxel size."""
-
-    @property
-    def phase_map(self) -> PhaseMap:
-        return PhaseMap.of(self.checkpoint.study.low_res, self.low_res.path)
 
     @property
     def seeds(self) -> list[int]:
@@ -113,12 +107,12 @@ def chunk_edge(shape: Sequence[int], scale: Fraction, settings: Inference) -> in
     return settings.chunk_voxels or (128 if min(shape) >= 512 else 64)
 
 
-def plan_job(checkpoint: Checkpoint, low_res: Volume, settings: Inference) -> TilePlan:
-    """The tiles of a low-res volume, with the halo of the loaded network, and its boundary where none is set."""
+def plan_job(checkpoint: Checkpoint, lattice: Sequence[int], settings: Inference) -> TilePlan:
+    """The tiles of a lattice, with the halo of the loaded network, and its boundary where none is set."""
     scale = checkpoint.scale
-    shape = [int(n * scale) for n in low_res.shape]
+    shape = [int(n * scale) for n in lattice]
     return plan_tiles(
-        low_res.shape, scale, settings.tiles, halo_of(checkpoint.generator), chunk_edge(shape, scale, settings),
+        lattice, scale, settings.tiles, halo_of(checkpoint.generator), chunk_edge(shape, scale, settings),
         settings.boundary or checkpoint.study.training.boundaries,
     )  # fmt: skip
 
@@ -136,10 +130,12 @@ def open_job(
     nothing is compared with the study's.
     """
     if study is None:
-        if checkpoint is None or low_res is None or output is None:
-            raise InputError("infer: without a study, --checkpoint, --low-res and --output are needed; give all three")
+        if checkpoint is None or output is None:
+            raise InputError("infer: without a study, a checkpoint and an output are needed; give both")
         loaded = load_checkpoint(checkpoint)
         basis, store = loaded.study, Path(output)
+        if low_res is None and basis.low_res is not None:
+            raise InputError(f"infer: the network of {checkpoint} is given a low-res volume; name one, or give a study")
     else:
         loaded = load_checkpoint(checkpoint or study.checkpoint_path)
         _refuse_other_study(loaded, study)
@@ -147,42 +143,65 @@ def open_job(
     source = basis.low_res
     if low_res:
         paths = [low_res] if isinstance(low_res, str) else low_res
+        if source is None:
+            raise InputError(f"{', '.join(paths)}: the network of {loaded.path} is given no low-res volume; name none")
         source = source.at(paths, raw or [None] * len(paths))
-    volume = open_low_res(source)
     settings = basis.inference.model_copy(update=dict(inference or {}))
     if tiles is not None:
         try:
             settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
         except ValueError as error:
             raise InputError(f"--tiles: {error}") from None
-    plan = plan_job(loaded, volume, settings)
+    conditions = conditions_of(basis.model_copy(update={"low_res": source, "inference": settings}))
+    plan = plan_job(loaded, conditions.shape, settings)
     chosen = basis.seed if seed is None else seed
-    notes = [] if voxel_size else compare_sizes(basis, low_res=volume)
+    notes = [] if voxel_size else compare_sizes(basis, low_res=conditions.volume)
     size = voxel_size or basis.high_res.voxel_size
     return Job(
-        loaded, volume, store, plan, chosen, settings, device or basis.device, command, size, tuple(notes),
+        loaded, conditions, store, plan, chosen, settings, device or basis.device, command, size, tuple(notes),
         basis.allow_voxel_size_mismatch,
     )  # fmt: skip
 
 
 def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
     theirs = checkpoint.study
+    if checkpoint.family != study.network.family:
+        raise InputError(
+            f"{checkpoint.path}: its network is of the family {checkpoint.family}, the study's of "
+            f"{study.network.family}; train anew, or give the study it was trained with"
+        )
+    _refuse_other_low_res(checkpoint, theirs.low_res, study.low_res)
     for what, old, new in (
         ("phases", ", ".join(theirs.phases), ", ".join(study.phases)),
         ("scale factor", checkpoint.scale, study.scale_factor),
-        ("a low-res volume of", theirs.low_res.holds, study.low_res.holds),
-        ("low-res channels", theirs.low_res.groups, study.low_res.groups) if study.low_res.channels else
-        ("low-res phases", dict(theirs.low_res.phases), dict(study.low_res.phases)),
-        ("unknown low-res labels", list(theirs.low_res.unknown), list(study.low_res.unknown)),
     ):
-        if old != new:
-            raise InputError(
-                f"{checkpoint.path}: was trained with {what} {old}, the study has {new}; train anew, or give the "
-                "study it was trained with"
-            )
+        _refuse_other(checkpoint, what, old, new)
     refuse_other_size(
         checkpoint.path, cubic(theirs.high_res.voxel_size), study.high_res.voxel_size, study.allow_voxel_size_mismatch
     )
+
+
+def _refuse_other_low_res(checkpoint: Checkpoint, theirs: LowRes | None, ours: LowRes | None) -> None:
+    _refuse_other(checkpoint, "a low-res volume of", _holds(theirs), _holds(ours))
+    if theirs is None or ours is None:
+        return
+    if ours.channels:
+        _refuse_other(checkpoint, "low-res channels", theirs.groups, ours.groups)
+    else:
+        _refuse_other(checkpoint, "low-res phases", dict(theirs.phases), dict(ours.phases))
+    _refuse_other(checkpoint, "unknown low-res labels", list(theirs.unknown), list(ours.unknown))
+
+
+def _holds(low_res: LowRes | None) -> str:
+    return "nothing" if low_res is None else low_res.holds
+
+
+def _refuse_other(checkpoint: Checkpoint, what: str, old: Any, new: Any) -> None:
+    if old != new:
+        raise InputError(
+            f"{checkpoint.path}: was trained with {what} {old}, the study has {new}; train anew, or give the "
+            "study it was trained with"
+        )
 
 
 def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | None = None) -> Painted:
@@ -200,12 +219,11 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     # Half precision is computed by torch, layer after layer into fresh memory; fp32 on a CPU in arrays that are kept.
     keep_freed_memory(shared_by_threads=True, large=job.settings.precision != "fp32")
     device = choose_device(job.device, ranks)
-    phase_map = job.phase_map
     threads = job.settings.threads or ranks.cores
     code_chunks(threads)
-    painter = Painter(job.checkpoint.generator, job.plan, phase_map, job.seed, device, threads, job.settings.precision)
+    painter = Painter(job.checkpoint.generator, job.plan, job.seed, device, threads, job.settings.precision)
     try:
-        missing = ranks.from_first(lambda: _prepare(job, painter, phase_map, overwrite, claim))
+        missing = ranks.from_first(lambda: _prepare(job, painter, overwrite, claim))
         if job.settings.precision != "fp32" and missing:
             ranks.from_first(lambda: _compare_with_fp32(job, painter))
         stores, tiles = open_stores(job.output), sum(level == 0 for level, _ in missing)
@@ -222,7 +240,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
         again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
         kept = f"what is painted is kept in {job.output}; {again}"
         with handling_signals("infer", kept) as received, Journal(job.output, ranks.rank) as journal:
-            stop = _Stop(ranks, received, job.low_res, again)
+            stop = _Stop(ranks, received, job.conditions, again)
             outcome = ranks.everyone(_make(missing, _Maker(job, painter, stores, journal, stop), ranks, stop))
             painted = sum(part[0] for part in outcome)
             stop.end_here_if_asked(job.output, f"{painted} of {tiles} missing tiles are painted")
@@ -243,7 +261,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
 def _compare_with_fp32(job: Job, painter: Painter) -> None:
     """Report how many labels half precision changes and how fast it is; the store's attributes keep the first. Rank 0
     only."""
-    sample, precision = painter.compare_with_fp32(job.checkpoint.generator, job.low_res.read), job.settings.precision
+    sample, precision = painter.compare_with_fp32(job.checkpoint.generator, job.conditions), job.settings.precision
     _say(f"{precision} changes {sample.share:.2%} of {sample.labels} labels of a sample, compared with fp32")
     if sample.speed < 1:
         _say(
@@ -302,17 +320,11 @@ class _Maker:
     def _volumes(self, tile: Tile) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
         """What is to be stored of a tile, labels and agreement, and the counts of each seed's labels."""
         phases, own = range(len(self._job.checkpoint.phases)), tile.write.relative_to(tile.write.start).slices
-        windows: dict[Box, np.ndarray] = {}
-
-        def read(box: Box) -> np.ndarray:
-            if box not in windows:
-                windows[box] = self._job.low_res.read(box)
-            return windows[box]
-
+        conditions = self._job.conditions.remembering()
         counted, labels, agree = [], np.empty(0, np.uint8), np.zeros(tile.write.shape, np.uint8)
         for number, seed in enumerate(self._job.seeds):
             # With the first voxels of the tiles on its + sides, to which its last faces and edges belong.
-            painted = self.painter.paint(tile, read, seed=seed, more=1)
+            painted = self.painter.paint(tile, conditions, seed=seed, more=1)
             with self.painter.timed("count"):
                 counted.append(counts.to_json(counts.count(painted, tile.write.shape, phases)))
                 labels = labels if number else painted[own]
@@ -394,9 +406,9 @@ def _end_if_failed(tiles: int, failures: list[str]) -> None:
 class _Stop:
     """Whether to begin nothing new: a signal, a disk that takes no more, or an input that changed, on any rank."""
 
-    def __init__(self, ranks: Ranks, received: list[int], low_res: Volume, again: str) -> None:
-        self._ranks, self._received, self._low_res, self._again = ranks, received, low_res, again
-        self._stamp = low_res.stamp()
+    def __init__(self, ranks: Ranks, received: list[int], conditions: Conditions, again: str) -> None:
+        self._ranks, self._received, self._conditions, self._again = ranks, received, conditions, again
+        self._stamp = conditions.stamp()
         self._fault: OSError | InputError | None = None
 
     def asked(self) -> bool:
@@ -417,12 +429,12 @@ class _Stop:
     def unless_input_changed(self) -> InputError | None:
         """The error where the low-res volume is not the one that the job began with: no tile of it can be trusted."""
         try:
-            if self._low_res.stamp() == self._stamp:
+            if self._conditions.stamp() == self._stamp:
                 return None
             state = "was written to"
         except InputError:
             state = "has gone"
-        self._fault = InputError(f"{self._low_res.path}: {state} while the job read it")
+        self._fault = InputError(f"{', '.join(self._conditions.paths)}: {state} while the job read it")
         return self._fault
 
     def end_here_if_asked(self, output: Path, state: str) -> None:
@@ -448,7 +460,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, claim: Claim) -> list[Shard]:
+def _prepare(job: Job, painter: Painter, overwrite: bool, claim: Claim) -> list[Shard]:
     """Create or check the store, and list what is to be made. Rank 0 only."""
     going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
     if going_on:
@@ -458,7 +470,7 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, c
         )
         refuse_without_journal(job.output)
     else:
-        inputs = [*(part.path for part in job.low_res.parts or (job.low_res,)), job.checkpoint.path]
+        inputs = [*job.conditions.paths, job.checkpoint.path]
         refuse_output(job.output, LABELS, inputs=inputs, overwrite=overwrite)
         if len(job.seeds) > 1:
             refuse_output(agreement, LABELS, inputs=inputs, overwrite=overwrite and _is_agreement(agreement))
@@ -466,9 +478,9 @@ def _prepare(job: Job, painter: Painter, phase_map: PhaseMap, overwrite: bool, c
     for path in (job.output, agreement):
         clear_leftovers(path)
     if going_on:
-        refuse_changed(job, painter, phase_map)
+        refuse_changed(job, painter)
     else:
-        identity = _identity(job, painter, phase_map)
+        identity = _identity(job, painter)
         # Before the store: what a journal says of another store's shards must never meet this one's.
         claim.forget_journals()
         if overwrite and _is_agreement(agreement):
@@ -503,10 +515,10 @@ def _is_agreement(path: Path) -> bool:
     return True
 
 
-def refuse_changed(job: Job, painter: Painter, phase_map: PhaseMap, besides: Sequence[str] = ()) -> None:
+def refuse_changed(job: Job, painter: Painter, besides: Sequence[str] = ()) -> None:
     """InputError where what decides the bytes of the store at job.output, `besides` some, differs from the job's."""
     provenance = _existing_provenance(job.output)
-    identity = _identity(job, painter, phase_map)
+    identity = _identity(job, painter)
     for key in (key for key in _IDENTITY if key not in besides):
         old, new = provenance.get(key), identity[key]
         if old != new:
@@ -523,16 +535,10 @@ def _existing_provenance(output: Path) -> dict[str, Any]:
     return provenance
 
 
-def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]:
+def _identity(job: Job, painter: Painter) -> dict[str, Any]:
     """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
-    low_res = job.checkpoint.study.low_res
-    phases: Any = low_res.groups if low_res.channels else sorted(low_res.phases.items())
-    digest = hashlib.sha256(f"{job.low_res.shape} {phases}".encode())
-    slab = max(1, 2**18 // (job.low_res.shape[1] * job.low_res.shape[2]))  # small, because malloc keeps the hole
-    for box in blocks(job.low_res.shape, triple([slab, *job.low_res.shape[1:]])):
-        digest.update(phase_map.index(job.low_res.read(box)).tobytes())
     return {
-        "weights_sha256": job.checkpoint.sha256, "input_sha256": digest.hexdigest(), "seed": job.seed,
+        "weights_sha256": job.checkpoint.sha256, "input_sha256": job.conditions.digest(), "seed": job.seed,
         "ensemble": len(job.seeds), "scale_factor": str(job.plan.scale),
         "boundary": dict(zip(AXES, job.plan.boundaries, strict=True)),
         "tile_voxels": list(job.plan.tile_voxels),
@@ -541,12 +547,8 @@ def _identity(job: Job, painter: Painter, phase_map: PhaseMap) -> dict[str, Any]
 
 
 def _origin(job: Job) -> dict[str, Any]:
-    files = job.low_res.parts or (job.low_res,)
-    raw = [part.raw.model_dump() if part.raw else None for part in files]
     return {
-        "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()),
-        "low_res": [part.path for part in files] if job.low_res.parts else job.low_res.path,
-        "raw": raw if job.low_res.parts else raw[0],
+        "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()), **job.conditions.describe(),
         "step": job.checkpoint.step, "halo_low_res": job.plan.halo_low_res, "codec": job.settings.codec,
         "precision": job.settings.precision,
         "tiles": list(job.plan.grid), "versions": {**job.checkpoint.versions, "hpcres": __version__,

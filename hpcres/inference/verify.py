@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hpcres.errors import InputError, Unfinished
-from hpcres.geometry import Box, Tile, TilePlan, tiles_of_rank
+from hpcres.geometry import Box, Tile, TilePlan, high_res_shape, tiles_of_rank
 from hpcres.inference.generate import Painter
 from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journal, refuse_without_journal
 from hpcres.inference.ranks import Ranks
@@ -120,6 +122,7 @@ def repair_job(path: Path, command: str = "") -> Job:
             "tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"],
             "boundary": parse_boundary(provenance["boundary"]), "precision": provenance["precision"],
             "codec": provenance["codec"], "ensemble": provenance["ensemble"],
+            **_output_voxels(provenance),
         },
         voxel_size=LabelStore.open(path).volume.edges.x or Length(1.0, RELATIVE),
     )  # fmt: skip
@@ -129,6 +132,13 @@ def repair_job(path: Path, command: str = "") -> Job:
             f"({provenance['weights_sha256'][:12]}…); put that checkpoint back, or paint anew: hpcres infer --overwrite"
         )
     return job
+
+
+def _output_voxels(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The size of the output where no low-res volume gives it."""
+    if "lattice" not in provenance:
+        return {}
+    return {"output_voxels": high_res_shape(provenance["lattice"], Fraction(provenance["scale_factor"]))}
 
 
 @dataclass(frozen=True)
@@ -175,14 +185,13 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
     `progress(done, all)` is about this rank's. InputError where the job is not the store's, or cannot be shifted.
     """
     device = choose_device(job.device, ranks)
-    phase_map = job.phase_map
     painter = Painter(
-        job.checkpoint.generator, job.plan, phase_map, job.seed, device, job.settings.threads or ranks.cores,
+        job.checkpoint.generator, job.plan, job.seed, device, job.settings.threads or ranks.cores,
         job.settings.precision,
     )  # fmt: skip
     try:
         # Rounding is what is audited, so a CPU may audit what a GPU painted.
-        ranks.from_first(lambda: refuse_changed(job, painter, phase_map, besides=("arithmetic",)))
+        ranks.from_first(lambda: refuse_changed(job, painter, besides=("arithmetic",)))
         # Blocks of another size, or half a tile could bring the same ones again.
         painter.block_voxels = painter.block_voxels * 3 // 4
         chosen = _spread(job.plan.shifted(), count, job.seed)
@@ -195,7 +204,7 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
         mine = tiles_of_rank(len(chosen), ranks.rank, ranks.size)
         for done, number in enumerate(mine):
             tile = chosen[number]
-            differ = painter.paint(tile, job.low_res.read) != store.read(0, tile.write)
+            differ = painter.paint(tile, job.conditions) != store.read(0, tile.write)
             away = _away_from_faces(job.plan, tile.write)
             flips, flips_away = int(np.count_nonzero(differ)), int(np.count_nonzero(differ[np.ix_(*away)]))
             voxels_away = prod(int(along.sum()) for along in away)

@@ -10,17 +10,18 @@ convolution after the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from math import ceil, floor
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hpcres.networks.generator import Generator
 from hpcres.networks.resampling import middle, upsample
-
-Padding = Literal["replicate", "zeros"]
+from hpcres.networks.stages import Inputs, Kind, Padding, Stage, Stages, folded_weights
 
 
 def _doublings(scale: Fraction) -> int:
@@ -64,7 +65,20 @@ def _in_channels_last(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return layer(x.contiguous(memory_format=torch.channels_last_3d)).contiguous()
 
 
-class SuperResGenerator(nn.Module):
+def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """Batch norm of x in its memory layout, computed in the plain one where that is faster.
+
+    In channels_last_3d each CPU thread adds into a sum for each channel, in the backward pass. Sums of fewer than 16
+    channels lie in one cache line with those of the next thread, and then two threads take three times as long as one
+    (docs/training.md, Speed).
+    """
+    last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    if x.device.type == "cpu" and last and x.shape[1] < 16 and torch.get_num_threads() > 1:
+        return norm(x.contiguous()).contiguous(memory_format=torch.channels_last_3d)  # type: ignore[no-any-return]
+    return norm(x)  # type: ignore[no-any-return]
+
+
+class SuperResGenerator(Generator):
     """(batch, low_res_channels + noises, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
 
     The last input channels are standard normal noise, one for each of `noise_sigma_voxels`, smoothed by a Gaussian of
@@ -140,80 +154,77 @@ class SuperResGenerator(nn.Module):
             x = block(x, (next(cuts), next(cuts)))
         x = x + middle(first, (first.shape[2] - x.shape[2]) // 2)
         for convolution, norm in self.resizes:
-            x = functional.relu(norm(convolution(upsample(middle(x, next(cuts)), Fraction(2)))))
+            x = middle(functional.relu(norm(convolution(upsample(x, Fraction(2))))), next(cuts))
         if self.conv_transposed is not None:
-            x = functional.relu(self.norm_transposed(self.conv_transposed(middle(x, next(cuts)))))
-        x = middle(x, next(cuts))
+            x = middle(functional.relu(self.norm_transposed(self.conv_transposed(x))), next(cuts))
         if self.config["last_stage"] == "resize":
             x = self.conv_last(upsample(x, self.last_scale))
         else:
             x = _in_channels_last(self.conv_last, x)
         # The ReLU has the memory layout of the convolution; with two layouts its gradient is slower.
-        ended = _in_channels_last(lambda x: self.conv_end(functional.relu(x)), self.norm_last(x))
-        return middle(ended, next(cuts))
+        ended = _in_channels_last(lambda x: self.conv_end(functional.relu(x)), _normalised(self.norm_last, x))
+        return middle(ended, sum(cuts))
+
+    @property
+    def phases(self) -> int:
+        return self.conv_end.out_channels
+
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.config["low_res_channels"], tuple(self.config["noise_sigma_voxels"]))
 
     @property
     def halo_low_res(self) -> int:
-        """Low-res voxels beyond a block on which its output can depend, derived layer by layer from the output."""
-        halo = 0
-        p, q = self.scale.numerator, self.scale.denominator
-        for voxel in range(p):  # dependence repeats with p high-res voxels, which are q low-res ones
-            first, last = self._read_range(voxel)
-            owner = voxel * q // p
-            halo = max(halo, owner - first, last - owner)
-        return halo
+        """Low-res voxels beyond a block on which its output can depend."""
+        return self._structure.halo_low_res
 
-    def _read_range(self, voxel: int) -> tuple[int, int]:
-        """First and last low-res index that output index `voxel` reads, were the volume endless."""
-        *_, low_res = self._stage_ranges(voxel, voxel)
-        return _before_convolutions(low_res, self._low_res_convolutions)
+    def stages(self) -> Stages:
+        """Equal to `self.eval()` up to rounding; running statistics are used whatever its mode."""
+        with_weights = []
+        for stage, layer, norm in self._layers():
+            weight, bias = folded_weights(layer, norm)
+            with_weights.append(replace(stage, weight=weight, bias=bias))
+        if not self.blocks:  # first + first, and relu(2 a) is 2 relu(a)
+            first = with_weights[0]
+            with_weights[0] = replace(first, weight=2 * first.weight, bias=2 * first.bias)
+        return Stages(tuple(with_weights), self.scale)
 
-    @property
-    def _low_res_convolutions(self) -> int:
-        return 1 + 2 * len(self.blocks)
+    def _layers(self) -> Iterator[tuple[Stage, nn.Module, nn.Module | None]]:
+        """Each stage without its weights, its layer and its batch norm."""
+        padding: Padding = self.config["padding"]
 
-    def _stage_ranges(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """First and last index of what each upsampling takes in that outputs first … last read, from the last one on to
-        the low-res maps."""
-        first, last = first - 1, last + 1
-        if self.config["last_stage"] == "transposed":
-            first, last = _transposed_range(first, last)
-        else:
-            first, last = _linear_range(first - 1, last + 1, self.last_scale)
-        yield first, last
+        def stage(
+            name: str, layer: nn.Module, kind: Kind = "convolution", scale: Fraction = Fraction(1), **more: Any
+        ) -> Stage:
+            assert isinstance(layer, nn.Conv3d | nn.ConvTranspose3d), layer
+            transposed = kind == "transposed"
+            return Stage(
+                name, kind, layer.in_channels, layer.out_channels, layer.kernel_size[0], scale=scale,
+                padding="zeros" if transposed else padding, **more,
+            )  # fmt: skip
+
+        yield stage("first", self.conv_first), self.conv_first, self.norm_first
+        for index, block in enumerate(self.blocks):
+            assert isinstance(block, ResidualBlock), block
+            yield stage(f"block {index} in", block.conv_in), block.conv_in, block.norm_in
+            adds = {"add_before": 2 * index, "add_after": 0 if index == len(self.blocks) - 1 else None}
+            yield stage(f"block {index} out", block.conv_out, **adds), block.conv_out, block.norm_out
+        for index, (convolution, norm) in enumerate(self.resizes):
+            yield stage(f"resize {index}", convolution, "resized", Fraction(2)), convolution, norm
         if self.conv_transposed is not None:
-            first, last = _transposed_range(first, last)
-            yield first, last
-        for _ in self.resizes:
-            first, last = _linear_range(first - 1, last + 1, Fraction(2))
-            yield first, last
+            doubling = stage("transposed", self.conv_transposed, "transposed", Fraction(2))
+            yield doubling, self.conv_transposed, self.norm_transposed
+        kind: Kind = "convolution" if self.last_scale == 1 else "resized"
+        if self.config["last_stage"] == "transposed":
+            kind = "transposed"
+        yield stage("last", self.conv_last, kind, self.last_scale), self.conv_last, self.norm_last
+        yield stage("end", self.conv_end, activation="none"), self.conv_end, None
 
-    def _cuts(self, surroundings: int) -> list[int]:
-        """What to cut off each side of what every low-res convolution gives and every upsampling takes in, and last of
-        the output, so that `surroundings` low-res voxels are gone, and nothing was that an output voxel within depends
-        on."""
-        block, around, grid, cuts = 16 * self.scale.denominator, surroundings, Fraction(1), []
-        steps = [Fraction(1)] * self._low_res_convolutions + [Fraction(2)] * _doublings(self.scale) + [self.last_scale]
-        ranges = list(self._stage_ranges(0, int(block * self.scale) - 1))[::-1]
-        convolutions = [_before_convolutions(ranges[0], left) for left in reversed(range(self._low_res_convolutions))]
-        for step, (first, last) in zip(steps, convolutions + ranges, strict=True):
-            reach = max(-first, last + 1 - int(block * grid))
-            unit = (self.scale / grid).denominator  # what is left stays a whole number of voxels on all grids
-            cuts.append(max(0, around - reach) // unit * unit)
-            around, grid = int((around - cuts[-1]) * step), grid * step
-        return [*cuts, around]
+    @cached_property
+    def _structure(self) -> Stages:
+        return Stages(tuple(stage for stage, _, _ in self._layers()), self.scale)
 
-
-def _before_convolutions(given: tuple[int, int], count: int) -> tuple[int, int]:
-    """First and last index that these are made from by so many convolutions of 3 voxels."""
-    return given[0] - count, given[1] + count
-
-
-def _linear_range(first: int, last: int, scale: Fraction) -> tuple[int, int]:
-    half = Fraction(1, 2)
-    return floor((first + half) / scale - half), ceil((last + half) / scale - half)
-
-
-def _transposed_range(first: int, last: int) -> tuple[int, int]:
-    """Kernel 4, stride 2, padding 1: output o sums inputs i with 0 ≤ o + 1 − 2i ≤ 3."""
-    return -((2 - first) // 2), (last + 1) // 2
+    def _cuts(self, context: int) -> list[int]:
+        """What is cut behind each stage; not between the last two, whose batch norm is of the whole map."""
+        behind = [stage.name for stage in self._structure.stages if stage.name != "last"]
+        return self._structure.cuts(context, behind)

@@ -24,7 +24,7 @@ import numpy as np
 from hpcres.compiled import compiled
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
-from hpcres.inference.lanes import (
+from hpcres.engines.lanes import (
     NARROW,
     WIDEST,
     add,
@@ -42,7 +42,7 @@ from hpcres.inference.lanes import (
     width_of,
     zero,
 )
-from hpcres.networks.folded import Folded, Stage
+from hpcres.networks.stages import Stage, Stages
 
 # ---- one axis ----------------------------------------------------------------------------------------------
 
@@ -505,7 +505,7 @@ def _aligned(size: int) -> np.ndarray:
 class WinogradNetwork:
     """A folded generator that turns low-res windows into labels; shared by all threads of a process."""
 
-    def __init__(self, folded: Folded, low_res_shape: Sequence[int], endless: Sequence[bool] = (False,) * 3) -> None:
+    def __init__(self, folded: Stages, low_res_shape: Sequence[int], endless: Sequence[bool] = (False,) * 3) -> None:
         self._ends = [None if beyond else n for n, beyond in zip(low_res_shape, endless, strict=True)]
         *stages, end = folded.stages
         self._layers = [_layer_of(stage) for stage in stages]
@@ -629,7 +629,7 @@ class WinogradNetwork:
         wide = _lanes(layer.outputs)
         before, after = (
             _NOTHING if number is None else maps[number]
-            for number in (layer.stage.add_before_relu, layer.stage.add_after_relu)
+            for number in (layer.stage.add_before, layer.stage.add_after)
         )
         _convolve(
             x.values, layer.inputs, taps, tuple(np.ascontiguousarray(t).ravel() for t in tables),
@@ -704,7 +704,7 @@ def _places(stages: Sequence[Stage]) -> dict[str, str]:
     for number, stage in enumerate(stages):
         read = {stages[number - 1].name} if number else set[str]()
         for later in stages[number:]:
-            read |= {stages[i].name for i in (later.add_before_relu, later.add_after_relu) if i is not None}
+            read |= {stages[i].name for i in (later.add_before, later.add_after) if i is not None}
         taken = {found[name] for name in read if name in found}
         found[stage.name] = next(place for place in map("map {}".format, range(len(stages))) if place not in taken)
     return found
@@ -726,7 +726,7 @@ def _cells(stages: Sequence[Stage], length: int | None, start: int, stop: int) -
     return found
 
 
-def reach_low_res(folded: Folded) -> int:
+def reach_low_res(folded: Stages) -> int:
     """Low-res voxels beyond a box on which its cells can depend, the voxel more on its + side counted in."""
     stages = folded.stages[:-1]
     p, q = folded.scale.numerator, folded.scale.denominator
@@ -738,7 +738,7 @@ def reach_low_res(folded: Folded) -> int:
 
 
 def _layer_of(stage: Stage) -> _Layer:
-    inputs, outputs = stage.in_channels, stage.out_channels
+    inputs, outputs = stage.inputs, stage.outputs
     if stage.kind == "transposed":
         change, weight = _G4, stage.weight.transpose(2, 3, 4, 0, 1)
     else:

@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 from math import ceil, floor, prod
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpcres.errors import InputError
-from hpcres.networks.folded import Folded, Stage
+from hpcres.networks.stages import Stage, Stages
 from hpcres.networks.resampling import Taps, linear_taps, resample, upsample
 
 Crop = tuple[slice, slice, slice]
@@ -148,7 +148,7 @@ class _Convolution:
     def __init__(self, stage: Stage, device: torch.device, dtype: torch.dtype) -> None:
         self._stage = stage
         self._weights = _Weights(stage.weight, stage.bias, device, dtype)
-        self.adds = [i for i in (stage.add_before_relu, stage.add_after_relu) if i is not None]
+        self.adds = [i for i in (stage.add_before, stage.add_after) if i is not None]
 
     def needs(self, out: _Spans, sizes: Sequence[int]) -> _Spans:
         """The voxels of an input of `sizes` that the output voxels `out` depend on."""
@@ -158,18 +158,18 @@ class _Convolution:
         """The output voxels `out`; `kept` are outputs of earlier stages."""
         stage = self._stage
         y = self._weights(x.padded(_grown(out, 1, 1), stage.padding))
-        if stage.add_before_relu is not None:
-            y += kept[stage.add_before_relu].part(out)
+        if stage.add_before is not None:
+            y += kept[stage.add_before].part(out)
         if stage.relu:
             y.relu_()
-        if stage.add_after_relu is not None:
-            y += kept[stage.add_after_relu].part(out)
+        if stage.add_after is not None:
+            y += kept[stage.add_after].part(out)
         return y
 
     def held(self, out: _Spans, sizes: Sequence[int]) -> tuple[int, int]:
         """Values held at most, beyond the input, and afterwards: the input padded and the output, the output."""
-        after = self._stage.out_channels * _size(out)
-        return self._stage.in_channels * _padded_size(_grown(out, 1, 1), sizes) + after, after
+        after = self._stage.outputs * _size(out)
+        return self._stage.inputs * _padded_size(_grown(out, 1, 1), sizes) + after, after
 
 
 class _Doubling:
@@ -198,13 +198,13 @@ class _Doubling:
         return _in_voxel_order(_Map(self.cells(x, at).relu_(), at, ()), self.offset, out)
 
     def held_by_cells(self, cells: _Spans, sizes: Sequence[int]) -> int:
-        outputs = 8 * self._stage.out_channels * _size(cells)
-        return self._stage.in_channels * _padded_size(self.reads(cells), sizes) + outputs
+        outputs = 8 * self._stage.outputs * _size(cells)
+        return self._stage.inputs * _padded_size(self.reads(cells), sizes) + outputs
 
     def held(self, out: _Spans, sizes: Sequence[int]) -> tuple[int, int]:
         """Values held at most, beyond the input, and afterwards: the input padded and the cells, they twice; voxels."""
         at = _cells(out, self.offset)
-        after = 8 * self._stage.out_channels * _size(at)
+        after = 8 * self._stage.outputs * _size(at)
         return max(self.held_by_cells(at, sizes), 2 * after), after
 
 
@@ -287,7 +287,7 @@ class _CellEnd:
             if 0 <= 2 * cell + given - out < 3:
                 taps[out, cell, given, 2 * cell + given - out] = 1
         weight = np.einsum("zadt,ybeu,xcfv,pituv->zyxpdefiabc", taps, taps, taps, end.weight, optimize=True)
-        shape = (8 * end.out_channels, 8 * end.in_channels, 2, 2, 2)
+        shape = (8 * end.outputs, 8 * end.inputs, 2, 2, 2)
         self._weights = _Weights(weight.reshape(shape), np.tile(end.bias, 8), device, dtype)
 
     def _features(self, logits: _Spans) -> _Spans:
@@ -326,8 +326,8 @@ class _CellEnd:
         cells, grid = _cells(out, self.offset), self._grid(sizes)
         want = self._features(cells)
         at = _clipped(want, grid)
-        features, padded = (8 * self._last.out_channels * size for size in (_size(at), _padded_size(want, grid)))
-        logits = 8 * self._end.out_channels * _size(cells)
+        features, padded = (8 * self._last.outputs * size for size in (_size(at), _padded_size(want, grid)))
+        logits = 8 * self._end.outputs * _size(cells)
         return max(self._up.held_by_cells(at, sizes), features + padded, (padded or features) + logits)
 
 
@@ -376,9 +376,9 @@ class _VoxelEnd:
         """Values held at a time beyond the input: while the last axis is resampled, or by the convolution after it."""
         high_res, scale = self._high_res(sizes), self._last.scale
         near, upsampled = _grown(out, 1, 1), _grown(out, 2, 2)
-        given = self._last.in_channels * _size(_clipped(upsampled, high_res))
-        convolved = self._last.out_channels * _size(_clipped(near, high_res))
-        convolved += self._last.in_channels * _padded_size(upsampled, high_res)
+        given = self._last.inputs * _size(_clipped(upsampled, high_res))
+        convolved = self._last.outputs * _size(_clipped(near, high_res))
+        convolved += self._last.inputs * _padded_size(upsampled, high_res)
         return convolved if scale == 1 else max(ceil(given * (3 + 1 / scale)), given + convolved)
 
 
@@ -395,8 +395,8 @@ class Polyphase:
     as far as they need it: what is a halo beyond the crop has no effect on them.
     """
 
-    def __init__(self, folded: Folded, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.scale, self.in_channels, self.phases = folded.scale, folded.in_channels, folded.phases
+    def __init__(self, folded: Stages, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.scale, self.in_channels, self.phases = folded.scale, folded.inputs, folded.phases
         self.device, self.dtype = torch.device(device), dtype
         *stages, last, end = folded.stages
         self._stages: list[_Convolution | _Doubling] = [self._stage(stage) for stage in stages]
@@ -450,11 +450,7 @@ class Polyphase:
             some = slice(first, first + together)
             target = painted[some].narrow(-3, slab[0][0] - out[0][0], slab[0][1] - slab[0][0])
             finite &= self._paint(_Map(x.values[some], x.spans, x.sizes), slab, target, as_labels)
-        if not finite:
-            raise InputError(
-                f"the network's output is not finite in {_name(self.dtype)}, labels would mean nothing; use "
-                + ("an earlier checkpoint" if self.dtype == torch.float32 else "float32, or an earlier checkpoint")
-            )
+        refuse_not_finite(finite, self.dtype)
         return painted
 
     def _paint(self, x: _Map, slab: _Spans, target: Tensor, as_labels: bool) -> Tensor:
@@ -526,8 +522,28 @@ class Polyphase:
         return max(1, fitting)
 
 
+class TorchEngine(Protocol):
+    """A list of stages on a torch device: windows in, labels out."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def labels(self, windows: Tensor, crop: Crop | None = None) -> Tensor: ...
+
+    def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int: ...
+
+
+def refuse_not_finite(finite: Tensor, dtype: torch.dtype) -> None:
+    """InputError where `finite`, one boolean, is False."""
+    if not finite:
+        raise InputError(
+            f"the network's output is not finite in {_name(dtype)}, labels would mean nothing; use "
+            + ("an earlier checkpoint" if dtype == torch.float32 else "float32, or an earlier checkpoint")
+        )
+
+
 def paint_batches(
-    network: Polyphase, windows: Sequence[np.ndarray], crops: Sequence[Crop], batch: int
+    network: TorchEngine, windows: Sequence[np.ndarray], crops: Sequence[Crop], batch: int
 ) -> tuple[list[np.ndarray], int]:
     """uint8 labels (z, y, x) of each window's crop, in their order, and the batch that fitted.
 
@@ -558,7 +574,7 @@ def paint_batches(
     return painted, batch
 
 
-def _paint_if_it_fits(network: Polyphase, windows: list[np.ndarray], crop: Crop) -> np.ndarray | None:
+def _paint_if_it_fits(network: TorchEngine, windows: list[np.ndarray], crop: Crop) -> np.ndarray | None:
     try:
         return network.labels(torch.from_numpy(np.stack(windows)), crop).cpu().numpy()
     except (torch.OutOfMemoryError, MemoryError):

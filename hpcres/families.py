@@ -1,0 +1,82 @@
+"""The registry of generator families: what study, checkpoint, training and inference know a family by.
+
+A family is one module in `networks`, one data source in `training`, and one entry here (docs/design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hpcres.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Made = Callable[..., Any] | str
+"""A function, or where it is, as `module:name`, so that it is imported when it is first called."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of generator and how it is trained.
+
+    Parameters
+    ----------
+    name : str
+        The study's `network.family`.
+    network, training : type of pydantic.BaseModel
+        Models of the study's sections; subclasses of study.NetworkSettings and study.TrainingSettings.
+    builds : function or str
+        Of a study, the untrained generator (networks.generator.Generator).
+    rebuilds : function or str
+        The same from its `config`, without `family`.
+    trains : function or str
+        Of a study, the processes that train it and the checkpoint that it goes on from, or None: its trainer
+        (training.trainer.Trainer).
+    needs_low_res, needs_images : bool
+        Whether the study must have `low_res`, and `high_res.images`.
+    """
+
+    name: str
+    network: type[BaseModel]
+    training: type[BaseModel]
+    builds: Made
+    rebuilds: Made
+    trains: Made
+    needs_low_res: bool = True
+    needs_images: bool = True
+
+    def build(self, study: Any) -> Any:
+        return _function(self.builds)(study)
+
+    def rebuild(self, config: dict[str, Any]) -> Any:
+        return _function(self.rebuilds)(config)
+
+    def trainer(self, *given: Any) -> Any:
+        return _function(self.trains)(*given)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known under its name; one that is registered again replaces the earlier one."""
+    FAMILIES[family.name] = family
+
+
+def family_of(name: str) -> Family:
+    """InputError for a name that no family has."""
+    if name not in FAMILIES:
+        raise InputError(f"network.family: {name!r} is no family of generators; use one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _function(made: Made) -> Callable[..., Any]:
+    if not isinstance(made, str):
+        return made
+    module, _, name = made.partition(":")
+    found: Callable[..., Any] = getattr(import_module(module), name)
+    return found
