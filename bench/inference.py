@@ -124,7 +124,6 @@ def compress_seconds(store: Path) -> float:
 def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[str, float]:
     from hpcres.checkpoint import load_checkpoint
     from hpcres.geometry import Box
-    from hpcres.inference.generate import operations
     from hpcres.study_file import load_study
 
     folder = Path(tempfile.mkdtemp(prefix="hpcres-bench-"))
@@ -138,7 +137,7 @@ def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[st
         study = load_study(path)
         generator = load_checkpoint(study.checkpoint_path).generator
         low = Box.whole((edge // scale,) * 3)
-        per_voxel = operations(generator, low) / (low.voxels * float(Fraction(scale)) ** 3)
+        per_voxel = generator.stages().operations(low.voxels) / (low.voxels * float(Fraction(scale)) ** 3)
         seconds, parts = lines[0]["seconds"], lines[0]["parts"]
         compress = compress_seconds(study.labels_path) * edge**3 * 8 / 7
         rate = sum(line["rate"] for line in lines) / len(lines)
@@ -156,10 +155,10 @@ def forms(path: str | Path, most: int) -> Iterator[str]:
     import torch
 
     from hpcres.checkpoint import load_checkpoint
-    from hpcres.geometry import Box
-    from hpcres.engines.winograd import Memory, WinogradNetwork
-    from hpcres.memory import keep_freed_memory
     from hpcres.engines.polyphase import Polyphase
+    from hpcres.engines.winograd import Memory, WinogradNetwork
+    from hpcres.geometry import Box
+    from hpcres.memory import keep_freed_memory
     from hpcres.noise import normals
     from hpcres.study_file import load_study
     from hpcres.volumes.formats import open_volume

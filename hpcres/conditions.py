@@ -168,6 +168,11 @@ def lattice_of(output_voxels: Triple, scale: Fraction) -> Triple:
     return triple([n // p * q for n in output_voxels])
 
 
+def conditions_volume(study: Study) -> Volume | None:
+    """The study's low-res volume, of labels or probabilities; None where it has none."""
+    return None if study.low_res is None else open_low_res(study.low_res)
+
+
 def conditions_of(study: Study) -> Conditions:
     """What the study's generator is given, and on which lattice: of its low-res volume, or of the output it asks for.
 

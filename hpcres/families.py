@@ -34,8 +34,11 @@ class Family:
     rebuilds : function or str
         The same from its `config`, without `family`.
     trains : function or str
-        Of a study, the processes that train it and the checkpoint that it goes on from, or None: its trainer
-        (training.trainer.Trainer).
+        Of a study, the processes and threads that train it and the checkpoint that it goes on from, or None: its
+        trainer (training.trainer.Trainer).
+    begins : function or str, optional
+        Of a study and the checkpoint of a run: the study with what was chosen when that run began. Where training
+        chooses nothing there is none.
     needs_low_res, needs_images : bool
         Whether the study must have `low_res`, and `high_res.images`.
     """
@@ -46,6 +49,7 @@ class Family:
     builds: Made
     rebuilds: Made
     trains: Made
+    begins: Made | None = None
     needs_low_res: bool = True
     needs_images: bool = True
 
@@ -57,6 +61,9 @@ class Family:
 
     def trainer(self, *given: Any) -> Any:
         return _function(self.trains)(*given)
+
+    def as_begun(self, study: Any, before: Any) -> Any:
+        return study if self.begins is None else _function(self.begins)(study, before)
 
 
 FAMILIES: dict[str, Family] = {}

@@ -22,7 +22,7 @@ from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Periodic
 from hpcres.lengths import VoxelEdges, parse_voxel_edges
 from hpcres.results import Measurement, Tortuosity
-from hpcres.study import Metrics, Study, SubVolumes
+from hpcres.study import Metrics, Study, SubVolumes, study_model
 from hpcres.study_file import load_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
@@ -31,7 +31,7 @@ from hpcres.volumes.volume import NotALabel, Volume, array_volume
 if TYPE_CHECKING:
     from distributed import Client
 
-    from hpcres.training.run import TrainingResult
+    from hpcres.training.loop import TrainingResult
 
 log = logging.getLogger("hpcres")
 Statistic = Literal["correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"]
@@ -237,7 +237,7 @@ def train(
     ------
     InputError, Stopped, Unfinished
     """
-    from hpcres.training.run import train as trained
+    from hpcres.training.loop import train as trained
 
     return trained(_study(study, settings, output), overwrite=overwrite)
 
@@ -467,7 +467,7 @@ def _study(
     if settings:
         raise InputError(f"settings {settings[0]}: are for a study file; change the study itself")
     try:
-        study = given if isinstance(given, Study) else Study.model_validate(dict(given))
+        study = given if isinstance(given, Study) else study_model(dict(given)).model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"study: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

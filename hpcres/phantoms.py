@@ -250,6 +250,8 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
                          f"({', '.join(study.phases)}); name {due}")  # fmt: skip
     if phantom.kind == "separator" and study.high_res.isotropic:
         raise InputError("phantom.kind: separator is anisotropic, high_res.isotropic is true; set it to false")
+    if study.low_res is None:
+        raise InputError(f"study {study.name}: has no low_res, and a phantom is made with a low-res volume; add it")
     if study.low_res.labels != tuple(range(len(study.low_res.labels))):
         raise InputError(f"low_res.phases: labels {', '.join(map(str, study.low_res.phases))}, but low_res.zarr of a "
                          f"phantom has 0 … {len(study.low_res.phases) - 1}; write these")  # fmt: skip

@@ -11,12 +11,23 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    create_model,
+    model_validator,
+)
 
 from hpcres.errors import InputError
+from hpcres.families import Family, family_of, register
 from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
 from hpcres.lengths import Length, parse_length
 
@@ -265,9 +276,22 @@ class Imaging(Section):
     """Factor on the phase fractions before the softmax that makes them near one-hot."""
 
 
-class Network(Section):
+class NetworkSettings(Section):
+    """What every family's section `network` has."""
+
+    family: str
+
+    @property
+    def may_change(self) -> frozenset[str]:
+        """Settings that a resumed run may have different from the run it continues."""
+        return frozenset()
+
+
+class Network(NetworkSettings):
     """Generator and critic of Dahari 2022; widths are exponents of two."""
 
+    family: Literal["superres"] = "superres"
+    """The kind of generator, which also decides what else is set under `network` and `training`."""
     width: Annotated[int, Field(ge=2, le=10)] = 8
     least_width: Annotated[int, Field(ge=2, le=10)] | None = None
     """The smallest width that training may choose where `training.minutes` are too few for `training.least_steps` on
@@ -280,9 +304,13 @@ class Network(Section):
     """The generator's noise channels: standard deviation, in high-res voxels, of the Gaussian that smooths each. One of
     0, white, as published; smooth noise decides together what lies together."""
 
+    @property
+    def may_change(self) -> frozenset[str]:
+        return frozenset(("least_width",))
 
-class Training(Section):
-    """Algorithm 1 of Dahari 2022; every choice in it is a setting with the paper's value as default."""
+
+class TrainingSettings(Section):
+    """What every family's section `training` has."""
 
     init_from: str | None = None
     """Another training's checkpoint.pt or best.pt whose weights a new run begins from; none by default, as published.
@@ -291,6 +319,44 @@ class Training(Section):
     """Generator steps."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Wall-clock budget; the learning-rate schedule runs on it where it is given."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    final_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the learning rate left at the end; the decay is linear over the last half."""
+    quality_steps: Annotated[int, Field(ge=1)] | None = None
+    """Generator steps between two judgements by what a user has (docs/training.md); none by default, as published."""
+    keep: Literal["last", "best"] = "last"
+    """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
+    report_seconds: Annotated[float, Field(gt=0)] = 10.0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads per process; by default the cores divided by the processes on this node, or fewer while other work
+    uses the cores. Another number of threads changes the rounding of the losses."""
+
+    @model_validator(mode="after")
+    def _best_is_judged(self) -> TrainingSettings:
+        if self.keep == "best" and self.quality_steps is None:
+            raise ValueError("keep: best, but nothing is judged; set quality_steps")
+        return self
+
+    @property
+    def boundaries(self) -> Boundaries:
+        """What suits a network trained so beyond the faces of a volume."""
+        return REPLICATE
+
+    @property
+    def may_change(self) -> frozenset[str]:
+        """Settings that a resumed run may have different from the run it continues."""
+        return frozenset(
+            ("steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep")
+        ) | {"init_from"}
+
+    def refuse_misfit(self, study: Study) -> None:
+        """ValueError where these settings do not fit the rest of the study."""
+
+
+class Training(TrainingSettings):
+    """Algorithm 1 of Dahari 2022; every choice in it is a setting with the paper's value as default."""
+
     least_steps: Annotated[int, Field(ge=1)] = 100
     """If a trial shows that `minutes` are not enough for so many steps, training narrows the network
     (network.least_width) or refuses the run. It does neither with `init_from`. Fewer than 100 steps gave no usable
@@ -318,10 +384,7 @@ class Training(Section):
     critic_steps: Annotated[int, Field(ge=1)] = 5
     reuse_generated: bool = False
     """One generator forward serves the critic steps and the generator step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     adam_betas: tuple[float, float] = (0.5, 0.999)
-    final_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the learning rate left at the end; the decay is linear over the last half."""
     gradient_penalty: Annotated[float, Field(ge=0)] = 10.0
     masked_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Mean share of a low-res cube that a box hides from the generator, so that it learns to fill `low_res.unknown`."""
@@ -382,26 +445,15 @@ class Training(Section):
     match_fractions: bool = False
     """Shift the last biases of the saved generator until these cubes have the phase fractions of the images; where the
     images are of another place than the volume and not typical of it, leave it off."""
-    quality_steps: Annotated[int, Field(ge=1)] | None = None
-    """Generator steps between two judgements by what a user has (docs/training.md); none by default, as published."""
     quality_cubes: Annotated[int, Field(ge=1)] = 16
     """Cubes that are judged, always the same."""
-    keep: Literal["last", "best"] = "last"
-    """Whose weights a finished run leaves in checkpoint.pt: the last, or those with the best score."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Number format of the convolutions; `auto` takes the one that a trial measures as faster where the run begins."""
     compile: bool = False
     """Compile the generator with torch.compile; needs a C++ compiler, and the first step takes a minute more."""
-    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0
-    report_seconds: Annotated[float, Field(gt=0)] = 10.0
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads per process; by default the cores divided by the processes on this node, or fewer while other work
-    uses the cores. Another number of threads changes the rounding of the losses."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Training:
-        if self.keep == "best" and self.quality_steps is None:
-            raise ValueError("keep: best, but nothing is judged; set quality_steps")
         if self.slice_voxels < LEAST_SLICE_VOXELS:
             raise ValueError(
                 f"cube_voxels: {self.cube_voxels} less crop_voxels {self.crop_voxels} on both sides leaves slices of "
@@ -430,8 +482,33 @@ class Training(Section):
         """What suits a network trained so beyond the faces of a volume."""
         return MIRROR if self.surroundings or self.atypical_images == "correct" else REPLICATE
 
+    @property
+    def may_change(self) -> frozenset[str]:
+        return super().may_change | {"compile", "match_fractions", "least_steps"}
+
+    def refuse_misfit(self, study: Study) -> None:
+        low_res_edge = self.cube_voxels / study.scale_factor
+        if low_res_edge.denominator != 1 or low_res_edge < _FEWEST_LOW_RES:
+            every = study.scale_factor.numerator
+            raise ValueError(
+                f"training.cube_voxels: {self.cube_voxels} high-res voxels are not {_FEWEST_LOW_RES} or more "
+                f"whole low-res ones at scale factor {study.scale_factor}; use a multiple of {every}"
+            )
+        if self.diagonal_slices and not study.high_res.isotropic:
+            raise ValueError(
+                "training.diagonal_slices: no image shows a plane at 45° of an anisotropic material; set it to false, "
+                "or high_res.isotropic to true"
+            )
+        if (around := self.surroundings) % (q := study.scale_factor.denominator):
+            raise ValueError(
+                f"training.surroundings: {around} low-res voxels are no whole number of high-res ones at scale factor "
+                f"{study.scale_factor}; use a multiple of {q}"
+            )
+
 
 class Inference(Section):
+    output_voxels: Grid | None = None
+    """Shape of the output, z, y, x, where no low-res volume gives it: of a generator fed by latents alone."""
     tiles: Grid = (2, 2, 2)
     chunk_voxels: Literal[16, 32, 64, 128] | None = None
     """Inner chunk of the store; 128, or 64 where the volume is below 512³."""
@@ -538,6 +615,9 @@ class Cluster(Section):
 
 
 class Study(Section):
+    """Of the family superres; `study_model` gives the model of another family, which is this one with other sections
+    `network` and `training`, and with `low_res` None and no images where it needs none."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     output: str = "results"
@@ -563,8 +643,15 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
+        if self.low_res is not None:
+            self._refuse_other_phases(self.low_res)
+        self.training.refuse_misfit(self)
+        return self
+
+    def _refuse_other_phases(self, low_res: LowRes) -> None:
+        """ValueError where the low-res volume has a phase that the images have not, or lacks one of theirs."""
         known = set(self.high_res.phases.values())
-        named = [name for group in self.low_res.groups for name in group]
+        named = [name for group in low_res.groups for name in group]
         for name in named:
             if name not in known:
                 hint = difflib.get_close_matches(name, known, 1)
@@ -578,24 +665,6 @@ class Study(Section):
                     f"low_res.phases: {name!r} has no place, so the generator could not put it anywhere; list it "
                     f"with the phase it cannot be told from, as [{named[0]}, {name}]"
                 )
-        low_res_edge = self.training.cube_voxels / self.scale_factor
-        if low_res_edge.denominator != 1 or low_res_edge < _FEWEST_LOW_RES:
-            every = self.scale_factor.numerator
-            raise ValueError(
-                f"training.cube_voxels: {self.training.cube_voxels} high-res voxels are not {_FEWEST_LOW_RES} or more "
-                f"whole low-res ones at scale factor {self.scale_factor}; use a multiple of {every}"
-            )
-        if self.training.diagonal_slices and not self.high_res.isotropic:
-            raise ValueError(
-                "training.diagonal_slices: no image shows a plane at 45° of an anisotropic material; set it to false, "
-                "or high_res.isotropic to true"
-            )
-        if (around := self.training.surroundings) % (q := self.scale_factor.denominator):
-            raise ValueError(
-                f"training.surroundings: {around} low-res voxels are no whole number of high-res ones at scale factor "
-                f"{self.scale_factor}; use a multiple of {q}"
-            )
-        return self
 
     def plain(self, **options: Any) -> dict[str, Any]:
         """All settings as plain dicts, lists and numbers for JSON and YAML; options as of pydantic's model_dump.
@@ -607,15 +676,17 @@ class Study(Section):
     def as_json(self) -> str:
         return json.dumps(self.plain(exclude_none=True))
 
-    @classmethod
-    def of_json(cls, text: str) -> Study:
+    @staticmethod
+    def of_json(text: str) -> Study:
         """The study that `as_json` wrote; pydantic's ValidationError if it is not valid.
 
         Settings that an earlier version did not have get the value that says what it did.
         """
         settings = json.loads(text)
-        settings["training"] = {"real_patches": "slices", "penalties": "slices"} | settings.get("training", {})
-        return cls.model_validate(settings)
+        model = study_model(settings)
+        if model is Study:
+            settings["training"] = {"real_patches": "slices", "penalties": "slices"} | settings.get("training", {})
+        return model.model_validate(settings)
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -633,7 +704,7 @@ class Study(Section):
     @property
     def inputs(self) -> list[str]:
         """All input files that the study names."""
-        named = [image.path for image in self.high_res.images], self.low_res.paths
+        named = [image.path for image in self.high_res.images], () if self.low_res is None else self.low_res.paths
         single = self.reference.volume, self.training.init_from
         return [*(path for paths in named for path in paths), *(path for path in single if path is not None)]
 
@@ -661,6 +732,39 @@ class Study(Section):
     @property
     def report_path(self) -> Path:
         return self.folder / "report.html"
+
+
+class _HighResWithoutImages(HighRes):
+    images: tuple[HighResImage, ...] = ()
+
+
+@cache
+def _model_of(family: Family) -> type[Study]:
+    if family.name == "superres":
+        return Study
+    fields: dict[str, Any] = {
+        "network": (family.network, Field(default_factory=lambda: family.network())),
+        "training": (family.training, Field(default_factory=lambda: family.training())),
+    }
+    if not family.needs_low_res:
+        fields["low_res"] = (LowRes | None, None)
+    if not family.needs_images:
+        fields["high_res"] = (_HighResWithoutImages, ...)
+    return create_model("Study", __base__=Study, **fields)
+
+
+def study_model(settings: Any) -> type[Study]:
+    """The model that validates these settings, by their network.family; InputError where no family has that name."""
+    network = settings.get("network") if isinstance(settings, dict) else None
+    return _model_of(family_of(network.get("family", "superres") if isinstance(network, dict) else "superres"))
+
+
+register(
+    Family(
+        "superres", Network, Training, "hpcres.networks.superres:of_study", "hpcres.networks.superres:of_config",
+        "hpcres.training.superres:SuperResTrainer", "hpcres.training.autotune:as_chosen",
+    )
+)  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from hpcres.errors import InputError
 from hpcres.outputs import STUDY, STUDY_MARK, refuse_output
-from hpcres.study import Section, Study
+from hpcres.study import Section, Study, study_model
 from hpcres.volumes.files import made_whole
 
 _SHIPPED = "hpcres:"
@@ -149,13 +149,13 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _validated(raw: dict[str, Any], path: Path) -> Study:
     try:
-        return Study.model_validate(raw)
+        return study_model(raw).model_validate(raw)
     except ValidationError as error:
         first, *others = error.errors()
         place = [str(part) for part in first["loc"] if str(part) not in ("str",)]
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            known = _known_keys(first["loc"][:-1])
+            known = _known_keys(study_model(raw), first["loc"][:-1])
             near = difflib.get_close_matches(place[-1], known, 1, 0.5)
             remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
             message = f"unknown key; {remedy}"
@@ -168,8 +168,7 @@ def _validated(raw: dict[str, Any], path: Path) -> Study:
         raise InputError(f"{path}: {key + ': ' if key else ''}{message}{more}") from None
 
 
-def _known_keys(place: Sequence[str | int]) -> list[str]:
-    model: type[Section] = Study
+def _known_keys(model: type[Section], place: Sequence[str | int]) -> list[str]:
     for part in place:
         if isinstance(part, str) and part in model.model_fields:
             annotation = model.model_fields[part].annotation

@@ -43,7 +43,7 @@ def as_rank(rank: int, size: int, port: int) -> None:
 
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], size: int, join: bool = True) -> Any:
     """torch.multiprocessing.spawn, but processes are forked from one that has imported torch and the training."""
-    multiprocessing.set_forkserver_preload(["hpcres.training.run"])
+    multiprocessing.set_forkserver_preload(["hpcres.training.loop"])
     return torch.multiprocessing.start_processes(work, arguments, size, join, start_method="forkserver")
 
 

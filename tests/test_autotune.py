@@ -18,7 +18,7 @@ from hpcres.inference.run import open_job
 from hpcres.study_file import save_study
 from hpcres.training import autotune, trial
 from hpcres.training.distributed import Processes
-from hpcres.training.run import train
+from hpcres.training.loop import train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.trial import _extrapolated, _sizes, choose_precision, estimated_seconds, step_seconds
 

@@ -17,6 +17,7 @@ import yaml
 from small_painting import lively, make_study, paint_alone
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
+from hpcres.conditions import Conditions
 from hpcres.errors import InputError
 from hpcres.geometry import Boundaries, Box, plan_tiles
 from hpcres.inference.generate import Painter, halo_of
@@ -27,6 +28,7 @@ from hpcres.noise import normals
 from hpcres.study_file import load_study, save_study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.volume import array_volume
 
 SEED = 2**40 + 7
 WORDS = {"r": "replicate", "p": "periodic", "m": "mirror"}
@@ -94,11 +96,12 @@ def paint_seed(
     generator: SuperResGenerator, labels: np.ndarray, letters: str, tiles: tuple[int, int, int], block_voxels: int
 ) -> np.ndarray:
     plan = plan_tiles(labels.shape, generator.scale, tiles, halo_of(generator), 16, boundaries_of(letters))
-    painter = Painter(generator, plan, PhaseMap((0, 1), "x"), SEED, torch.device("cpu"), 1)
+    painter = Painter(generator, plan, SEED, torch.device("cpu"), 1)
     painter.block_voxels = block_voxels
+    conditions = Conditions(2, labels.shape, array_volume(labels, "x"), PhaseMap((0, 1), "x"))
     out = np.full(plan.shape, 255, np.uint8)
     for tile in plan.tiles:
-        out[tile.write.slices] = painter.paint(tile, lambda box: labels[box.slices])
+        out[tile.write.slices] = painter.paint(tile, conditions)
     painter.close()
     assert out.max() < 3
     return out

@@ -206,7 +206,7 @@ def test_each_command_counts_unwritten_chunks_before_it_reads_them(monkeypatch, 
     def reads(*_: object, **__: object) -> None:
         raise InputError("the volume is read")
 
-    monkeypatch.setattr("hpcres.training.run.train", reads)
+    monkeypatch.setattr("hpcres.training.loop.train", reads)
     monkeypatch.setattr("hpcres.inference.run.infer", reads)
     study = ["study.yaml", "--set", "low_res.path=low.h5:/v"]
     left_out = ("correlations", "chords", "connectivity", "spectrum", "representative")

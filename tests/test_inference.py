@@ -29,7 +29,6 @@ from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_
 from hpcres.inference.run import infer, open_job
 from hpcres.noise import normals
 from hpcres.study_file import load_study
-from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
 
 # ---- the same bytes ------------------------------------------------------------------------------------------
@@ -94,11 +93,11 @@ def test_tiled_is_whole_but_for_near_ties(scale, shape, blocks, tmp_path):
         logits = generator(torch.from_numpy(given))[0].double().numpy()
     whole = logits.argmax(0)
     labels = np.empty(whole.shape, np.uint8)
-    painter = Painter(generator, job.plan, PhaseMap(tuple(LABELS), "x"), study.seed, torch.device("cpu"), 1)
+    painter = Painter(generator, job.plan, study.seed, torch.device("cpu"), 1)
     painter.block_voxels = 16 if scale != "8/5" else 24
     assert len(job.plan.tiles) > 1
     for tile in job.plan.tiles:
-        labels[tile.write.slices] = painter.paint(tile, job.low_res.read)
+        labels[tile.write.slices] = painter.paint(tile, job.conditions)
     painter.close()
     differ = labels != whole
     best = np.sort(logits, 0)

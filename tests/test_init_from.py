@@ -13,7 +13,7 @@ from hpcres.cli import commands
 from hpcres.errors import InputError
 from hpcres.study_file import save_study
 from hpcres.training.adversarial import Models
-from hpcres.training.run import train
+from hpcres.training.loop import train
 
 TWO = {"phases": {0: "hole", 7: "solid"}}
 

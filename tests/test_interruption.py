@@ -34,6 +34,7 @@ from small_painting import (
 from test_bad_input import run
 
 from hpcres.checkpoint import load_checkpoint, save_checkpoint
+from hpcres.conditions import Conditions
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
 from hpcres.inference.journal import Claim, Journal, read_journal
@@ -154,7 +155,7 @@ def test_a_shard_that_a_loss_of_power_cut_short_is_painted_again(size, study, co
 
 def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
     job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
-    volume, reads = job.low_res, count()
+    volume, reads = job.conditions.volume, count()
 
     def read(box: Box) -> np.ndarray:
         if next(reads) == 4:  # of the fourth tile: tiles in hand at once are read in any order
@@ -162,7 +163,7 @@ def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
         return volume._read(box)
 
     with pytest.raises(Unfinished, match=r"1 of 8 tiles failed: tile [0-7] \(z .*cannot be read"):
-        infer(replace(job, low_res=replace(volume, _read=read)), Ranks())
+        infer(replace(job, conditions=Conditions.of(job.checkpoint.study.low_res, replace(volume, _read=read))), Ranks())
     assert infer(job, Ranks()).painted == 1
 
 

@@ -39,7 +39,7 @@ def test_importing_takes_no_time_and_no_heavy_package():
 
 def test_training_imports_neither_dask_nor_other_packages_that_it_does_not_need():
     program = (
-        "import sys, hpcres.training.run; "
+        "import sys, hpcres.training.loop; "
         "print(*(name for name in ('dask', 'distributed', 'scipy.ndimage', 'scipy.optimize') if name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.split() == []

@@ -22,7 +22,7 @@ from hpcres.outputs import LABELS, METRICS, refuse_output
 from hpcres.signals import handling_signals
 from hpcres.training.adversarial import Models
 from hpcres.training.folder import RunFolder, recover
-from hpcres.training.run import train
+from hpcres.training.loop import train
 from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import probabilities

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+from hpcres.conditions import Conditions
+from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference import generate, plan
-from hpcres.inference.generate import BLOCK_BYTES, Painter, operations
+from hpcres.inference.generate import BLOCK_BYTES, Painter
 from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.inference.run import open_job
-from hpcres.engines.winograd import WinogradNetwork
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.volume import array_volume
 
 
 def make_cost(shape: tuple[int, int, int], scale: str, tiles: int, ranks: int) -> Cost:
@@ -80,7 +82,7 @@ def test_plan_is_that_of_the_job(study, monkeypatch):
     monkeypatch.setattr(plan, "_TRIAL_SECONDS", 0.1)
     loaded = load_study(study, ["inference.boundary={y: periodic}", "inference.tiles=2x1x2"])
     job = open_job(loaded)
-    cost, large = plan.estimate(loaded, job.checkpoint.generator, job.low_res.shape, 2)
+    cost, large = plan.estimate(loaded, job.checkpoint.generator, job.conditions.shape, 2)
     assert cost.plan == job.plan
     assert large.plan.boundaries == ("replicate", "periodic", "replicate")
     assert large.threads == cost.threads
@@ -97,8 +99,8 @@ class Clock:
         self.now, self.painted = 0.0, []
         monkeypatch.setattr(plan.time, "monotonic", lambda: self.now)
 
-        def paint(tile, read):
-            assert read(tile.read).shape[:3] == tile.read.shape
+        def paint(tile, conditions):
+            assert conditions.read(tile.read).shape[:3] == tile.read.shape
             self.painted.append(tile.write)
             self.now += painter.network.work(tile.write) / per_second
 
@@ -110,8 +112,7 @@ def test_a_trial_of_seconds_gives_the_speed_of_a_whole_block(study, monkeypatch,
     """Also on a machine where a block takes minutes: a part of it is painted, and multiply-adds are compared."""
     loaded = load_study(study)
     tiles = plan_tiles((96, 96, 96), Fraction(4), (2, 2, 2), 5, 64)
-    phases = PhaseMap(loaded.low_res.labels, "x")
-    painter = Painter(SuperResGenerator(2, 3, Fraction(4), 5).eval(), tiles, phases, 0, torch.device("cpu"), 1)
+    painter = Painter(SuperResGenerator(2, 3, Fraction(4), 5).eval(), tiles, 0, torch.device("cpu"), 1)
     block = painter.blocks_of(tiles.tiles[0].write)[0]
     clock = Clock(monkeypatch, painter, per_second)
     found = plan._trial(loaded, painter, 1)
@@ -126,9 +127,8 @@ def test_the_work_of_a_box_is_that_of_its_layers():
     """Far from the faces it grows with the volume; the halo is counted for each box."""
     generator = SuperResGenerator(2, 3, Fraction(4), 4)
     network = Painter(
-        generator, plan_tiles((256,) * 3, Fraction(4), (1, 1, 1), 5, 64), PhaseMap((0, 1), "x"), 0,
-        torch.device("cpu"), 1,
-    ).network  # fmt: skip
+        generator, plan_tiles((256,) * 3, Fraction(4), (1, 1, 1), 5, 64), 0, torch.device("cpu"), 1
+    ).network
     small, large = (network.work(Box((256,) * 3, (256 + edge,) * 3)) for edge in (64, 512))
     assert 0.3 * 512 < large / small < 512
     parts = sum(network.work(Box((256 + z, 256, 256), (256 + z + 64, 320, 320))) for z in (0, 64))
@@ -160,9 +160,11 @@ def test_half_precision_is_compared_with_fp32_on_a_sample(monkeypatch):
     monkeypatch.setattr(generate, "network_of", network_of)
     generator = SuperResGenerator(2, 3, Fraction(4), 2).eval()
     tiles = plan_tiles((32, 32, 32), Fraction(4), (2, 2, 2), generate.halo_of(generator), 64)
-    painter = Painter(generator, tiles, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1, "bf16")
-    read = []
-    sample = painter.compare_with_fp32(generator, lambda box: read.append(box) or np.zeros(box.shape, np.uint8))
+    painter = Painter(generator, tiles, 0, torch.device("cpu"), 1, "bf16")
+    read, volume = [], array_volume(np.zeros((32, 32, 32), np.uint8), "x")
+    counting = replace(volume, _read=lambda box: read.append(box) or np.zeros(box.shape, np.uint8))
+    conditions = Conditions(2, volume.shape, counting, PhaseMap((0, 1), "x"))
+    sample = painter.compare_with_fp32(generator, conditions)
     assert (sample.labels, sample.differ, sample.speed) == (64**3, 0, 0.25)
     assert len(read) == 1
     painter.close()
@@ -180,14 +182,13 @@ def test_operations_match_the_published_counts():
     """Per output voxel at width 8: 684 k at scale factor 8, 630 k at 4; at width 5: 11.8 k and 11.1 k."""
     for scale, width, expected in ((8, 8, 684e3), (4, 8, 630e3), (8, 5, 11.8e3), (4, 5, 11.1e3)):
         generator = SuperResGenerator(1, 3, Fraction(scale), width)
-        box = Box.whole((8, 8, 8))
-        assert operations(generator, box) / (box.voxels * scale**3) == pytest.approx(expected, rel=0.02)
+        assert generator.stages().operations(512) / (512 * scale**3) == pytest.approx(expected, rel=0.02)
 
 
 def test_smoothing_noise_takes_what_is_planned_for_it():
     plan = plan_tiles((96, 96, 96), Fraction(2), (1, 1, 1), 7, 64)
     generator = SuperResGenerator(2, 3, Fraction(2), 2, 2, noise_sigma_voxels=(0.0, 24.0, 3.0))
-    painter = Painter(generator, plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1)
+    painter = Painter(generator, plan, 0, torch.device("cpu"), 1)
     painter.block_voxels = 64
     reads = painter.network.reads(Box((64,) * 3, (128,) * 3))
     tracemalloc.start()
@@ -197,7 +198,7 @@ def test_smoothing_noise_takes_what_is_planned_for_it():
     assert noise.shape == reads.shape
     assert painter.noise_bytes == pytest.approx(peak, rel=0.1)
     painter.close()
-    plain = Painter(SuperResGenerator(2, 3, Fraction(2), 2), plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1)
+    plain = Painter(SuperResGenerator(2, 3, Fraction(2), 2), plan, 0, torch.device("cpu"), 1)
     assert plain.noise_bytes == 0
     plain.close()
 
@@ -206,7 +207,7 @@ def test_blocks_keep_their_bound():
     plan = plan_tiles((144, 80, 64), Fraction(4), (1, 1, 1), 13, 64)
     for width in (3, 5, 8):
         painter = Painter(
-            SuperResGenerator(2, 3, Fraction(4), width), plan, PhaseMap((0, 1), "x"), 0, torch.device("cpu"), 1
+            SuperResGenerator(2, 3, Fraction(4), width), plan, 0, torch.device("cpu"), 1
         )
         edge = painter.block_voxels
         assert edge == 64 or painter.network.block_bytes(edge) <= BLOCK_BYTES

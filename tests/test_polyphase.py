@@ -12,12 +12,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hpcres.engines import polyphase
+from hpcres.engines.polyphase import Polyphase, paint_batches
 from hpcres.errors import InputError
 from hpcres.geometry import plan_tiles
-from hpcres.engines import polyphase
-from hpcres.networks.stages import Stages
-from hpcres.engines.polyphase import Polyphase, paint_batches
 from hpcres.networks.resampling import upsample
+from hpcres.networks.stages import Stages
 from hpcres.networks.superres import SuperResGenerator
 
 SCALES = ("1", "8/5", "2", "3", "4", "16/3", "8")

@@ -13,8 +13,8 @@ from hpcres.errors import InputError, Stopped
 from hpcres.study_file import load_study, recipe_settings, save_study
 from hpcres.training import autotune
 from hpcres.training.adversarial import Models
+from hpcres.training.loop import train
 from hpcres.training.recipes import choices, feature_pixels
-from hpcres.training.run import train
 
 SMALL = {
     "network": {"width": 3, "critic_width": 5, "residual_blocks": 1},
@@ -113,7 +113,7 @@ def test_too_few_minutes_for_a_long_recipe_give_fast(tmp_path, monkeypatch, capf
         chosen.append(study)
         raise KeyError
 
-    monkeypatch.setattr("hpcres.training.run.Models", models)
+    monkeypatch.setattr("hpcres.training.superres.Models", models)
     with pytest.raises(KeyError):
         train(study)
     assert chosen[0].training.pattern_weight == (60 if name == "fast" else 480)

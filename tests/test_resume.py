@@ -17,9 +17,9 @@ from small_training import ALONE, atypical, blobs, history, same, study_of, told
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.study_file import save_study
-from hpcres.training import run
+from hpcres.training import superres
 from hpcres.training.adversarial import Models
-from hpcres.training.run import train
+from hpcres.training.loop import train
 from hpcres.training.samples import LowResCubes, RealSlices
 
 EVERY_STEP = {"report_seconds": 1e-6, "checkpoint_minutes": 1e-9}
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
     study = study_of(tmp_path, training={"steps": 1})
     train(study)
     before = study.checkpoint_path.read_bytes()
-    monkeypatch.setattr("hpcres.training.run.learning_rate", lambda *_: float("inf"))
+    monkeypatch.setattr("hpcres.training.loop.learning_rate", lambda *_: float("inf"))
     # The step after the one that spoiled the weights has the first loss that shows it; neither may be saved.
     with pytest.raises(Unfinished, match=r"step [23]\b"):
         train(study_of(tmp_path, training={"steps": 4, "checkpoint_minutes": 1e-9}))
@@ -219,7 +219,7 @@ def test_a_run_that_ends_with_its_warm_up_says_so(tmp_path, capfd, warm_up, warn
 
 @pytest.mark.parametrize("most", [0.0, 1.0])
 def test_a_run_that_never_finds_the_low_res_volume_says_so(tmp_path, monkeypatch, capfd, most):
-    monkeypatch.setattr(run, "_ASTRAY", most)
+    monkeypatch.setattr(superres, "_ASTRAY", most)
     study = study_of(tmp_path, training={"steps": 2, "quality_steps": 1, "quality_cubes": 1})
     train(study)
     best = load_checkpoint(study.checkpoint_path).training_state["best"]

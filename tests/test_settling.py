@@ -8,14 +8,14 @@ import torch
 from small_training import ALONE, anisotropic, blobs, content, one_image, study_of
 
 from hpcres.checkpoint import load_checkpoint
+from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.engines.winograd import WinogradNetwork
 from hpcres.networks.resampling import middle
 from hpcres.training import samples, settling
 from hpcres.training.adversarial import Models
-from hpcres.training.run import train
+from hpcres.training.loop import train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.settling import matching_shifts
 from hpcres.volumes.stores import LabelStore

@@ -10,9 +10,9 @@ from small_training import ALONE, study_of
 
 from hpcres.cores import cores
 from hpcres.study_file import save_study
-from hpcres.training import run
+from hpcres.training import loop
 from hpcres.training.distributed import Processes
-from hpcres.training.run import train
+from hpcres.training.loop import train
 from hpcres.training.threads import Threads, fewer
 
 has_schedstat = pytest.mark.skipif(
@@ -189,7 +189,8 @@ for one in busy:
 try:
     import torch
     from hpcres.study_file import load_study
-    from hpcres.training.run import train
+    from hpcres.training import loop
+from hpcres.training.loop import train
     train(load_study(sys.argv[1]))
     print(torch.get_num_threads())
 finally:
@@ -214,7 +215,7 @@ def test_training_continues_with_one_thread_beside_work_on_one_of_two_cores(tmp_
 
 def test_a_run_prints_the_message_about_its_threads(tmp_path, monkeypatch, capfd):
     machine = Machine(taken=1)
-    monkeypatch.setattr(run, "Threads", lambda fixed: Threads(fixed, lambda: machine.step() and machine.now,
+    monkeypatch.setattr(loop, "Threads", lambda fixed: Threads(fixed, lambda: machine.step() and machine.now,
                                                               lambda: machine.waited))  # fmt: skip
     train(study_of(tmp_path, training={"steps": 3, "threads": 2}))
     assert capfd.readouterr().err.count("warning: the 2 threads of this process wait for a core") == 1

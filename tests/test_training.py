@@ -21,6 +21,7 @@ from hpcres.study import Imaging, LowRes, Training
 from hpcres.training.adversarial import Models, average_decay
 from hpcres.training.diagonals import as_unsharp, diagonal_slices, pick_diagonals
 from hpcres.training.distributed import Processes
+from hpcres.training.loop import learning_rate, train
 from hpcres.training.losses import (
     Critics,
     face_shares,
@@ -32,7 +33,6 @@ from hpcres.training.losses import (
     volume_slices,
     voxel_loss,
 )
-from hpcres.training.run import learning_rate, train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.stores import LabelStore
 

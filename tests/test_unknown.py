@@ -23,9 +23,9 @@ from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
 from hpcres.study_file import load_study
 from hpcres.training.adversarial import Models
+from hpcres.training.loop import train
 from hpcres.training.losses import voxel_loss
 from hpcres.training.quality import Judge
-from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap

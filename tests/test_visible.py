@@ -14,9 +14,9 @@ from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.metrics.appearance import errors_between, look
 from hpcres.study import Imaging
 from hpcres.training.adversarial import Models
+from hpcres.training.loop import train
 from hpcres.training.losses import block_loss, fraction_differences
 from hpcres.training.quality import Judge
-from hpcres.training.run import train
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.visible import Correction, beside, patch_weights, tilt
 

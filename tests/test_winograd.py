@@ -12,10 +12,10 @@ import pytest
 import torch
 from small_painting import lively
 
-from hpcres.geometry import Box
 from hpcres.engines import winograd
 from hpcres.engines.lanes import NARROW
 from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
+from hpcres.geometry import Box
 from hpcres.networks.superres import SuperResGenerator
 
 CASES = {  # scale, width, blocks, padding, last stage, low-res shape

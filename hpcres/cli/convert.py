@@ -49,6 +49,8 @@ def convert(
         if phases or voxel_size:
             raise InputError(f"{source}: a study has its own phases and voxel size; drop --phases and --voxel-size")
         study = load_study(source, settings, output)
+        if study.low_res is None:
+            raise InputError(f"{source}: has no low_res to convert; name a volume")
         if study.low_res.channels:
             raise InputError(f"{source}: low_res.channels are probabilities, and a store holds labels; name one volume")
         groups = zip(study.low_res.phases, study.low_res.groups, strict=True)

@@ -26,9 +26,9 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
     Works before training too: the cost does not depend on the weights.
     """
     from hpcres.checkpoint import build_generator, load_checkpoint
+    from hpcres.conditions import conditions_of
     from hpcres.inference.plan import describe, estimate
     from hpcres.training.recipes import choices
-    from hpcres.volumes.phases import open_low_res
     from hpcres.volumes.sizes import compare_sizes
 
     given = [study, *(f"--set={setting}" for setting in settings), *([f"--output={output}"] if output else [])]
@@ -44,8 +44,8 @@ def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str |
             loaded = likely.applied(loaded)
             notes.append(f"recipe auto: {likely.name} is assumed; with too few minutes for it, train takes fast")
         generator = build_generator(loaded).eval()
-    volume = open_low_res(loaded.low_res)
-    notes += compare_sizes(loaded, low_res=volume, images=True, reference=True)
+    conditions = conditions_of(loaded)
+    notes += compare_sizes(loaded, low_res=conditions.volume, images=True, reference=True)
     count = ranks or loaded.cluster.infer_nodes * loaded.cluster.ranks_per_node
     echo_notes(notes)
-    echo(describe(loaded, *estimate(loaded, generator, volume.shape, count), shlex.join(given)))
+    echo(describe(loaded, *estimate(loaded, generator, conditions.shape, count), shlex.join(given)))

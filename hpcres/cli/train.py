@@ -37,7 +37,7 @@ def train(
     training.quality_steps also quality.csv and best.pt, the generator with the best score; tensorboard/ has all curves.
     """
     limit_spinning(os.environ)
-    from hpcres.training.run import train as run
+    from hpcres.training.loop import train as run
     from hpcres.volumes.absent import absent_chunks_of_study
 
     if init_from is not None:

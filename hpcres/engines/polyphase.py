@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpcres.errors import InputError
-from hpcres.networks.stages import Stage, Stages
 from hpcres.networks.resampling import Taps, linear_taps, resample, upsample
+from hpcres.networks.stages import Stage, Stages
 
 Crop = tuple[slice, slice, slice]
 _Span = tuple[int, int]

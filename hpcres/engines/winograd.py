@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.errors import InputError
-from hpcres.geometry import Box, Triple, triple
 from hpcres.engines.lanes import (
     NARROW,
     WIDEST,
@@ -42,6 +40,8 @@ from hpcres.engines.lanes import (
     width_of,
     zero,
 )
+from hpcres.errors import InputError
+from hpcres.geometry import Box, Triple, triple
 from hpcres.networks.stages import Stage, Stages
 
 # ---- one axis ----------------------------------------------------------------------------------------------

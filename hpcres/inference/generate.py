@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from hpcres.conditions import Conditions, Held
-from hpcres.errors import InputError
-from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
-from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.engines.polyphase import Polyphase, paint_batches
 from hpcres.engines.staged import Staged
+from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
+from hpcres.errors import InputError
+from hpcres.geometry import Box, Tile, TilePlan, blocks, triple
 from hpcres.networks.generator import Generator
 from hpcres.networks.stages import supported
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, normals

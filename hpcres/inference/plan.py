@@ -12,10 +12,10 @@ import torch
 
 from hpcres.conditions import Conditions
 from hpcres.cores import cores
+from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box, TilePlan, Triple, high_res_shape, plan_tiles, tiles_of_rank, triple
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.run import chunk_edge
-from hpcres.engines.winograd import WinogradNetwork
 from hpcres.networks.generator import Generator
 from hpcres.signals import end_if_signalled
 from hpcres.study import Study
@@ -194,8 +194,9 @@ def describe(study: Study, cost: Cost, large: Cost, source: str) -> str:
     blocks, cores = _count(cost.threads, "block"), _count(cost.threads, "core")
     grid, edge, tiles = _times(plan.grid), _times(plan.tile_voxels), len(plan.tiles)
     idle = max(0, cost.ranks - tiles)
+    given = "lattice" if study.low_res is None else "low-res volume"
     rows = [
-        ("low-res volume" if study.low_res else "lattice", f"{_times(plan.low_res_shape)} voxels, scale factor {plan.scale}"),
+        (given, f"{_times(plan.low_res_shape)} voxels, scale factor {plan.scale}"),
         ("output", f"{_times(plan.shape)} voxels of {study.high_res.voxel_size}, {total:.3g} in all"),
         ("tiles", f"{grid} = {tiles}, {edge} voxels each, in chunks of {plan.chunk_voxels}³"),
         ("halo", f"{plan.halo_low_res} low-res voxels; {plan.halo_overhead:.2f} × the low-res volume is read"),

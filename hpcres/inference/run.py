@@ -29,7 +29,7 @@ from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.conditions import Conditions, conditions_of
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import AXES, Box, Tile, TilePlan, plan_tiles
+from hpcres.geometry import AXES, Tile, TilePlan, plan_tiles
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.journal import (
     Claim,

@@ -223,7 +223,7 @@ def measure_study(
     """metrics.json of a study: the volume (its `periodic` axes z, y, x), its reference, the training images and the
     low-res agreement."""
     reference = None if study.reference.volume is None else open_volume(study.reference.volume)
-    low_res = open_low_res(study.low_res)
+    low_res = None if study.low_res is None else open_low_res(study.low_res)
     within = None
     if reference is not None:
         within = [min(a, b) for a, b in zip(volume.shape, reference.shape, strict=True)]
@@ -244,19 +244,27 @@ def measure_study(
 
     from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without
 
-    seen = {plane: look(stacks, len(study.phases)) for plane, stacks in images_by_plane(study.high_res).items()}
+    images = bool(study.high_res.images)
+    planes = images_by_plane(study.high_res) if images else {}
+    seen = {plane: look(stacks, len(study.phases)) for plane, stacks in planes.items()}
 
     def compared(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
-        shown = appearance(one, study.high_res, seen, client=client, progress=progress)
-        return {**measured(one, periodic), "appearance": shown}
+        found = measured(one, periodic)
+        if images:
+            found["appearance"] = appearance(one, study.high_res, seen, client=client, progress=progress)
+        return found
 
     return {
         **header(command),
         "study": study.name,
         "volume": compared(volume, periodic),
         "reference": None if reference is None else compared(reference),
-        "images": {**measure_images(study.high_res), "planes": appearance_of_images(study.high_res)},
-        "low_res": agreement(study, low_res, volume, client=client, progress=progress),
+        "images": (
+            {**measure_images(study.high_res), "planes": appearance_of_images(study.high_res)} if images else None
+        ),
+        "low_res": (
+            None if low_res is None else agreement(study, low_res, volume, client=client, progress=progress)
+        ),
         "published": [p.model_dump(mode="json") for p in study.reference.published],
         **({"notes": notes} if notes else {}),
     }

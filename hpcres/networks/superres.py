@@ -74,8 +74,8 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
     """
     last = x.is_contiguous(memory_format=torch.channels_last_3d)
     if x.device.type == "cpu" and last and x.shape[1] < 16 and torch.get_num_threads() > 1:
-        return norm(x.contiguous()).contiguous(memory_format=torch.channels_last_3d)  # type: ignore[no-any-return]
-    return norm(x)  # type: ignore[no-any-return]
+        return norm(x.contiguous()).contiguous(memory_format=torch.channels_last_3d)
+    return norm(x)
 
 
 class SuperResGenerator(Generator):
@@ -207,8 +207,11 @@ class SuperResGenerator(Generator):
         for index, block in enumerate(self.blocks):
             assert isinstance(block, ResidualBlock), block
             yield stage(f"block {index} in", block.conv_in), block.conv_in, block.norm_in
-            adds = {"add_before": 2 * index, "add_after": 0 if index == len(self.blocks) - 1 else None}
-            yield stage(f"block {index} out", block.conv_out, **adds), block.conv_out, block.norm_out
+            joined = replace(
+                stage(f"block {index} out", block.conv_out), add_before=2 * index,
+                add_after=0 if index == len(self.blocks) - 1 else None,
+            )  # fmt: skip
+            yield joined, block.conv_out, block.norm_out
         for index, (convolution, norm) in enumerate(self.resizes):
             yield stage(f"resize {index}", convolution, "resized", Fraction(2)), convolution, norm
         if self.conv_transposed is not None:
@@ -228,3 +231,17 @@ class SuperResGenerator(Generator):
         """What is cut behind each stage; not between the last two, whose batch norm is of the whole map."""
         behind = [stage.name for stage in self._structure.stages if stage.name != "last"]
         return self._structure.cuts(context, behind)
+
+
+def of_study(study: Any) -> SuperResGenerator:
+    """The untrained generator that a study asks for."""
+    net = study.network
+    return SuperResGenerator(
+        len(study.low_res.groups), len(study.phases), study.scale_factor, net.width, net.residual_blocks, net.padding,
+        net.last_stage, net.noise_sigma_voxels,
+    )
+
+
+def of_config(config: dict[str, Any]) -> SuperResGenerator:
+    """The generator of a checkpoint's `network`, without its weights."""
+    return SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})

@@ -105,9 +105,9 @@ def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
 
 def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
     """Picture, caption and columns of the middle of the first high-res image; None where it is not there."""
-    image = study.high_res.images[0]
-    if not exists(image.path):
+    if not study.high_res.images or not exists(study.high_res.images[0].path):
         return None
+    image = study.high_res.images[0]
     first = PhaseMap(tuple(study.high_res.phases), image.path).index(read_images(image.path)[:1])[0]
     edges = [min(_SLICE_VOXELS, max(shape), n) for n in first.shape]
     at = [(n - e) // 2 for n, e in zip(first.shape, edges, strict=True)]

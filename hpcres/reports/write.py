@@ -32,27 +32,14 @@ def report_study(study: Study, volume: Volume) -> Path:
     metrics, transport = _read_json(study.metrics_path), _read_json(study.transport_path)
     notes = compare_sizes(study, high_res=[volume])
     colours = palette(len(study.phases))
-    low_res = open_low_res(study.low_res)
-    groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
-    # Merged phases turn towards grey, so that they are not taken for one of them.
-    low_colours = np.array(
-        [*(colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups), UNKNOWN_COLOUR]
-    )
-    own, known = tuple(range(len(study.phases))), study.low_res.labels
-    given = "low-res input" + ", likeliest phase" * bool(low_res.parts)
-    sights = [
-        Sight(given, low_res, study.scale_factor, low_colours, known, study.low_res.unknown),
-        Sight("super-resolved", volume, Fraction(1), colours, own),
-    ]
+    own = tuple(range(len(study.phases)))
+    given, low_legend = _low_res_sight(study, colours)
+    made = "generated" if study.low_res is None else "super-resolved"
+    sights = [*given, Sight(made, volume, Fraction(1), colours, own)]
     if study.reference.volume is not None and exists(study.reference.volume):
         sights.append(Sight("ground truth", open_volume(study.reference.volume), Fraction(1), colours, own))
     size = study.high_res.voxel_size
-    legend = dict(zip(study.phases, colours, strict=True))
-    for group, colour in zip(study.low_res.groups, low_colours[:-1], strict=True):
-        if len(group) > 1:
-            legend[f"{' + '.join(group)} (low-res)"] = colour
-    if study.low_res.unknown or low_res.parts:
-        legend["unknown (low-res)"] = low_colours[-1]
+    legend = dict(zip(study.phases, colours, strict=True)) | low_legend
     stale = metrics is not None and _made_by(metrics["volume"].get("provenance")) != _made_by(volume.provenance)
     body = [
         page.header(study.name, f"{_shape_text(volume)} voxels of {size}, scale factor {study.scale_factor}"),
@@ -68,6 +55,27 @@ def report_study(study: Study, volume: Volume) -> Path:
         _provenance(_study_facts(study, volume, metrics, transport)),
     ]
     return page.write(study.report_path, study.name, body)
+
+
+def _low_res_sight(study: Study, colours: np.ndarray) -> tuple[list[Sight], dict[str, np.ndarray]]:
+    """The low-res volume, where the study has one, and the legend of the colours that it has besides the phases'."""
+    if study.low_res is None:
+        return [], {}
+    low_res = open_low_res(study.low_res)
+    groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
+    # Merged phases turn towards grey, so that they are not taken for one of them.
+    low_colours = np.array(
+        [*(colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups), UNKNOWN_COLOUR]
+    )
+    title = "low-res input" + ", likeliest phase" * bool(low_res.parts)
+    sight = Sight(title, low_res, study.scale_factor, low_colours, study.low_res.labels, study.low_res.unknown)
+    legend = {}
+    for group, colour in zip(study.low_res.groups, low_colours[:-1], strict=True):
+        if len(group) > 1:
+            legend[f"{' + '.join(group)} (low-res)"] = colour
+    if study.low_res.unknown or low_res.parts:
+        legend["unknown (low-res)"] = low_colours[-1]
+    return [sight], legend
 
 
 def report_volume(
@@ -198,7 +206,7 @@ def _study_facts(
     facts = {
         "study": study.name,
         "volume": os.path.abspath(volume.path),
-        "low-res volume": ", ".join(study.low_res.paths),
+        "low-res volume": "" if study.low_res is None else ", ".join(study.low_res.paths),
         "training images": ", ".join(image.path for image in study.high_res.images),
         "ground truth": study.reference.volume or "none",
         "imaging operator": study.imaging.operator,

@@ -8,7 +8,7 @@ low-res cube it was given when the imaging operator looks at its output.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint, save_checkpoint
-from hpcres.errors import InputError, Unfinished
+from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint
+from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
 from hpcres.training.diagonals import diagonal_slices
 from hpcres.training.distributed import Processes
-from hpcres.training.folder import RunFolder
-from hpcres.training.journal import Journal
 from hpcres.training.losses import (
     Critics,
     as_labels,
@@ -40,7 +38,6 @@ from hpcres.training.losses import (
     volume_slices,
     voxel_loss,
 )
-from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.settling import match_fractions, settle_statistics
 
@@ -90,13 +87,12 @@ class Outcome:
 class Models:
     """Generator, its average, critics and their optimizers, on one process of a group."""
 
-    def __init__(self, study: Study, group: Processes, chosen: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, study: Study, group: Processes) -> None:
         assert study.training.precision != "auto", "autotune chooses one"
         self.study, self.group = study, group
-        self.folder = RunFolder(study.folder)
         settings = study.training
         torch.manual_seed(study.seed % 2**63)  # the same first weights in every process
-        self.generator = build_generator(study)
+        self.generator = _untrained(study)
         with torch.no_grad():
             self.generator.conv_first.weight[:, len(study.low_res.groups) :] *= settings.noise_gain
         self.critics = Critics(study).to(group.device)
@@ -112,9 +108,6 @@ class Models:
         """Share of the weights of patterns and thin features in the last step."""
         self.mean_voxel_loss: float | None = None
         """Running mean of the batch's voxel loss after the warm-up."""
-        self.best: dict[str, Any] | None = None
-        self._chosen = dict(chosen or {})
-        """autotune.Tuned.chosen, to be saved."""
         self.init_from: dict[str, Any] | None = None
         """Checkpoint.init_from of what is saved."""
         self.operator = ImagingOperator.of(study).to(group.device)
@@ -309,7 +302,7 @@ class Models:
         """The generator to save: averaged weights, the batch-norm statistics that these have all over the volume, and,
         where the study asks for it or images are not typical, last biases that give these cubes the fractions that are
         wanted."""
-        generator = build_generator(self.study).to(self.group.device)
+        generator = _untrained(self.study).to(self.group.device)
         generator.load_state_dict(self.generator.state_dict())
         for ours, theirs in zip(generator.parameters(), self.average or generator.parameters(), strict=True):
             ours.copy_(theirs)
@@ -323,46 +316,14 @@ class Models:
             match_fractions(generator, low_res, settings.settling_cubes, settings.padded_voxels, real.fractions())
         return generator
 
-    def refuse_broken_weights(self, step: int) -> None:
-        """Unfinished where a weight is not finite: on every process alike, since all hold the same weights."""
-        modules = (self.generator, self.critics)
-        for name, tensor in (named for module in modules for named in module.state_dict().items()):
-            if not torch.isfinite(tensor).all():
-                raise Unfinished(
-                    f"training: weight {name} is no longer finite at step {step}, so it was not saved; lower "
-                    "training.learning_rate and run with --overwrite"
-                )
-
-    def judge(
-        self, judge: Judge, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, journal: Journal
-    ) -> None:
-        """Judge the generator that would be saved now, note it, and keep it in best.pt where none was better."""
-        generator = self.settled(low_res, real)
-        found, labels = judge.judge(generator, self.group.device)
-        is_best = self.best is None or found["score"] < self.best["score"]
-        if is_best:
-            save_checkpoint(
-                self.folder.best, generator=generator, study=self.study, step=step, init_from=self.init_from
-            )
-            self.best = {"step": step, "score": found["score"], "disagreement": found["disagreement"]}
-        journal.judged({"step": step, "seconds": seconds, **found}, labels, is_best)
-
-    def save(self, step: int, seconds: float, low_res: LowResCubes, real: RealSlices, finished: bool) -> None:
-        """Write the checkpoint with all that `restore` needs; a finished run's generator may be the best one's."""
-        best = finished and self.study.training.keep == "best"
-        generator = load_checkpoint(self.folder.best).generator if best else self.settled(low_res, real)
-        state = {
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs."""
+        return {
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "seconds": seconds, "processes": self.group.size, "best": self.best,
-            "of_late": self.of_late, "chosen_settings": self._chosen,
-            "pattern_share": self.pattern_share, "mean_voxel_loss": self.mean_voxel_loss,
+            "of_late": self.of_late, "pattern_share": self.pattern_share, "mean_voxel_loss": self.mean_voxel_loss,
         }  # fmt: skip
-        save_checkpoint(
-            self.folder.checkpoint, generator=generator, study=self.study, step=step, training_state=state,
-            init_from=self.init_from,
-        )  # fmt: skip
 
     def begin_from(self, path: str) -> None:
         """Take over the weights of another training; layers of another number of phases stay as they are, new.
@@ -408,7 +369,6 @@ class Models:
         self.critics.load_state_dict(state["critics"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.best = state.get("best")
         # A run of an earlier version has none, and begins them anew.
         self.of_late = {kind: shares.to(self.group.device) for kind, shares in state.get("of_late", {}).items()}
         self.pattern_share = state.get("pattern_share", self.pattern_share)
@@ -416,6 +376,12 @@ class Models:
         if self.average is not None:
             for ours, theirs in zip(self.average, state["average"], strict=True):
                 ours.copy_(theirs)
+
+
+def _untrained(study: Study) -> SuperResGenerator:
+    generator = build_generator(study)
+    assert isinstance(generator, SuperResGenerator), generator
+    return generator
 
 
 def _loss_at(means: Tensor, loss_of: Callable[[Tensor], Tensor], shares: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ def absent_chunks(*volumes: Volume) -> list[Absent]:
 
 def absent_chunks_of_study(study: Study, *volumes: Volume) -> list[Absent]:
     """`absent_chunks` of the volumes, and of the study's low-res volume and reference where they are there."""
-    paths = [path for path in (*study.low_res.paths, study.reference.volume) if path is not None]
+    given = () if study.low_res is None else study.low_res.paths
+    paths = [path for path in (*given, study.reference.volume) if path is not None]
     there = [path for path in paths if file_of(path).is_dir() or (hdf5_parts(path) and file_of(path).exists())]
     return absent_chunks(*volumes, *(open_volume(path, grey=True) for path in there))
 

@@ -1,6 +1,6 @@
-"""A run of training: new or taken up where its checkpoint stands, reported, judged, saved, and stopped by signals.
+"""The loop of every training: new or taken up where its checkpoint stands, reported, judged, saved, stopped by signals.
 
-What a step does is in `adversarial`.
+What a step does is the trainer's (`trainer.Trainer`), which the study's family makes.
 """
 
 from __future__ import annotations
@@ -9,43 +9,28 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hpcres.checkpoint import Checkpoint, load_checkpoint
+from hpcres.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hpcres.conditions import conditions_volume
 from hpcres.errors import InputError, Stopped, Unfinished
+from hpcres.families import family_of
 from hpcres.signals import handling_signals, set_saved
 from hpcres.study import Study
 from hpcres.study_file import save_study
-from hpcres.training.adversarial import Models, Outcome
-from hpcres.training.autotune import TooFewSteps, Tuned, as_chosen, autotune, with_recipe
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.folder import RunFolder, recover, refuse_outputs
 from hpcres.training.journal import Journal
-from hpcres.training.quality import Judge
-from hpcres.training.recipes import Choice, choices
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
-from hpcres.training.visible import Beside, beside
-from hpcres.volumes.phases import open_low_res
+from hpcres.training.trainer import Trainer
 from hpcres.volumes.sizes import compare_sizes
 
-_COLUMNS = [
-    "step", "seconds", "critic_loss", "wasserstein", "gradient_penalty", "generator_loss", "voxel_loss",
-    "learning_rate", "low_res_agreement",
-]  # fmt: skip
 _PAGE_SECONDS = 60
 """training.html takes a second to draw, so a run that saves often does not draw it each time."""
-_MAY_CHANGE = {
-    "steps", "minutes", "threads", "report_seconds", "checkpoint_minutes", "quality_steps", "keep", "init_from",
-    "compile", "match_fractions", "least_steps",
-}  # fmt: skip
-"""Training settings that a resumed run may have different from the run it continues."""
-_ASTRAY = 0.1
-"""Of the low-res voxels, the disagreement with the best generator from which on something is wrong with a training."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +73,8 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
     """
     with processes(study.device, study.training.threads) as group:
         before = _checkpoint_to_resume(study, group, overwrite)
-        if before is not None:
-            study = with_recipe(study, before)
         first_step, seconds = _progress_of(before)
-        if before is not None and _share_done(study, first_step, seconds) >= 1:
+        if before is not None and _share_done(_as_begun(study, before), first_step, seconds) >= 1:
             return TrainingResult(str(study.checkpoint_path), first_step, seconds, first_step, True)
         with _prepared(study, group, before, overwrite) as run:
             return run.train()
@@ -104,6 +87,11 @@ def _checkpoint_to_resume(study: Study, group: Processes, overwrite: bool) -> Ch
     return None if overwrite or not study.checkpoint_path.exists() else _resumable(study)
 
 
+def _as_begun(study: Study, before: Checkpoint) -> Study:
+    """The study with what was chosen when the run of `before` began, for each setting that it still leaves open."""
+    return family_of(study.network.family).as_begun(study, before)
+
+
 @contextmanager
 def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwrite: bool) -> Iterator[_Run]:
     """Data, settings, networks, folder and journal of a run; folder and journal are closed at the end.
@@ -111,69 +99,36 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
     InputError before anything is written.
     """
     refuse_outputs(study, overwrite, [] if before else study.inputs)
-    size_notes = compare_sizes(study, low_res=open_low_res(study.low_res), images=True, reference=True)
+    size_notes = compare_sizes(study, low_res=conditions_volume(study), images=True, reference=True)
     threads = Threads(fixed=study.training.threads is not None)
-    tuned, low_res, real, both = _tuned(study, group, threads, before)
-    study = tuned.study
-    cubes = group.share(study.training.cubes)  # of the chosen recipe
-    models = Models(study, group, tuned.chosen)
-    if before is not None:
-        models.restore(before)
-    elif study.training.init_from is not None:
-        models.begin_from(study.training.init_from)
-    folder = models.folder = RunFolder(study.folder, anew=before is None)
+    trainer: Trainer = family_of(study.network.family).trainer(study, group, threads, before)
+    study = trainer.study
+    folder = RunFolder(study.folder, anew=before is None)
     writes = group.rank == 0
     with folder.prepared(writes):
         if writes:
             save_study(study, "train", folder.path)
+        columns = ["step", "seconds", *trainer.losses, "learning_rate", *trainer.measures]
         judges = study.training.quality_steps and writes
-        judge = Judge(study, low_res, models.operator, real.correction) if judges else None
-        columns = [*_COLUMNS[:-1], *(f"fraction_{name}" for name in study.phases), _COLUMNS[-1]]
-        quality = ["step", "seconds", *judge.columns] if judge else []
+        quality = ["step", "seconds", *trainer.quality_columns()] if judges else []
         with closing(Journal(folder if writes else None, columns, quality, _progress_of(before)[0])) as journal:
-            opening = _opening(study, group, models, low_res, real, before, tuned)
-            compared = both.messages(study, real.reached)
-            for message in (*size_notes, *opening, *compared):
+            for message in (*size_notes, *_opening(trainer, group, before, asked=study.training.init_from)):
                 journal.note(message)
-            yield _Run(models, cubes, low_res, real, threads, judge, journal, before, overwrite)
-
-
-def _tuned(
-    study: Study, group: Processes, threads: Threads, before: Checkpoint | None
-) -> tuple[Tuned, LowResCubes, RealSlices, Beside]:
-    """The study with all that it leaves open chosen, and its data; of recipes, the first one that has steps enough."""
-
-    def data(study: Study) -> tuple[LowResCubes, RealSlices, Beside]:
-        low_res = LowResCubes(study)
-        both = beside(study, low_res.fractions)
-        return low_res, RealSlices(study, group.device, both.corrected(study)), both
-
-    def chosen(choice: Choice) -> tuple[Tuned, LowResCubes, RealSlices, Beside]:
-        applied = choice.applied(study)
-        found = data(applied)
-        return autotune(applied, group, *found[:2], threads, None).by(choice), *found
-
-    if study.recipe is None:
-        found = data(study)
-        return autotune(study, group, *found[:2], threads, before), *found
-    *longer, last = choices(study)
-    for choice in longer:
-        with suppress(TooFewSteps):
-            return chosen(choice)
-    return chosen(last)
+            yield _Run(trainer, group, folder, threads, journal, before, overwrite)
 
 
 class _Run:
     """A run whose networks are built, or restored from `before`; it writes its own files."""
 
     def __init__(
-        self, models: Models, cubes: range, low_res: LowResCubes, real: RealSlices, threads: Threads,
-        judge: Judge | None, journal: Journal, before: Checkpoint | None, overwrite: bool,
+        self, trainer: Trainer, group: Processes, folder: RunFolder, threads: Threads, journal: Journal,
+        before: Checkpoint | None, overwrite: bool,
     ) -> None:  # fmt: skip
-        self.models, self.study, self.group, self.folder = models, models.study, models.group, models.folder
-        self.cubes, self.low_res, self.real, self.threads = cubes, low_res, real, threads
-        self.judge, self.journal = judge, journal
+        self.trainer, self.study, self.group, self.folder = trainer, trainer.study, group, folder
+        self.threads, self.journal = threads, journal
         self.first_step, self.seconds_before = _progress_of(before)
+        self.best: dict[str, Any] | None = None if before is None else (before.training_state or {}).get("best")
+        """Step and judgement of the generator with the best score so far."""
         self.how_to_resume = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
         self._reported = self._saved = self._page_written = self.seconds_before
         """Seconds of training at the last report, checkpoint and training.html."""
@@ -185,9 +140,9 @@ class _Run:
             started, seconds = time.monotonic(), self.seconds_before
             for step in range(self.first_step, settings.steps):
                 rate = learning_rate(self.study, _share_done(self.study, step, seconds))
-                outcome = self._step(step, rate)
+                finite = self._step(step, rate)
                 stop, broken, seconds = self.group.largest(
-                    bool(received), not outcome.finite, self.seconds_before + time.monotonic() - started
+                    bool(received), not finite, self.seconds_before + time.monotonic() - started
                 )
                 if broken:
                     raise Unfinished(
@@ -197,7 +152,7 @@ class _Run:
                 done = _share_done(self.study, step + 1, seconds)
                 last = done >= 1 or bool(stop)
                 if last or seconds - self._reported >= settings.report_seconds:
-                    self._report(step + 1, seconds, min(done, 1.0), rate, outcome)
+                    self._report(step + 1, seconds, min(done, 1.0), rate)
                 if settings.quality_steps and (done >= 1 or (step + 1) % settings.quality_steps == 0):
                     self._judge(step + 1, seconds)
                 if last or seconds - self._saved >= settings.checkpoint_minutes * 60:
@@ -206,32 +161,47 @@ class _Run:
                     break
                 if stop:
                     raise Stopped(self._stopped(step + 1, received))
-            for message in _closing(self.study, self.models, step + 1):
+            for message in self.trainer.closing(step + 1, self.best or {}):
                 self.journal.note(message)
         return TrainingResult(str(self.study.checkpoint_path), step + 1, seconds, self.first_step, False)
 
-    def _step(self, step: int, rate: float) -> Outcome:
+    def _step(self, step: int, rate: float) -> bool:
         self.threads.step_begins()
-        outcome = self.models.step(step, self.cubes, self.low_res, self.real, rate)
+        finite = self.trainer.step(step, rate)
         if (message := self.threads.step_ends()) is not None:
             self.journal.note(message)
-        return outcome
+        return finite
 
-    def _report(self, steps: int, seconds: float, done: float, rate: float, outcome: Outcome) -> None:
+    def _report(self, steps: int, seconds: float, done: float, rate: float) -> None:
         self._reported = seconds
-        row = self.models.report(outcome, self.low_res.channels)
-        self.journal.report(done, row | {"step": steps, "seconds": seconds, "learning_rate": rate})
+        row = {"step": steps, "seconds": seconds, "learning_rate": rate}
+        self.journal.report(done, self.trainer.report() | row)
 
     def _judge(self, steps: int, seconds: float) -> None:
-        if self.judge is not None:
-            self.models.judge(self.judge, steps, seconds, self.low_res, self.real, self.journal)
+        """Judge the generator that would be saved now, note it, and keep it in best.pt where none was better."""
+        if self.group.rank == 0:
+            generator, found, labels = self.trainer.judge()
+            is_best = self.best is None or found["score"] < self.best["score"]
+            if is_best:
+                save_checkpoint(
+                    self.folder.best, generator=generator, study=self.study, step=steps,
+                    init_from=self.trainer.init_from,
+                )  # fmt: skip
+                self.best = {"step": steps, **found}
+            self.journal.judged({"step": steps, "seconds": seconds, **found}, labels, is_best)
         self.group.largest(0.0)  # the others wait, or their clocks would part
 
     def _save(self, steps: int, seconds: float, finished: bool, stopping: bool) -> None:
         self._saved = seconds
-        self.models.refuse_broken_weights(steps)
+        self._refuse_broken_weights(steps)
         if self.group.rank == 0:
-            self.models.save(steps, seconds, self.low_res, self.real, finished)
+            best = finished and self.study.training.keep == "best"
+            generator = load_checkpoint(self.folder.best).generator if best else self.trainer.to_save()
+            state = {"seconds": seconds, "processes": self.group.size, "best": self.best, **self.trainer.state()}
+            save_checkpoint(
+                self.folder.checkpoint, generator=generator, study=self.study, step=steps, training_state=state,
+                init_from=self.trainer.init_from,
+            )  # fmt: skip
             self.folder.take_over()
             set_saved(self._kept(steps, self.how_to_resume))
             # The first page imports matplotlib, which may take longer than a signal allows.
@@ -239,6 +209,16 @@ class _Run:
                 self._page_written = seconds
                 self.journal.write_page(f"Training of {self.study.name}")
         self.group.largest(0.0)  # a process that leaves early would take the saving one down with it
+
+    def _refuse_broken_weights(self, step: int) -> None:
+        """Unfinished where a weight is not finite: on every process alike, since all hold the same weights."""
+        for module in self.trainer.modules.values():
+            for name, tensor in module.state_dict().items():
+                if not torch.isfinite(tensor).all():
+                    raise Unfinished(
+                        f"training: weight {name} is no longer finite at step {step}, so it was not saved; lower "
+                        "training.learning_rate and run with --overwrite"
+                    )
 
     def _stopped(self, steps: int, received: list[int]) -> str:
         name = signal.Signals(received[0]).name if received else "a signal"  # another process received it
@@ -276,7 +256,12 @@ def _resumable(study: Study) -> Checkpoint:
     checkpoint = load_checkpoint(path)
     if checkpoint.training_state is None:
         raise InputError(f"{path}: holds no training state to go on from; use --overwrite or another --output")
-    old, new = _what_matters(checkpoint.study), _what_matters(as_chosen(study, checkpoint))
+    if checkpoint.family != study.network.family:
+        raise InputError(
+            f"{path}: was trained with network.family {checkpoint.family}, the study now says {study.network.family}; "
+            "use --overwrite to train anew, or another --output"
+        )
+    old, new = _what_matters(checkpoint.study), _what_matters(_as_begun(study, checkpoint))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise InputError(
@@ -300,7 +285,7 @@ def _what_matters(study: Study) -> dict[str, Any]:
         else:
             flat[key] = value
 
-    exclude = {"training": _MAY_CHANGE, "network": {"least_width"}}
+    exclude = {"training": study.training.may_change, "network": study.network.may_change}
     add("", study.plain(include=sections, exclude=exclude, exclude_none=True))
     return flat
 
@@ -312,21 +297,20 @@ def _progress_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
     return checkpoint.step, float(checkpoint.training_state["seconds"])
 
 
-def _opening(
-    study: Study, group: Processes, models: Models, low_res: LowResCubes, real: RealSlices, before: Checkpoint | None,
-    tuned: Tuned,
-) -> Iterator[str]:  # fmt: skip
-    counts = [sum(p.numel() for p in module.parameters()) for module in (models.generator, models.critics)]
+def _opening(trainer: Trainer, group: Processes, before: Checkpoint | None, asked: str | None) -> Iterator[str]:
+    """How the run begins; `asked` is the study's training.init_from."""
+    weights = [f"{name} {sum(p.numel() for p in m.parameters()):,}" for name, m in trainer.modules.items()]
+    weights[0] += " weights"
     yield (
         f"{group.size} process{'es' * (group.size > 1)} on {group.device.type} with {torch.get_num_threads()} threads "
-        f"each; generator {counts[0]:,} weights, critic {counts[1]:,}; scale factor {study.scale_factor}"
+        f"each; {', '.join(weights)}; scale factor {trainer.study.scale_factor}"
     )
-    yield from tuned.messages
-    origin, asked = models.init_from, study.training.init_from
+    yield from trainer.choices
+    origin = trainer.init_from
     if before is None and origin is not None:
         yield (
             f"beginning from step {origin['step']} of {origin['path']} (weights {origin['sha256'][:12]}…), phases "
-            f"{', '.join(origin['phases'])} there for {', '.join(study.phases)} here; made anew: "
+            f"{', '.join(origin['phases'])} there for {', '.join(trainer.study.phases)} here; made anew: "
             f"{', '.join(origin['made_anew']) or 'nothing'}"
         )
     if before is not None:
@@ -340,24 +324,4 @@ def _opening(
                 f"it ran on {before.training_state['processes']} processes before, now on {group.size}: the same "
                 "samples, sums rounded otherwise"
             )
-    if low_res.unknown_share:
-        yield f"{low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
-    for phase in real.missing_phases():
-        yield f"warning: no high-res image shows phase {study.phases[phase]}, so none will be painted"
-
-
-def _closing(study: Study, models: Models, steps: int) -> Iterator[str]:
-    """What a finished run of so many steps should be known for."""
-    warm_up = study.training.warm_up_steps
-    if study.training.init_from is None and steps < 3 * warm_up:
-        yield (
-            f"only {steps} steps, {min(steps, warm_up)} of them warm-up: the result will not look like the images; "
-            "allow more time, or set training.threads to the cores that are free"
-        )
-    best = models.best or {}
-    if best.get("disagreement", 0.0) > _ASTRAY:
-        yield (
-            f"the best generator, of step {best['step']}, disagrees with the low-res volume in "
-            f"{best['disagreement']:.0%} of its voxels: training went astray or was too short; try more "
-            "training.warm_up_steps, a smaller network.width or a lower training.learning_rate"
-        )
+    yield from trainer.notes()
