@@ -162,8 +162,9 @@ def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
             raise InputError("low.npy: this part cannot be read")
         return volume._read(box)
 
+    failing = replace(volume, _read=read)
     with pytest.raises(Unfinished, match=r"1 of 8 tiles failed: tile [0-7] \(z .*cannot be read"):
-        infer(replace(job, conditions=Conditions.of(job.checkpoint.study.low_res, replace(volume, _read=read))), Ranks())
+        infer(replace(job, conditions=Conditions.of(job.checkpoint.study.low_res, failing)), Ranks())
     assert infer(job, Ranks()).painted == 1
 
 

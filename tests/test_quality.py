@@ -28,6 +28,7 @@ from hpcres.training.loop import train
 from hpcres.training.page import write_page
 from hpcres.training.quality import GOOD, Judge
 from hpcres.training.samples import LowResCubes
+from hpcres.training.superres import SuperResTrainer
 from hpcres.volumes.phases import open_low_res
 
 
@@ -194,7 +195,7 @@ def test_the_live_table_shows_the_last_judgement_where_there_is_one(tmp_path, mo
     row = {"step": 2, "seconds": 1.0, "wasserstein": 0.1, "voxel_loss": 0.2, "low_res_agreement": 0.93, "fraction_a": 1}
     judged = {"step": 1, "seconds": 1.0, "score": 3.25, "fraction_error": 0.1, "area_error": 0.2, "disagreement": 0.3,
               "box_disagreement": 0.0712, "visible_fraction_error": 0.0341}  # fmt: skip
-    live = journal.Journal(RunFolder(tmp_path), list(row), list(judged) if judging else [], 0)
+    live = journal.Journal(RunFolder(tmp_path), list(row), list(judged) if judging else [], 0, SuperResTrainer.shown)
     if judging:
         live.judged(judged, np.zeros((4, 4), np.uint8), True)
     live.report(0.5, row)

@@ -8,7 +8,7 @@ import click
 
 from hpcres.cli.console import command_line, echo, warn
 from hpcres.cli.inputs import study_for
-from hpcres.cli.options import Stage, overwrite_option, study_argument, study_options, tiles_option
+from hpcres.cli.options import DEFAULT_STUDY, Stage, overwrite_option, study_argument, study_options, tiles_option
 from hpcres.study_file import save_study
 
 
@@ -45,7 +45,8 @@ def infer(
     from hpcres.inference.run import open_job
     from hpcres.volumes.absent import absent_chunks
 
-    alone = checkpoint and low_res and not Path(study).exists()
+    # A network fed by noise alone needs no low-res volume; a study that is named must be there.
+    alone = checkpoint and (low_res or (output and study == DEFAULT_STUDY)) and not Path(study).exists()
     with join_ranks() as ranks:
         loaded = None if alone else study_for("infer", study, settings, output)
         job = open_job(

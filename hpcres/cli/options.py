@@ -32,8 +32,9 @@ def study_options(command: _Command) -> _Command:
     )(command)
 
 
-study_argument = click.argument("study", metavar="[STUDY]", default="study.yaml", type=click.Path())
-volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default="study.yaml", type=click.Path())
+DEFAULT_STUDY = "study.yaml"
+study_argument = click.argument("study", metavar="[STUDY]", default=DEFAULT_STUDY, type=click.Path())
+volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default=DEFAULT_STUDY, type=click.Path())
 tiles_option = click.option("--tiles", metavar="ZxYxX", help="Tiles per axis; the study's inference.tiles by default.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left.")
 voxel_size_option = click.option(

@@ -154,6 +154,8 @@ def _training(path: Path) -> str:
         ("phase fractions of generated cubes", fractions, "linear"),
         ("gradient penalty", ["gradient_penalty"], "linear"),
     ]
+    known = {"step", "seconds", "learning_rate", *(name for _, names, _ in panels for name in names)}
+    panels += [(name.replace("_", " "), [name], "linear") for name in columns if name not in known]
     panels = [(t, [n for n in names if n in columns], s) for t, names, s in panels]
     panels = [panel for panel in panels if panel[1]]
     lines = -(-len(panels) // 3)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import csv
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +44,37 @@ class _Rows:
         self._file.close()
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A column that a terminal or a log shows: by which words, in which format, and whether the live table has it."""
+
+    label: str
+    column: str
+    format: str
+    in_table: bool = True
+
+    def text(self, row: Mapping[str, float]) -> str:
+        return format(row[self.column], self.format)
+
+
 class Journal:
     """The files of a `run` and progress on stderr. With `run` None (every process but the first) it says nothing.
 
-    `quality` are the columns of quality.csv, none where nothing is judged.
+    Parameters
+    ----------
+    columns, quality : list of str
+        Those of training.csv and of quality.csv; of the latter none where nothing is judged.
+    shown : sequence of Shown
+        Which of all these a terminal or a log shows; phase fractions are shown besides.
     """
 
-    def __init__(self, run: RunFolder | None, columns: list[str], quality: list[str], resume_step: int) -> None:
+    def __init__(
+        self, run: RunFolder | None, columns: list[str], quality: list[str], resume_step: int,
+        shown: Sequence[Shown] = (),
+    ) -> None:  # fmt: skip
         self._run = run
+        self._reported = [one for one in shown if one.column in columns]
+        self._found = [one for one in shown if one.column in quality]
         self._live: Live | None = None
         if run is None:
             return
@@ -62,7 +86,7 @@ class Journal:
             if int(picture.stem[5:]) > resume_step:
                 picture.unlink()
         self._events = Events(folder / "tensorboard", resume_step)
-        self._score, self._beside = "", ("", "") if quality else ()
+        self._score, self._beside = "", [""] * sum(one.in_table for one in self._found)
         self._console = Console(stderr=True)
         if self._console.is_terminal:
             self._shown: deque[list[str]] = deque(maxlen=_SHOWN_ROWS)
@@ -85,13 +109,12 @@ class Journal:
         step = int(row["step"])
         self._events.add(step, {f"training/{name}": v for name, v in row.items() if name not in ("step", "seconds")})
         if self._live is not None:
-            shown = [f"{step}", f"{row['seconds']:.0f}", f"{row['wasserstein']:.3g}", f"{row['voxel_loss']:.2g}"]
-            shown += [f"{row['low_res_agreement']:.2%}", *(f"{row[name]:.3f}" for name in self._fractions)]
-            shown += [self._score, *self._beside]
+            shown = [f"{step}", f"{row['seconds']:.0f}", *(one.text(row) for one in self._reported)]
+            shown += [*(f"{row[name]:.3f}" for name in self._fractions), self._score, *self._beside]
             self._shown.append(shown)
             self._progress.update(self._task, completed=done)
-            table = Table(*("step", "s", "wasserstein", "voxel loss", "agreement"), box=None)
-            beside = ("box disagreement", "visible fractions off") if self._beside else ()
+            table = Table("step", "s", *(one.label for one in self._reported), box=None)
+            beside = [one.label for one in self._found if one.in_table]
             for name in [*(name.removeprefix("fraction_") for name in self._fractions), "score", *beside]:
                 table.add_column(name)
             for one in self._shown:
@@ -99,10 +122,9 @@ class Journal:
             self._live.update(Group(table, self._progress))
             return
         fractions = " ".join(f"{name.removeprefix('fraction_')} {row[name]:.3f}" for name in self._fractions)
-        self.note(
-            f"{done:4.0%}  {row['seconds']:.0f} s  step {step}  wasserstein {row['wasserstein']:.3g}  "
-            f"voxel loss {row['voxel_loss']:.2g}  agreement {row['low_res_agreement']:.2%}  {fractions}"
-        )
+        parts = [f"{done:4.0%}", f"{row['seconds']:.0f} s", f"step {step}"]
+        parts += [f"{one.label} {one.text(row)}" for one in self._reported]
+        self.note("  ".join([*parts, *([fractions] if fractions else [])]))
 
     def judged(self, row: Mapping[str, float], labels: np.ndarray, is_best: bool) -> None:
         """A row of quality.csv, and a slice (row, column) of labels."""
@@ -116,14 +138,10 @@ class Journal:
         (self._run.path / "training-slices").mkdir(exist_ok=True)
         image.save(self._run.path / "training-slices" / f"step-{step:08d}.png")
         self._score = f"{row['score']:.2f}{' best' if is_best else ''}"
-        self._beside = f"{row['box_disagreement']:.2%}", f"{row['visible_fraction_error']:.3f}"
+        self._beside = [one.text(row) for one in self._found if one.in_table]
         if self._live is None:
-            tpb = f"  TPB {row['tpb']:.5f} (images {row['tpb_images']:.5f})" if "tpb" in row else ""
-            self.note(
-                f"      judged at step {step}: score {self._score}  fractions off {row['fraction_error']:.3f}  "
-                f"areas {row['area_error']:.1%}{tpb}  disagreement {row['disagreement']:.2%}  "
-                f"box disagreement {self._beside[0]}  visible fractions off {self._beside[1]}"
-            )
+            parts = [f"      judged at step {step}: score {self._score}"]
+            self.note("  ".join([*parts, *(f"{one.label} {one.text(row)}" for one in self._found)]))
 
     def write_page(self, title: str) -> None:
         """training.html from the files as they are now."""

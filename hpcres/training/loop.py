@@ -111,7 +111,8 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
         columns = ["step", "seconds", *trainer.losses, "learning_rate", *trainer.measures]
         judges = study.training.quality_steps and writes
         quality = ["step", "seconds", *trainer.quality_columns()] if judges else []
-        with closing(Journal(folder if writes else None, columns, quality, _progress_of(before)[0])) as journal:
+        run_folder, first_step = folder if writes else None, _progress_of(before)[0]
+        with closing(Journal(run_folder, columns, quality, first_step, trainer.shown)) as journal:
             for message in (*size_notes, *_opening(trainer, group, before, asked=study.training.init_from)):
                 journal.note(message)
             yield _Run(trainer, group, folder, threads, journal, before, overwrite)

@@ -33,7 +33,7 @@ def write_page(folder: Path, title: str) -> Path:
         best = int(np.argmin(judged["score"]))
         parts.append(
             f"<h2>Quality</h2><p>Best score {judged['score'][best]:.2f} at step {int(judged['step'][best]):,}; lower "
-            "is better, 1 is good. Against the high-res images and the low-res volume, no truth.</p>"
+            "is better. Against what training was given, not a truth.</p>"
         )
         parts.append(_curves(judged, "quality"))
         names = list(judged)

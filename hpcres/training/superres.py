@@ -16,6 +16,7 @@ from hpcres.study import Study
 from hpcres.training.adversarial import Models, Outcome
 from hpcres.training.autotune import TooFewSteps, Tuned, autotune, with_recipe
 from hpcres.training.distributed import Processes
+from hpcres.training.journal import Shown
 from hpcres.training.quality import Judge
 from hpcres.training.recipes import Choice, choices
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -30,6 +31,14 @@ class SuperResTrainer:
     """The trainer (trainer.Trainer) of a super-resolution generator and its critics."""
 
     losses = ("critic_loss", "wasserstein", "gradient_penalty", "generator_loss", "voxel_loss")
+    shown = (
+        Shown("wasserstein", "wasserstein", ".3g"), Shown("voxel loss", "voxel_loss", ".2g"),
+        Shown("agreement", "low_res_agreement", ".2%"), Shown("fractions off", "fraction_error", ".3f", False),
+        Shown("areas", "area_error", ".1%", False), Shown("TPB", "tpb", ".5f", False),
+        Shown("TPB of the images", "tpb_images", ".5f", False), Shown("disagreement", "disagreement", ".2%", False),
+        Shown("box disagreement", "box_disagreement", ".2%"),
+        Shown("visible fractions off", "visible_fraction_error", ".3f"),
+    )  # fmt: skip
 
     def __init__(self, study: Study, group: Processes, threads: Threads, before: Checkpoint | None) -> None:
         if before is not None:

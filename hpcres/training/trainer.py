@@ -10,6 +10,7 @@ from torch import nn
 
 from hpcres.networks.generator import Generator
 from hpcres.study import Study
+from hpcres.training.journal import Shown
 
 
 class Trainer(Protocol):
@@ -26,6 +27,8 @@ class Trainer(Protocol):
         By the names that the user is told, the generator first; none of their weights may become infinite.
     losses, measures : sequence of str
         Keys of `report`: columns of training.csv before and behind the learning rate.
+    shown : sequence of journal.Shown
+        What of `report` and of `judge` a terminal or a log shows.
     choices : sequence of str
         For the user, where settings were chosen: which and why.
     init_from : dict or None
@@ -36,6 +39,7 @@ class Trainer(Protocol):
     modules: dict[str, nn.Module]
     losses: Sequence[str]
     measures: Sequence[str]
+    shown: Sequence[Shown]
     choices: Sequence[str]
     init_from: dict[str, Any] | None
 
