@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcres.conditions import Conditions
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
@@ -26,7 +27,7 @@ from hpcres.study import Study, Training
 from hpcres.training.diagonals import as_unsharp, pick_diagonals
 from hpcres.training.visible import Correction, patch_weights
 from hpcres.volumes.formats import read_images
-from hpcres.volumes.phases import PhaseMap, likeliest, open_low_res
+from hpcres.volumes.phases import PhaseMap, likeliest
 from hpcres.volumes.volume import read_beyond
 
 _HELD_BYTES = 2**29
@@ -71,14 +72,14 @@ class LowResCubes:
         """Low-res voxels around a cube with which no padding changes what is generated: as inside a volume."""
         self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
-        self._volume = open_low_res(study.low_res)
-        for axis, size in zip(AXES, self._volume.shape, strict=True):
+        self._conditions = Conditions.of(study.low_res)
+        self._where = ", ".join(self._conditions.paths)
+        for axis, size in zip(AXES, self._conditions.shape, strict=True):
             if size < self.edge:
                 raise InputError(
-                    f"{self._volume.path}: {size} voxels along {axis}, but a training cube needs {self.edge} at scale "
+                    f"{self._where}: {size} voxels along {axis}, but a training cube needs {self.edge} at scale "
                     f"factor {study.scale_factor}; use a larger volume or a larger scale factor"
                 )
-        self._phases = PhaseMap.of(study.low_res, self._volume.path)
         self.unknown_share = 0.0
         self._content = np.zeros(0)
         """`_shares` of the whole volume."""
@@ -87,22 +88,23 @@ class LowResCubes:
 
     def _check_and_hold(self) -> np.ndarray | None:
         """Look at every voxel once, slab by slab, so that an unknown label stops the run before it starts."""
-        shape = self._volume.shape
-        kind, each = (np.float32, (self.channels,)) if self._volume.parts else (np.uint8, ())
+        shape, volume = self._conditions.shape, self._conditions.volume
+        assert volume is not None
+        kind, each = (np.float32, (self.channels,)) if volume.parts else (np.uint8, ())
         held_bytes = prod((*shape, *each)) * np.dtype(kind).itemsize
         held = np.empty((*shape, *each), kind) if held_bytes <= _HELD_BYTES else None
-        thick = max(1, min(self._volume.chunks[0], 2**26 // prod((*shape[1:], *each))))
+        thick = max(1, min(volume.chunks[0], 2**26 // prod((*shape[1:], *each))))
 
         def slabs() -> Iterator[np.ndarray]:
             for z in range(0, shape[0], thick):
                 slab = Box((z, 0, 0), triple([min(z + thick, shape[0]), *shape[1:]]))
-                index = self._phases.index(self._volume.read(slab))
+                index = self._conditions.values(slab)
                 if held is not None:
                     held[slab.slices] = index
                 labels = likeliest(index)
                 if self.channels == MAX_PHASES and (labels == self.channels).any():
                     raise InputError(
-                        f"{self._volume.path}: unknown voxels beside {self.channels} groups of phases, but at most "
+                        f"{self._where}: unknown voxels beside {self.channels} groups of phases, but at most "
                         f"{MAX_PHASES} labels, unknown among them, can be counted; merge two groups in low_res.phases"
                     )
                 yield labels
@@ -111,7 +113,7 @@ class LowResCubes:
         found = add(inner, count_rim(rim, {}))
         self.unknown_share = found.voxels.get(self.channels, 0) / prod(shape)
         if self.unknown_share == 1:
-            raise InputError(f"{self._volume.path}: every voxel is unknown, so there is nothing to learn from; see "
+            raise InputError(f"{self._where}: every voxel is unknown, so there is nothing to learn from; see "
                              "low_res.unknown")  # fmt: skip
         self._content = self._shares(found)
         return held
@@ -163,7 +165,7 @@ class LowResCubes:
         that it is painted with. Drawn anywhere inside, cubes hardly know the faces, of which a small volume has much,
         and phase fractions move with the noise. Else they are typical ones.
         """
-        axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._volume.shape]
+        axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._conditions.shape]
         if prod(map(len, axes)) > cubes:
             chosen = self.typical(cubes, _SETTLING)
             settling = (self._drawn(*self.start(0, _SETTLING, cube), context=context) for cube in chosen)
@@ -180,7 +182,7 @@ class LowResCubes:
         then moved inside: no voxel is in fewer than d, nor in as many as 2 d.
         """
         random = _generator(self.seed, step, _CUBE, kind, cube)
-        last = np.array(self._volume.shape) - self.edge
+        last = np.array(self._conditions.shape) - self.edge
         if not self.reach_faces:
             return random, random.integers(0, last, endpoint=True)
         return random, np.clip(random.integers(1 - self.edge, last + self.edge - 1, endpoint=True), 0, last)
@@ -191,10 +193,10 @@ class LowResCubes:
         return whole.grown(around, around)
 
     def _cube(self, start: np.ndarray, around: int = 0) -> np.ndarray:
-        return read_beyond(self._read, self._box(start, around), self._volume.shape, MIRROR)
+        return read_beyond(self._read, self._box(start, around), self._conditions.shape, MIRROR)
 
     def _read(self, box: Box) -> np.ndarray:
-        return self._phases.index(self._volume.read(box)) if self._held is None else self._held[box.slices]
+        return self._conditions.values(box) if self._held is None else self._held[box.slices]
 
     def draw(
         self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0, masked_fraction: float = 0.0,
