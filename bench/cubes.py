@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcres.counting.counts import Counts, add, count, finalize
 from hpcres.geometry import AXES, Box, triple
-from hpcres.metrics.counts import Counts, add, count, finalize
 from hpcres.study_file import load_study
 from hpcres.training.samples import LowResCubes
 from hpcres.volumes.formats import open_volume

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from hpcres.counting import counts
+from hpcres.counting.named import Named, summary
 from hpcres.geometry import Box
-from hpcres.metrics import counts
 from hpcres.metrics.measure import measure
-from hpcres.metrics.named import Named, summary
 from hpcres.metrics.schedule import connect
 from hpcres.phantoms import imaged
 from hpcres.study import Study, SubVolumes

@@ -152,8 +152,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
+    from hpcres.counting import counts
     from hpcres.geometry import Box
-    from hpcres.metrics import counts
     from hpcres.volumes.convert import convert
     from hpcres.volumes.formats import open_volume
 

@@ -39,7 +39,7 @@ def status(name: str) -> int:
 def solve_alone(settings: dict) -> None:
     """One solve in a process of its own; prints a JSON line."""
     from hpcres.geometry import Box
-    from hpcres.metrics.transport import solve
+    from hpcres.transport import solve
     from hpcres.volumes.formats import open_volume
 
     edge = settings["edge"]
@@ -52,7 +52,7 @@ def solve_alone(settings: dict) -> None:
     how = {"directions": settings["direction"], "spacing": settings["spacing"], "rtol": settings["rtol"]}
     how |= {"device": None}
     if settings["device"] is not None:
-        from hpcres.metrics.transport.device import find_device
+        from hpcres.transport.device import find_device
 
         how |= {"device": find_device(settings["device"])}
     solve(labels[:32, :32, :32].copy(), conductivity, **how)  # compiles
@@ -132,7 +132,7 @@ print((time.perf_counter() - started) / {iterations})
 def solve_store(settings: dict) -> None:
     """One solve of a store, as `hpcres tortuosity` does it; each rank prints a JSON line."""
     from hpcres.inference.ranks import join_ranks
-    from hpcres.metrics.transport import tortuosity
+    from hpcres.transport import tortuosity
     from hpcres.volumes.formats import open_volume
 
     volume, said = open_volume(settings["store"]), []
@@ -199,7 +199,7 @@ def compare_blocks() -> None:
 
     import tifffile
 
-    from hpcres.metrics.transport import tortuosity
+    from hpcres.transport import tortuosity
     from hpcres.volumes.formats import open_volume
 
     electrode = tifffile.imread(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")

@@ -21,10 +21,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import cg, splu
 
-from hpcres.metrics.transport import solve
-from hpcres.metrics.transport.multigrid import System
-from hpcres.metrics.transport.voxels import unpacked
 from hpcres.phantoms import chi2_field, separator, three_phase
+from hpcres.transport import solve
+from hpcres.transport.multigrid import System
+from hpcres.transport.voxels import unpacked
 
 FLOOR = 1e-6
 

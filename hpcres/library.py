@@ -173,7 +173,7 @@ def tortuosity(
     >>> tortuosity(np.ones((8, 8, 8), bool)).tau
     1.0
     """
-    from hpcres.metrics.transport import tortuosity as solved
+    from hpcres.transport import tortuosity as solved
 
     if direction not in AXES:
         raise InputError(f"direction {direction!r} is none; choose from {', '.join(AXES)}")
@@ -205,7 +205,7 @@ def tortuosity(
         )
     opinion = None
     if check is not None:
-        from hpcres.metrics.transport.second_opinion import by_taufactor
+        from hpcres.transport.second_opinion import by_taufactor
 
         opinion = by_taufactor(source, found)
     return Tortuosity.of(found, opinion)
@@ -440,7 +440,7 @@ def _refuse_check(
     check: str, volume: Volume, edges: VoxelEdges, sides: Periodic, conductivity: Mapping[str, float] | None
 ) -> None:
     """InputError for a check that cannot be made, before anything is solved."""
-    from hpcres.metrics.transport.second_opinion import refuse_taufactor
+    from hpcres.transport.second_opinion import refuse_taufactor
 
     if check != "taufactor":
         raise InputError(f"check: {check!r} is no solver that hpcres can ask; write 'taufactor', or drop it")

@@ -1,9 +1,32 @@
-"""What the C library does with freed memory, which decides the speed of anything with large temporaries on a CPU."""
+"""The memory that is free for this process, and what the C library does with freed memory."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
+
+import psutil
+
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Of a Linux container or job: control groups of version 2 and 1."""
+
+
+def free_bytes() -> int:
+    """Memory that this process can still have: what the machine has available, or less where its container is smaller.
+
+    Examples
+    --------
+    >>> 0 < free_bytes() <= psutil.virtual_memory().total
+    True
+    """
+    free = psutil.virtual_memory().available
+    for file in _LIMITS:
+        try:
+            free = min(free, int(file.read_text()))
+        except (OSError, ValueError):  # no such group, or `max`
+            continue
+    return free
 
 
 def keep_freed_memory(shared_by_threads: bool = False, large: bool = True) -> None:

@@ -12,7 +12,7 @@ from hpcres.errors import InputError
 from hpcres.metrics.table import metric_rows, metrics_text, plain, transport_text
 
 if TYPE_CHECKING:
-    from hpcres.metrics.transport.second_opinion import Check
+    from hpcres.transport.second_opinion import Check
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 import yaml
 
 from hpcres.checkpoint import build_generator, save_checkpoint
+from hpcres.counting import counts
+from hpcres.counting.named import Named, described
 from hpcres.geometry import Box
 from hpcres.inference.journal import agreement_path
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.metrics import counts
-from hpcres.metrics.named import Named, described
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore

@@ -6,8 +6,8 @@ from itertools import combinations
 
 import numpy as np
 
+from hpcres.counting import counts
 from hpcres.geometry import Box, triple
-from hpcres.metrics import counts
 
 SHAPE = (21, 50, 67)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_volumes import plain_counts
 
+from hpcres.counting import counts
 from hpcres.errors import InputError
 from hpcres.geometry import Box, blocks, following
-from hpcres.metrics import counts
 
 
 def by_blocks(a: np.ndarray, block: tuple[int, int, int]) -> counts.Counts:

@@ -17,11 +17,11 @@ import yaml
 from small_painting import LABELS, paint_alone
 
 from hpcres.checkpoint import build_generator, save_checkpoint
+from hpcres.counting import counts
+from hpcres.counting.named import Named, described
 from hpcres.geometry import Box
-from hpcres.metrics import counts
-from hpcres.metrics.named import Named, described
-from hpcres.metrics.transport import tortuosity
 from hpcres.study_file import load_study
+from hpcres.transport import tortuosity
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import array_volume
 

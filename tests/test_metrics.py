@@ -18,16 +18,19 @@ import pytest
 import torch
 from small_volumes import plain_counts
 
+from hpcres.counting.lattice import changed_faces, lattice_imprint
+from hpcres.counting.slices import errors_between, look
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
 from hpcres.lengths import cubic
-from hpcres.metrics.agreement import agreement, changed_faces, lattice_imprint
+from hpcres.metrics.agreement import agreement
 from hpcres.metrics.measure import count_volume, measure, measure_study
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
 from hpcres.study import Study, SubVolumes
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
+from hpcres.volumes.images import images_by_plane
 
 DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
 real = pytest.mark.skipif(not (DATA / "electrode.tiff").exists(), reason="needs $HPCRES_DATA")
@@ -211,7 +214,7 @@ def metrics_whose_workers(act: str, folder: Path, workers: int, monkeypatch, *op
     """(hpcres metrics, scheduler file, processes by name); a worker that counts a block does `act` instead."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     (folder / "preload.py").write_text(
-        "import os, time\nfrom hpcres.metrics import counts\n"
+        "import os, time\nfrom hpcres.counting import counts\n"
         f"os.chdir({str(folder)!r})\ncounts.count_inner = lambda *_: ({act})\n"
     )
     np.save(folder / "a.npy", np.zeros((8, 8, 8), np.uint8))
@@ -404,19 +407,19 @@ def test_appearance_is_that_of_all_slices_of_the_cubes(client, tmp_path, monkeyp
     high_res = base.model_validate(base.model_dump() | {"images": images, "isotropic": isotropic})
     labels = np.random.default_rng(2).integers(0, 3, (20, 40, 80), np.uint8)
     np.save(tmp_path / "volume.npy", labels)
-    by_plane = module.images_by_plane(high_res)
+    by_plane = images_by_plane(high_res)
     assert {p: [s.shape for s in stacks] for p, stacks in by_plane.items()} == (
         {"all": [(2, 64, 70)]} if isotropic
         else {"yx": [(2, 64, 70)], "zx": [(2, 64, 70)], "zy": [(2, 70, 64)]}
     )  # fmt: skip
-    seen = {plane: module.look(stacks, 3) for plane, stacks in by_plane.items()}
+    seen = {plane: look(stacks, 3) for plane, stacks in by_plane.items()}
     found = module.appearance(open_volume(tmp_path / "volume.npy"), high_res, seen, client=client, progress=False)
     assert (found["cubes"], found["edge"]) == (3, 20)
     cubes = [labels[:, y : y + 20, x : x + 20] for y, x in ((0, 20), (20, 0), (20, 40))]  # 1, 4 and 6 of 8
     for plane, entry in found["planes"].items():
         axes = range(3) if isotropic else ["yx zx zy".split().index(plane)]
-        whole = module.look([np.moveaxis(cube, axis, 0) for cube in cubes for axis in axes], 3)
-        assert entry["errors"] == module.errors_between(whole, seen[plane], isotropic)
+        whole = look([np.moveaxis(cube, axis, 0) for cube in cubes for axis in axes], 3)
+        assert entry["errors"] == errors_between(whole, seen[plane], isotropic)
         assert entry["volume_fraction"]["binder"] == np.mean([cube == 2 for cube in cubes])
     shown = module.appearance_of_images(high_res)
     assert all(len(v) == 4 and min(v) >= 0 for v in shown[plane]["quarters"].values())

@@ -12,10 +12,10 @@ import torch
 from scipy import integrate, stats
 
 from hpcres import phantoms
+from hpcres.counting.counts import count, finalize
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
-from hpcres.metrics.counts import count, finalize
 from hpcres.phantoms import chi2_field, make_phantom, separator, three_phase
 from hpcres.study import Study
 from hpcres.volumes.formats import open_volume, read_images

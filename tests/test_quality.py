@@ -16,9 +16,9 @@ from rich.console import Console
 from small_training import ALONE, anisotropic, blobs, content, study_of
 
 from hpcres.checkpoint import load_checkpoint
+from hpcres.counting.slices import errors_between, look
 from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator
-from hpcres.metrics.appearance import errors_between, images_by_plane, look
 from hpcres.study_file import load_study, save_study
 from hpcres.training import journal, samples
 from hpcres.training.adversarial import Models
@@ -29,6 +29,7 @@ from hpcres.training.page import write_page
 from hpcres.training.quality import GOOD, Judge
 from hpcres.training.samples import LowResCubes
 from hpcres.training.superres import SuperResTrainer
+from hpcres.volumes.images import images_by_plane
 from hpcres.volumes.phases import open_low_res
 
 

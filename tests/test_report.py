@@ -21,10 +21,10 @@ from hpcres.lengths import Length, cubic
 from hpcres.metrics.measure import header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
-from hpcres.metrics.transport import SCHEMA, describe, tortuosity
 from hpcres.reports.numbers import metrics_sections
 from hpcres.reports.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes
+from hpcres.transport import SCHEMA, describe, tortuosity
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS

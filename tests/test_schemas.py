@@ -14,9 +14,9 @@ from small_schemas import faults, validate_files
 
 import hpcres
 from hpcres.metrics.measure import SCHEMA as METRICS
-from hpcres.metrics.transport import SCHEMA as TRANSPORT
 from hpcres.schemas import schema_of
 from hpcres.study import Study, SubVolumes
+from hpcres.transport import SCHEMA as TRANSPORT
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "hpcres/recipes").glob("*.yaml")])

@@ -21,9 +21,9 @@ from scipy import ndimage, sparse
 from scipy.sparse.csgraph import dijkstra
 from test_metrics import dask_cluster
 
+from hpcres.counting.named import Named
 from hpcres.metrics import geodesic as paths
 from hpcres.metrics.geodesic import Paths, geodesic, lengths_of_steps
-from hpcres.metrics.named import Named
 from hpcres.metrics.representative import cells, fitted, representative
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.spectrum import radial_magnitude, spectrum

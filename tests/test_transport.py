@@ -19,12 +19,12 @@ from scipy.sparse.linalg import spsolve
 from hpcres import cli
 from hpcres.errors import InputError
 from hpcres.metrics.table import with_error
-from hpcres.metrics.transport import cells, check_memory, parse_crop, solve, solve_phase, solver, tortuosity
-from hpcres.metrics.transport.form import Form
-from hpcres.metrics.transport.percolation import Clusters
-from hpcres.metrics.transport.solver import ROBUST_ROUNDING, Solver, claimed_error, error_bound
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.voxels import pack, unpacked
+from hpcres.transport import cells, check_memory, parse_crop, solve, solve_phase, solver, tortuosity
+from hpcres.transport.form import Form
+from hpcres.transport.percolation import Clusters
+from hpcres.transport.solver import ROBUST_ROUNDING, Solver, claimed_error, error_bound
+from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import pack, unpacked
 from hpcres.volumes.formats import open_volume
 
 DATA = Path(os.environ.get("HPCRES_DATA", "no HPCRES_DATA"))
@@ -581,7 +581,7 @@ def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
 def test_memory_is_checked_again_with_the_voxels_that_conduct(monkeypatch):
     labels = np.ones((15, 16, 17), np.uint8)
     free = 16 * 16 * 16 * 60
-    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", free)
+    monkeypatch.setattr("hpcres.transport.free_bytes", lambda: free)
     check_memory(labels.shape)  # 16 bytes a voxel where 40 % are taken to conduct
     solve(labels, {1: 1.0}, directions="z")  # 37
     with pytest.raises(InputError, match="100% conduct, twice over along x because 17 is odd"):

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from hpcres.cli import main
 from hpcres.errors import InputError
-from hpcres.metrics.transport import device as module
-from hpcres.metrics.transport import solve, solve_phase, tortuosity
-from hpcres.metrics.transport.device import DeviceSystem, _Window, check_device_memory
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.voxels import pack
+from hpcres.transport import device as module
+from hpcres.transport import solve, solve_phase, tortuosity
+from hpcres.transport.device import DeviceSystem, _Window, check_device_memory
+from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import pack
 from hpcres.volumes.formats import open_volume
 
 DEVICES = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(min(1, torch.cuda.device_count())))]

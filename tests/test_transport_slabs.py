@@ -16,11 +16,11 @@ from small_painting import command, mpirun
 
 from hpcres.errors import InputError
 from hpcres.metrics.table import transport_text
-from hpcres.metrics.transport import solve, tortuosity
-from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, ScratchPlace
-from hpcres.metrics.transport.slabs import cut, solve_in_slabs
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.voxels import planes_of_unit
+from hpcres.transport import solve, tortuosity
+from hpcres.transport.scratch import BYTES_OF_PYTHON, ScratchPlace
+from hpcres.transport.slabs import cut, solve_in_slabs
+from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import planes_of_unit
 from hpcres.volumes.formats import open_volume
 
 TINY = 16 << 20
@@ -79,7 +79,7 @@ def test_ranks_find_the_bits_of_one_process_fields_and_profile_included(volume, 
 def test_a_rank_that_fails_ends_the_job(volume, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(
-        "import os\nfrom hpcres import cli\nfrom hpcres.metrics.transport import slabs\n"
+        "import os\nfrom hpcres import cli\nfrom hpcres.transport import slabs\n"
         "start = slabs.SlabSolver.start\n"
         "def fails(self, x):\n"
         "    if os.environ['OMPI_COMM_WORLD_RANK'] == '1': raise RuntimeError('gone')\n"
@@ -100,8 +100,8 @@ def test_a_rank_that_fails_ends_the_job(volume, tmp_path):
 def test_what_levels_are_made_of_reaches_one_rank_in_any_number_of_messages(tmp_path):
     script = tmp_path / "gather.py"
     script.write_text(
-        "import numpy as np\nfrom mpi4py import MPI\nfrom hpcres.metrics.transport import ranked\n"
-        "from hpcres.metrics.transport.slabs import Extent\n"
+        "import numpy as np\nfrom mpi4py import MPI\nfrom hpcres.transport import ranked\n"
+        "from hpcres.transport.slabs import Extent\n"
         "ranked._MESSAGE = 1000\nplace = ranked.RankPlace(MPI.COMM_WORLD, [Extent(0, 8, 0, 8), Extent(8, 16, 8, 0)])\n"
         "mine = [np.arange(n) * (1 + place.rank) for n in (0, 1, 125, 126, 4000)], np.eye(3)[:, 1:], place.rank\n"
         "found = place.to_first([mine])\nassert (found is None) == (place.rank == 1)\n"
@@ -179,7 +179,7 @@ def test_clusters_that_wind_through_slabs_are_counted_once(tmp_path):
 MEASURED = """
 import sys
 from pathlib import Path
-from hpcres.metrics.transport import tortuosity
+from hpcres.transport import tortuosity
 from hpcres.volumes.formats import open_volume
 def solved(path, limit):
     return tortuosity(open_volume(path), only=("1",), directions="z", memory=limit, threads=1,
@@ -230,7 +230,7 @@ def test_a_full_disk_and_too_little_memory_are_one_line(solid, tmp_path, monkeyp
 def test_a_kill_leaves_no_scratch_files(solid, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    slow = "import time\nfrom hpcres import cli\nfrom hpcres.metrics.transport import slabs\n"
+    slow = "import time\nfrom hpcres import cli\nfrom hpcres.transport import slabs\n"
     slow += "slabs.SlabSolver.start = lambda *_: (print('here', flush=True), time.sleep(60))\ncli.main()\n"
     (tmp_path / "slow.py").write_text(slow)
     arguments = ["tortuosity", str(solid), "--memory", "261MiB", "--scratch", str(scratch)]

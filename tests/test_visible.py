@@ -10,8 +10,8 @@ import torch
 from scipy.optimize import minimize
 from small_training import ALONE, atypical, blobs, counted_patterns, study_of
 
+from hpcres.counting.slices import errors_between, look
 from hpcres.imaging import ImagingOperator, one_hot
-from hpcres.metrics.appearance import errors_between, look
 from hpcres.study import Imaging
 from hpcres.training.adversarial import Models
 from hpcres.training.loop import train

@@ -1,4 +1,4 @@
-"""`hpcres tortuosity`: options, their checks, and the lines that are printed; the solver is in metrics/transport."""
+"""`hpcres tortuosity`: options, their checks, and the lines that are printed; the solver is in transport/."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hpcres.study_file import save_study
 
 if TYPE_CHECKING:
     from hpcres.inference.ranks import Ranks
-    from hpcres.metrics.transport.results import ResultsFile
+    from hpcres.transport.results import ResultsFile
     from hpcres.volumes.volume import Volume
 
 
@@ -116,8 +116,8 @@ def tortuosity(**given: Any) -> None:
     not solved again.
     """
     from hpcres.inference.ranks import join_ranks
-    from hpcres.metrics.transport import SCHEMA
-    from hpcres.metrics.transport.results import ResultsFile
+    from hpcres.transport import SCHEMA
+    from hpcres.transport.results import ResultsFile
 
     options = _Options(**given)
     task = _checked(options)
@@ -154,7 +154,7 @@ class _Task:
 
 def _checked(options: _Options) -> _Task:
     """Open the inputs and refuse options that do not fit them or each other."""
-    from hpcres.metrics.transport import BLOCK_VOXELS, describe
+    from hpcres.transport import BLOCK_VOXELS, describe
     from hpcres.volumes.formats import open_volume
     from hpcres.volumes.sizes import compare_sizes
 
@@ -219,8 +219,8 @@ def _refuse_check(options: _Options, volumes: Sequence[Volume], edges: VoxelEdge
 
     It solves one phase of cubic voxels with insulated sides, the whole volume in memory.
     """
-    from hpcres.metrics.transport import parse_crop
-    from hpcres.metrics.transport.second_opinion import refuse_taufactor
+    from hpcres.transport import parse_crop
+    from hpcres.transport.second_opinion import refuse_taufactor
 
     if options.check is None:
         return
@@ -254,14 +254,14 @@ def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -
 
     Returns phase and direction of each solve that did not converge.
     """
-    from hpcres.metrics.transport import BLOCK_VOXELS
-    from hpcres.metrics.transport.results import solve_missing
+    from hpcres.transport import BLOCK_VOXELS
+    from hpcres.transport.results import solve_missing
     from hpcres.volumes.absent import absent_chunks
 
     alone, first = ranks.communicator is None, ranks.rank == 0
     gpu = None
     if options.device is not None:
-        from hpcres.metrics.transport.device import find_device
+        from hpcres.transport.device import find_device
 
         gpu = find_device(options.device)
     results.resume({} if options.overwrite else ranks.from_first(results.read))
@@ -336,7 +336,7 @@ class _Printer:
         for line in (*lines, transport_text(result)):
             echo(line, err=self.as_json)
         if self.check and result["state"] == "converged":
-            from hpcres.metrics.transport.second_opinion import by_taufactor
+            from hpcres.transport.second_opinion import by_taufactor
 
             echo(f"  {by_taufactor(self.volume, result)}", err=self.as_json)
 

@@ -20,10 +20,10 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
+from hpcres.counting import counts
+from hpcres.counting.counts import Counts
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
-from hpcres.metrics import counts
-from hpcres.metrics.counts import Counts
 from hpcres.volumes.stores import AgreementStore, LabelStore
 
 _HELD = (errno.EAGAIN, errno.EACCES)  # local file systems say the one, some NFS the other
@@ -176,7 +176,7 @@ class Noted:
     files: tuple[tuple[int, int], ...]
     """Bytes and checksum in each store of the job, in the order of `open_stores`."""
     counts: tuple[Mapping[str, Any], ...]
-    """Of a tile: voxels, faces and edges as `metrics.counts.to_json` has them, of each seed."""
+    """Of a tile: voxels, faces and edges as `counting.counts.to_json` has them, of each seed."""
 
 
 class Journal:

@@ -28,6 +28,8 @@ from rich.console import Console
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.conditions import Conditions, conditions_of
+from hpcres.counting import counts
+from hpcres.counting.named import Named, described, spread
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import AXES, Tile, TilePlan, plan_tiles
 from hpcres.inference.generate import Painter, halo_of
@@ -44,8 +46,6 @@ from hpcres.inference.ranks import Ranks
 from hpcres.inference.tasks import Desk, Shard, Tasks
 from hpcres.lengths import Length, cubic
 from hpcres.memory import keep_freed_memory
-from hpcres.metrics import counts
-from hpcres.metrics.named import Named, described, spread
 from hpcres.outputs import LABELS, refuse_output
 from hpcres.signals import handling_signals
 from hpcres.study import Inference, LowRes, RawHeader, Study, parse_grid

@@ -36,7 +36,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hpcres.counting.lattice import changed_faces, lattice_imprint
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
 from hpcres.imaging import ImagingOperator, block_majority, one_hot
@@ -66,29 +66,6 @@ def _operator(study_json: str) -> ImagingOperator:
 def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
     """Low-res voxels that lie wholly inside the high-res volume."""
     return triple([int(n / study.scale_factor) for n in high_res_shape(low_res_shape, study.scale_factor)])
-
-
-def changed_faces(window: np.ndarray, own: Box, period: int) -> np.ndarray:
-    """int64 (changed or all, axis, position modulo `period`): faces between voxel i and i + 1 along each axis, i in
-    `own` (voxels of the window) and i + 1 in the window; position i + 1, counted from own's start."""
-    found = np.zeros((2, 3, period), np.int64)
-    for axis in range(3):
-        stop = list(own.stop)
-        stop[axis] = min(stop[axis] + 1, window.shape[axis])
-        part = np.moveaxis(window[Box(own.start, triple(stop)).slices], axis, 0)
-        changed = [int(np.count_nonzero(a != b)) for a, b in pairwise(part)]
-        position = np.arange(1, len(part)) % period
-        found[0, axis] = np.bincount(position, changed, period)
-        found[1, axis] = np.bincount(position, minlength=period) * part[0].size
-    return found
-
-
-def lattice_imprint(changed: np.ndarray, every: np.ndarray) -> float:
-    """Largest departure of the share of `changed_faces` at a position from its axis's mean, as a share of that mean; of
-    the positions that have faces."""
-    shares = np.ma.masked_array(changed / np.maximum(every, 1), every == 0)
-    mean = shares.mean(1, keepdims=True)
-    return float((np.ma.abs(shares - mean) / np.ma.where(mean, mean, 1)).filled(0).max())
 
 
 @dataclass(frozen=True)

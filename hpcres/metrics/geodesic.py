@@ -39,9 +39,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcres.compiled import compiled
+from hpcres.counting import counts
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
-from hpcres.metrics import counts
 from hpcres.metrics.schedule import (
     Source,
     block_shape,

@@ -36,18 +36,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcres import __version__
+from hpcres.counting import counts
+from hpcres.counting.counts import Counts, Rim
+from hpcres.counting.named import Named, described, summary
+from hpcres.counting.slices import look
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
 from hpcres.lengths import VoxelEdges, cubic
-from hpcres.metrics import counts
-from hpcres.metrics.appearance import appearance, appearance_of_images, images_by_plane, look
-from hpcres.metrics.counts import Counts, Rim
-from hpcres.metrics.named import Named, described, summary
+from hpcres.metrics.appearance import appearance, appearance_of_images
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, slabs, submit_with_neighbours, threads_of
 from hpcres.metrics.statistics import measure_statistics
 from hpcres.metrics.subvolumes import Distributions, subvolumes
 from hpcres.study import HighRes, Metrics, Study, SubVolumes
 from hpcres.volumes.formats import open_volume, read_images
+from hpcres.volumes.images import images_by_plane
 from hpcres.volumes.phases import PhaseMap, open_low_res
 from hpcres.volumes.sizes import compare_sizes
 from hpcres.volumes.volume import NotALabel, Volume

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpcres.counting import counts
+from hpcres.counting.counts import Counts
 from hpcres.geometry import Box, Triple, triple
-from hpcres.metrics import counts
-from hpcres.metrics.counts import Counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Representative
 from hpcres.volumes.volume import Volume

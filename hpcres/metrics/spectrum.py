@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpcres.counting import counts
 from hpcres.geometry import AXES, Box, triple
-from hpcres.metrics import counts
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.volumes.volume import Volume
 

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hpcres.counting import counts
+from hpcres.counting.bitplanes import pack, transposed
+from hpcres.counting.chords import Carry, Ends, in_planes, runs_of, stitch
+from hpcres.counting.clusters import Clusters, Connected, clusters_of, join, touching
+from hpcres.counting.correlations import complete, pairs_across, pairs_inside, rows_along, tail_of
+from hpcres.counting.named import Named
 from hpcres.geometry import AXES, Box, Triple, blocks
-from hpcres.metrics import counts
 from hpcres.metrics import geodesic as paths
-from hpcres.metrics.bitplanes import pack, transposed
-from hpcres.metrics.chords import Carry, Ends, in_planes, runs_of, stitch
-from hpcres.metrics.clusters import Clusters, Connected, clusters_of, join, touching
-from hpcres.metrics.correlations import complete, pairs_across, pairs_inside, rows_along, tail_of
-from hpcres.metrics.named import Named
 from hpcres.metrics.representative import Curve, representative
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, follow, threads_of
 from hpcres.metrics.spectrum import spectrum

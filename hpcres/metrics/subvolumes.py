@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hpcres.counting import counts
+from hpcres.counting.counts import Counts
 from hpcres.geometry import AXES, Box, Triple, triple
-from hpcres.metrics import counts
-from hpcres.metrics.counts import Counts
 from hpcres.metrics.schedule import Source, follow, submit
-from hpcres.metrics.transport import Solution, solve_phase
 from hpcres.study import SubVolumes
+from hpcres.transport import Solution, solve_phase
 from hpcres.volumes.volume import Volume
 
 if TYPE_CHECKING:

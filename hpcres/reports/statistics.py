@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from hpcres.counting.named import Named
 from hpcres.geometry import AXES
-from hpcres.metrics.named import Named
 from hpcres.metrics.table import pair_name, short_unit
 from hpcres.reports import page
 

@@ -16,15 +16,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hpcres.counting.lattice import changed_faces, lattice_imprint
+from hpcres.counting.slices import Seen, errors_between, look, planes_seen
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, block_majority, likeliest, one_hot
-from hpcres.metrics.agreement import changed_faces, lattice_imprint
-from hpcres.metrics.appearance import Seen, errors_between, images_by_plane, look, planes_seen
 from hpcres.networks.resampling import middle
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
 from hpcres.training.samples import LowResCubes
 from hpcres.training.visible import Correction
+from hpcres.volumes.images import images_by_plane
 
 GOOD = {
     "fraction_error": 0.01, "area_error": 0.07, "tpb_error": 0.15, "correlation_error": 0.01, "disagreement": 0.005,

@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from hpcres.errors import InputError
-from hpcres.metrics.appearance import images_by_plane
 from hpcres.study import Study
 from hpcres.study_file import recipe_settings
+from hpcres.volumes.images import images_by_plane
 
 _MINUTES = 15.0
 """training.minutes where a study gives neither minutes nor steps."""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hpcres.conditions import Conditions
+from hpcres.counting.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
-from hpcres.metrics.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
 from hpcres.networks.resampling import middle
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
 from hpcres.study import Study, Training

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcres.counting.slices import Seen
 from hpcres.imaging import ImagingOperator, one_hot
-from hpcres.metrics.appearance import Seen, images_by_plane
 from hpcres.study import PATCH_VOXELS, Study
+from hpcres.volumes.images import images_by_plane
 
 _TYPICAL = 0.02
 """Images are typical of the volume up to this difference of a visible fraction, and three standard errors of chance."""

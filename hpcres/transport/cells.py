@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from hpcres.metrics.transport.vectors import add, compiled, inlined, load, popcount, store
+from hpcres.transport.vectors import add, compiled, inlined, load, popcount, store
 
 
 @compiled

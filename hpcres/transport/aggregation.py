@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.disjoint_sets import merge, root
-from hpcres.metrics.transport.coarse import CHUNK, Each, Graph, Level, accumulated, index_type, running
-from hpcres.metrics.transport.form import Form
-from hpcres.metrics.transport.vectors import compiled
+from hpcres.counting.disjoint_sets import merge, root
+from hpcres.transport.coarse import CHUNK, Each, Graph, Level, accumulated, index_type, running
+from hpcres.transport.form import Form
+from hpcres.transport.vectors import compiled
 
 STRONG = 0.1  # of the largest conductance of a part
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hpcres.errors import InputError
-from hpcres.metrics.transport import tortuosity
 from hpcres.signals import set_saved, signals_received, stopped_by
+from hpcres.transport import tortuosity
 from hpcres.volumes.files import METADATA_FILES, write_json
 from hpcres.volumes.volume import Volume
 
@@ -59,7 +59,7 @@ def digest_of(volume: Volume) -> str:
 class ResultsFile:
     """The content of a transport.json in memory, and its file where `path` is not None.
 
-    `content` has the header, and `volume` and `reference` as `hpcres.metrics.transport` describes them, or null.
+    `content` has the header, and `volume` and `reference` as `hpcres.transport` describes them, or null.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
@@ -171,7 +171,7 @@ def solve_missing(
     resume_with
         How the user resumes after a signal, for the message.
     settings
-        As of `hpcres.metrics.transport.tortuosity`. With `field` every system is solved anew, for its potential.
+        As of `hpcres.transport.tortuosity`. With `field` every system is solved anew, for its potential.
 
     Returns
     -------

@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy.linalg import eigvalsh_tridiagonal
 
-from hpcres.metrics.transport.form import Form
+from hpcres.transport.form import Form
 
 ROUNDING = 1e-7
 """Relative error of D_rel by rounding of float32 vectors in the plain form; no smaller error is claimed."""

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from hpcres.geometry import AXES
-from hpcres.metrics.transport import Solution, aggregation, coarse
-from hpcres.metrics.transport.coarse import CHUNK, Graph, Level
-from hpcres.metrics.transport.form import Form, contrast
-from hpcres.metrics.transport.multigrid import hierarchy
-from hpcres.metrics.transport.percolation import Clusters, join_clusters
-from hpcres.metrics.transport.solver import Solver
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.voxels import Voxels, by_label, pack, tau_of_layers
+from hpcres.transport import Solution, aggregation, coarse
+from hpcres.transport.coarse import CHUNK, Graph, Level
+from hpcres.transport.form import Form, contrast
+from hpcres.transport.multigrid import hierarchy
+from hpcres.transport.percolation import Clusters, join_clusters
+from hpcres.transport.solver import Solver
+from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import Voxels, by_label, pack, tau_of_layers
 
 HALO = 8  # planes of voxels
 RED, BLACK = 0, 1

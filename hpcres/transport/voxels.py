@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.transport import coarse, fine
-from hpcres.metrics.transport.aggregation import STRONG
-from hpcres.metrics.transport.cells import (
+from hpcres.transport import coarse, fine
+from hpcres.transport.aggregation import STRONG
+from hpcres.transport.cells import (
     COMPLETIONS,
     TABLES,
     connect_parts,
@@ -19,9 +19,9 @@ from hpcres.metrics.transport.cells import (
     find_split_cells,
     partition_tables,
 )
-from hpcres.metrics.transport.coarse import Graph, Level
-from hpcres.metrics.transport.form import Form
-from hpcres.metrics.transport.threads import Threads
+from hpcres.transport.coarse import Graph, Level
+from hpcres.transport.form import Form
+from hpcres.transport.threads import Threads
 
 
 class Voxels:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.disjoint_sets import merge, root
-from hpcres.metrics.transport.cells import PART, PARTS, find_cells
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.vectors import compiled, popcount
+from hpcres.counting.disjoint_sets import merge, root
+from hpcres.transport.cells import PART, PARTS, find_cells
+from hpcres.transport.threads import Threads
+from hpcres.transport.vectors import compiled, popcount
 
 _SLABS = 16
 

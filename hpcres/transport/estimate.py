@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 
 from hpcres.geometry import AXES, Box
-from hpcres.metrics.transport import solve
+from hpcres.transport import solve
 
 UNRELIABILITY = (
     "an estimate of unknown error, measured -100 to +9 % off as a network and -6 to +680 % as a mean, of either sign"

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from hpcres.errors import InputError
-from hpcres.metrics.transport import coarse
-from hpcres.metrics.transport.coarse import Level
-from hpcres.metrics.transport.multigrid import System
-from hpcres.metrics.transport.solver import Solved
-from hpcres.metrics.transport.threads import Threads
+from hpcres.transport import coarse
+from hpcres.transport.coarse import Level
+from hpcres.transport.multigrid import System
+from hpcres.transport.solver import Solved
+from hpcres.transport.threads import Threads
 
 PIECES = 100  # of a volume: what a pass needs for one is small beside the vectors
 LEAST_PIECE = 1 << 22  # voxels; with fewer, a GPU waits for the next launch

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.transport.form import PLAIN_CORRECTION, Form
-from hpcres.metrics.transport.vectors import compiled, inlined
+from hpcres.transport.form import PLAIN_CORRECTION, Form
+from hpcres.transport.vectors import compiled, inlined
 
 SLOTS = 6  # neighbours of a part that are stored with it; few have more
 CHUNK = 1 << 14  # parts that one thread takes at a time

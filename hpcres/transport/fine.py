@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcres.metrics.transport.cells import prolong_row, restrict_row, wrapped
-from hpcres.metrics.transport.vectors import (
+from hpcres.transport.cells import prolong_row, restrict_row, wrapped
+from hpcres.transport.vectors import (
     add,
     add_product,
     compiled,

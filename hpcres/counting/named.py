@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.counting import counts
+from hpcres.counting.counts import Counts, Densities
 from hpcres.lengths import MICROMETERS
-from hpcres.metrics import counts
-from hpcres.metrics.counts import Counts, Densities
 
 
 @dataclass(frozen=True)

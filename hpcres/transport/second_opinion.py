@@ -12,6 +12,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
+from hpcres.memory import free_bytes
 from hpcres.volumes.volume import Volume
 
 _BYTES_PER_VOXEL = 64
@@ -70,13 +71,12 @@ def refuse_taufactor(
     InputError
         Voxels are not cubic, sides are periodic, or there is too little memory.
     """
-    import psutil
 
     if len(set(voxel_size)) > 1:
         raise InputError(f"{path}: TauFactor's solver takes cubic voxels only; drop the check")
     if any(periodic):
         raise InputError(f"{path}: TauFactor's solver takes insulated sides only; drop the check")
-    need, free = prod(shape) * _BYTES_PER_VOXEL, psutil.virtual_memory().available
+    need, free = prod(shape) * _BYTES_PER_VOXEL, free_bytes()
     if need > free:
         raise InputError(
             f"{path}: TauFactor needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; drop the "

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.metrics.transport.coarse import Level
-from hpcres.metrics.transport.form import Form
-from hpcres.metrics.transport.slabs import Extent, Place, Slab
+from hpcres.transport.coarse import Level
+from hpcres.transport.form import Form
+from hpcres.transport.slabs import Extent, Place, Slab
 
 _DOWN, _UP = 0, 1  # tags: towards the first plane, towards the last
 _MESSAGE = 1 << 30  # bytes; MPI counts with 31 bits

@@ -12,7 +12,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
-from hpcres.metrics.transport import (
+from hpcres.transport import (
     BYTES_OF_CUBIC,
     BYTES_PER_VOXEL,
     Report,
@@ -20,13 +20,13 @@ from hpcres.metrics.transport import (
     check_memory,
     solve,
 )
-from hpcres.metrics.transport.fields import FIELD_PLANES
-from hpcres.metrics.transport.form import Form
-from hpcres.metrics.transport.ranked import RankPlace
-from hpcres.metrics.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
-from hpcres.metrics.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.voxels import by_label, planes_of_unit
+from hpcres.transport.fields import FIELD_PLANES
+from hpcres.transport.form import Form
+from hpcres.transport.ranked import RankPlace
+from hpcres.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
+from hpcres.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
+from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import by_label, planes_of_unit
 from hpcres.volumes.volume import Volume
 
 
@@ -124,7 +124,7 @@ class SlabVolume:
         rtol: float, **_: Any,
     ) -> dict[str, Solution]:  # fmt: skip
         """Blocks of this edge alone, as resistors (see `estimate`)."""
-        from hpcres.metrics.transport.estimate import solve_blocks
+        from hpcres.transport.estimate import solve_blocks
 
         start, key = time.perf_counter(), (edge, tuple(conductivity.items()))
         if self._blocks is None or self._blocks[0] != key:
@@ -148,7 +148,7 @@ class SlabVolume:
 
     def estimated(self, direction: str) -> dict[str, Any]:
         """What belongs to the last estimate's number."""
-        from hpcres.metrics.transport.estimate import UNRELIABILITY
+        from hpcres.transport.estimate import UNRELIABILITY
 
         assert self._blocks is not None
         blocks = self._blocks[1]

@@ -41,6 +41,7 @@ import numpy as np
 from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, triple
+from hpcres.memory import free_bytes
 from hpcres.volumes.volume import Volume
 
 SCHEMA = "hpcres transport 2"
@@ -117,9 +118,9 @@ def solve(
     one is given, after set-up on the cores.
     """
     # Compiled kernels; not needed to read a result.
-    from hpcres.metrics.transport.percolation import Clusters
-    from hpcres.metrics.transport.threads import Threads
-    from hpcres.metrics.transport.voxels import by_label, pack
+    from hpcres.transport.percolation import Clusters
+    from hpcres.transport.threads import Threads
+    from hpcres.transport.voxels import by_label, pack
 
     assert labels.dtype == np.uint8, labels.dtype
     assert all(k > 0 for k in conductivity.values()), conductivity
@@ -178,9 +179,9 @@ def _system(
     pool: Any, resistance: np.ndarray | None, device: Any, in_float64: bool,
 ) -> Any:  # fmt: skip
     """The system of the conducting voxels in `bits`, a `share` of all; InputError where it would not fit in memory."""
-    from hpcres.metrics.transport.form import Form
-    from hpcres.metrics.transport.multigrid import System
-    from hpcres.metrics.transport.voxels import pack, unpacked
+    from hpcres.transport.form import Form
+    from hpcres.transport.multigrid import System
+    from hpcres.transport.voxels import pack, unpacked
 
     odd = [a for a in range(3) if sides[a] and labels.shape[a] % 2]
     form = Form.of(labels.shape, spacing, resistance, in_float64)
@@ -194,7 +195,7 @@ def _system(
         bits = pack(mask, np.arange(256) > 0, pool)
     make: Any = System
     if device is not None:
-        from hpcres.metrics.transport.device import DeviceSystem, check_device_memory
+        from hpcres.transport.device import DeviceSystem, check_device_memory
 
         voxels = round(share * labels.size)
         check_device_memory(device, labels.shape, voxels, form.several, vectors + LEFT_OF_SET_UP * levels)
@@ -210,7 +211,7 @@ def _scaled(report: Report, direction: str, unit: float, iterations: int, d_rel:
 def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | None = None) -> dict[str, Any]:
     """estimate: edge of the blocks that are solved alone."""
     if estimate is not None:
-        from hpcres.metrics.transport.estimate import UNRELIABILITY
+        from hpcres.transport.estimate import UNRELIABILITY
 
         return {
             "name": "hpcres",
@@ -247,13 +248,10 @@ def check_memory(
     along which the volume is solved twice over. on_node: processes that each need as much on this node. held: bytes of
     vectors and of coarse levels for a conducting voxel (see `form.Form`).
     """
-    import psutil
-    from distributed.system import MEMORY_LIMIT
-
     share = 0.4 if conducting is None else conducting
     per_voxel = BYTES_PER_VOXEL + sum(held) * share
     per_voxel *= 2 ** len(doubled)
-    need, free = prod(shape) * per_voxel, min(psutil.virtual_memory().available, MEMORY_LIMIT) / on_node
+    need, free = prod(shape) * per_voxel, free_bytes() / on_node
     if need > free:
         edge = int((free / per_voxel) ** (1 / 3)) // 16 * 16
         size = " × ".join(map(str, shape))
@@ -309,7 +307,7 @@ def tortuosity(
     threads = threads or cores()
     slabs: Any = None
     if comm is not None or memory is not None or estimate is not None:
-        from hpcres.metrics.transport.slabwise import SlabVolume
+        from hpcres.transport.slabwise import SlabVolume
 
         slabs = SlabVolume(
             volume, box, comm=comm, on_node=on_node, memory=memory, scratch=scratch or Path(), threads=threads,
@@ -345,7 +343,7 @@ def tortuosity(
     with ExitStack() as stack:
         fields: Any = None
         if field is not None:
-            from hpcres.metrics.transport.fields import field_writer
+            from hpcres.transport.fields import field_writer
 
             fields = stack.enter_context(field_writer(field, box.shape, lengths, overwrite, comm))
         for name, conducting in systems:

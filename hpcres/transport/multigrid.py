@@ -10,13 +10,13 @@ import numpy as np
 from scipy.sparse import csc_matrix
 from scipy.sparse.linalg import splu
 
-from hpcres.metrics.transport import coarse
-from hpcres.metrics.transport.aggregation import coarser
-from hpcres.metrics.transport.coarse import Graph, Level
-from hpcres.metrics.transport.form import Form, contrast
-from hpcres.metrics.transport.solver import Solver
-from hpcres.metrics.transport.threads import Threads
-from hpcres.metrics.transport.voxels import Voxels, tau_of_layers
+from hpcres.transport import coarse
+from hpcres.transport.aggregation import coarser
+from hpcres.transport.coarse import Graph, Level
+from hpcres.transport.form import Form, contrast
+from hpcres.transport.solver import Solver
+from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import Voxels, tau_of_layers
 
 DENSE = 160  # parts of a level that is solved by its inverse
 FACTORED = 4000  # parts of a robust level of one cell, from which on it is not made coarser

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.geometry import Triple
-from hpcres.metrics.transport.voxels import Voxels
+from hpcres.transport.voxels import Voxels
 from hpcres.volumes.stores import FieldStore
 
 FIELD_PLANES = 64  # of a chunk, which only one rank may write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.metrics.counts import pack_bits, pack_phases
+from hpcres.counting.counts import pack_bits, pack_phases
 
 
 @compiled

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.metrics.counts import popcount
+from hpcres.counting.counts import popcount
 
 _STRIP = 512
 """Words compared at a time, so that a strip of every lag stays in the nearest caches."""

@@ -1,0 +1,1 @@
+"""Integer kernels on blocks of labels: counts that add, and what they say."""

@@ -1,0 +1,170 @@
+"""Statistics of slices, which a volume and high-res images have alike, so that they can be compared without a truth.
+
+Fractions, faces, triple points, two-point correlations and the patterns of 3 × 3 pixels, as integer counts that add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+
+import numpy as np
+
+from hpcres.compiled import compiled
+from hpcres.study import HighRes
+
+_LAGS = 16
+_RARE = 1e-3
+"""Interphase areas below this share of all faces say little of a few cubes and are left out of the worst."""
+_MAX_PATTERN_PHASES = 4
+_SPACINGS = (1, 4)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Counts in a set of 2D label images, which add. Directions are along rows' index (down) and along columns' index
+    (across)."""
+
+    pixels: np.ndarray
+    """(phase,)"""
+    faces: np.ndarray
+    """(direction, pair), and of any pair in `all_faces` (direction,)."""
+    all_faces: np.ndarray
+    together: np.ndarray
+    """(direction, phase, lag from 1 on) pairs of pixels of the phase, and of all that fit in `all_pairs`."""
+    all_pairs: np.ndarray
+    corners: np.ndarray
+    """Inner corners of pixels where at least three phases meet, and all of them."""
+    windows: dict[int, np.ndarray]
+    """Spacing → (phases⁹,) windows of 3 × 3 pixels by their labels, the first pixel of nine the highest digit."""
+
+    def __add__(self, other: Seen) -> Seen:
+        mine, theirs = vars(self), vars(other)
+        windows = {spacing: found + other.windows[spacing] for spacing, found in self.windows.items()}
+        return Seen(**{key: mine[key] + theirs[key] for key in mine if key != "windows"}, windows=windows)
+
+    @property
+    def fractions(self) -> np.ndarray:
+        return self.pixels / self.pixels.sum()
+
+    @property
+    def areas(self) -> np.ndarray:
+        """(direction, pair): faces between two phases / all faces of that direction."""
+        return self.faces / np.maximum(self.all_faces, 1)[:, None]
+
+    @property
+    def correlations(self) -> np.ndarray:
+        """(direction, phase, lag): P(both pixels a lag apart are of the phase)."""
+        return self.together / np.maximum(self.all_pairs, 1)[:, None]
+
+    @property
+    def tpb(self) -> float:
+        """Normalised TPB of isotropic matter."""
+        return float(self.corners[0] / max(1, self.corners[1]))
+
+    @property
+    def patterns(self) -> dict[int, np.ndarray]:
+        return {spacing: found / max(1, found.sum()) for spacing, found in self.windows.items()}
+
+
+@compiled
+def _count_windows(stack, phases, spacing, found):
+    rows, columns = stack.shape[1] - 2 * spacing, stack.shape[2] - 2 * spacing
+    for image in stack:
+        for row in range(rows):
+            for column in range(columns):
+                code = 0
+                for down in range(row, row + 3 * spacing, spacing):
+                    for across in range(column, column + 3 * spacing, spacing):
+                        code = code * phases + image[down, across]
+                found[code] += 1
+
+
+@compiled
+def _count_together(lines, together):
+    """lines (line, place); together (phase, lag from 1 on)."""
+    for line in lines:
+        for lag in range(1, min(together.shape[1], len(line) - 1) + 1):
+            for place in range(len(line) - lag):
+                if line[place] == line[place + lag]:
+                    together[line[place], lag - 1] += 1
+
+
+def look(stacks: Iterable[np.ndarray], phases: int) -> Seen:
+    """What stacks (slice, row, column) of uint8 labels below `phases` show; every pixel, face and pair counts the
+    same."""
+    pairs = list(combinations(range(phases), 2))
+    pixels = np.zeros(phases, np.int64)
+    faces, all_faces = np.zeros((2, len(pairs)), np.int64), np.zeros(2, np.int64)
+    together, all_pairs = np.zeros((2, phases, _LAGS), np.int64), np.zeros((2, _LAGS), np.int64)
+    corners = np.zeros(2, np.int64)
+    spacings = _SPACINGS if phases <= _MAX_PATTERN_PHASES else ()
+    windows = {spacing: np.zeros(phases**9, np.int64) for spacing in spacings}
+    for stack in stacks:
+        stack = np.ascontiguousarray(stack, np.uint8)
+        pixels += np.bincount(stack.ravel(), minlength=phases)
+        bits = np.left_shift(np.uint16(1), stack, dtype=np.uint16)
+        for direction in range(2):
+            turned = np.moveaxis(bits, 1 + direction, 0)
+            both = turned[1:] | turned[:-1]
+            all_faces[direction] += both.size
+            found = np.bincount(both.ravel(), minlength=1 << phases)
+            faces[direction] += [found[1 << i | 1 << j] for i, j in pairs]
+            length = stack.shape[1 + direction]
+            lines = np.ascontiguousarray(np.moveaxis(stack, 1 + direction, 2)).reshape(-1, length)
+            _count_together(lines, together[direction])
+            all_pairs[direction] += len(lines) * np.maximum(length - np.arange(1, _LAGS + 1), 0)
+        here = bits[:, 1:, 1:] | bits[:, 1:, :-1] | bits[:, :-1, 1:] | bits[:, :-1, :-1]
+        rest = here & (here - np.uint16(1))
+        corners += [int(np.count_nonzero(rest & (rest - np.uint16(1)))), here.size]
+        for spacing, found in windows.items():
+            _count_windows(stack, phases, spacing, found)
+    return Seen(pixels, faces, all_faces, together, all_pairs, corners, windows)
+
+
+def errors_between(ours: Seen, images: Seen, isotropic: bool) -> dict[str, float]:
+    """Fractions: largest difference; areas and TPB: relative, the worst pair; correlations: root mean square; tv1 and
+    tv4. Of isotropic matter the directions are taken together, and windows with their mirrors and rotations."""
+
+    def over_directions(values: np.ndarray) -> np.ndarray:
+        return values.mean(axis=0, keepdims=True) if isotropic else values
+
+    areas, wanted = over_directions(ours.areas), over_directions(images.areas)
+    common = wanted > _RARE
+    apart = over_directions(ours.correlations) - over_directions(images.correlations)
+    found = {
+        "fraction_error": float(np.abs(ours.fractions - images.fractions).max()),
+        "area_error": float(np.abs(areas[common] / wanted[common] - 1).max()) if common.any() else 0.0,
+        "correlation_error": float(np.sqrt(np.square(apart).mean())),
+    }
+    if images.tpb:
+        found["tpb_error"] = abs(ours.tpb / images.tpb - 1)
+    for spacing, histogram in images.patterns.items():
+        apart = ours.patterns[spacing] - histogram
+        found[f"tv{spacing}"] = float(np.abs(_symmetric(apart) if isotropic else apart).sum() / 2)
+    return found
+
+
+def _symmetric(histogram: np.ndarray) -> np.ndarray:
+    """The mean of a histogram of windows and of those of its mirrors and rotations: isotropic matter has no other, and
+    chance is left a third of its say."""
+    phases = round(len(histogram) ** (1 / 9))
+    by_pixel, pixels = histogram.reshape((phases,) * 9), np.arange(9).reshape(3, 3)
+    turns = [np.rot90(side, k).ravel() for side in (pixels, pixels.T) for k in range(4)]
+    return np.mean([by_pixel.transpose(turn) for turn in turns], axis=0).ravel()
+
+
+def planes_of(high_res: HighRes) -> tuple[str, ...]:
+    """What is compared with the images by itself, in the order of the axes normal to it: z, y, x."""
+    return ("all",) if high_res.isotropic else ("yx", "zx", "zy")
+
+
+def planes_seen(cubes: Iterable[np.ndarray], high_res: HighRes) -> dict[str, Seen]:
+    """What the slices of cubes (z, y, x) show, by plane."""
+    phases = len(high_res.phases)
+    by_axis = [look((np.moveaxis(cube, axis, 0),), phases) for cube in cubes for axis in range(3)]
+    if high_res.isotropic:
+        return {"all": reduce(Seen.__add__, by_axis)}
+    return {plane: reduce(Seen.__add__, by_axis[axis::3]) for axis, plane in enumerate(planes_of(high_res))}
