@@ -94,7 +94,7 @@ def scale(keep: Path, options: argparse.Namespace) -> str:
     settings = [
         f"scale_factor={options.scale}", f"phantom.voxels={'x'.join([str(options.voxels)] * 3)}",
         "phantom.feature_voxels=24", "network.width=4", "network.critic_width=5",
-        "network.noise_sigma_voxels=[0,8,16]", "training.surroundings=3", "training.warm_up_steps=250",
+        "network.noise_sigma_voxels=[0,8,16]", "training.context=3", "training.warm_up_steps=250",
         *by_steps(options.steps), *options.set,
     ]  # fmt: skip
     if not (folder / "phantom").exists():

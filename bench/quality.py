@@ -11,7 +11,7 @@ earlier call stopped. --steps N trains N steps whatever the clock says, which is
 other work runs; --recipe configs/long.yaml puts that recipe on top of the study, --recipe auto lets training choose
 one, --set SECTION.KEY=VALUE changes it.
 Nothing is chosen by the truth: training keeps the generator with the best score by the images and the low-res volume
-(training/quality.py). --picture FILE.png shows slices of the first seed; of the electrode also, in
+(training/evaluation.py). --picture FILE.png shows slices of the first seed; of the electrode also, in
 FILE-distributions.png, the numbers of 256 cubes of 64³ as in figure 2 of Dahari 2022.
 
 One Markdown table: each figure, its bar, whether every seed meets it, each seed, mean ± standard deviation of several.

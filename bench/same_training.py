@@ -66,7 +66,7 @@ def trained(package: Path, study: Path, output: Path) -> str:
     """Digest of the rows of training.csv without their seconds, and of the weights that are saved."""
     settings = {
         "steps": STEPS, "minutes": "null", "threads": 1, "precision": "fp32", "report_seconds": 1e-6,
-        "settling_cubes": 4, "quality_cubes": 2, "quality_steps": 5,
+        "recalibration_cubes": 4, "quality_cubes": 2, "quality_steps": 5,
     }  # fmt: skip
     command = [sys.executable, "-m", "hpcres", "train", str(study), f"--output={output}"]
     command += [f"--set=training.{key}={value}" for key, value in settings.items()]

@@ -60,7 +60,7 @@ CHANGES = {
     "padding replicate": ("network", {"padding": "replicate"}),
     "last stage resize": ("network", {"last_stage": "resize"}),
     "no label patterns": ("training", {"pattern_weight": 0}),
-    "surroundings of 3": ("training", {"surroundings": 3}),
+    "context of 3": ("training", {"context": 3}),
     "all slices": ("training", {"slices_per_axis": None}),
     "a generator forward for each critic step": ("training", {"reuse_generated": False}),
     "five critic steps": ("training", {"critic_steps": 5}),
@@ -263,7 +263,7 @@ print(last[len(last) // 2])
 """
 COMMAND_SECONDS = READ + """
 import csv, os, subprocess
-content["training"].update(steps=int(sys.argv[2]), report_seconds=3, settling_cubes=1, least_steps=1)
+content["training"].update(steps=int(sys.argv[2]), report_seconds=3, recalibration_cubes=1, least_steps=1)
 known = set(type(study.training).model_fields)
 content["training"] = {key: value for key, value in content["training"].items() if key in known}
 content["training"].pop("quality_steps", None), content["training"].pop("keep", None)
@@ -375,7 +375,7 @@ def main() -> None:
             print(f"{row:44} {1 / seconds:6.2f} steps/s  {flops / 1e9:7.1f} GFLOP  {share:5.1%} of peak  "
                   + ", ".join(f"{part} {value:.0%}" for part, value in found.items()))  # fmt: skip
         print(f"compiling takes {compiling:.0f} s once")
-        more = {"steps": 60, "report_seconds": 0.5, "settling_cubes": 2, "threads": 1}
+        more = {"steps": 60, "report_seconds": 0.5, "recalibration_cubes": 2, "threads": 1}
         study = study_of(folder, {**fast, "training": {**fast["training"], **more}}, options.device)
         rates = {count: processes_rate(study, count) for count in (1, options.processes)}
         print(", ".join(f"{count} processes of one thread: {rate:.2f} steps/s" for count, rate in rates.items()))

@@ -25,7 +25,7 @@ study = {
     "low_res": {"path": str(made / "low_res.zarr"), "phases": {0: ["pore", "binder"], 1: "active"}},
     "phantom": {"kind": "three-phase", "voxels": [96, 96, 96], "slice_voxels": 192, "slices": 1},
     "network": {"width": 3, "critic_width": 5, "padding": "zeros", "last_stage": "transposed"},
-    "training": {"steps": 20, "cubes": 2, "slices_per_axis": 4, "critic_steps": 1, "settling_cubes": 4},
+    "training": {"steps": 20, "cubes": 2, "slices_per_axis": 4, "critic_steps": 1, "recalibration_cubes": 4},
 }
 
 # %%

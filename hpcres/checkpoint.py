@@ -25,7 +25,7 @@ from hpcres.families import FAMILIES, family_of
 from hpcres.networks.generator import Generator
 from hpcres.outputs import CHECKPOINT_MARK
 from hpcres.study import Study
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 
 _FORMAT = f"{CHECKPOINT_MARK}1"
 
@@ -94,7 +94,7 @@ def save_checkpoint(
     }
     for left in path.parent.glob(f".{path.name}.*"):  # by a kill in the middle of what follows
         left.unlink(missing_ok=True)
-    with made_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())

@@ -22,7 +22,7 @@ from hpcres.geometry import Triple, blocks, triple
 from hpcres.outputs import PHANTOM, refuse_output
 from hpcres.signals import end_if_signalled
 from hpcres.volumes.convert import convert
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 from hpcres.volumes.tiff import write_images
 from hpcres.volumes.volume import array_volume
 
@@ -197,7 +197,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
     unused = {"slices_porosity"} if phantom.slices_porosity is None else None
     made_by = phantom.model_dump(mode="json", exclude=unused)
     provenance = {"phantom": made_by, "seed": study.seed, "hpcres_version": __version__}
-    with made_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         temporary.mkdir(parents=True)
         for axis, name in _slice_files(study).items():
             say(name)

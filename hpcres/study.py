@@ -109,6 +109,25 @@ def parse_boundary(value: Any) -> Boundaries:
     return z, y, x
 
 
+RENAMED = {"training": {"surroundings": "context", "settling_cubes": "recalibration_cubes"}}
+"""By section, names that settings had until 2026-11, and what they are called now."""
+
+
+def rename_old_keys(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give settings that have an old name their new one, in place; the pairs of dotted names. InputError where both are
+    there."""
+    found = []
+    for section, names in RENAMED.items():
+        given = settings.get(section)
+        for old, new in names.items():
+            if isinstance(given, dict) and old in given:
+                if new in given:
+                    raise InputError(f"{section}.{old}: is the old name of {section}.{new}, and both are set; keep one")
+                given[new] = given.pop(old)
+                found.append((f"{section}.{old}", f"{section}.{new}"))
+    return found
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -425,7 +444,7 @@ class Training(TrainingSettings):
     """Weight of the difference between the shares of pixels, in generated slices and in the images, that differ from
     both neighbours along a line: lines one pixel wide and single pixels. As pattern_weight in all else, but not
     corrected where the images are not typical of the volume."""
-    surroundings: Annotated[int, Field(ge=0, le=8)] = 0
+    context: Annotated[int, Field(ge=0, le=8)] = 0
     """Low-res voxels around each training cube that the generator sees and nothing is asked of, so that no padding is
     near what the critics see; a multiple of q where the scale factor is p/q. None by default, as published."""
     reach_faces: bool = False
@@ -438,7 +457,7 @@ class Training(TrainingSettings):
     generator itself."""
     ema_growth: Annotated[float, Field(ge=0, le=100)] = 0.5
     """Power with which the weight of a step in the average grows in these first steps."""
-    settling_cubes: Annotated[int, Field(ge=1)] = 32
+    recalibration_cubes: Annotated[int, Field(ge=1)] = 32
     """Cubes behind the batch-norm statistics of the saved generator, which are taken anew before it is saved, and
     behind `match_fractions`. Where so many can hold every voxel they are the volume with the noise that its seed
     paints it with, and no more than that takes; else typical ones."""
@@ -475,12 +494,12 @@ class Training(TrainingSettings):
     @property
     def padded_voxels(self) -> int:
         """High-res voxels at a cube's faces that padding may have changed, and that are left out of what is judged."""
-        return 0 if self.surroundings else self.crop_voxels
+        return 0 if self.context else self.crop_voxels
 
     @property
     def boundaries(self) -> Boundaries:
         """What suits a network trained so beyond the faces of a volume."""
-        return MIRROR if self.surroundings or self.atypical_images == "correct" else REPLICATE
+        return MIRROR if self.context or self.atypical_images == "correct" else REPLICATE
 
     @property
     def may_change(self) -> frozenset[str]:
@@ -499,9 +518,9 @@ class Training(TrainingSettings):
                 "training.diagonal_slices: no image shows a plane at 45° of an anisotropic material; set it to false, "
                 "or high_res.isotropic to true"
             )
-        if (around := self.surroundings) % (q := study.scale_factor.denominator):
+        if (around := self.context) % (q := study.scale_factor.denominator):
             raise ValueError(
-                f"training.surroundings: {around} low-res voxels are no whole number of high-res ones at scale factor "
+                f"training.context: {around} low-res voxels are no whole number of high-res ones at scale factor "
                 f"{study.scale_factor}; use a multiple of {q}"
             )
 
@@ -515,8 +534,8 @@ class Inference(Section):
     boundary: BoundarySetting | None = None
     """What lies beyond the volume, z, y, x: its outermost voxels again (`replicate`, as published), its other side
     (`periodic`) or its mirror image (`mirror`). One for all axes or as `{z: periodic}`, where the others replicate; by
-    default mirror for a network trained with surroundings, which has never seen a face, or with `atypical_images:
-    correct`, whose fractions are settled so; else replicate."""
+    default mirror for a network trained with context, which has never seen a face, or with `atypical_images:
+    correct`, whose fractions are calibrated so; else replicate."""
     codec: Literal["zstd", "lz4"] = "zstd"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Half precision is faster, above all on GPUs, and changes labels; infer says how many."""
@@ -683,6 +702,7 @@ class Study(Section):
         Settings that an earlier version did not have get the value that says what it did.
         """
         settings = json.loads(text)
+        rename_old_keys(settings)
         model = study_model(settings)
         if model is Study:
             settings["training"] = {"real_patches": "slices", "penalties": "slices"} | settings.get("training", {})

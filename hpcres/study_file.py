@@ -7,6 +7,7 @@ output folder. An unknown key is an error that names the file, the key and the n
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -18,9 +19,10 @@ from pydantic import ValidationError
 
 from hpcres.errors import InputError
 from hpcres.outputs import STUDY, STUDY_MARK, refuse_output
-from hpcres.study import Section, Study, study_model
-from hpcres.volumes.files import made_whole
+from hpcres.study import RENAMED, Section, Study, rename_old_keys, study_model
+from hpcres.volumes.files import atomic_write
 
+log = logging.getLogger("hpcres")
 _SHIPPED = "hpcres:"
 _RECIPES = Path(__file__).resolve().parent / "recipes"
 
@@ -70,6 +72,8 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: no settings in it; a study file is a list of `key: value` lines")
     folder = path.resolve().parent
+    for old, new in rename_old_keys(raw):
+        log.warning("%s: %s is now %s; the old name is read all the same", path, old, new)
     raw = _over_paths(raw, lambda text, _: _place(text, folder))
     if "output" in raw:
         raw["output"] = _place(str(raw["output"]), folder)
@@ -182,6 +186,9 @@ def _override(raw: dict[str, Any], setting: str) -> None:
     if not equals or not key:
         raise InputError(f"--set {setting}: no value; write --set section.key=value")
     *sections, last = key.strip().split(".")
+    if len(sections) == 1 and last in (renamed := RENAMED.get(sections[0], {})):
+        log.warning("--set %s: it is now %s.%s; the old name is read all the same", key, sections[0], renamed[last])
+        last = renamed[last]
     place: Any = raw
     for part in sections:
         place = place.setdefault(part, {}) if isinstance(place, dict) else None
@@ -241,6 +248,6 @@ def save_study(study: Study, stage: str, folder: Path | None = None) -> Path:
     settings = study.plain(exclude_none=True)
     text = f"{STUDY_MARK}: the study of its last {stage}\n"
     text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    with made_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

@@ -73,7 +73,7 @@ def make_template(folder: Path) -> None:
         "high_res": {"phases": phases, "voxel_size": "65 nm", "images": [{"path": "high.npy"}]},
         "low_res": {"path": "low.npy", "phases": phases}, "network": {"width": 3, "critic_width": 5},
         "training": {
-            "steps": 6, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "settling_cubes": 2,
+            "steps": 6, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "recalibration_cubes": 2,
             "report_seconds": 0.01,
         },
         "inference": {"tiles": "4x4x4", "chunk_voxels": 16, "threads": 1},

@@ -30,7 +30,7 @@ def study_of(folder, images=None, high_res=None, volume=None, **more):
         np.save(folder / "high.npy", blobs((1, 90, 80), 2))
         images = [{"path": str(folder / "high.npy")}]
     training = {"steps": 4, "cubes": 2, "slices_per_axis": 3, "critic_steps": 2, "ema": 0.9, "threads": 1}
-    training |= {"settling_cubes": 2, "real_patches": "slices", "penalties": "slices"}
+    training |= {"recalibration_cubes": 2, "real_patches": "slices", "penalties": "slices"}
     training |= more.pop("training", {})
     return Study.model_validate(
         {

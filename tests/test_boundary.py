@@ -264,7 +264,7 @@ def test_boundary_belongs_to_the_store(study, tmp_path, hpcres):
 def test_a_network_trained_with_surroundings_paints_with_a_mirror_unless_told_otherwise(study, tmp_path):
     loaded, low_res = load_checkpoint(study.parent / "out/checkpoint.pt"), str(study.parent / "low.npy")
     for around, boundary, expected in ((0, None, "rrr"), (3, None, "mmm"), (3, "{z: periodic}", "prr")):
-        settings = [f"training.surroundings={around}", *([f"inference.boundary={boundary}"] if boundary else [])]
+        settings = [f"training.context={around}", *([f"inference.boundary={boundary}"] if boundary else [])]
         taught, used = tmp_path / f"{around}.pt", load_study(study, settings)
         save_checkpoint(taught, generator=loaded.generator, study=used, step=1)
         alone = open_job(None, checkpoint=str(taught), low_res=low_res, output=str(tmp_path / "x"))

@@ -43,7 +43,7 @@ def step_of(study, group=ALONE):
     outcome = models.step(0, group.share(study.training.cubes), low_res, real, study.training.learning_rate)
     gradients = [p.grad for module in (models.generator, models.critics) for p in module.parameters()]
     statistics = [b for b in models.generator.buffers() if b.is_floating_point()]
-    saved = [list(module.state_dict()) for module in (models.generator, models.settled(low_res, real))]
+    saved = [list(module.state_dict()) for module in (models.generator, models.recalibrated(low_res, real))]
     parts = [torch.cat([t.flatten() for t in tensors]) for tensors in (gradients, statistics)]
     return group.mean(outcome.losses), parts, saved
 

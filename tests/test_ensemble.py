@@ -13,7 +13,7 @@ from small_painting import both_stores, command, flip, make_study, mpirun, paint
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
-from hpcres.inference.journal import Claim, agreement_path
+from hpcres.inference.journal import StoreLock, agreement_path
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.inference.verify import find_faults, remove_faulty, repair_job
@@ -80,7 +80,7 @@ def test_an_ensemble_by_ranks_and_after_damage_is_the_same(ensemble, tmp_path):
                               (Path.unlink, "1/c/2/0/0", "missing")):  # fmt: skip
         spoil(shares / shard)
         assert why in next(str(fault) for fault in find_faults(store) if fault.volume == "agreement")
-        with Claim(store) as claim:
+        with StoreLock(store) as claim:
             remove_faulty(store, find_faults(store, claim=claim))
             infer(repair_job(store), Ranks(), claim=claim)
         assert ours() == expected

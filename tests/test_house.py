@@ -232,17 +232,17 @@ def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
     long, small = load_study(study), load_study(ROOT / "configs" / "case3-sofc-small.yaml")
     assert (long.network.width, long.network.residual_blocks) == (6, 2)
     assert long.network.noise_sigma_voxels == (0, 4, 8)
-    assert (long.training.surroundings, long.training.pattern_weight, long.training.match_fractions) == (5, 480, True)
+    assert (long.training.context, long.training.pattern_weight, long.training.match_fractions) == (5, 480, True)
     changed = {
-        "minutes", "least_steps", "surroundings", "pattern_weight", "pattern_tolerance", "pattern_spacings",
-        "voxel_threshold", "ema_growth", "match_fractions", "settling_cubes", "quality_steps", "quality_cubes",
+        "minutes", "least_steps", "context", "pattern_weight", "pattern_tolerance", "pattern_spacings",
+        "voxel_threshold", "ema_growth", "match_fractions", "recalibration_cubes", "quality_steps", "quality_cubes",
     }  # fmt: skip
     assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)
     assert long.scale_factor == small.scale_factor == 4
     study.write_text(study.read_text().replace("long.yaml", "long-white.yaml"))
     white = load_study(study)
     assert white.network == long.network.model_copy(update={"noise_sigma_voxels": (0,)})
-    changed = {"ema_growth", "match_fractions", "settling_cubes", "quality_steps"}
+    changed = {"ema_growth", "match_fractions", "recalibration_cubes", "quality_steps"}
     assert white.training.model_dump(exclude=changed) == long.training.model_dump(exclude=changed)
     assert (white.training.ema_growth, white.training.match_fractions) == (2, False)
 

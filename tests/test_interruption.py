@@ -37,7 +37,7 @@ from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.conditions import Conditions
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
-from hpcres.inference.journal import Claim, Journal, read_journal
+from hpcres.inference.journal import Journal, StoreLock, read_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
 from hpcres.inference.verify import find_faults, repair_job
@@ -113,7 +113,7 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
     monkeypatch.setattr("hpcres.inference.journal._DYING_SECONDS", 0.1)
     with pytest.raises(InputError, match=r"another job.*give another --output"):
         infer(job, Ranks(), overwrite=True)
-    with pytest.raises(InputError, match="another job"), Claim(store) as claim:
+    with pytest.raises(InputError, match="another job"), StoreLock(store) as claim:
         find_faults(store, claim=claim)
     assert store_bytes(store) == before
     for one in (first.pid, *ours):
@@ -128,10 +128,10 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
 def test_a_rank_that_outlives_its_job_is_waited_for(tmp_path, monkeypatch):
     """Rank 0 and its lock are gone, another rank still writes."""
     monkeypatch.setattr("hpcres.inference.journal._LEFT_OVER_SECONDS", 0.2)
-    with Journal(tmp_path / "labels.zarr", 1), Claim(tmp_path / "labels.zarr") as claim:
+    with Journal(tmp_path / "labels.zarr", 1), StoreLock(tmp_path / "labels.zarr") as claim:
         with pytest.raises(InputError, match=r"rank-00001\.jsonl is locked.*run this command again"):
             claim.take()
-    with Claim(tmp_path / "labels.zarr") as claim, Journal(tmp_path / "labels.zarr", 1):
+    with StoreLock(tmp_path / "labels.zarr") as claim, Journal(tmp_path / "labels.zarr", 1):
         pass
 
 
@@ -321,7 +321,7 @@ def test_a_store_without_its_journal_is_not_painted_anew_unasked(study, copy, pa
     job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
     with pytest.raises(InputError, match=r"labels.zarr.journal is not beside it"):
         infer(job, Ranks())
-    with pytest.raises(InputError, match=r"put it back"), Claim(copy) as claim:
+    with pytest.raises(InputError, match=r"put it back"), StoreLock(copy) as claim:
         find_faults(copy, claim=claim)
     assert infer(job, Ranks(), overwrite=True).painted == 8
     assert store_bytes(copy) == store_bytes(painted)

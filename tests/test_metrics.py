@@ -19,7 +19,7 @@ import torch
 from small_volumes import plain_counts
 
 from hpcres.counting.lattice import changed_faces, lattice_imprint
-from hpcres.counting.slices import errors_between, look
+from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
 from hpcres.lengths import cubic
@@ -412,13 +412,13 @@ def test_appearance_is_that_of_all_slices_of_the_cubes(client, tmp_path, monkeyp
         {"all": [(2, 64, 70)]} if isotropic
         else {"yx": [(2, 64, 70)], "zx": [(2, 64, 70)], "zy": [(2, 70, 64)]}
     )  # fmt: skip
-    seen = {plane: look(stacks, 3) for plane, stacks in by_plane.items()}
+    seen = {plane: slice_statistics(stacks, 3) for plane, stacks in by_plane.items()}
     found = module.appearance(open_volume(tmp_path / "volume.npy"), high_res, seen, client=client, progress=False)
     assert (found["cubes"], found["edge"]) == (3, 20)
     cubes = [labels[:, y : y + 20, x : x + 20] for y, x in ((0, 20), (20, 0), (20, 40))]  # 1, 4 and 6 of 8
     for plane, entry in found["planes"].items():
         axes = range(3) if isotropic else ["yx zx zy".split().index(plane)]
-        whole = look([np.moveaxis(cube, axis, 0) for cube in cubes for axis in axes], 3)
+        whole = slice_statistics([np.moveaxis(cube, axis, 0) for cube in cubes for axis in axes], 3)
         assert entry["errors"] == errors_between(whole, seen[plane], isotropic)
         assert entry["volume_fraction"]["binder"] == np.mean([cube == 2 for cube in cubes])
     shown = module.appearance_of_images(high_res)

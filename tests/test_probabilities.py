@@ -448,7 +448,7 @@ def test_a_phantom_of_probabilities_goes_through_every_stage(tmp_path, monkeypat
         },
         "imaging": {"box": True},
         "network": {"width": 3, "critic_width": 5, "padding": "zeros", "last_stage": "transposed"},
-        "training": {"steps": 1, "cubes": 1, "slices_per_axis": 2, "critic_steps": 1, "settling_cubes": 1},
+        "training": {"steps": 1, "cubes": 1, "slices_per_axis": 2, "critic_steps": 1, "recalibration_cubes": 1},
         "inference": {"tiles": "1x1x1", "threads": 1},
         "metrics": {"subvolumes": {"count": 0, "voxels": 64}, "statistics": []},
         "reference": {"volume": "${output}/phantom/truth.zarr"},

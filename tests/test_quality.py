@@ -16,17 +16,17 @@ from rich.console import Console
 from small_training import ALONE, anisotropic, blobs, content, study_of
 
 from hpcres.checkpoint import load_checkpoint
-from hpcres.counting.slices import errors_between, look
+from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator
 from hpcres.study_file import load_study, save_study
 from hpcres.training import journal, samples
 from hpcres.training.adversarial import Models
+from hpcres.training.evaluation import GOOD, Evaluator
 from hpcres.training.events import Events, crc32c
 from hpcres.training.folder import RunFolder
 from hpcres.training.loop import train
 from hpcres.training.page import write_page
-from hpcres.training.quality import GOOD, Judge
 from hpcres.training.samples import LowResCubes
 from hpcres.training.superres import SuperResTrainer
 from hpcres.volumes.images import images_by_plane
@@ -35,7 +35,7 @@ from hpcres.volumes.phases import open_low_res
 
 def test_what_is_seen_of_stacks_is_what_brute_force_counts():
     stacks = [np.random.default_rng(i).integers(0, 3, s, np.uint8) for i, s in enumerate([(2, 9, 11), (1, 8, 7)])]
-    seen = look(stacks, 3)
+    seen = slice_statistics(stacks, 3)
     everything = np.concatenate([s.ravel() for s in stacks])
     assert seen.fractions == pytest.approx([(everything == i).mean() for i in range(3)])
     for direction in range(2):
@@ -57,48 +57,49 @@ def test_what_is_seen_of_stacks_is_what_brute_force_counts():
 
 def test_errors_are_zero_of_the_same_and_grow_with_what_differs():
     image = blobs((1, 200, 200), 0)
-    same = errors_between(look([image], 3), look([image], 3), True)
+    same = errors_between(slice_statistics([image], 3), slice_statistics([image], 3), True)
     assert set(same.values()) == {0.0}
     assert set(same) | {"disagreement", "lattice_imprint"} == set(GOOD)
-    turned = errors_between(look([image.transpose(0, 2, 1)], 3), look([image], 3), True)
+    turned = errors_between(slice_statistics([image.transpose(0, 2, 1)], 3), slice_statistics([image], 3), True)
     assert turned["area_error"] == pytest.approx(0)
-    coarse = errors_between(look([image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)], 3), look([image], 3), True)
-    other = errors_between(look([blobs((1, 200, 200), 1)], 3), look([image], 3), True)
+    whole, halved = slice_statistics([image], 3), image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)
+    coarse = errors_between(slice_statistics([halved], 3), whole, True)
+    other = errors_between(slice_statistics([blobs((1, 200, 200), 1)], 3), slice_statistics([image], 3), True)
     assert coarse["tv1"] > 3 * other["tv1"]
     assert coarse["area_error"] > 3 * other["area_error"]
     for turn in (np.rot90(image, 1, (1, 2)), image[:, :, ::-1], image.transpose(0, 2, 1)):
-        turned = errors_between(look([turn], 3), look([image], 3), True)
+        turned = errors_between(slice_statistics([turn], 3), slice_statistics([image], 3), True)
         assert max(turned.values()) == pytest.approx(0, abs=1e-12)
-        assert errors_between(look([turn], 3), look([image], 3), False)["tv4"] > 0.1
+        assert errors_between(slice_statistics([turn], 3), slice_statistics([image], 3), False)["tv4"] > 0.1
     along = np.broadcast_to(image[:, :1], image.shape)  # rods: seen from another side, areas differ by direction
-    rods = look([along], 3)
-    assert errors_between(rods, look([along.transpose(0, 2, 1)], 3), True)["area_error"] == pytest.approx(0)
-    assert errors_between(rods, look([along.transpose(0, 2, 1)], 3), False)["area_error"] == 1
+    rods = slice_statistics([along], 3)
+    assert errors_between(rods, slice_statistics([along.transpose(0, 2, 1)], 3), True)["area_error"] == pytest.approx(0)
+    assert errors_between(rods, slice_statistics([along.transpose(0, 2, 1)], 3), False)["area_error"] == 1
 
 
 @pytest.mark.parametrize("around", [0, 2])
 def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path, around):
     """Cubes of side.npy's patches pass in the planes it shows; agreement is that of the imaging operator."""
-    study = anisotropic(tmp_path, quality_steps=1, quality_cubes=1, surroundings=around)
-    judge = Judge(study, LowResCubes(study), Models(study, ALONE).operator)
+    study = anisotropic(tmp_path, quality_steps=1, quality_cubes=1, context=around)
+    judge = Evaluator(study, LowResCubes(study), Models(study, ALONE).operator)
     shapes = {plane: [s.shape for s in stacks] for plane, stacks in images_by_plane(study.high_res).items()}
     assert shapes == {"yx": [(1, 64, 64)], "zx": [(2, 70, 60)], "zy": [(2, 60, 70)]}
 
     def painted(volume):
-        def generator(given, surroundings):
-            assert given.shape[2:] == (16 + 2 * surroundings,) * 3
+        def generator(given, context):
+            assert given.shape[2:] == (16 + 2 * context,) * 3
             return torch.stack([torch.from_numpy(volume == i) for i in range(3)])[None].float()
 
         return generator
 
-    smooth, slice_ = judge.judge(painted(blobs((64, 64, 64), 8)), ALONE.device)
-    rough, _ = judge.judge(painted(np.random.default_rng(0).integers(0, 3, (64, 64, 64))), ALONE.device)
+    smooth, slice_ = judge.evaluate(painted(blobs((64, 64, 64), 8)), ALONE.device)
+    rough, _ = judge.evaluate(painted(np.random.default_rng(0).integers(0, 3, (64, 64, 64))), ALONE.device)
     assert list(smooth) == judge.columns
     assert slice_.shape == (64, 64)
     assert smooth["score"] < 0.5 * rough["score"]
     assert rough["score"] == pytest.approx(np.mean([rough[key] / good for key, good in GOOD.items() if key in rough]))
     steps = blobs((16, 16, 16), 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)  # faces at one position in four only
-    assert judge.judge(painted(steps), ALONE.device)[0]["lattice_imprint"] == pytest.approx(3)
+    assert judge.evaluate(painted(steps), ALONE.device)[0]["lattice_imprint"] == pytest.approx(3)
     assert max(smooth["lattice_imprint"], rough["lattice_imprint"]) < 0.5
 
 
@@ -115,7 +116,7 @@ def test_judging_finds_what_the_imaging_operator_hardly_sees(tmp_path, scale):
         training={"quality_steps": 1, "quality_cubes": 2},
     )  # fmt: skip
     cubes = LowResCubes(study)
-    judge = Judge(study, cubes, ImagingOperator.of(study))
+    judge = Evaluator(study, cubes, ImagingOperator.of(study))
     chosen = cubes.typical(2, 2**31 + 1)
     given = [cubes.draw(0, [cube], ALONE.device, 2**31 + 1)[0][0].numpy() for cube in chosen]
     assert 0 < np.mean([labels == 2 for labels in given]) < 1
@@ -127,7 +128,7 @@ def test_judging_finds_what_the_imaging_operator_hardly_sees(tmp_path, scale):
             painted = next(remaining)
             return torch.stack([torch.from_numpy(painted == i) for i in range(3)])[None].float()
 
-        return judge.judge(generator, ALONE.device)[0]
+        return judge.evaluate(generator, ALONE.device)[0]
 
     right, known, painted_voxels, given_voxels = 0, 0, np.zeros(2), np.zeros(2)
     noise = [np.random.default_rng(i).integers(0, 3, (64, 64, 64)) for i in range(2)]
@@ -161,13 +162,13 @@ def test_judging_finds_what_the_imaging_operator_hardly_sees(tmp_path, scale):
 
 def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch, capfd):
     scores = iter([3.0, 1.0, 2.0])
-    plain = Judge.judge
+    plain = Evaluator.evaluate
 
     def judged(self, generator, device):
         found, labels = plain(self, generator, device)
         return found | {"score": next(scores)}, labels
 
-    monkeypatch.setattr(Judge, "judge", judged)
+    monkeypatch.setattr(Evaluator, "evaluate", judged)
     training = {"steps": 3, "quality_steps": 1, "quality_cubes": 1, "keep": "best", "learning_rate": 0.01}
     study = study_of(tmp_path, training=training)
     train(study)

@@ -19,8 +19,8 @@ from hpcres.training.recipes import choices, feature_pixels
 SMALL = {
     "network": {"width": 3, "critic_width": 5, "residual_blocks": 1},
     "training": {
-        "steps": 3, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "settling_cubes": 2,
-        "quality_steps": 3, "quality_cubes": 1, "pattern_spacings": [1], "surroundings": 1, "precision": "fp32",
+        "steps": 3, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "recalibration_cubes": 2,
+        "quality_steps": 3, "quality_cubes": 1, "pattern_spacings": [1], "context": 1, "precision": "fp32",
     },
 }  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_wide_features_have_smooth_noise_and_hidden_phases_six_pixels(tmp_path):
     assert (resolved.training.pattern_weight, resolved.training.ema_growth) == (480, 6)
     assert recipe["training"]["minutes"] == 15
     # The study's own settings go before the recipe's.
-    assert (resolved.network.width, resolved.training.surroundings, resolved.training.steps) == (3, 1, 3)
+    assert (resolved.network.width, resolved.training.context, resolved.training.steps) == (3, 1, 3)
     assert resolved.recipe is None
 
 
@@ -136,8 +136,8 @@ def test_a_resumed_run_keeps_its_recipe_bit_for_bit(tmp_path, monkeypatch, capfd
     assert train(cut).resumed_step == 1
     assert same(weights(whole)[1], weights(cut)[1])
     assert history(whole)[-1] == history(cut)[-1]
-    changed = cut.model_copy(update={"training": cut.training.model_copy(update={"surroundings": 2})})
-    with pytest.raises(InputError, match=r"trained with training.surroundings 1, the study now says 2"):
+    changed = cut.model_copy(update={"training": cut.training.model_copy(update={"context": 2})})
+    with pytest.raises(InputError, match=r"trained with training.context 1, the study now says 2"):
         train(changed)
     # The study that is saved beside the results trains the same without choosing.
     saved = load_study(tmp_path / "whole" / "study-train.yaml")

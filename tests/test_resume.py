@@ -70,7 +70,7 @@ def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube
     more = {"scale_factor": scale, "network": {"width": 2, "critic_width": 4, "padding": "zeros"}}
     judged = {"quality_steps": 1, "quality_cubes": 1} if cube == 96 else {}
     training = {"cube_voxels": cube, "cubes": 1, "critic_steps": 1, **judged}
-    training |= {"settling_cubes": 1, "pattern_weight": 1, "slices_per_axis": 2, "diagonal_slices": cube == 96}
+    training |= {"recalibration_cubes": 1, "pattern_weight": 1, "slices_per_axis": 2, "diagonal_slices": cube == 96}
     np.save(tmp_path / "wide.npy", blobs((1, 130, 125), 2))
     images = [{"path": str(tmp_path / "wide.npy")}]
     edge = round(cube / Fraction(scale))

@@ -120,7 +120,7 @@ def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path, numbers, slic
 def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monkeypatch, around):
     """The generator sees `around` voxels more on each side than are known, beyond the volume its mirror image."""
     volume, edge = blobs((20, 16, 21), 1), 16 + 2 * around
-    study = study_of(tmp_path, volume=volume, training={"surroundings": around})
+    study = study_of(tmp_path, volume=volume, training={"context": around})
     held = LowResCubes(study).draw(0, range(8), ALONE.device)
     assert held[0].shape == (8, 16, 16, 16)
     assert held[1].shape == (8, 4, edge, edge, edge)
@@ -174,8 +174,8 @@ def test_noise_channels_are_white_or_as_smooth_as_asked(tmp_path):
 
 
 def test_surroundings_of_no_whole_high_res_voxels_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"surroundings: 3 low-res .* at scale factor 64/25; use a multiple of 25"):
-        study_of(tmp_path, training={"surroundings": 3}, scale_factor="64/25")
+    with pytest.raises(ValueError, match=r"context: 3 low-res .* at scale factor 64/25; use a multiple of 25"):
+        study_of(tmp_path, training={"context": 3}, scale_factor="64/25")
 
 
 @pytest.mark.parametrize("pixels", [4, 6])

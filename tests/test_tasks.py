@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from hpcres.geometry import Box, blocks
-from hpcres.inference.tasks import Shard, Tasks
+from hpcres.inference.tasks import Shard, WorkQueue
 
 
-def work_off(tasks: Tasks, pace: list[float], capacity: int) -> tuple[list[tuple[float, int, Shard]], float]:
+def work_off(tasks: WorkQueue, pace: list[float], capacity: int) -> tuple[list[tuple[float, int, Shard]], float]:
     """Give ranks that take pace[rank] seconds a shard what they may have; (start, rank, shard) and when all is done."""
     now, busy, history = 0.0, list[tuple[float, int, Shard]](), []
     while True:
@@ -47,7 +47,7 @@ def a_pyramid(n: int) -> tuple[list[Shard], Callable[[Shard], list[Shard]]]:
 @pytest.mark.parametrize("capacity", [1, 2, 5])
 def test_every_shard_is_made_once_after_those_below_it_and_no_rank_holds_the_rest(pace, capacity):
     wanted, below = a_pyramid(4)
-    history, end = work_off(Tasks(wanted, below, len(pace)), pace, capacity)
+    history, end = work_off(WorkQueue(wanted, below, len(pace)), pace, capacity)
     assert sorted(shard for _, _, shard in history) == sorted(wanted)
     began = {shard: start for start, _, shard in history}
     assert all(began[shard] > began[part] for shard in wanted if shard[0] for part in below(shard))
@@ -62,7 +62,7 @@ def test_every_shard_is_made_once_after_those_below_it_and_no_rank_holds_the_res
 
 def test_what_failed_keeps_back_only_what_is_made_from_it():
     wanted, below = a_pyramid(4)
-    tasks = Tasks(wanted, below, 1)
+    tasks = WorkQueue(wanted, below, 1)
     made = set()
     while (shard := tasks.take(0)) is not None:
         tasks.done(0, shard, well := shard != (0, Box((0, 0, 0), (1, 1, 1))))

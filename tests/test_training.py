@@ -223,11 +223,11 @@ def test_each_critic_of_an_anisotropic_material_sees_its_plane(tmp_path):
 
 @pytest.mark.parametrize("around", [0, 2])
 def test_one_step_against_a_reference_of_a_few_lines(tmp_path, around):
-    """Gradients of critic and generator; the voxel loss counts only above its threshold; of surroundings of `around`
+    """Gradients of critic and generator; the voxel loss counts only above its threshold; of context of `around`
     low-res voxels nothing is asked."""
     slopes = {}
     for threshold in (0.0, 1e9):
-        training = {"critic_steps": 1, "voxel_threshold": threshold, "learning_rate": 1e-30, "surroundings": around}
+        training = {"critic_steps": 1, "voxel_threshold": threshold, "learning_rate": 1e-30, "context": around}
         study = study_of(tmp_path, training=training)
         models, cubes = Models(study, ALONE), range(2)
         generator, critic = models.generator, models.critics.critics[0]

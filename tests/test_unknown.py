@@ -23,9 +23,9 @@ from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
 from hpcres.study_file import load_study
 from hpcres.training.adversarial import Models
+from hpcres.training.evaluation import Evaluator
 from hpcres.training.loop import train
 from hpcres.training.losses import voxel_loss
-from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
@@ -176,7 +176,7 @@ def test_training_on_a_damaged_volume_says_so_and_judges_what_is_known(tmp_path,
         full = low.repeat(4, 0).repeat(4, 1).repeat(4, 2)
         return lambda given, _: torch.stack([torch.from_numpy(full == i) for i in range(3)])[None].float()
 
-    judge = Judge(study, low_res, models.operator)
+    judge = Evaluator(study, low_res, models.operator)
     assert judge.judge(right_where_known(0), ALONE.device)[0]["disagreement"] == 0
     found = judge.judge(right_where_known(7), ALONE.device)[0]
     assert found["disagreement"] == pytest.approx(7 / known.sum())

@@ -10,13 +10,13 @@ import torch
 from scipy.optimize import minimize
 from small_training import ALONE, atypical, blobs, counted_patterns, study_of
 
-from hpcres.counting.slices import errors_between, look
+from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.study import Imaging
 from hpcres.training.adversarial import Models
+from hpcres.training.evaluation import Evaluator
 from hpcres.training.loop import train
 from hpcres.training.losses import block_loss, fraction_differences
-from hpcres.training.quality import Judge
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.visible import Correction, beside, patch_weights, tilt
 
@@ -170,7 +170,7 @@ def test_a_typical_image_stays_as_it_is():
     assert correction.growth == pytest.approx(1)
     moved = correction.patterns(4, 2).moved(share, share, [2])
     assert moved.numpy() == pytest.approx(share.numpy(), abs=1e-6)
-    images = look([image], 3)
+    images = slice_statistics([image], 3)
     same = Correction(GROUPS, fractions, np.array([fractions[0] + fractions[2], fractions[1]]))
     errors = errors_between(images, same.seen(images, images), True)
     # Windows of 3 × 3 know the image's rim less than its middle, and are moved to the whole image's fractions.
@@ -179,7 +179,8 @@ def test_a_typical_image_stays_as_it_is():
 
 
 def test_judged_areas_are_the_images_within_a_group_and_ours_between_groups():
-    images, ours = look([three((1, 200, 200), 1, 0.6, 0.4)], 3), look([three((1, 200, 200), 5, 0.35, 0.2)], 3)
+    images = slice_statistics([three((1, 200, 200), 1, 0.6, 0.4)], 3)
+    ours = slice_statistics([three((1, 200, 200), 5, 0.35, 0.2)], 3)
     correction = Correction(GROUPS, images.fractions, np.array([0.65, 0.35]))
     seen = correction.seen(images, ours)
     assert seen.fractions == pytest.approx(correction.fractions)
@@ -277,24 +278,24 @@ def test_corrected_fractions_are_those_of_64_cubes_at_least(tmp_path, monkeypatc
     cubes = []
     monkeypatch.setattr("hpcres.training.adversarial.match_fractions", lambda *given: cubes.append(given[2]))
     for asked in (2, 80):
-        study = atypical(tmp_path, settling_cubes=asked)
+        study = atypical(tmp_path, recalibration_cubes=asked)
         low_res = LowResCubes(study)
         real = RealSlices(study, ALONE.device, beside(study, low_res.fractions).correction)
-        Models(study, ALONE).settled(low_res, real)
+        Models(study, ALONE).recalibrated(low_res, real)
     assert cubes == [64, 80]
 
 
 def test_the_saved_generator_has_the_wanted_fractions_inside_the_volume(tmp_path):
-    """Of cubes with their context, of which the settling cubes are all."""
-    study = atypical(tmp_path, settling_cubes=8)
+    """Of cubes with their context, of which the recalibration cubes are all."""
+    study = atypical(tmp_path, recalibration_cubes=8)
     low_res = LowResCubes(study)
     both = beside(study, low_res.fractions)
     real, models = RealSlices(study, ALONE.device, both.correction), Models(study, ALONE)
     for step in range(2):
         models.step(step, range(2), low_res, real, 1e-3)
     context, found = low_res.whole_context, []
-    generator = models.settled(low_res, real)
-    for given in low_res.settling(8, 1, ALONE.device, context):
+    generator = models.recalibrated(low_res, real)
+    for given in low_res.recalibration_inputs(8, 1, ALONE.device, context):
         found.append(generator(given, context).argmax(1).numpy().ravel())
     shares = np.bincount(np.concatenate(found), minlength=3) / np.concatenate(found).size
     assert shares == pytest.approx(both.correction.fractions, abs=0.01)
@@ -364,10 +365,10 @@ def test_a_corrected_run_has_moved_patterns_and_is_judged_and_painted_with_conte
         asked.append((given.shape[2], context))
         return torch.rand(1, 3, 64, 64, 64)
 
-    Judge(study, low_res, ImagingOperator.of(study), correction).judge(generator, ALONE.device)
+    Evaluator(study, low_res, ImagingOperator.of(study), correction).evaluate(generator, ALONE.device)
     assert set(asked) == {(16 + 2 * 5, 5)}
     asked.clear()
-    Judge(study, low_res, ImagingOperator.of(study)).judge(generator, ALONE.device)
+    Evaluator(study, low_res, ImagingOperator.of(study)).evaluate(generator, ALONE.device)
     assert set(asked) == {(16, 0)}
     assert study.training.boundaries == ("mirror",) * 3
     assert study_of(tmp_path).training.boundaries == ("replicate",) * 3

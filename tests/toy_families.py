@@ -174,7 +174,7 @@ class ToyTrainer:
     def quality_columns(self):
         return ["score"]
 
-    def judge(self):
+    def evaluate(self):
         return self.to_save(), {"score": self.loss}, np.zeros((8, 8), np.uint8)
 
     def state(self) -> dict[str, Any]:

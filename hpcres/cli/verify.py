@@ -35,7 +35,7 @@ def verify(
 
     An audit that finds more labels to differ than rounding explains, 4 in a million, also ends with exit 3.
     """
-    from hpcres.inference.journal import Claim
+    from hpcres.inference.journal import StoreLock
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer as run
     from hpcres.inference.verify import audit, find_faults, remove_faulty, repair_job
@@ -45,7 +45,7 @@ def verify(
     else:
         refuse_settings(source, settings)
         path = Path(source)
-    with join_ranks() as ranks, Claim(path) as claim:
+    with join_ranks() as ranks, StoreLock(path) as store_lock:
 
         def show(line: str) -> None:
             if ranks.rank == 0:
@@ -53,7 +53,7 @@ def verify(
 
         def check() -> Any:
             with progress_of("verify") as progress:
-                return find_faults(path, progress, claim if repair else None)
+                return find_faults(path, progress, store_lock if repair else None)
 
         faults = ranks.from_first(check)
         for fault in faults:
@@ -65,7 +65,7 @@ def verify(
         else:
             job = repair_job(path, command_line())
             tiles = ranks.from_first(lambda: remove_faulty(path, faults))
-            run(job, ranks, claim=claim)
+            run(job, ranks, store_lock=store_lock)
             show(f"{path}: {tiles} tiles painted again")
         if audited:
             with progress_of("audit") if ranks.rank == 0 else nullcontext() as progress:

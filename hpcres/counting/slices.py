@@ -23,7 +23,7 @@ _SPACINGS = (1, 4)
 
 
 @dataclass(frozen=True)
-class Seen:
+class SliceStatistics:
     """Counts in a set of 2D label images, which add. Directions are along rows' index (down) and along columns' index
     (across)."""
 
@@ -40,10 +40,10 @@ class Seen:
     windows: dict[int, np.ndarray]
     """Spacing → (phases⁹,) windows of 3 × 3 pixels by their labels, the first pixel of nine the highest digit."""
 
-    def __add__(self, other: Seen) -> Seen:
+    def __add__(self, other: SliceStatistics) -> SliceStatistics:
         mine, theirs = vars(self), vars(other)
         windows = {spacing: found + other.windows[spacing] for spacing, found in self.windows.items()}
-        return Seen(**{key: mine[key] + theirs[key] for key in mine if key != "windows"}, windows=windows)
+        return SliceStatistics(**{key: mine[key] + theirs[key] for key in mine if key != "windows"}, windows=windows)
 
     @property
     def fractions(self) -> np.ndarray:
@@ -92,7 +92,7 @@ def _count_together(lines, together):
                     together[line[place], lag - 1] += 1
 
 
-def look(stacks: Iterable[np.ndarray], phases: int) -> Seen:
+def slice_statistics(stacks: Iterable[np.ndarray], phases: int) -> SliceStatistics:
     """What stacks (slice, row, column) of uint8 labels below `phases` show; every pixel, face and pair counts the
     same."""
     pairs = list(combinations(range(phases), 2))
@@ -121,10 +121,10 @@ def look(stacks: Iterable[np.ndarray], phases: int) -> Seen:
         corners += [int(np.count_nonzero(rest & (rest - np.uint16(1)))), here.size]
         for spacing, found in windows.items():
             _count_windows(stack, phases, spacing, found)
-    return Seen(pixels, faces, all_faces, together, all_pairs, corners, windows)
+    return SliceStatistics(pixels, faces, all_faces, together, all_pairs, corners, windows)
 
 
-def errors_between(ours: Seen, images: Seen, isotropic: bool) -> dict[str, float]:
+def errors_between(ours: SliceStatistics, images: SliceStatistics, isotropic: bool) -> dict[str, float]:
     """Fractions: largest difference; areas and TPB: relative, the worst pair; correlations: root mean square; tv1 and
     tv4. Of isotropic matter the directions are taken together, and windows with their mirrors and rotations."""
 
@@ -161,10 +161,10 @@ def planes_of(high_res: HighRes) -> tuple[str, ...]:
     return ("all",) if high_res.isotropic else ("yx", "zx", "zy")
 
 
-def planes_seen(cubes: Iterable[np.ndarray], high_res: HighRes) -> dict[str, Seen]:
+def plane_statistics(cubes: Iterable[np.ndarray], high_res: HighRes) -> dict[str, SliceStatistics]:
     """What the slices of cubes (z, y, x) show, by plane."""
     phases = len(high_res.phases)
-    by_axis = [look((np.moveaxis(cube, axis, 0),), phases) for cube in cubes for axis in range(3)]
+    by_axis = [slice_statistics((np.moveaxis(cube, axis, 0),), phases) for cube in cubes for axis in range(3)]
     if high_res.isotropic:
-        return {"all": reduce(Seen.__add__, by_axis)}
-    return {plane: reduce(Seen.__add__, by_axis[axis::3]) for axis, plane in enumerate(planes_of(high_res))}
+        return {"all": reduce(SliceStatistics.__add__, by_axis)}
+    return {plane: reduce(SliceStatistics.__add__, by_axis[axis::3]) for axis, plane in enumerate(planes_of(high_res))}

@@ -78,7 +78,7 @@ def _lock_within(file: IO[bytes], seconds: float) -> bool | None:
     return locked
 
 
-class Claim:
+class StoreLock:
     """The right to paint one store. Every rank makes it, rank 0 takes it and holds it until the job is over."""
 
     def __init__(self, output: Path) -> None:
@@ -134,7 +134,7 @@ class Claim:
         for journal in self._output_journals():
             journal.unlink()
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> StoreLock:
         return self
 
     def __exit__(self, *_: object) -> None:

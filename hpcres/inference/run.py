@@ -34,8 +34,8 @@ from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import AXES, Tile, TilePlan, plan_tiles
 from hpcres.inference.generate import Painter, halo_of
 from hpcres.inference.journal import (
-    Claim,
     Journal,
+    StoreLock,
     agreement_path,
     missing_shards,
     open_stores,
@@ -43,7 +43,7 @@ from hpcres.inference.journal import (
     total_counts,
 )
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.tasks import Desk, Shard, Tasks
+from hpcres.inference.tasks import Dispatcher, Shard, WorkQueue
 from hpcres.lengths import Length, cubic
 from hpcres.memory import keep_freed_memory
 from hpcres.outputs import LABELS, refuse_output
@@ -204,18 +204,18 @@ def _refuse_other(checkpoint: Checkpoint, what: str, old: Any, new: Any) -> None
         )
 
 
-def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, claim: Claim | None = None) -> Painted:
+def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, store_lock: StoreLock | None = None) -> Painted:
     """Paint every tile that is missing, and the pyramid meanwhile. Collective: every rank of `ranks` calls it.
 
-    claim: the store's, where the caller has taken it. InputError where the job does not fit what is there, another
+    store_lock: the store's, where the caller has taken it. InputError where the job does not fit what is there, another
     job paints it, or the input changes meanwhile; Stopped after the tiles in hand on a signal to any rank;
     Unfinished where some tiles could not be read or written; OSError, on every rank, where the disk is full.
     """
-    with nullcontext(claim) if claim is not None else Claim(job.output) as held:
+    with nullcontext(store_lock) if store_lock is not None else StoreLock(job.output) as held:
         return _infer(job, ranks, overwrite, held)
 
 
-def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
+def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock) -> Painted:
     # Half precision is computed by torch, layer after layer into fresh memory; fp32 on a CPU in arrays that are kept.
     keep_freed_memory(shared_by_threads=True, large=job.settings.precision != "fp32")
     device = choose_device(job.device, ranks)
@@ -223,7 +223,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
     code_chunks(threads)
     painter = Painter(job.checkpoint.generator, job.plan, job.seed, device, threads, job.settings.precision)
     try:
-        missing = ranks.from_first(lambda: _prepare(job, painter, overwrite, claim))
+        missing = ranks.from_first(lambda: _prepare(job, painter, overwrite, store_lock))
         if job.settings.precision != "fp32" and missing:
             ranks.from_first(lambda: _compare_with_fp32(job, painter))
         stores, tiles = open_stores(job.output), sum(level == 0 for level, _ in missing)
@@ -234,7 +234,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, claim: Claim) -> Painted:
             for note in job.notes:
                 _say(note)
             _say(_opening(job, tiles, ranks, device, threads))
-            if not claim.certain:
+            if not store_lock.certain:
                 _say(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
         started = time.monotonic()
         again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
@@ -356,8 +356,8 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
         level, box = shard
         return [(level - 1, part) for part in maker.stores[0].shards_below(level, box)]
 
-    tasks = Tasks(missing, below, ranks.size) if ranks.rank == 0 else None
-    desk = Desk(ranks, tasks, maker.painter.tiles_in_flight)
+    tasks = WorkQueue(missing, below, ranks.size) if ranks.rank == 0 else None
+    dispatcher = Dispatcher(ranks, tasks, maker.painter.tiles_in_flight)
     pause = _POLL_SECONDS if ranks.size > 1 else 0.5
     tiles = sum(level == 0 for level, _ in missing)
     painted, failed = 0, list[str]()
@@ -365,9 +365,9 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
     begun: dict[Future[InputError | Unfinished | OSError | None], Shard] = {}
     with ThreadPoolExecutor(maker.painter.tiles_in_flight) as pool:
         while True:
-            for shard in desk.exchange(stop.asked()):
+            for shard in dispatcher.exchange(stop.asked()):
                 begun[pool.submit(maker.make, shard)] = shard
-            if desk.may_leave():
+            if dispatcher.may_leave():
                 return painted, failed
             if not begun:
                 time.sleep(pause)
@@ -380,7 +380,7 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
                     failed.append(f"{maker.name(shard)}: {error}")
                 elif shard[0] == 0:
                     painted += 1
-                desk.done(shard, error is None)
+                dispatcher.done(shard, error is None)
             now = time.monotonic()
             if tasks is not None and tasks.tiles_done and now - said > _LINE_SECONDS:
                 said, rate = now, tasks.voxels_done / (now - started)
@@ -460,7 +460,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
 
 
-def _prepare(job: Job, painter: Painter, overwrite: bool, claim: Claim) -> list[Shard]:
+def _prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock) -> list[Shard]:
     """Create or check the store, and list what is to be made. Rank 0 only."""
     going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
     if going_on:
@@ -474,7 +474,7 @@ def _prepare(job: Job, painter: Painter, overwrite: bool, claim: Claim) -> list[
         refuse_output(job.output, LABELS, inputs=inputs, overwrite=overwrite)
         if len(job.seeds) > 1:
             refuse_output(agreement, LABELS, inputs=inputs, overwrite=overwrite and _is_agreement(agreement))
-    claim.take()
+    store_lock.take()
     for path in (job.output, agreement):
         clear_leftovers(path)
     if going_on:
@@ -482,7 +482,7 @@ def _prepare(job: Job, painter: Painter, overwrite: bool, claim: Claim) -> list[
     else:
         identity = _identity(job, painter)
         # Before the store: what a journal says of another store's shards must never meet this one's.
-        claim.forget_journals()
+        store_lock.forget_journals()
         if overwrite and _is_agreement(agreement):
             shutil.rmtree(agreement)
         LabelStore.create(

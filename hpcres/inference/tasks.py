@@ -17,7 +17,7 @@ Shard = tuple[int, Box]
 """Pyramid level, and the shard's box in it; a shard of level 0 is a tile."""
 
 
-class Tasks:
+class WorkQueue:
     """The shards that are missing, in the order they come, and which rank has which in hand. No MPI."""
 
     def __init__(self, missing: Iterable[Shard], below: Callable[[Shard], Iterable[Shard]], ranks: int) -> None:
@@ -63,14 +63,14 @@ class Tasks:
                     heapq.heappush(self._ready, (self._turn[above], above))
 
 
-class Desk:
+class Dispatcher:
     """Where a rank asks for shards, by messages that nobody waits for: call `exchange` every few milliseconds.
 
     Rank 0 has the tasks and serves the others between its own tiles. Such messages, unlike one-sided MPI, make
     progress on any transport without a rank that spins inside the library.
     """
 
-    def __init__(self, ranks: Ranks, tasks: Tasks | None, capacity: int) -> None:
+    def __init__(self, ranks: Ranks, tasks: WorkQueue | None, capacity: int) -> None:
         """tasks: on rank 0 alone. capacity: shards in hand at most."""
         self._ranks, self._tasks, self._capacity = ranks, tasks, capacity
         self._in_hand = self._asked = 0

@@ -19,7 +19,7 @@ import numpy as np
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Tile, TilePlan, high_res_shape, tiles_of_rank
 from hpcres.inference.generate import Painter
-from hpcres.inference.journal import Claim, file_crc32, open_stores, read_journal, refuse_without_journal
+from hpcres.inference.journal import StoreLock, file_crc32, open_stores, read_journal, refuse_without_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
 from hpcres.lengths import RELATIVE, Length
@@ -45,16 +45,16 @@ class Fault:
 
 
 def find_faults(
-    path: Path, progress: Callable[[int, int], None] | None = None, claim: Claim | None = None
+    path: Path, progress: Callable[[int, int], None] | None = None, store_lock: StoreLock | None = None
 ) -> list[Fault]:
     """Check every shard of every level of a store that hpcres infer made.
 
-    `claim` is taken first, for a caller that goes on to mend; InputError where another job has it.
+    `store_lock` is taken first, for a caller that goes on to mend; InputError where another job has it.
     """
     stores = open_stores(path)
-    if claim is not None:
+    if store_lock is not None:
         refuse_without_journal(path)
-        claim.take()
+        store_lock.take()
     phases = len(stores[0].volume.phases or ())
     noted = read_journal(path)
     shards = [(level, box) for level in range(len(stores[0].levels)) for box in stores[0].shard_boxes(level)]

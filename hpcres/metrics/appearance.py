@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcres.counting import counts
-from hpcres.counting.slices import Seen, errors_between, look, planes_seen
+from hpcres.counting.slices import SliceStatistics, errors_between, plane_statistics, slice_statistics
 from hpcres.geometry import Box, blocks
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import HighRes
@@ -41,8 +41,8 @@ def appearance_of_images(high_res: HighRes) -> dict[str, Any]:
     """The `planes` of the images."""
     result, phases = {}, len(high_res.phases)
     for plane, stacks in images_by_plane(high_res).items():
-        whole = look(stacks, phases)
-        quarters = [look(_quarter(stacks, *divmod(k, 2)), phases) for k in range(4)]
+        whole = slice_statistics(stacks, phases)
+        quarters = [slice_statistics(_quarter(stacks, *divmod(k, 2)), phases) for k in range(4)]
         apart = [errors_between(one, whole, high_res.isotropic) for one in quarters]
         spread = {key: [errors[key] for errors in apart] for key in apart[0]}
         result[plane] = {**_named(whole, high_res), "quarters": spread}
@@ -56,7 +56,7 @@ def _quarter(stacks: Sequence[np.ndarray], down: int, across: int) -> list[np.nd
     ]
 
 
-def _named(seen: Seen, high_res: HighRes) -> dict[str, Any]:
+def _named(seen: SliceStatistics, high_res: HighRes) -> dict[str, Any]:
     names = list(high_res.phases.values())
     return {
         "volume_fraction": dict(zip(names, seen.fractions.tolist(), strict=True)),
@@ -67,23 +67,23 @@ def _named(seen: Seen, high_res: HighRes) -> dict[str, Any]:
     }
 
 
-def _look_at(box: Box, source: Source, high_res: HighRes) -> dict[str, Seen]:
+def _statistics_of(box: Box, source: Source, high_res: HighRes) -> dict[str, SliceStatistics]:
     index, _ = counts.indexed(source.open().read(box), tuple(range(len(high_res.phases))))
-    return planes_seen([index], high_res)
+    return plane_statistics([index], high_res)
 
 
 def appearance(
-    volume: Volume, high_res: HighRes, images: Mapping[str, Seen], *, client: Client, progress: bool = True
+    volume: Volume, high_res: HighRes, images: Mapping[str, SliceStatistics], *, client: Client, progress: bool = True
 ) -> dict[str, Any]:  # fmt: skip
     """The `appearance` of a volume of labels 0, 1, 2, … in the order of the phases; `images` by plane."""
     every = blocks(volume.shape, (_EDGE,) * 3)
     count = min(_CUBES, len(every))
     boxes = [every[(2 * k + 1) * len(every) // (2 * count)] for k in range(count)]
-    futures = submit(client, _look_at, boxes, source=Source.of(volume), high_res=high_res)
+    futures = submit(client, _statistics_of, boxes, source=Source.of(volume), high_res=high_res)
     follow(futures, f"slices of {Path(volume.path).name}", progress)
-    found: list[dict[str, Seen]] = client.gather(futures)
+    found: list[dict[str, SliceStatistics]] = client.gather(futures)
     planes = {}
     for plane, wanted in images.items():
-        ours = reduce(Seen.__add__, (one[plane] for one in found))
+        ours = reduce(SliceStatistics.__add__, (one[plane] for one in found))
         planes[plane] = _named(ours, high_res) | {"errors": errors_between(ours, wanted, high_res.isotropic)}
     return {"cubes": count, "edge": _EDGE, "planes": planes}

@@ -53,7 +53,7 @@ from hpcres.metrics.schedule import (
     threads_of,
 )  # fmt: skip
 from hpcres.signals import half_made
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 from hpcres.volumes.formats import map_npy, read_npz
 from hpcres.volumes.volume import Volume
 
@@ -295,7 +295,7 @@ def _key(step: Triple) -> str:
 
 
 def _save(target: Path, write: Any) -> None:
-    with made_whole(target) as temporary, temporary.open("wb") as file:
+    with atomic_write(target) as temporary, temporary.open("wb") as file:
         write(file)
 
 

@@ -39,7 +39,7 @@ from hpcres import __version__
 from hpcres.counting import counts
 from hpcres.counting.counts import Counts, Rim
 from hpcres.counting.named import Named, described, summary
-from hpcres.counting.slices import look
+from hpcres.counting.slices import slice_statistics
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
 from hpcres.lengths import VoxelEdges, cubic
@@ -248,7 +248,7 @@ def measure_study(
 
     images = bool(study.high_res.images)
     planes = images_by_plane(study.high_res) if images else {}
-    seen = {plane: look(stacks, len(study.phases)) for plane, stacks in planes.items()}
+    seen = {plane: slice_statistics(stacks, len(study.phases)) for plane, stacks in planes.items()}
 
     def compared(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         found = measured(one, periodic)

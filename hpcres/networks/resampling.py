@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def middle(cubes: Tensor, margin: int) -> Tensor:
+def center_crop(cubes: Tensor, margin: int) -> Tensor:
     """(…, z, y, x) without the outermost `margin` voxels of each side."""
     z, y, x = (slice(margin, n - margin) for n in cubes.shape[-3:])
     return cubes[..., z, y, x]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpcres.networks.generator import Generator
-from hpcres.networks.resampling import middle, upsample
+from hpcres.networks.resampling import center_crop, upsample
 from hpcres.networks.stages import Inputs, Kind, Padding, Stage, Stages, folded_weights
 
 
@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cuts: tuple[int, int] = (0, 0)) -> Tensor:
         """Of all of x but the outermost voxels that the convolutions cut."""
         side = functional.relu(self.norm_in(_convolved(self.conv_in, x, cuts[0])))
-        return functional.relu(middle(x, sum(cuts)) + self.norm_out(_convolved(self.conv_out, side, cuts[1])))
+        return functional.relu(center_crop(x, sum(cuts)) + self.norm_out(_convolved(self.conv_out, side, cuts[1])))
 
 
 def _convolved(convolution: nn.Conv3d, x: Tensor, cut: int) -> Tensor:
@@ -51,7 +51,7 @@ def _convolved(convolution: nn.Conv3d, x: Tensor, cut: int) -> Tensor:
     if not cut:
         padded: Tensor = convolution(x)
         return padded
-    return middle(functional.conv3d(x, convolution.weight, convolution.bias), cut - 1)
+    return center_crop(functional.conv3d(x, convolution.weight, convolution.bias), cut - 1)
 
 
 def _in_channels_last(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -145,25 +145,25 @@ class SuperResGenerator(Generator):
         """Channels of the widest high-res layer: what the last upsampling takes in."""
         return self.conv_end.in_channels * 2
 
-    def forward(self, x: Tensor, surroundings: int = 0) -> Tensor:
-        """Logits of all of x but its outermost `surroundings` voxels (whole high-res ones), whose maps are cut as soon
+    def forward(self, x: Tensor, context: int = 0) -> Tensor:
+        """Logits of all of x but its outermost `context` voxels (whole high-res ones), whose maps are cut as soon
         as nothing within depends on them."""
-        cuts = iter(self._cuts(surroundings))
+        cuts = iter(self._cuts(context))
         first = x = functional.relu(self.norm_first(_convolved(self.conv_first, x, next(cuts))))
         for block in self.blocks:
             x = block(x, (next(cuts), next(cuts)))
-        x = x + middle(first, (first.shape[2] - x.shape[2]) // 2)
+        x = x + center_crop(first, (first.shape[2] - x.shape[2]) // 2)
         for convolution, norm in self.resizes:
-            x = middle(functional.relu(norm(convolution(upsample(x, Fraction(2))))), next(cuts))
+            x = center_crop(functional.relu(norm(convolution(upsample(x, Fraction(2))))), next(cuts))
         if self.conv_transposed is not None:
-            x = middle(functional.relu(self.norm_transposed(self.conv_transposed(x))), next(cuts))
+            x = center_crop(functional.relu(self.norm_transposed(self.conv_transposed(x))), next(cuts))
         if self.config["last_stage"] == "resize":
             x = self.conv_last(upsample(x, self.last_scale))
         else:
             x = _in_channels_last(self.conv_last, x)
         # The ReLU has the memory layout of the convolution; with two layouts its gradient is slower.
         ended = _in_channels_last(lambda x: self.conv_end(functional.relu(x)), _normalised(self.norm_last, x))
-        return middle(ended, sum(cuts))
+        return center_crop(ended, sum(cuts))
 
     @property
     def phases(self) -> int:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hpcres import __version__
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 
 OURS, TRUTH, IMAGES, INK = "#2a7de1", "#e0862a", "#7a9a4a", "#808790"
 SERIES = (OURS, TRUTH, IMAGES, "#b0487c", "#8064a2", "#4aa0a0")
@@ -33,7 +33,7 @@ def write(target: Path, title: str, body: Iterable[str]) -> Path:
         f"<footer>hpcres {__version__}</footer></main></body></html>\n"
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with made_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     return target
 

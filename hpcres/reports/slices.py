@@ -25,7 +25,7 @@ UNKNOWN_COLOUR = np.full(3, 255.0)
 
 
 @dataclass(frozen=True)
-class Sight:
+class View:
     """A volume as the slices show it: how to name it, its voxel edge in high-res voxels, colours of its labels."""
 
     title: str
@@ -37,12 +37,12 @@ class Sight:
 
 
 def slices_section(
-    sights: Sequence[Sight], legend: Mapping[str, np.ndarray], voxel: Spacing, unit: str,
+    views: Sequence[View], legend: Mapping[str, np.ndarray], voxel: Spacing, unit: str,
     crop: tuple[str, str, int] | None,
 ) -> str:  # fmt: skip
     """A grid of images: a row per plane, a column per volume, all of the same physical region; then the crop,
     as picture, caption and columns. voxel: edges z, y, x in `unit`."""
-    main = next(s for s in sights if s.step == 1)
+    main = next(s for s in views if s.step == 1)
     middle = [n // 2 for n in main.volume.shape]
     planes, pictures, shown_edge = [], [], 0
     for axis in range(3):
@@ -50,35 +50,35 @@ def slices_section(
         start, stop = list(middle), [m + 1 for m in middle]
         for a in sides:
             # From whole coarse voxels on, so that every column shows the same region.
-            period = sights[0].step.numerator
+            period = views[0].step.numerator
             start[a] = max(0, main.volume.shape[a] - _SLICE_VOXELS) // 2 // period * period
             stop[a] = min(start[a] + _SLICE_VOXELS // period * period, main.volume.shape[a])
         region = Box(triple(start), triple(stop))
         shown_edge = region.shape[sides[1]]
         plane = "".join(AXES[a] for a in sides)
         planes.append(f"{AXES[axis]} = {middle[axis]}<br><small>{plane}</small>")
-        for sight in sights:
-            picture, alt = page.picture(_slice(sight, region, axis), sight.colours), f"{sight.title}, {plane} plane"
+        for view in views:
+            picture, alt = page.picture(_slice(view, region, axis), view.colours), f"{view.title}, {plane} plane"
             bar = _scale_bar(shown_edge, voxel[sides[1]], unit)
             high, wide = (region.shape[a] * voxel[a] for a in sides)
             ratio = "" if len(set(voxel)) == 1 else f" style='aspect-ratio:{wide:.6g}/{high:.6g}'"
             pictures.append(f"<div class='slice'><img alt='{escape(alt)}' src='{picture}'{ratio}>{bar}</div>")
-    if len(sights) == 1:  # one volume: its planes side by side
+    if len(views) == 1:  # one volume: its planes side by side
         cells = ["<div></div>", *(f"<div class='plane'>{plane}</div>" for plane in planes), "<div></div>", *pictures]
     else:
-        cells = ["<div></div>", *(f"<div class='head'>{escape(sight.title)}</div>" for sight in sights)]
+        cells = ["<div></div>", *(f"<div class='head'>{escape(view.title)}</div>" for view in views)]
         for row, plane in enumerate(planes):
-            cells += [f"<div class='plane'>{plane}</div>", *pictures[row * len(sights) : (row + 1) * len(sights)]]
+            cells += [f"<div class='plane'>{plane}</div>", *pictures[row * len(views) : (row + 1) * len(views)]]
     swatches = "".join(
         f"<span><i style='background:rgb({','.join(str(int(c)) for c in colour)})'></i>{escape(name)}</span>"
         for name, colour in legend.items()
     )
-    columns = len(sights) if len(sights) > 1 else len(planes)
-    kind = "grid" if len(sights) > 1 else "grid single"
+    columns = len(views) if len(views) > 1 else len(planes)
+    kind = "grid" if len(views) > 1 else "grid single"
     grid = f"<div class='{kind}' style='--columns:{columns}'>{''.join(cells)}</div>"
     whole = all(n <= _SLICE_VOXELS for n in main.volume.shape)
     where = "Whole planes through the middle" if whole else f"The middle {shown_edge} voxels of the middle planes"
-    where += ", the same region in every column" if len(sights) > 1 else ""
+    where += ", the same region in every column" if len(views) > 1 else ""
     training = ""
     if crop is not None:
         picture, caption, edge = crop
@@ -93,13 +93,13 @@ def slices_section(
     )
 
 
-def _slice(sight: Sight, region: Box, axis: int) -> np.ndarray:
-    """The labels of a high-res region one voxel thin along `axis`, as positions (row, column) of the sight's voxels."""
-    start = [floor(a / sight.step) for a in region.start]
-    stop = [ceil(b / sight.step) for b in region.stop]
+def _slice(view: View, region: Box, axis: int) -> np.ndarray:
+    """The labels of a high-res region one voxel thin along `axis`, as positions (row, column) of the view's voxels."""
+    start = [floor(a / view.step) for a in region.start]
+    stop = [ceil(b / view.step) for b in region.stop]
     stop[axis] = start[axis] + 1
-    box = Box(triple(start), triple(stop)).clipped(Box.whole(sight.volume.shape))
-    low_res = PhaseMap(sight.values, sight.volume.path, sight.unknown).index(sight.volume.read(box))
+    box = Box(triple(start), triple(stop)).clipped(Box.whole(view.volume.shape))
+    low_res = PhaseMap(view.values, view.volume.path, view.unknown).index(view.volume.read(box))
     return likeliest(low_res).squeeze(axis)
 
 

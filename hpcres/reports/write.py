@@ -19,7 +19,7 @@ from hpcres.lengths import VoxelEdges
 from hpcres.metrics.table import short_unit, size_text
 from hpcres.reports import page
 from hpcres.reports.numbers import metrics_sections, transport_section, verdict
-from hpcres.reports.slices import UNKNOWN_COLOUR, Sight, exists, palette, slices_section, training_crop
+from hpcres.reports.slices import UNKNOWN_COLOUR, View, exists, palette, slices_section, training_crop
 from hpcres.study import Study
 from hpcres.volumes.formats import file_of, open_volume
 from hpcres.volumes.phases import open_low_res
@@ -33,11 +33,11 @@ def report_study(study: Study, volume: Volume) -> Path:
     notes = compare_sizes(study, high_res=[volume])
     colours = palette(len(study.phases))
     own = tuple(range(len(study.phases)))
-    given, low_legend = _low_res_sight(study, colours)
+    given, low_legend = _low_res_view(study, colours)
     made = "generated" if study.low_res is None else "super-resolved"
-    sights = [*given, Sight(made, volume, Fraction(1), colours, own)]
+    views = [*given, View(made, volume, Fraction(1), colours, own)]
     if study.reference.volume is not None and exists(study.reference.volume):
-        sights.append(Sight("ground truth", open_volume(study.reference.volume), Fraction(1), colours, own))
+        views.append(View("ground truth", open_volume(study.reference.volume), Fraction(1), colours, own))
     size = study.high_res.voxel_size
     legend = dict(zip(study.phases, colours, strict=True)) | low_legend
     stale = metrics is not None and _made_by(metrics["volume"].get("provenance")) != _made_by(volume.provenance)
@@ -47,7 +47,7 @@ def report_study(study: Study, volume: Volume) -> Path:
         *map(page.warning, notes),
         verdict(metrics, study),
         slices_section(
-            sights, legend, (size.length,) * 3, short_unit(size.unit), training_crop(study, colours, volume.shape)
+            views, legend, (size.length,) * 3, short_unit(size.unit), training_crop(study, colours, volume.shape)
         ),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, "hpcres tortuosity"),
@@ -57,7 +57,7 @@ def report_study(study: Study, volume: Volume) -> Path:
     return page.write(study.report_path, study.name, body)
 
 
-def _low_res_sight(study: Study, colours: np.ndarray) -> tuple[list[Sight], dict[str, np.ndarray]]:
+def _low_res_view(study: Study, colours: np.ndarray) -> tuple[list[View], dict[str, np.ndarray]]:
     """The low-res volume, where the study has one, and the legend of the colours that it has besides the phases'."""
     if study.low_res is None:
         return [], {}
@@ -68,14 +68,14 @@ def _low_res_sight(study: Study, colours: np.ndarray) -> tuple[list[Sight], dict
         [*(colours[g].mean(0) * 0.4 + 90 if len(g) > 1 else colours[g[0]] for g in groups), UNKNOWN_COLOUR]
     )
     title = "low-res input" + ", likeliest phase" * bool(low_res.parts)
-    sight = Sight(title, low_res, study.scale_factor, low_colours, study.low_res.labels, study.low_res.unknown)
+    view = View(title, low_res, study.scale_factor, low_colours, study.low_res.labels, study.low_res.unknown)
     legend = {}
     for group, colour in zip(study.low_res.groups, low_colours[:-1], strict=True):
         if len(group) > 1:
             legend[f"{' + '.join(group)} (low-res)"] = colour
     if study.low_res.unknown or low_res.parts:
         legend["unknown (low-res)"] = low_colours[-1]
-    return [sight], legend
+    return [view], legend
 
 
 def report_volume(
@@ -88,12 +88,12 @@ def report_volume(
     colours = palette(len(labels))
     legend = {phase["name"]: colour for phase, colour in zip(entry["phases"], colours, strict=True)}
     name = Path(volume.path).name
-    sight = Sight(name, volume, Fraction(1), colours, labels)
+    view = View(name, volume, Fraction(1), colours, labels)
     facts = {"volume": os.path.abspath(volume.path), "size": size_text(entry), "hpcres": metrics.get("hpcres", "")}
     solve = f"hpcres tortuosity {volume.path} --output {Path(target).parent / 'transport.json'}"
     body = [
         page.header(name, size_text(entry)),
-        slices_section([sight], legend, entry["voxel_size"], short_unit(entry["voxel_unit"]), None),
+        slices_section([view], legend, entry["voxel_size"], short_unit(entry["voxel_unit"]), None),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, solve),
         _provenance({**facts, **_flat(volume.provenance), **_commands(metrics, transport)}),

@@ -19,7 +19,7 @@ from torch.nn import functional
 from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint
 from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
-from hpcres.networks.resampling import middle
+from hpcres.networks.resampling import center_crop
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
 from hpcres.training.diagonals import diagonal_slices
@@ -38,8 +38,8 @@ from hpcres.training.losses import (
     volume_slices,
     voxel_loss,
 )
+from hpcres.training.recalibration import match_fractions, recalibrate_batch_norm
 from hpcres.training.samples import LowResCubes, RealSlices
-from hpcres.training.settling import match_fractions, settle_statistics
 
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
@@ -102,7 +102,7 @@ class Models:
             _compile(self.generator, group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
-        self.of_late: dict[str, Tensor] = {}
+        self.running_means: dict[str, Tensor] = {}
         """Running means of the shares of patterns, and of thin features, in generated slices."""
         self.pattern_share = _FIRST_PATTERN_SHARE if settings.pattern_tolerance else 1.0
         """Share of the weights of patterns and thin features in the last step."""
@@ -194,13 +194,13 @@ class Models:
         return wasserstein, penalty
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
-        """Phase probabilities, float32 (cubes, phases, z, y, x), of cubes `given` with their surroundings, by batch
+        """Phase probabilities, float32 (cubes, phases, z, y, x), of cubes `given` with their context, by batch
         norm over the batch."""
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
         with self._autocast():
-            logits = (self._generator if learn else self.generator)(given, self.study.training.surroundings)
+            logits = (self._generator if learn else self.generator)(given, self.study.training.context)
         return functional.softmax(logits.float(), dim=1)
 
     def _lattice(self, probabilities: Tensor) -> Tensor:
@@ -239,21 +239,21 @@ class Models:
             slices = [as_labels(some) for some in slices]
         if settings.pattern_weight:
             shares = pattern_shares(slices, real.pattern_spacings, real.pattern_pixels)
-            off = off + settings.pattern_weight * self._off_of_late("patterns", shares, real.wanted_patterns)
+            off = off + settings.pattern_weight * self._off_running_mean("patterns", shares, real.wanted_patterns)
         if settings.thin_weight:
-            off = off + settings.thin_weight * self._off_of_late("thin", thin_shares(slices), lambda _: real.thin)
+            off = off + settings.thin_weight * self._off_running_mean("thin", thin_shares(slices), lambda _: real.thin)
         return off
 
-    def _off_of_late(self, kind: str, shares: Tensor, images: Callable[[Tensor], Tensor]) -> Tensor:
+    def _off_running_mean(self, kind: str, shares: Tensor, images: Callable[[Tensor], Tensor]) -> Tensor:
         """pattern_loss of the `shares` of this `kind` in the slices of late; `images` gives what these should be.
 
         Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the
         parts of the volume are.
         """
         now = self.group.mean(shares)
-        self.of_late[kind] = self.of_late[kind].lerp(now, _NEWEST) if kind in self.of_late else now
-        wanted = images(self.of_late[kind])
-        return _loss_at(self.of_late[kind], lambda means: pattern_loss(means, wanted), shares)
+        self.running_means[kind] = self.running_means[kind].lerp(now, _NEWEST) if kind in self.running_means else now
+        wanted = images(self.running_means[kind])
+        return _loss_at(self.running_means[kind], lambda means: pattern_loss(means, wanted), shares)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -269,7 +269,7 @@ class Models:
 
     def _inner(self, cubes: Tensor) -> Tensor:
         """(…, z, y, x) without the outermost voxels, which no critic sees."""
-        return middle(cubes, self.study.training.crop_voxels)
+        return center_crop(cubes, self.study.training.crop_voxels)
 
     @torch.no_grad()
     def report(self, outcome: Outcome, low_res_channels: int) -> dict[str, float]:
@@ -298,7 +298,7 @@ class Models:
         }  # fmt: skip
 
     @torch.no_grad()
-    def settled(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
+    def recalibrated(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
         """The generator to save: averaged weights, the batch-norm statistics that these have all over the volume, and,
         where the study asks for it or images are not typical, last biases that give these cubes the fractions that are
         wanted."""
@@ -307,13 +307,13 @@ class Models:
         for ours, theirs in zip(generator.parameters(), self.average or generator.parameters(), strict=True):
             ours.copy_(theirs)
         settings = self.study.training
-        settle_statistics(generator, low_res, settings.settling_cubes, settings.cubes)
+        recalibrate_batch_norm(generator, low_res, settings.recalibration_cubes, settings.cubes)
         if real.correction is not None:
             # Cubes as they are inside the painted volume: padding at a cube's faces moves fractions by points.
-            cubes = max(settings.settling_cubes, _CORRECTED_CUBES)
+            cubes = max(settings.recalibration_cubes, _CORRECTED_CUBES)
             match_fractions(generator, low_res, cubes, 0, real.fractions(), low_res.whole_context)
         elif settings.match_fractions:
-            match_fractions(generator, low_res, settings.settling_cubes, settings.padded_voxels, real.fractions())
+            match_fractions(generator, low_res, settings.recalibration_cubes, settings.padded_voxels, real.fractions())
         return generator
 
     def state(self) -> dict[str, Any]:
@@ -322,7 +322,8 @@ class Models:
             "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "of_late": self.of_late, "pattern_share": self.pattern_share, "mean_voxel_loss": self.mean_voxel_loss,
+            "running_means": self.running_means, "pattern_share": self.pattern_share,
+            "mean_voxel_loss": self.mean_voxel_loss,
         }  # fmt: skip
 
     def begin_from(self, path: str) -> None:
@@ -370,7 +371,8 @@ class Models:
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         # A run of an earlier version has none, and begins them anew.
-        self.of_late = {kind: shares.to(self.group.device) for kind, shares in state.get("of_late", {}).items()}
+        means = state.get("running_means", state.get("of_late", {}))  # the latter was its name until 2026-11
+        self.running_means = {kind: shares.to(self.group.device) for kind, shares in means.items()}
         self.pattern_share = state.get("pattern_share", self.pattern_share)
         self.mean_voxel_loss = state.get("mean_voxel_loss", state.get("voxel_loss_of_late"))  # its name until 8d388d7
         if self.average is not None:

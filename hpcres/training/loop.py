@@ -179,9 +179,9 @@ class _Run:
         self.journal.report(done, self.trainer.report() | row)
 
     def _judge(self, steps: int, seconds: float) -> None:
-        """Judge the generator that would be saved now, note it, and keep it in best.pt where none was better."""
+        """Evaluator the generator that would be saved now, note it, and keep it in best.pt where none was better."""
         if self.group.rank == 0:
-            generator, found, labels = self.trainer.judge()
+            generator, found, labels = self.trainer.evaluate()
             is_best = self.best is None or found["score"] < self.best["score"]
             if is_best:
                 save_checkpoint(

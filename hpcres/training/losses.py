@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from hpcres.imaging import ImagingOperator, largest_channel, one_hot
 from hpcres.networks.critic import Critic
-from hpcres.networks.resampling import middle
+from hpcres.networks.resampling import center_crop
 from hpcres.study import Study
 
 
@@ -72,11 +72,11 @@ def block_loss(fractions: Tensor, around: Tensor, labels: bool) -> Tensor:
     Tensor
         A number, 0 where no block lacks anything.
     """
-    given = middle(around, 1)
+    given = center_crop(around, 1)
     known = given.sum(1, keepdim=True)
     least, weight = given, torch.ones_like(known)
     if labels:
-        neighbours = [middle(around.roll(step, axis), 1) for axis in (2, 3, 4) for step in (1, -1)]
+        neighbours = [center_crop(around.roll(step, axis), 1) for axis in (2, 3, 4) for step in (1, -1)]
         inside = torch.stack([given, *neighbours]).amin(0)
         least = torch.where(inside > 0, 0.98, 0.55) * given
         weight = 1 + 3 * inside.sum(1, keepdim=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem;
 max-width: 1100px; color: #222 }
@@ -58,7 +58,7 @@ def write_page(folder: Path, title: str) -> Path:
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
     target = folder / "training.html"
-    with made_whole(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target
 

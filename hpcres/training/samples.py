@@ -21,7 +21,7 @@ from hpcres.counting.counts import MAX_PHASES, Counts, add, count, count_inner, 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot
-from hpcres.networks.resampling import middle
+from hpcres.networks.resampling import center_crop
 from hpcres.noise import NOISE_VOXELS, gaussian_taps, noise_of, smoothed
 from hpcres.study import Study, Training
 from hpcres.training.diagonals import as_unsharp, pick_diagonals
@@ -36,10 +36,10 @@ the cube."""
 _BAND_PIXELS = 2**24
 """Images are counted by bands of so many pixels, each of which takes 16 bytes."""
 _CUBE, _CRITIC, _CHOICE = range(3)
-_SETTLING = 2**31
+_RECALIBRATION = 2**31
 """Kind of draw of the cubes before a generator is saved; training uses the kinds up to its critic steps."""
 _REACH = 5
-"""Low-res voxels that padding reaches into a cube, at most (docs/recipes.md, Surroundings)."""
+"""Low-res voxels that padding reaches into a cube, at most (docs/recipes.md, Context)."""
 _EVERY_PATCH = 4
 """Patches with weights begin at every so many pixels."""
 _CANDIDATES = 12
@@ -58,7 +58,7 @@ def _bands(image: Tensor, height: int) -> Iterator[Tensor]:
 
 
 class LowResCubes:
-    """Cubes of d³ voxels from the low-res volume (d · scale factor = training.cube_voxels), with training.surroundings
+    """Cubes of d³ voxels from the low-res volume (d · scale factor = training.cube_voxels), with training.context
     around them, which beyond the volume are its mirror image, and channels of noise."""
 
     def __init__(self, study: Study) -> None:
@@ -66,9 +66,9 @@ class LowResCubes:
         self.channels = len(study.low_res.groups)
         self.isotropic = study.high_res.isotropic
         self.edge = int(study.training.cube_voxels / study.scale_factor)
-        self.surroundings = study.training.surroundings
+        self.context = study.training.context
         q = study.scale_factor.denominator
-        self.whole_context = max(self.surroundings, -(-_REACH // q) * q)
+        self.whole_context = max(self.context, -(-_REACH // q) * q)
         """Low-res voxels around a cube with which no padding changes what is generated: as inside a volume."""
         self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
@@ -155,10 +155,10 @@ class LowResCubes:
                     chosen[place], least, better = int(sums.argmin()), sums.min(), True
         return sorted(chosen)
 
-    def settling(
+    def recalibration_inputs(
         self, cubes: int, at_once: int, device: torch.device, context: int | None = None
     ) -> Iterator[Tensor]:
-        """The generator's input, with `context` low-res voxels around, or training.surroundings, of at most `cubes`
+        """The generator's input, with `context` low-res voxels around, or training.context, of at most `cubes`
         cubes that stand for the volume, some at a time.
 
         Where so many can hold every voxel, they are the volume that will be painted: a grid over it, with the noise
@@ -167,11 +167,11 @@ class LowResCubes:
         """
         axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._conditions.shape]
         if prod(map(len, axes)) > cubes:
-            chosen = self.typical(cubes, _SETTLING)
-            settling = (self._drawn(*self.start(0, _SETTLING, cube), context=context) for cube in chosen)
+            chosen = self.typical(cubes, _RECALIBRATION)
+            chosen_cubes = (self._drawn(*self.start(0, _RECALIBRATION, cube), context=context) for cube in chosen)
         else:
-            settling = (self._to_be_painted(np.array(corner), context) for corner in product(*axes))
-        while some := list(islice(settling, at_once)):
+            chosen_cubes = (self._to_be_painted(np.array(corner), context) for corner in product(*axes))
+        while some := list(islice(chosen_cubes, at_once)):
             yield self._given(some, device)[1]
 
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
@@ -204,17 +204,17 @@ class LowResCubes:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
         and the generator's input with s low-res voxels around, float32 (cubes, channels + noises, d + 2s, d + 2s,
-        d + 2s); s is `context`, or training.surroundings.
+        d + 2s); s is `context`, or training.context.
 
         `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
         channels but those of noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
         """
         drawn = [self._drawn(*self.start(step, kind, cube), masked_fraction, context) for cube in cubes]
         low_res, given = self._given(drawn, device)
-        return middle(low_res, self._around(context)), given
+        return center_crop(low_res, self._around(context)), given
 
     def _around(self, context: int | None) -> int:
-        return self.surroundings if context is None else context
+        return self.context if context is None else context
 
     def around(self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0) -> Tensor:
         """What is known of the cubes of `draw` with one low-res voxel more on each side, one-hot or probabilities,
@@ -250,7 +250,7 @@ class LowResCubes:
         return self._cube(start, self._around(context)), np.stack(noise)
 
     def _given(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cubes with their surroundings, and the generator's input that they make."""
+        """Cubes with their context, and the generator's input that they make."""
         seen, noise = (torch.from_numpy(np.stack(some)).to(device) for some in zip(*drawn, strict=True))
         low_res = seen if seen.ndim == 4 else seen.movedim(4, 1).contiguous()
         return low_res, torch.cat([one_hot(low_res, self.channels), noise], dim=1)

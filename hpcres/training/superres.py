@@ -16,8 +16,8 @@ from hpcres.study import Study
 from hpcres.training.adversarial import Models, Outcome
 from hpcres.training.autotune import TooFewSteps, Tuned, autotune, with_recipe
 from hpcres.training.distributed import Processes
+from hpcres.training.evaluation import Evaluator
 from hpcres.training.journal import Shown
-from hpcres.training.quality import Judge
 from hpcres.training.recipes import Choice, choices
 from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
@@ -76,18 +76,18 @@ class SuperResTrainer:
         return self.models.report(self._outcome, self._low_res.channels)
 
     def to_save(self) -> Generator:
-        return self.models.settled(self._low_res, self._real)
+        return self.models.recalibrated(self._low_res, self._real)
 
     @cached_property
-    def _judge(self) -> Judge:
-        return Judge(self.study, self._low_res, self.models.operator, self._real.correction)
+    def _judge(self) -> Evaluator:
+        return Evaluator(self.study, self._low_res, self.models.operator, self._real.correction)
 
     def quality_columns(self) -> list[str]:
         return self._judge.columns
 
-    def judge(self) -> tuple[Generator, dict[str, float], np.ndarray]:
-        generator = self.models.settled(self._low_res, self._real)
-        return generator, *self._judge.judge(generator, self._group.device)
+    def evaluate(self) -> tuple[Generator, dict[str, float], np.ndarray]:
+        generator = self.models.recalibrated(self._low_res, self._real)
+        return generator, *self._judge.evaluate(generator, self._group.device)
 
     def state(self) -> dict[str, Any]:
         return {**self.models.state(), "chosen_settings": self._chosen}

@@ -28,7 +28,7 @@ class Trainer(Protocol):
     losses, measures : sequence of str
         Keys of `report`: columns of training.csv before and behind the learning rate.
     shown : sequence of journal.Shown
-        What of `report` and of `judge` a terminal or a log shows.
+        What of `report` and of `evaluate` a terminal or a log shows.
     choices : sequence of str
         For the user, where settings were chosen: which and why.
     init_from : dict or None
@@ -61,10 +61,10 @@ class Trainer(Protocol):
         ...
 
     def quality_columns(self) -> Sequence[str]:
-        """Keys of what `judge` finds, `score` among them, where the smaller is the better. One process calls it."""
+        """Keys of what `evaluate` finds, `score` among them, where the smaller is the better. One process calls it."""
         ...
 
-    def judge(self) -> tuple[Generator, dict[str, float], np.ndarray]:
+    def evaluate(self) -> tuple[Generator, dict[str, float], np.ndarray]:
         """The generator that would be saved now, what a judgement finds, and a slice of labels to show. One process."""
         ...
 

@@ -99,10 +99,10 @@ def estimated_seconds(study: Study, group: Processes, smallest: bool = False) ->
     """Seconds of a step on this process, from its parts; with `smallest`, timed at the smallest inputs only."""
     settings, share = study.training, _share(study, group)
     edge = int(settings.cube_voxels / study.scale_factor)
-    models = _alone(with_settings(study, surroundings=0), group)
+    models = _alone(with_settings(study, context=0), group)
     cube = _extrapolated(lambda n: _generator_seconds(models, n), _sizes(edge, _LEAST_EDGE), 3, smallest)
     # The context widens low-res feature maps but not high-res ones, which docs/recipes.md measured to cost this much.
-    cube *= 1 + settings.surroundings / edge
+    cube *= 1 + settings.context / edge
     counts = np.sum([critic_counts(settings, cube) for cube in range(share)], axis=0)
     critics = _extrapolated(lambda n: _critics_seconds(models, n, counts), _sizes(int(counts[0]), 1), 1, smallest)
     forwards = 0 if settings.reuse_generated else settings.critic_steps
@@ -112,7 +112,7 @@ def estimated_seconds(study: Study, group: Processes, smallest: bool = False) ->
 
 def short_trial(study: Study, group: Processes) -> Callable[[], float]:
     """A function that times a small part of a step again and again for half a second: mean seconds on this process."""
-    models = _alone(with_settings(study, surroundings=0), group)
+    models = _alone(with_settings(study, context=0), group)
 
     def part_seconds() -> float:
         return _generator_seconds(models, _LEAST_EDGE) + _critics_seconds(models, 1, np.ones(3))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcres.counting.slices import Seen
+from hpcres.counting.slices import SliceStatistics
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.images import images_by_plane
@@ -240,7 +240,7 @@ class Correction:
         """For patterns of `pixels` labels, row by row, `across` in a row."""
         return PatternTilt(self, pixels, across)
 
-    def seen(self, images: Seen, ours: Seen) -> Seen:
+    def seen(self, images: SliceStatistics, ours: SliceStatistics) -> SliceStatistics:
         """What the images would show with the volume's visible phases as `ours` has them; correlations are ours.
 
         Fractions are those wanted. Interfaces between visible phases are as many as ours, shared among phases as in

@@ -14,7 +14,7 @@ from hpcres.geometry import blocks
 from hpcres.lengths import MICROMETERS, RELATIVE
 from hpcres.outputs import LABELS, refuse_output
 from hpcres.signals import end_if_signalled
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import Volume
@@ -45,7 +45,7 @@ def convert(
         phases = dict(enumerate(source.phases))
     phase_map = PhaseMap(tuple(phases), source.path) if phases else None
     names: Sequence[str] = tuple(phases.values()) if phases else ()
-    with made_whole(output) as temporary:
+    with atomic_write(output) as temporary:
         store = LabelStore.create(
             temporary, source.shape, shard=shard, chunk_voxels=chunk,
             voxel_size=voxel_size, unit=unit if unit in MICROMETERS else RELATIVE, phases=names, codec=codec,

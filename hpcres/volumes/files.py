@@ -25,7 +25,7 @@ def temporary_beside(path: Path) -> Path:
 
 
 @contextmanager
-def made_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path for a file or folder that is renamed to `path` at the end of the block.
 
     It is removed if the block raises or a signal ends the process. If `path` is a link, the target of the link is
@@ -76,7 +76,7 @@ def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
     path = Path(path)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with made_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         # A file name that is not UTF-8 has lone surrogates in Python; JSON writes them as \udcXX.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     return path

@@ -23,7 +23,7 @@ from hpcres.lengths import RELATIVE, Spacing
 from hpcres.outputs import FIELDS, LABELS, refuse_output
 from hpcres.signals import half_made
 from hpcres.volumes.axes import arranged, times
-from hpcres.volumes.files import made_whole, move_into_place, temporary_beside
+from hpcres.volumes.files import atomic_write, move_into_place, temporary_beside
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.ome_zarr import zarr_node
 from hpcres.volumes.phases import PHASE_COLOURS, UNWRITTEN
@@ -93,7 +93,7 @@ class LabelStore:
         spacing = (float(z), float(y), float(x))
         if not (min(spacing) > 0 and max(spacing) < float("inf")):
             raise InputError(f"{path}: voxel size {spacing} is not positive; give for example 65 nm")
-        with made_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             cls._write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
         return cls.open(path)
 
@@ -216,7 +216,7 @@ class LabelStore:
         self._replace_metadata(metadata)
 
     def _replace_metadata(self, metadata: dict[str, Any]) -> None:
-        with made_whole(self.path / "zarr.json") as temporary:
+        with atomic_write(self.path / "zarr.json") as temporary:
             temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
 
     def _attributes(self) -> dict[str, Any]:

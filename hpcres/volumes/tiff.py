@@ -22,7 +22,7 @@ from hpcres.geometry import Box, Triple, triple
 from hpcres.lengths import VoxelEdges
 from hpcres.volumes.axes import Arrangement, arranged, times
 from hpcres.volumes.calibration import ome_pixels, tiff_edges
-from hpcres.volumes.files import made_whole
+from hpcres.volumes.files import atomic_write
 from hpcres.volumes.volume import Volume, corrupt, existing, refuse_colour, volume_over, voxel_dtype
 
 _BROKEN = ("invalid page offset", "failed to reshape", "invalid offset", "ImageJ series metadata invalid")
@@ -166,7 +166,7 @@ def _axes(
 def write_images(path: str | Path, stack: np.ndarray) -> None:
     """Write slices (slice, row, column) as a deflated TIFF stack, whole or not at all."""
     path = Path(path)
-    with made_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         tifffile.imwrite(temporary, stack, compression="zlib", photometric="minisblack", metadata={"axes": "QYX"})
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from hpcres.counting.lattice import changed_faces, lattice_imprint
-from hpcres.counting.slices import Seen, errors_between, look, planes_seen
+from hpcres.counting.slices import SliceStatistics, errors_between, plane_statistics, slice_statistics
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, block_majority, likeliest, one_hot
-from hpcres.networks.resampling import middle
+from hpcres.networks.resampling import center_crop
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
 from hpcres.training.samples import LowResCubes
@@ -36,28 +36,28 @@ _JUDGED = 2**31 + 1
 """Kind of draw for the cubes that are judged (samples.LowResCubes.draw)."""
 
 
-class Judge:
+class Evaluator:
     """Judges generators of a study, always on the same low-res cubes and noise."""
 
     def __init__(
         self, study: Study, low_res: LowResCubes, operator: ImagingOperator, correction: Correction | None = None
     ) -> None:
         self._correction = correction
-        self._context = low_res.surroundings if correction is None else low_res.whole_context
+        self._context = low_res.context if correction is None else low_res.whole_context
         self._study, self._low_res, self._operator = study, low_res, operator
         self._cubes = low_res.typical(study.training.quality_cubes, _JUDGED)
         self._isotropic, phases = study.high_res.isotropic, len(study.phases)
-        self._images = [look(stacks, phases) for stacks in images_by_plane(study.high_res).values()]
+        self._images = [slice_statistics(stacks, phases) for stacks in images_by_plane(study.high_res).values()]
 
     @property
     def columns(self) -> list[str]:
-        """Of what `judge` returns."""
+        """Of what `evaluate` returns."""
         every = self._errors(self._images[0], self._images[0])
         tpb = ["tpb", "tpb_images"] if "tpb_error" in every else []
         beside = ["box_disagreement", "visible_fraction_error"]
         return ["score", *every, "disagreement", "lattice_imprint", *beside, *tpb]
 
-    def _errors(self, ours: Seen, images: Seen) -> dict[str, float]:
+    def _errors(self, ours: SliceStatistics, images: SliceStatistics) -> dict[str, float]:
         if self._correction is None:
             return errors_between(ours, images, self._isotropic)
         found = errors_between(ours, self._correction.seen(images, ours), self._isotropic)
@@ -65,7 +65,7 @@ class Judge:
         return found
 
     @torch.no_grad()
-    def judge(self, generator: SuperResGenerator, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
+    def evaluate(self, generator: SuperResGenerator, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
         """Score, errors and what they are of; and the middle slice normal to z of the first cube as labels."""
         phases, settings = len(self._study.phases), self._study.training
         painted, right, voxels = [], 0, 0
@@ -79,8 +79,8 @@ class Judge:
             voxels += int((labels < self._low_res.channels).sum())
             blocks.add(found, low_res)
             painted.append(found[0].to(torch.uint8).cpu())
-        inner = [middle(cube, 0 if self._context else settings.padded_voxels).numpy() for cube in painted]
-        ours = list(planes_seen(inner, self._study.high_res).values())
+        inner = [center_crop(cube, 0 if self._context else settings.padded_voxels).numpy() for cube in painted]
+        ours = list(plane_statistics(inner, self._study.high_res).values())
         every = [self._errors(mine, images) for mine, images in zip(ours, self._images, strict=True)]
         worst = {key: max(one[key] for one in every) for key in every[0] if all(key in one for one in every)}
         worst["disagreement"] = 1 - right / max(1, voxels)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hpcres.networks.resampling import middle
+from hpcres.networks.resampling import center_crop
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.training.samples import LowResCubes
 
@@ -17,8 +17,8 @@ _EVERY = 7
 
 
 @torch.no_grad()
-def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes: int, batch: int) -> None:
-    """Give each batch norm the statistics that the generator's own weights have on `cubes` settling cubes.
+def recalibrate_batch_norm(generator: SuperResGenerator, low_res: LowResCubes, cubes: int, batch: int) -> None:
+    """Give each batch norm the statistics that the generator's own weights have on `cubes` recalibration cubes.
 
     Running statistics belong to weights of many steps; with averaged weights they can be far off.
     """
@@ -29,8 +29,8 @@ def settle_statistics(generator: SuperResGenerator, low_res: LowResCubes, cubes:
     generator.train()
     # As many as a step's statistics are of, on however many processes, but no more than one of them can hold.
     batch = min(batch, _AT_ONCE)
-    for given in low_res.settling(cubes, batch, generator.conv_end.weight.device):
-        generator(given, low_res.surroundings)
+    for given in low_res.recalibration_inputs(cubes, batch, generator.conv_end.weight.device):
+        generator(given, low_res.context)
     generator.eval()
 
 
@@ -39,15 +39,15 @@ def match_fractions(
     generator: SuperResGenerator, low_res: LowResCubes, cubes: int, crop: int, fractions: np.ndarray,
     context: int | None = None,
 ) -> None:  # fmt: skip
-    """Shift the biases of the last layer until the labels of `cubes` settling cubes have these phase fractions.
+    """Shift the biases of the last layer until the labels of `cubes` recalibration cubes have these phase fractions.
 
-    The cubes have `context` low-res voxels around them, or training.surroundings, and `crop` high-res voxels of each
+    The cubes have `context` low-res voxels around them, or training.context, and `crop` high-res voxels of each
     side are left out.
     """
     device, seen = generator.conv_end.weight.device, []
-    context = low_res.surroundings if context is None else context
-    for given in low_res.settling(cubes, 1, device, context):
-        logits = middle(generator(given, context)[0], crop)
+    context = low_res.context if context is None else context
+    for given in low_res.recalibration_inputs(cubes, 1, device, context):
+        logits = center_crop(generator(given, context)[0], crop)
         seen.append(logits.flatten(1)[:, ::_EVERY].cpu().numpy())
     shifts = matching_shifts(np.concatenate(seen, axis=1), fractions)
     bias = generator.conv_end.bias

@@ -12,12 +12,12 @@ from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer, open_job
-from hpcres.networks.resampling import middle
-from hpcres.training import samples, settling
+from hpcres.networks.resampling import center_crop
+from hpcres.training import recalibration, samples
 from hpcres.training.adversarial import Models
 from hpcres.training.loop import train
+from hpcres.training.recalibration import matching_shifts
 from hpcres.training.samples import LowResCubes, RealSlices
-from hpcres.training.settling import matching_shifts
 from hpcres.volumes.stores import LabelStore
 
 
@@ -29,11 +29,11 @@ def _one_thread():
 
 @pytest.mark.parametrize("around", [0, 4])
 def test_typical_cubes_have_the_fractions_and_areas_of_the_volume(tmp_path, around):
-    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both; of their surroundings
+    """A volume of which a fifth is of one phase, so that most sets of cubes are off in both; of their context
     nothing is asked."""
     labels = blobs((40, 40, 40), 1)
     labels[:, :, :8] = 2
-    low_res = LowResCubes(study_of(tmp_path, volume=labels, training={"surroundings": around}))
+    low_res = LowResCubes(study_of(tmp_path, volume=labels, training={"context": around}))
     chosen = low_res.typical(4, 7)
     assert len(set(chosen)) == 4
     assert chosen == low_res.typical(4, 7) != low_res.typical(4, 8)
@@ -68,23 +68,23 @@ def test_typical_cubes_of_an_anisotropic_material_have_the_areas_of_each_directi
 
 
 @pytest.mark.parametrize("reach_faces", [False, True])
-def test_settling_cubes_are_typical_where_they_cannot_hold_every_voxel(tmp_path, reach_faces):
-    training = {"surroundings": 2, "reach_faces": reach_faces}
+def test_recalibration_cubes_are_typical_where_they_cannot_hold_every_voxel(tmp_path, reach_faces):
+    training = {"context": 2, "reach_faces": reach_faces}
     low_res = LowResCubes(study_of(tmp_path, volume=blobs((40, 33, 16), 1), training=training))
-    given = torch.cat(list(low_res.settling(8, 3, ALONE.device)))
-    typical = low_res.draw(0, low_res.typical(8, samples._SETTLING), ALONE.device, samples._SETTLING)[1]
+    given = torch.cat(list(low_res.recalibration_inputs(8, 3, ALONE.device)))
+    typical = low_res.draw(0, low_res.typical(8, samples._RECALIBRATION), ALONE.device, samples._RECALIBRATION)[1]
     assert torch.equal(given, typical)
 
 
 @pytest.mark.parametrize("sigmas", [[0], [0, 10]])
-def test_settling_cubes_are_the_volume_that_will_be_painted_where_they_can_hold_it(tmp_path, monkeypatch, sigmas):
+def test_recalibration_cubes_are_the_volume_that_will_be_painted_where_they_can_hold_it(tmp_path, monkeypatch, sigmas):
     """What the painter gives the generator, in a grid of 3 × 3 × 1 cubes, and beyond faces the mirror image."""
     labels, seen = blobs((40, 33, 16), 1), []
     study = study_of(
-        tmp_path, volume=labels, training={"surroundings": 2, "steps": 1}, inference={"boundary": "mirror"},
+        tmp_path, volume=labels, training={"context": 2, "steps": 1}, inference={"boundary": "mirror"},
         network={"width": 3, "critic_width": 5, "noise_sigma_voxels": sigmas},
     )  # fmt: skip
-    grid = torch.cat(list(LowResCubes(study).settling(20, 4, ALONE.device)))
+    grid = torch.cat(list(LowResCubes(study).recalibration_inputs(20, 4, ALONE.device)))
     train(study)
     monkeypatch.setattr(WinogradNetwork, "paint", lambda network, parts, memory: seen.extend(parts) or [
         np.zeros(write.shape, np.uint8) for _, _, write in parts
@@ -104,17 +104,17 @@ def test_settling_cubes_are_the_volume_that_will_be_painted_where_they_can_hold_
 
 @pytest.mark.parametrize("around", [0, 2])
 def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
-    """With one settling batch of all cubes, evaluation must give what training mode gives on that batch."""
-    study = study_of(tmp_path, training={"cubes": 8, "settling_cubes": 8, "surroundings": around})
+    """With one recalibration batch of all cubes, evaluation must give what training mode gives on that batch."""
+    study = study_of(tmp_path, training={"cubes": 8, "recalibration_cubes": 8, "context": around})
     models, low_res = Models(study, ALONE), LowResCubes(study)
     real = RealSlices(study, ALONE.device)
     for step in range(2):
         models.step(step, range(2), low_res, real, 0.02)
-    saved = models.settled(low_res, real)
+    saved = models.recalibrated(low_res, real)
     for ours, theirs in zip(saved.parameters(), models.average, strict=True):
         assert torch.equal(ours, theirs)
     assert not torch.equal(next(saved.parameters()), next(models.generator.parameters()))
-    (given,) = low_res.settling(8, 8, ALONE.device)
+    (given,) = low_res.recalibration_inputs(8, 8, ALONE.device)
     with torch.no_grad():
         assert not saved.training
         evaluated, trained = saved(given, around), saved.train()(given, around)
@@ -123,12 +123,12 @@ def test_saved_statistics_are_those_of_the_saved_weights(tmp_path, around):
     assert (stale - trained).abs().max() > 0.1 * trained.std()  # running statistics of other weights would not do
 
 
-def test_settling_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
-    study = study_of(tmp_path, training={"cubes": 64, "settling_cubes": 20})
+def test_recalibration_a_large_batch_takes_no_more_memory_than_one_process_has(tmp_path, monkeypatch):
+    study = study_of(tmp_path, training={"cubes": 64, "recalibration_cubes": 20})
     models, low_res, at_once = Models(study, ALONE), LowResCubes(study), []
     given, real = low_res._given, RealSlices(study, ALONE.device)
     monkeypatch.setattr(low_res, "_given", lambda drawn, device: at_once.append(len(drawn)) or given(drawn, device))
-    models.settled(low_res, real)
+    models.recalibrated(low_res, real)
     assert at_once == [8]  # of 64 and 20; eight hold every voxel
 
 
@@ -159,7 +159,7 @@ def test_a_phase_that_no_image_shows_is_not_called_for():
 
 @pytest.mark.parametrize(("around", "padded_voxels"), [(0, 4), (3, 0)])
 def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padded_voxels, tmp_path, monkeypatch):
-    """On the settling cubes but what padding may have changed; all but the last biases as without."""
+    """On the recalibration cubes but what padding may have changed; all but the last biases as without."""
     images = one_image(tmp_path, np.random.default_rng(3).choice(3, (1, 90, 80), p=(0.2, 0.1, 0.7)).astype(np.uint8))
     saved, off, looked_at = [], [], []
 
@@ -167,17 +167,17 @@ def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padde
         looked_at.append(logits.shape)
         return matching_shifts(logits, wanted)
 
-    monkeypatch.setattr(settling, "matching_shifts", noted)
+    monkeypatch.setattr(recalibration, "matching_shifts", noted)
     for match in (False, True):
         folder = tmp_path / str(match)
         folder.mkdir()
-        training = {"steps": 2, "match_fractions": match, "surroundings": around}
+        training = {"steps": 2, "match_fractions": match, "context": around}
         study = study_of(folder, images=[images], training=training)
         train(study)
         low_res, generator = LowResCubes(study), load_checkpoint(study.checkpoint_path).generator
-        (given,) = low_res.settling(2, 2, ALONE.device)
+        (given,) = low_res.recalibration_inputs(2, 2, ALONE.device)
         with torch.no_grad():
-            labels = middle(generator(given, around), padded_voxels).argmax(1)
+            labels = center_crop(generator(given, around), padded_voxels).argmax(1)
         found = np.bincount(labels.numpy().ravel(), minlength=3) / labels.numel()
         off.append(np.abs(found - RealSlices(study, ALONE.device).fractions()).max())
         saved.append({name: value for name, value in generator.state_dict().items() if name != "conv_end.bias"})
@@ -189,11 +189,11 @@ def test_what_is_saved_has_the_fractions_of_the_images_where_asked(around, padde
 
 
 def test_what_is_painted_has_the_fractions_of_the_images_where_asked(tmp_path):
-    """With faces and tiles where the settling cubes had none."""
+    """With faces and tiles where the recalibration cubes had none."""
     volume = blobs((48, 16, 17), 1)
     volume[32:] = 2
     images = one_image(tmp_path, np.random.default_rng(3).choice(3, (1, 90, 80), p=(0.2, 0.1, 0.7)).astype(np.uint8))
-    training = {"steps": 2, "match_fractions": True, "surroundings": 4, "settling_cubes": 8}
+    training = {"steps": 2, "match_fractions": True, "context": 4, "recalibration_cubes": 8}
     study = study_of(tmp_path, images=[images], volume=volume, training=training)
     train(study)
     store = LabelStore.open(infer(open_job(study), Ranks()).store)
