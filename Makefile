@@ -125,6 +125,7 @@ bench-quality: .venv/tested
 
 lint: .venv/tested
 	ruff check .
+	ruff format --check .
 
 types: .venv/tested
 	mypy

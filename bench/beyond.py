@@ -77,8 +77,14 @@ def periodic(keep: Path, options: argparse.Namespace) -> str:
     rows = []
     for boundary in ("periodic", "replicate"):
         folder = keep / f"{trained.name}-{boundary}"
-        hpcres("infer", str(ANODE), f"--output={folder}", f"--checkpoint={trained / 'checkpoint.pt'}",
-               f"--low-res={keep / 'mirrored.npy'}", f"--set=inference.boundary={{z: {boundary}}}")  # fmt: skip
+        hpcres(
+            "infer",
+            str(ANODE),
+            f"--output={folder}",
+            f"--checkpoint={trained / 'checkpoint.pt'}",
+            f"--low-res={keep / 'mirrored.npy'}",
+            f"--set=inference.boundary={{z: {boundary}}}",
+        )
         labels = whole(folder / "labels.zarr")
         changed = (labels[1:] != labels[:-1]).mean(axis=(1, 2))  # of the faces between plane i and i + 1
         scale, middle = int(study.scale_factor), len(labels) // 2
@@ -92,11 +98,17 @@ def scale(keep: Path, options: argparse.Namespace) -> str:
     """Agreement, fractions, and how many voxels are in the right low-res group, beside copied low-res voxels."""
     folder = keep / f"scale-{options.scale}".replace("/", "-")
     settings = [
-        f"scale_factor={options.scale}", f"phantom.voxels={'x'.join([str(options.voxels)] * 3)}",
-        "phantom.feature_voxels=24", "network.width=4", "network.critic_width=5",
-        "network.noise_sigma_voxels=[0,8,16]", "training.context=3", "training.warm_up_steps=250",
-        *by_steps(options.steps), *options.set,
-    ]  # fmt: skip
+        f"scale_factor={options.scale}",
+        f"phantom.voxels={'x'.join([str(options.voxels)] * 3)}",
+        "phantom.feature_voxels=24",
+        "network.width=4",
+        "network.critic_width=5",
+        "network.noise_sigma_voxels=[0,8,16]",
+        "training.context=3",
+        "training.warm_up_steps=250",
+        *by_steps(options.steps),
+        *options.set,
+    ]
     if not (folder / "phantom").exists():
         hpcres("phantom", str(PHANTOM), f"--output={folder}", *as_options(settings))
     for stage in ("train", "infer"):
@@ -155,10 +167,17 @@ def unknown(keep: Path, options: argparse.Namespace) -> str:
     shown = [np.where(boxes, UNKNOWN, first[coarse(truth_study)])[place]]
     for share in (0, 0.15):
         folder = keep / f"damaged-{share}-{options.steps}-steps"
-        settings = as_options([
-            *small(options), *by_steps(options.steps), "training.cubes=1", *target(keep, options),
-            f"low_res.path={keep / 'damaged.npy'}", f"low_res.unknown=[{UNKNOWN}]", f"training.masked_fraction={share}",
-        ])  # fmt: skip
+        settings = as_options(
+            [
+                *small(options),
+                *by_steps(options.steps),
+                "training.cubes=1",
+                *target(keep, options),
+                f"low_res.path={keep / 'damaged.npy'}",
+                f"low_res.unknown=[{UNKNOWN}]",
+                f"training.masked_fraction={share}",
+            ]
+        )
         hpcres("train", str(PHANTOM), f"--output={folder}", *settings, f"--init-from={begin}")
         hpcres("infer", str(PHANTOM), f"--output={folder}", *settings)
         score = list(csv.DictReader((folder / "quality.csv").open()))[-1]["score"]
@@ -180,9 +199,10 @@ def probabilities(keep: Path, options: argparse.Namespace) -> str:
     firmer = ["training.voxel_weight=50", "training.voxel_threshold=0.0005"]
     rows = []
     for name, low_res, more in (
-        ("labels", by_labels, []), ("probabilities", by_fractions, []),
+        ("labels", by_labels, []),
+        ("probabilities", by_fractions, []),
         ("probabilities, voxel_weight 50, voxel_threshold 0.0005", by_fractions, firmer),
-    ):  # fmt: skip
+    ):
         folder = keep / f"from-{name.split(',')[0]}{'-firmer' if more else ''}-{options.steps}-steps"
         settings = [f"low_res={low_res}", "imaging.box=true", *small(options), *by_steps(options.steps), *more]
         if not (folder / "phantom").exists():
@@ -195,14 +215,26 @@ def probabilities(keep: Path, options: argparse.Namespace) -> str:
         off = " / ".join(f"{value:.3f}" for value in np.abs(of_ours - of_truth).mean(axis=(1, 2, 3)))
         same = (of_ours.argmax(0) == of_truth.argmax(0)).mean()
         errors = [worst_area("reference")(found), tpb_error(found), found["low_res"]["lattice_imprint"]]
-        rows.append([
-            name, f"{same:.1%}", off, f"{(ours == truth).mean():.1%}", f"{worst_fraction('reference')(found):.3f}",
-            *(f"{error:.1%}" for error in errors),
-        ])  # fmt: skip
+        rows.append(
+            [
+                name,
+                f"{same:.1%}",
+                off,
+                f"{(ours == truth).mean():.1%}",
+                f"{worst_fraction('reference')(found):.3f}",
+                *(f"{error:.1%}" for error in errors),
+            ]
+        )
     heads = [
-        "from", "likeliest phases agree", f"fractions of low-res voxels off, {' / '.join(phases)}", "accuracy",
-        "phase fractions", "areas", "TPB", "imprint",
-    ]  # fmt: skip
+        "from",
+        "likeliest phases agree",
+        f"fractions of low-res voxels off, {' / '.join(phases)}",
+        "accuracy",
+        "phase fractions",
+        "areas",
+        "TPB",
+        "imprint",
+    ]
     return table(heads, rows)
 
 
@@ -218,9 +250,13 @@ def block_fractions(labels: np.ndarray, phases: int, edge: int = 4) -> np.ndarra
 def small(options: argparse.Namespace) -> list[str]:
     judged = max(1, options.steps // 4)
     return [
-        f"phantom.voxels={'x'.join([str(options.voxels)] * 3)}", "network.width=4", "network.critic_width=6",
-        "training.quality_cubes=4", f"training.quality_steps={judged}", *options.set,
-    ]  # fmt: skip
+        f"phantom.voxels={'x'.join([str(options.voxels)] * 3)}",
+        "network.width=4",
+        "network.critic_width=6",
+        "training.quality_cubes=4",
+        f"training.quality_steps={judged}",
+        *options.set,
+    ]
 
 
 def target(keep: Path, options: argparse.Namespace) -> list[str]:
@@ -271,9 +307,12 @@ def main() -> None:
     if getattr(options, "data", None):
         os.environ["HPCRES_DATA"] = options.data
     run = {
-        "periodic": periodic, "scale": scale, "init-from": init_from, "unknown": unknown,
+        "periodic": periodic,
+        "scale": scale,
+        "init-from": init_from,
+        "unknown": unknown,
         "probabilities": probabilities,
-    }[options.case]  # fmt: skip
+    }[options.case]
     with tempfile.TemporaryDirectory(prefix="hpcres-beyond-") as temporary:
         keep = (options.keep or Path(temporary)).resolve()
         keep.mkdir(parents=True, exist_ok=True)

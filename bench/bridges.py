@@ -46,10 +46,12 @@ def main() -> None:
         parser.error("the scale factor must be a whole number")
     up = shown.repeat(edge, 0).repeat(edge, 1).repeat(edge, 2)
     volumes = {
-        "truth": true, "nearest upsampling": up, "volume": painted,
+        "truth": true,
+        "nearest upsampling": up,
+        "volume": painted,
         "volume, true labels where the phase is shown": np.where(up, true, painted),
         "volume, true labels where it is not shown": np.where(up, painted, true),
-    }  # fmt: skip
+    }
     for name, conducts in volumes.items():
         print(f"D_rel {options.direction} {hpcres.tortuosity(conducts, direction=options.direction).D_rel:.4f}  {name}")
     shape = [part for n in shown.shape for part in (n, edge)]
@@ -60,8 +62,10 @@ def main() -> None:
             print(f"low-res voxels that show it: {kind}{which}, {chosen.sum()}: share of the phase in their blocks")
             for name, share in means.items():
                 eighths = np.histogram(share, 8, (0, 1))[0] / max(1, share.size)
-                print(f"  {name:6} mean {share.mean():.3f}, above one half {(share > 0.5).mean():.4f}, by eighths "
-                      + " ".join(f"{part:.4f}" for part in eighths))  # fmt: skip
+                print(
+                    f"  {name:6} mean {share.mean():.3f}, above one half {(share > 0.5).mean():.4f}, by eighths "
+                    + " ".join(f"{part:.4f}" for part in eighths)
+                )
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ def run(study: Path, folder: Path, seed: int) -> Path:
 def table(found: list[list[Interval]], runs: int, steps: int) -> str:
     lines = [
         f"{len(found)} truths, {runs} runs of {steps} steps each, {LEVEL:.0%} intervals\n",
-        "| number | bar | met | truths held | of | half width, median |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        "| number | bar | met | truths held | of | half width, median |",
+        "|---|---|---|---|---|---|",
+    ]
     for rows in zip(*found, strict=True):
         known = [one for one in rows if one.holds_reference is not None]
         if not known:

@@ -62,10 +62,12 @@ def main() -> None:
     print("|" + "---|" * (3 + len(whole_areas)))
     for cubes in (8, 16, 32, 64):
         for how in ("at random", "typical"):
-            found = np.array([
-                off(list(range(cubes)) if how == "at random" else low_res.typical(cubes, kind), kind)
-                for kind in range(1000, 1000 + options.draws)
-            ])  # fmt: skip
+            found = np.array(
+                [
+                    off(list(range(cubes)) if how == "at random" else low_res.typical(cubes, kind), kind)
+                    for kind in range(1000, 1000 + options.draws)
+                ]
+            )
             root = np.sqrt(np.square(found).mean(axis=0))
             worst, areas = root[: len(names)].max(), root[len(names) :]
             print(f"| {cubes} | {how} | {worst:.4f} | " + " | ".join(f"{x:.1%}" for x in areas) + " |")

@@ -1,6 +1,6 @@
 """Compare the result of `make demo` with the ground truth: each figure with its bar; exit 1 if one is missed.
 
-    python bench/demo.py configs/demo.yaml
+python bench/demo.py configs/demo.yaml
 """
 
 from __future__ import annotations

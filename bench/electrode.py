@@ -54,7 +54,8 @@ def make(folder: Path, scale: str, recipe: Path | None, isotropic: bool) -> Path
         "output": "results",
         "scale_factor": scale,
         "high_res": {
-            "phases": PHASES, "voxel_size": "1 um",
+            "phases": PHASES,
+            "voxel_size": "1 um",
             "isotropic": isotropic,
             "images": [{"path": f"slices-{p}.tif", **({} if isotropic else {"planes": [p]})} for p in PLANES],
         },
@@ -62,7 +63,7 @@ def make(folder: Path, scale: str, recipe: Path | None, isotropic: bool) -> Path
         "imaging": {"operator": "under-resolved"},
         "inference": {"tiles": "2x2x2"},
         "reference": {"volume": "truth.zarr"},
-    }  # fmt: skip
+    }
     file.write_text(yaml.safe_dump(study_content, sort_keys=False))
     study = load_study(file)
     source = load_study(file, ["reference.volume=${HPCRES_DATA}/electrode.tiff"]).reference.volume
@@ -134,16 +135,23 @@ def distributions(study: Study, picture: Path, cubes: int) -> None:
         axis = axes[row, place]
         axis.set_axis_on()
         known = {name: found[what][key] for name, found in shown.items() if found.get(what, {}).get(key)}
-        boxes = axis.boxplot(list(known.values()), whis=(5, 95), showfliers=False, patch_artist=True, widths=0.6,
-                             medianprops={"color": "black"})  # fmt: skip
+        boxes = axis.boxplot(
+            list(known.values()),
+            whis=(5, 95),
+            showfliers=False,
+            patch_artist=True,
+            widths=0.6,
+            medianprops={"color": "black"},
+        )
         for box, name in zip(boxes["boxes"], known, strict=True):
             box.set_facecolor(colours[name])
         axis.set_xticks(range(1, len(known) + 1), list(known), fontsize=8)
         axis.set_title(f"{what} {key.replace('|', ' – ')}".strip(), fontsize=9)
     figure.suptitle(
         f"{cubes} cubes of {EDGE}³ voxels, squares of {EDGE}² pixels of the slices; "
-        "box: quartiles and median, whiskers: 5 and 95 %", fontsize=9,
-    )  # fmt: skip
+        "box: quartiles and median, whiskers: 5 and 95 %",
+        fontsize=9,
+    )
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
 
@@ -159,7 +167,7 @@ def of_cubes(volume: Path, target: Path, study: Study, cubes: int) -> dict[str, 
     d_rel = {
         phase: [value for one in by_direction.values() for value in one["D_rel"]["values"]]
         for phase, by_direction in found["transport"].items()
-    }  # fmt: skip
+    }
     return {**_shown(found), "D_rel": d_rel}
 
 
@@ -174,8 +182,9 @@ def of_squares(study: Study, number: int) -> dict[str, dict[str, list[float]]]:
         image = images[chosen]
         first = [int(random.integers(n - EDGE + 1)) for n in image.shape]
         square = image[tuple(slice(a, a + EDGE) for a in first)]
-        found = counts.finalize(counts.count(square[None], labels=range(len(study.phases))), (1.0, 1.0, 1.0),
-                                range(len(study.phases)))  # fmt: skip
+        found = counts.finalize(
+            counts.count(square[None], labels=range(len(study.phases))), (1.0, 1.0, 1.0), range(len(study.phases))
+        )
         for metric, by_key in counts.by_metric(found).items():
             for key, value in by_key.items():
                 values.setdefault(metric, {}).setdefault(key, []).append(value)

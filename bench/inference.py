@@ -29,9 +29,11 @@ from pathlib import Path
 import numpy as np
 
 ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none",
-}  # fmt: skip
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
 
 
 def prepare(folder: Path, scale: int, width: int, edge: int, tile: int) -> Path:
@@ -50,13 +52,20 @@ def prepare(folder: Path, scale: int, width: int, edge: int, tile: int) -> Path:
     np.save(folder / "low.npy", np.tile(block, (-(-low // part),) * 3)[:low, :low, :low])
     tiles = -(-edge // tile)
     content = {
-        "name": "bench", "scale_factor": scale, "output": str(folder / "out"), "seed": 1, "device": "cpu",
-        "high_res": {"phases": {0: "pore", 1: "active", 2: "binder"}, "voxel_size": "50 nm",
-                     "images": [{"path": "none.tif"}]},
+        "name": "bench",
+        "scale_factor": scale,
+        "output": str(folder / "out"),
+        "seed": 1,
+        "device": "cpu",
+        "high_res": {
+            "phases": {0: "pore", 1: "active", 2: "binder"},
+            "voxel_size": "50 nm",
+            "images": [{"path": "none.tif"}],
+        },
         "low_res": {"path": str(folder / "low.npy"), "phases": {0: ["pore", "binder"], 1: "active"}},
         "network": {"width": width},
         "inference": {"tiles": [tiles] * 3, "threads": 1, "chunk_voxels": 64 if tile % 128 else 128},
-    }  # fmt: skip
+    }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content))
     study = load_study(path)
@@ -142,10 +151,13 @@ def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[st
         compress = compress_seconds(study.labels_path) * edge**3 * 8 / 7
         rate = sum(line["rate"] for line in lines) / len(lines)
         return {
-            "voxels/s": edge**3 / seconds, "bound": rate / per_voxel, "rate": rate,
-            "peak": max(line["peak"] for line in lines), "compress": compress / (seconds * ranks),
+            "voxels/s": edge**3 / seconds,
+            "bound": rate / per_voxel,
+            "rate": rate,
+            "peak": max(line["peak"] for line in lines),
+            "compress": compress / (seconds * ranks),
             **{part: spent / (seconds * ranks) for part, spent in parts.items()},
-        }  # fmt: skip
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -202,10 +214,18 @@ def row(scale: int, width: int, edge: int, ranks: int, found: dict[str, float], 
     write = max(0.0, found["write"] - found["compress"])
     shares = [found["read"], found["noise"], found["network"], found["count"], found["compress"], write]
     cells = [
-        f"{width}", f"{scale}", f"{edge}³", f"{ranks}", f"{found['voxels/s'] / 1e6:.3g} M",
-        f"{found['bound'] * ranks / 1e6:.3g} M", f"{found['voxels/s'] / found['bound'] / ranks:.2f}",
-        f"{found['rate'] / 1e9:.0f}", *(f"{share:.1%}" for share in shares), f"{found['peak'] / 2**20:.0f} MiB", more,
-    ]  # fmt: skip
+        f"{width}",
+        f"{scale}",
+        f"{edge}³",
+        f"{ranks}",
+        f"{found['voxels/s'] / 1e6:.3g} M",
+        f"{found['bound'] * ranks / 1e6:.3g} M",
+        f"{found['voxels/s'] / found['bound'] / ranks:.2f}",
+        f"{found['rate'] / 1e9:.0f}",
+        *(f"{share:.1%}" for share in shares),
+        f"{found['peak'] / 2**20:.0f} MiB",
+        more,
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -232,9 +252,23 @@ def main() -> None:
                     print(line, flush=True)
         return
     heads = [
-        "width", "scale", "output", "ranks", "voxels/s", "direct bound", "ratio", "GFLOP/s a core", "read", "noise",
-        "network", "count", "compress", "write", "peak a rank", "",
-    ]  # fmt: skip
+        "width",
+        "scale",
+        "output",
+        "ranks",
+        "voxels/s",
+        "direct bound",
+        "ratio",
+        "GFLOP/s a core",
+        "read",
+        "noise",
+        "network",
+        "count",
+        "compress",
+        "write",
+        "peak a rank",
+        "",
+    ]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
     measure(options.scale, 5, 64, 64, 1)  # compiles, which takes memory
     if options.sizes:

@@ -69,9 +69,11 @@ def published_seconds(
     with _stand_ins(checkout / "code", log), _inside(folder, arguments):
         tools = importlib.import_module("ImageTools")
         for name, stand_in in (
-            ("vf_sa_metrics", lambda *_: None), ("log_metrics", lambda *_: 1.0),
-            ("calc_and_save_eta", lambda *_: None), ("plot_fake_difference", plotted),
-        ):  # fmt: skip
+            ("vf_sa_metrics", lambda *_: None),
+            ("log_metrics", lambda *_: 1.0),
+            ("calc_and_save_eta", lambda *_: None),
+            ("plot_fake_difference", plotted),
+        ):
             setattr(tools, name, stand_in)
         with contextlib.suppress(_Enough), contextlib.redirect_stdout(io.StringIO()):
             runpy.run_path(str(checkout / "code" / "Architecture.py"), run_name="__main__")

@@ -326,10 +326,16 @@ def figures_of_atypical(study: Study, minutes: float, scale: str) -> list[Figure
         by_group += [
             Figure(f"{share}, difference from the slices", hidden_difference(group), below(0.02)),
             Figure(share, lambda result, group=group: hidden_share(result["volume"], group)),
-            *(Figure(f"area {a} – {b} inside {merged}, against the slices", area_within((a, b), group),
-                     below(0.10), ".1%")
-              for a, b in combinations(sorted(group, key=phases.index), 2)),
-        ]  # fmt: skip
+            *(
+                Figure(
+                    f"area {a} – {b} inside {merged}, against the slices",
+                    area_within((a, b), group),
+                    below(0.10),
+                    ".1%",
+                )
+                for a, b in combinations(sorted(group, key=phases.index), 2)
+            ),
+        ]
     known = figures_of("phantom", minutes, scale, phases)
     unbarred = {figure.name for figure in against_truth(phases)}
     return [
@@ -337,15 +343,24 @@ def figures_of_atypical(study: Study, minutes: float, scale: str) -> list[Figure
         Figure("box agreement", of_volume("low_res", "box_agreement"), above(0.98), ".2%"),
         Figure("visible fractions, worst difference from the low-res volume", visible_difference, below(0.02)),
         *by_group,
-        *(Figure(f"specks of {name} in 2D, of what is allowed", speck_share(name), below(1.0), ".2f")
-          for name in phases),
-        *(Figure(f"specks of {name} in 2D, of a million pixels", of_volume("specks", "volume", name), form=".1f")
-          for name in phases),
-        *(Figure(f"specks of {name} in 3D, of a million voxels", of_volume("specks_3d", "volume", name), form=".1f")
-          for name in phases),
-        *(replace(figure, bar=None) if figure.name in unbarred else figure
-          for figure in known if figure.name != "low-res agreement"),
-    ]  # fmt: skip
+        *(
+            Figure(f"specks of {name} in 2D, of what is allowed", speck_share(name), below(1.0), ".2f")
+            for name in phases
+        ),
+        *(
+            Figure(f"specks of {name} in 2D, of a million pixels", of_volume("specks", "volume", name), form=".1f")
+            for name in phases
+        ),
+        *(
+            Figure(f"specks of {name} in 3D, of a million voxels", of_volume("specks_3d", "volume", name), form=".1f")
+            for name in phases
+        ),
+        *(
+            replace(figure, bar=None) if figure.name in unbarred else figure
+            for figure in known
+            if figure.name != "low-res agreement"
+        ),
+    ]
 
 
 def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> list[Figure]:
@@ -364,30 +379,40 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
     if case == "sofc":
         low, high = (0.0090, 0.0115) if long else (0.0080, 0.0115)
         return [
-            Figure("phase fractions, worst difference from the slice", seen("fraction_error"),
-                   below(0.01 if long else 0.02)),
+            Figure(
+                "phase fractions, worst difference from the slice",
+                seen("fraction_error"),
+                below(0.01 if long else 0.02),
+            ),
             *(Figure(f"phase fraction {name}", of_volume("volume", "volume_fraction", name)) for name in phases),
-            Figure("interphase areas, worst against the slice", seen("area_error"), below(0.07 if long else 0.15),
-                   ".1%"),
-            *(Figure(f"interphase area {a} – {b}", of_volume("volume", "interphase_area", f"{a}|{b}"))
-              for k, a in enumerate(phases) for b in phases[k + 1 :]),
+            Figure(
+                "interphase areas, worst against the slice", seen("area_error"), below(0.07 if long else 0.15), ".1%"
+            ),
+            *(
+                Figure(f"interphase area {a} – {b}", of_volume("volume", "interphase_area", f"{a}|{b}"))
+                for k, a in enumerate(phases)
+                for b in phases[k + 1 :]
+            ),
             Figure("interphase areas, directions apart", directions_apart, form=".1%"),
             Figure("normalised TPB", of_volume("volume", "tpb", "normalised"), (low, high), ".5f"),
             Figure("low-res agreement", agreement, None if long else above(0.995), ".2%"),
             Figure("tv1", seen("tv1"), below(0.03 if long else 0.04)),
             Figure("tv4", seen("tv4"), below(0.06 if long else 0.08)),
             Figure("changed faces by position in the lattice, off flat", imprint, below(0.10) if long else None, ".1%"),
-            *noise, *common,
-        ]  # fmt: skip
+            *noise,
+            *common,
+        ]
     if case in ("phantom", "electrode"):
         barred = case == "electrode" or scale == "4"
         return [
             *against_truth(phases),
             Figure("low-res agreement", agreement, above(0.98) if barred else None, ".2%"),
-            Figure("tv1 against the slices", seen("tv1")), Figure("tv4 against the slices", seen("tv4")),
+            Figure("tv1 against the slices", seen("tv1")),
+            Figure("tv4 against the slices", seen("tv4")),
             Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),
-            *noise, *common,
-        ]  # fmt: skip
+            *noise,
+            *common,
+        ]
     by_plane = []
     for plane in ("yx", "zx", "zy"):
         by_plane += [
@@ -395,12 +420,16 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
             Figure(f"{plane}: interphase areas", plane_area(plane), below(0.05), ".1%"),
             Figure(f"{plane}: … by the worse direction", seen("area_error", plane), below(0.05), ".1%"),
             Figure(f"{plane}: correlations", seen("correlation_error", plane)),
-            Figure(f"{plane}: tv1", seen("tv1", plane)), Figure(f"{plane}: tv4", seen("tv4", plane)),
-        ]  # fmt: skip
+            Figure(f"{plane}: tv1", seen("tv1", plane)),
+            Figure(f"{plane}: tv4", seen("tv4", plane)),
+        ]
     return [
-        *by_plane, Figure("low-res agreement (lamellae kept)", agreement, form=".2%"),
-        Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"), *noise, *common,
-    ]  # fmt: skip
+        *by_plane,
+        Figure("low-res agreement (lamellae kept)", agreement, form=".2%"),
+        Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),
+        *noise,
+        *common,
+    ]
 
 
 # ---- the commands -------------------------------------------------------------------------------------------
@@ -491,8 +520,9 @@ def first_of_groups(study: Study) -> np.ndarray:
 def write_labels(study: Study, path: Path, labels: np.ndarray, what: str) -> None:
     size = study.high_res.voxel_size
     path.parent.mkdir(parents=True, exist_ok=True)
-    convert(array_volume(labels, what), path, phases=dict(enumerate(study.phases)),
-            voxel_size=size.length, unit=size.unit)  # fmt: skip
+    convert(
+        array_volume(labels, what), path, phases=dict(enumerate(study.phases)), voxel_size=size.length, unit=size.unit
+    )
 
 
 def transport_of(volume: Path, target: Path) -> Result:
@@ -521,8 +551,9 @@ def beside_the_electrode(config: Path, folder: Path, settings: Sequence[str], re
 # ---- what is shown ------------------------------------------------------------------------------------------
 
 
-def table(title: str, figures: Sequence[Figure], runs: dict[str, Result], beside: dict[str, Result],
-          note: str = "") -> str:  # fmt: skip
+def table(
+    title: str, figures: Sequence[Figure], runs: dict[str, Result], beside: dict[str, Result], note: str = ""
+) -> str:
     several = len(runs) > 1
     heads = ["figure", "bar", "met", *runs, *(["mean ± std"] if several else []), *beside]
     lines = [f"### {title}", "", *([note, ""] if note else [])]
@@ -558,13 +589,18 @@ def picture(path: Path, study: Study, edge: int = 200) -> None:
         if truth is not None:
             beside = truth.read(box).squeeze(axis)
         else:
-            image = next(i for i in study.high_res.images
-                         if study.high_res.isotropic or {plane, plane[::-1]} & set(i.planes))  # fmt: skip
+            image = next(
+                i for i in study.high_res.images if study.high_res.isotropic or {plane, plane[::-1]} & set(i.planes)
+            )
             beside = high_map.index(read_images(image.path))[0]
             if plane not in image.planes and plane[::-1] in image.planes:
                 beside = beside.T
-        rows.append([np.pad(part[:edge, :edge], [(0, edge - n) for n in part[:edge, :edge].shape],
-                            constant_values=255) for part in (coarse, sharp, beside)])  # fmt: skip
+        rows.append(
+            [
+                np.pad(part[:edge, :edge], [(0, edge - n) for n in part[:edge, :edge].shape], constant_values=255)
+                for part in (coarse, sharp, beside)
+            ]
+        )
     save_panels(path, rows)
 
 
@@ -587,9 +623,12 @@ def _name(*words: str) -> str:
 
 
 CASES = {
-    "sofc": "case3-sofc-small", "phantom": "demo", "separator": "case2-separator-small", "atypical": "demo",
+    "sofc": "case3-sofc-small",
+    "phantom": "demo",
+    "separator": "case2-separator-small",
+    "atypical": "demo",
     "electrode": "",
-}  # fmt: skip
+}
 """Case → its study in configs/; the electrode's is written beside the files that are cut from it."""
 SCALES = {"phantom": ["4"], "atypical": ["4", "8"], "electrode": ["2", "4", "8"]}
 
@@ -604,8 +643,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--slices-porosity", nargs="+", default=["0.25", "0.55"], help="of atypical")
     parser.add_argument("--data", help="folder of the real images; HPCRES_DATA by default")
     parser.add_argument("--keep", type=Path, help="folder for everything that is made; a temporary one by default")
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="on top of the study: configs/long.yaml; auto "
-                        "takes the study without its recipe, and lets training choose one")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="on top of the study: configs/long.yaml; auto "
+        "takes the study without its recipe, and lets training choose one",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.add_argument("--by-plane", action="store_true", help="each slice of the electrode says which plane it shows")
@@ -726,9 +770,8 @@ def as_columns(study: Study, one: Result, slices: Result) -> dict[str, Result]:
 
     def column(volume: Result, which: str) -> Result:
         shares = {
-            " + ".join(group): sum(volume["volume_fraction"][name] for name in group)
-            for group in study.low_res.groups
-        }  # fmt: skip
+            " + ".join(group): sum(volume["volume_fraction"][name] for name in group) for group in study.low_res.groups
+        }
         counted = {
             key: {"volume": one[key].get(which), "images": one[key].get("images")} for key in ("specks", "specks_3d")
         }

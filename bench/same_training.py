@@ -23,9 +23,11 @@ import yaml
 HERE = Path(__file__).resolve().parent.parent
 RECIPES = {
     "published": {"network": {"width": 4, "critic_width": 5}, "training": {"cubes": 2, "slices_per_axis": 4}},
-    "fast": {}, "long": {}, "long-white": {},
+    "fast": {},
+    "long": {},
+    "long-white": {},
     "fast, atypical": {},
-}  # fmt: skip
+}
 STEPS = 5
 DIGEST = """
 import hashlib, sys
@@ -49,12 +51,15 @@ def study_in(folder: Path, recipe: str) -> Path:
         np.save(folder / f"{name}.npy", labels)
     base = recipe.partition(",")[0]
     content = {
-        "name": "same", "output": "out", "scale_factor": 4, "device": "cpu",
+        "name": "same",
+        "output": "out",
+        "scale_factor": 4,
+        "device": "cpu",
         "high_res": {"phases": {0: "a", 1: "b", 2: "c"}, "voxel_size": "1 um", "images": [{"path": "high.npy"}]},
         "low_res": {"path": "low.npy", "phases": {0: ["a", "b"], 1: "c"}},
         "imaging": {"operator": "under-resolved"},
         **RECIPES[recipe],
-    }  # fmt: skip
+    }
     if base != "published":
         content["base"] = str(HERE / "configs" / f"{base}.yaml")
     path = folder / "study.yaml"
@@ -65,9 +70,15 @@ def study_in(folder: Path, recipe: str) -> Path:
 def trained(package: Path, study: Path, output: Path) -> str:
     """Digest of the rows of training.csv without their seconds, and of the weights that are saved."""
     settings = {
-        "steps": STEPS, "minutes": "null", "threads": 1, "precision": "fp32", "report_seconds": 1e-6,
-        "recalibration_cubes": 4, "quality_cubes": 2, "quality_steps": 5,
-    }  # fmt: skip
+        "steps": STEPS,
+        "minutes": "null",
+        "threads": 1,
+        "precision": "fp32",
+        "report_seconds": 1e-6,
+        "recalibration_cubes": 4,
+        "quality_cubes": 2,
+        "quality_steps": 5,
+    }
     command = [sys.executable, "-m", "hpcres", "train", str(study), f"--output={output}"]
     command += [f"--set=training.{key}={value}" for key, value in settings.items()]
     environment = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
@@ -76,9 +87,13 @@ def trained(package: Path, study: Path, output: Path) -> str:
     kept = [place for place, name in enumerate(rows[0]) if name != "seconds"]
     text = "\n".join(",".join(row[place] for place in kept) for row in rows)
     weights = subprocess.run(
-        [sys.executable, "-c", DIGEST, str(output / "checkpoint.pt")], env=environment, cwd=package, check=True,
-        capture_output=True, text=True,
-    ).stdout  # fmt: skip
+        [sys.executable, "-c", DIGEST, str(output / "checkpoint.pt")],
+        env=environment,
+        cwd=package,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     return hashlib.sha256((text + weights).encode()).hexdigest()
 
 

@@ -87,13 +87,20 @@ def study_of(folder: Path, settings: dict, device: str) -> Study:
         np.save(folder / f"{name}.npy", np.digitize(field, np.quantile(field, [0.35, 0.7])).astype(np.uint8))
     return Study.model_validate(
         {
-            "name": "bench", "output": str(folder / "out"), "scale_factor": 4, "device": device,
-            "high_res": {"phases": {0: "a", 1: "b", 2: "c"}, "voxel_size": "1 um",
-                         "images": [{"path": str(folder / "high.npy")}]},
+            "name": "bench",
+            "output": str(folder / "out"),
+            "scale_factor": 4,
+            "device": device,
+            "high_res": {
+                "phases": {0: "a", 1: "b", 2: "c"},
+                "voxel_size": "1 um",
+                "images": [{"path": str(folder / "high.npy")}],
+            },
             "low_res": {"path": str(folder / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}},
-            "imaging": {"operator": "under-sampled"}, **settings,
+            "imaging": {"operator": "under-sampled"},
+            **settings,
         }
-    )  # fmt: skip
+    )
 
 
 class Arithmetic(TorchDispatchMode):
@@ -207,20 +214,23 @@ def beside_the_published(checkout: Path, folder: Path, group: Processes, steps: 
         for row, training in PEER.items():
             if training.get("precision", fastest) != fastest:
                 continue
-            study = study_of(
-                folder, {"network": network, "training": {**PEER_TRAINING, **training}}, group.device.type
-            )
+            study = study_of(folder, {"network": network, "training": {**PEER_TRAINING, **training}}, group.device.type)
             seconds = step_seconds(study, group, steps)
             found.setdefault(row, []).extend(seconds)
             print(f"turn {turn + 1}: {row} {seconds.round(2).tolist()}", file=sys.stderr, flush=True)
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN held to {isa}' if isa else ''}, "
-          f"{group.device.type}, {torch.get_num_threads()} threads, {turns} turns of {steps} steps\n")  # fmt: skip
+    print(
+        f"{processor()}, {torch.backends.cpu.get_cpu_capability()}{f', oneDNN held to {isa}' if isa else ''}, "
+        f"{group.device.type}, {torch.get_num_threads()} threads, {turns} turns of {steps} steps\n"
+    )
     with Arithmetic() as counter:  # counted in a step that is not timed
         step_seconds(study_of(folder, {"network": network, "training": PEER_TRAINING}, group.device.type), group, 0)
     limits = {kind: counter.flops / peak(group, dtype) for kind, dtype in PRECISIONS.items()}
-    print(f"{counter.flops / 1e9:.0f} GFLOP a step, which at the speed of a matrix product of 2048² take "
-          + ", ".join(f"{limit:.1f} s in {kind}" for kind, limit in limits.items()) + "\n")  # fmt: skip
+    print(
+        f"{counter.flops / 1e9:.0f} GFLOP a step, which at the speed of a matrix product of 2048² take "
+        + ", ".join(f"{limit:.1f} s in {kind}" for kind, limit in limits.items())
+        + "\n"
+    )
     print("| fastest step | seconds | of the published | CPU seconds | of the published |\n|---|---|---|---|---|")
     fastest_of = {row: np.min(seconds, axis=0) for row, seconds in found.items()}
     for row, seconds in fastest_of.items():
@@ -247,7 +257,9 @@ except ValidationError as found:
         print("left out:", ".".join(error["loc"]), section.pop(key), file=sys.stderr)
     study = Study.model_validate(content)
 """
-PROCESSOR_SECONDS = READ + """
+PROCESSOR_SECONDS = (
+    READ
+    + """
 from hpcres.training.adversarial import Models
 from hpcres.training.distributed import processes
 from hpcres.training.samples import LowResCubes, RealSlices
@@ -261,7 +273,10 @@ with processes(study.device, 1) as group:
 last = sorted(seconds[len(seconds) // 2 :])
 print(last[len(last) // 2])
 """
-COMMAND_SECONDS = READ + """
+)
+COMMAND_SECONDS = (
+    READ
+    + """
 import csv, os, subprocess
 content["training"].update(steps=int(sys.argv[2]), report_seconds=3, recalibration_cubes=1, least_steps=1)
 known = set(type(study.training).model_fields)
@@ -278,14 +293,18 @@ with open(os.path.join(content["output"], "training.csv")) as file:
 (first, began), (last, ended) = rows[len(rows) // 3], rows[-1]
 print((ended - began) / (last - first))
 """
+)
 
 
 def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, turns: int) -> None:
     """Two Markdown tables of a step by the code of `checkout` and by this one, on the phantom of configs/demo.yaml: CPU
     seconds of one thread, and seconds of `hpcres train` with the threads that it takes by itself."""
     demo = Path(__file__).resolve().parent.parent / "configs/demo.yaml"
-    subprocess.run([sys.executable, "-m", "hpcres", "phantom", str(demo), f"--output={folder}"],
-                   check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "hpcres", "phantom", str(demo), f"--output={folder}"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     study = load_study(demo, ["training.minutes=null", "training.warm_up_steps=10", "device=cpu"], str(folder))
     fastest, _ = choose_precision(study, group)
     print(f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {turns} turns of {steps} steps")
@@ -305,9 +324,12 @@ def beside_another(checkout: Path, folder: Path, group: Processes, steps: int, t
                     file.write_text(json.dumps(content | {"output": output}))
                     done = subprocess.run(
                         [sys.executable, "-c", program, str(file), str(steps)],
-                        check=True, stdout=subprocess.PIPE, text=True, cwd=package,
+                        check=True,
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        cwd=package,
                         env=os.environ | {"PYTHONPATH": str(package)} | variables,
-                    )  # fmt: skip
+                    )
                     seconds.append(float(done.stdout))
             shown = [", ".join(f"{one:.3f}" for one in seconds) for seconds in found.values()]
             before, after = (float(np.median(seconds)) for seconds in found.values())
@@ -357,8 +379,10 @@ def main() -> None:
             rows["the paper's, fp32"] = {}
             rows["the paper's, bf16"] = {"training": {"precision": "bf16"}}
         tops = {kind: peak(group, dtype) for kind, dtype in PRECISIONS.items()}
-        print(f"{group.device.type}, {torch.get_num_threads()} threads; matrix product: "
-              + ", ".join(f"{kind} {top / 1e9:.0f} GFLOP/s" for kind, top in tops.items()))  # fmt: skip
+        print(
+            f"{group.device.type}, {torch.get_num_threads()} threads; matrix product: "
+            + ", ".join(f"{kind} {top / 1e9:.0f} GFLOP/s" for kind, top in tops.items())
+        )
         best: dict[str, dict[str, float]] = {}
         compiling = 0.0
         for _ in range(options.turns):
@@ -372,8 +396,10 @@ def main() -> None:
         for row, found in best.items():
             seconds, flops = found.pop("seconds"), found.pop("flops")
             share = flops / seconds / max(tops.values())
-            print(f"{row:44} {1 / seconds:6.2f} steps/s  {flops / 1e9:7.1f} GFLOP  {share:5.1%} of peak  "
-                  + ", ".join(f"{part} {value:.0%}" for part, value in found.items()))  # fmt: skip
+            print(
+                f"{row:44} {1 / seconds:6.2f} steps/s  {flops / 1e9:7.1f} GFLOP  {share:5.1%} of peak  "
+                + ", ".join(f"{part} {value:.0%}" for part, value in found.items())
+            )
         print(f"compiling takes {compiling:.0f} s once")
         more = {"steps": 60, "report_seconds": 0.5, "recalibration_cubes": 2, "threads": 1}
         study = study_of(folder, {**fast, "training": {**fast["training"], **more}}, options.device)

@@ -67,9 +67,14 @@ def solve_alone(settings: dict) -> None:
     held = status("VmHWM") - before + labels.nbytes if settings["device"] is None else one.bytes
     line = {
         "iteration": (iterated[-1] - iterated[0]) / max(1, len(iterated) - 1),
-        "seconds": [min(found) for found in seconds.values()], "tau": one.tau, "error": one.error,
-        "iterations": one.iterations, "fraction": one.volume_fraction, "bytes": held / labels.size, "d_rel": one.d_rel,
-    }  # fmt: skip
+        "seconds": [min(found) for found in seconds.values()],
+        "tau": one.tau,
+        "error": one.error,
+        "iterations": one.iterations,
+        "fraction": one.volume_fraction,
+        "bytes": held / labels.size,
+        "d_rel": one.d_rel,
+    }
     print(json.dumps(line), flush=True)
 
 
@@ -97,7 +102,7 @@ def measure_far() -> None:
             f"| {several} | {', '.join(map(str, spacing))} | {direction} | {found['d_rel']:.6g} | "
             f"{found['error']:.1e} | {found['iterations']} | {found['seconds'][0]:.1f} | {found['bytes']:.1f} |",
             flush=True,
-        )  # fmt: skip
+        )
 
 
 def compare_versions(checkout: str) -> None:
@@ -110,8 +115,9 @@ def compare_versions(checkout: str) -> None:
         several = ", ".join(f"{label}: {k:g}" for label, k in conductivity.items())
         print(
             f"| {several} | {turns[0][0]['d_rel']!r} | {turns[0][1]['d_rel']!r} | {ours:.3f} | {theirs:.3f} | "
-            f"{ours / theirs:.3f} |", flush=True,
-        )  # fmt: skip
+            f"{ours / theirs:.3f} |",
+            flush=True,
+        )
 
 
 def taufactor_seconds(label: int, iterations: int = 20) -> float:
@@ -143,9 +149,14 @@ def solve_store(settings: dict) -> None:
         before, started = status("VmRSS"), time.perf_counter()
         one = tortuosity(volume, **shared, say=said.append)["results"][0]
         line = {
-            "rank": ranks.rank, "seconds": time.perf_counter() - started, "D_rel": one["D_rel"],
-            "iterations": one["iterations"], "before": before, "peak": status("VmHWM"), "said": said,
-        }  # fmt: skip
+            "rank": ranks.rank,
+            "seconds": time.perf_counter() - started,
+            "D_rel": one["D_rel"],
+            "iterations": one["iterations"],
+            "before": before,
+            "peak": status("VmHWM"),
+            "said": said,
+        }
         print(json.dumps(line), flush=True)
 
 
@@ -176,8 +187,9 @@ def compare_stores(edge: int, ranks: list[int], limits: list[str], threads: int,
             print(
                 f"| {edge}³ | {name}, {threads} threads each | {one['seconds']:.1f} | {one['seconds'] / first:.2f} | "
                 f"{one['D_rel']!r} | {one['iterations']} | {peaks} (Python before: {one['before'] / 2**30:.2f}) | "
-                f"{'; '.join(one['said'])} |", flush=True,
-            )  # fmt: skip
+                f"{'; '.join(one['said'])} |",
+                flush=True,
+            )
 
 
 def blobs(edge: int, sigma: float | tuple[float, ...], fraction: float, seed: int) -> np.ndarray:
@@ -220,8 +232,9 @@ def compare_blocks() -> None:
                 ratio = "" if i % 3 else f"{guess['seconds'] / sum(e['seconds'] for e in exact[i : i + 3]):.1f}"
                 print(
                     f"| {name} | {one['phase']}, {one['direction']} | {whole:.5f} | "
-                    f"{guess['D_rel'] / whole - 1:+.1%} | {mean / whole - 1:+.1%} | {ratio} |", flush=True,
-                )  # fmt: skip
+                    f"{guess['D_rel'] / whole - 1:+.1%} | {mean / whole - 1:+.1%} | {ratio} |",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -263,8 +276,9 @@ def main() -> None:
             one = measure(edge=edge, blobs=True, repeats=1, threads=threads, device=options.device)
             print(
                 f"| {edge}³ | {one['fraction']:.2f} | {one['seconds'][0]:.1f} | {one['iteration']:.3f} | "
-                f"{one['iterations']} | {one['error']:.1e} | {one['bytes']:.1f} |", flush=True,
-            )  # fmt: skip
+                f"{one['iterations']} | {one['error']:.1e} | {one['bytes']:.1f} |",
+                flush=True,
+            )
         return
     heads = "label | τ | estimated error | iterations | one core | two | ratio | bytes a voxel | TauFactor | × faster"
     print(f"| {heads} |\n|" + "---|" * 10)
@@ -274,8 +288,9 @@ def main() -> None:
         peer = taufactor_seconds(label) * ITERATIONS[label]
         print(
             f"| {label} | {found['tau']:.5f} | {found['error']:.1e} | {found['iterations']} | {one:.2f} s | "
-            f"{two:.2f} s | {one / two:.2f} | {found['bytes']:.1f} | {peer:.0f} s | {peer / one:.0f} |", flush=True,
-        )  # fmt: skip
+            f"{two:.2f} s | {one / two:.2f} | {found['bytes']:.1f} | {peer:.0f} s | {peer / one:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -183,9 +183,14 @@ def compare_far(first: int, number: int) -> None:
         direction, truth, kept = "zyx"[i % 3], None, []
         for rtol in (1e-3, 1e-5):
             one = solve(
-                labels, conductivity, directions=direction, rtol=rtol, threads=1, **settings,
+                labels,
+                conductivity,
+                directions=direction,
+                rtol=rtol,
+                threads=1,
+                **settings,
                 keep=lambda direction, system, x, k, to=kept: to.append(system),
-            )[direction]  # fmt: skip
+            )[direction]
             if not one.percolates:
                 break
             if one.state != "converged":
@@ -213,9 +218,14 @@ def stops(labels, conductivity, settings, axis: int) -> list[tuple[float, float,
     found, truth, kept = {}, 0.0, []
     for rtol in 10 ** -np.linspace(1, 5, 17):
         one = solve(
-            labels, conductivity, directions="zyx"[axis], rtol=float(rtol), threads=1, **settings,
+            labels,
+            conductivity,
+            directions="zyx"[axis],
+            rtol=float(rtol),
+            threads=1,
+            **settings,
             keep=None if truth else lambda direction, system, x, k: kept.append(system),
-        )["zyx"[axis]]  # fmt: skip
+        )["zyx"[axis]]
         if not one.percolates:
             return []
         assert one.state == "converged"
@@ -247,8 +257,9 @@ def main() -> None:
         count = [min(n for estimate, _, n in one if estimate < 1e-3) for one in of if one]
         print(
             f"| {name} | {sum(map(bool, of))} of {len(of)} | {len(every)} | {above} | {ratio.min():.2f} | "
-            f"{np.median(ratio):.1f} | {np.quantile(ratio, 0.95):.0f} | {np.mean(count):.1f} |", flush=True,
-        )  # fmt: skip
+            f"{np.median(ratio):.1f} | {np.quantile(ratio, 0.95):.0f} | {np.mean(count):.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,22 @@ _HOMES = {
     "hpcres.results": ("Measurement", "SurfaceArea", "Tortuosity", "TriplePhaseBoundary"),
 }
 __all__ = [
-    "InputError", "Measurement", "Stopped", "SurfaceArea", "Tortuosity", "TriplePhaseBoundary", "Unfinished",
-    "convert", "infer", "measure", "open", "phantom", "report", "tortuosity", "train",
-]  # fmt: skip
+    "InputError",
+    "Measurement",
+    "Stopped",
+    "SurfaceArea",
+    "Tortuosity",
+    "TriplePhaseBoundary",
+    "Unfinished",
+    "convert",
+    "infer",
+    "measure",
+    "open",
+    "phantom",
+    "report",
+    "tortuosity",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -76,9 +76,14 @@ def weights_sha256(generator: Generator) -> str:
 
 
 def save_checkpoint(
-    path: str | Path, *, generator: Generator, study: Study, step: int,
-    training_state: dict[str, Any] | None = None, init_from: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+    path: str | Path,
+    *,
+    generator: Generator,
+    study: Study,
+    step: int,
+    training_state: dict[str, Any] | None = None,
+    init_from: dict[str, Any] | None = None,
+) -> None:
     """Write atomically; `training_state` holds what a resumed run needs and inference ignores."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +155,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     generator.eval()
     _freeze(generator)
     return Checkpoint(
-        str(path), generator, study, content["step"], weights_sha256(generator), content["versions"],
-        content["training"], content.get("init_from"),
-    )  # fmt: skip
+        str(path),
+        generator,
+        study,
+        content["step"],
+        weights_sha256(generator),
+        content["versions"],
+        content["training"],
+        content.get("init_from"),
+    )
 
 
 def _freeze(module: nn.Module) -> None:

@@ -62,9 +62,13 @@ class Conditions:
     """
 
     def __init__(
-        self, channels: int, shape: Triple, volume: Volume | None = None, phase_map: PhaseMap | None = None,
+        self,
+        channels: int,
+        shape: Triple,
+        volume: Volume | None = None,
+        phase_map: PhaseMap | None = None,
         about: Any = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert (volume is None) == (channels == 0), (channels, volume)
         self.channels, self.shape, self.volume = channels, shape, volume
         self._phase_map, self._about = phase_map, about
@@ -118,8 +122,10 @@ class Conditions:
         files = self.volume.parts or (self.volume,)
         raw = [part.raw.model_dump() if part.raw else None for part in files]
         several = bool(self.volume.parts)
-        return {"low_res": [part.path for part in files] if several else self.volume.path,
-                "raw": raw if several else raw[0]}  # fmt: skip
+        return {
+            "low_res": [part.path for part in files] if several else self.volume.path,
+            "raw": raw if several else raw[0],
+        }
 
     @property
     def paths(self) -> list[str]:

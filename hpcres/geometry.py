@@ -191,16 +191,28 @@ class TilePlan:
         starts = (range(half, n, edge) for half, n, edge in zip(halves, self.low_res_shape, shape, strict=True))
         whole = Box.whole(self.low_res_shape)
         return [
-            _tile(i, _sized(triple(start), shape).clipped(whole), self.low_res_shape, self.shape, self.scale,
-                  self.halo_low_res, self.boundaries)
+            _tile(
+                i,
+                _sized(triple(start), shape).clipped(whole),
+                self.low_res_shape,
+                self.shape,
+                self.scale,
+                self.halo_low_res,
+                self.boundaries,
+            )
             for i, start in enumerate(product(*starts))
-        ]  # fmt: skip
+        ]
 
 
 def _tile(
-    index: int, core: Box, low_res_shape: Triple, shape: Triple, scale: Fraction, halo_low_res: int,
+    index: int,
+    core: Box,
+    low_res_shape: Triple,
+    shape: Triple,
+    scale: Fraction,
+    halo_low_res: int,
     boundaries: Boundaries,
-) -> Tile:  # fmt: skip
+) -> Tile:
     p, q = scale.numerator, scale.denominator
     # The start of a window is rounded down to a multiple of q, where interpolation weights repeat; its end is free.
     before = -(-halo_low_res // q) * q
@@ -218,9 +230,13 @@ def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:
 
 
 def plan_tiles(
-    low_res_shape: Sequence[int], scale: Fraction, tiles: Sequence[int], halo_low_res: int, chunk_voxels: int,
+    low_res_shape: Sequence[int],
+    scale: Fraction,
+    tiles: Sequence[int],
+    halo_low_res: int,
+    chunk_voxels: int,
     boundaries: Boundaries = REPLICATE,
-) -> TilePlan:  # fmt: skip
+) -> TilePlan:
     """Cut a low-res volume into at most `tiles` tiles per axis. InputError for what cannot be cut, or not be periodic.
 
     A tile is a whole number of storage chunks (`chunk_voxels`, high-res voxels per edge), so the grid can come
@@ -247,14 +263,19 @@ def plan_tiles(
     core_edge = triple([-(-n // t // chunk_low_res) * chunk_low_res for n, t in zip(low_res_shape, tiles, strict=True)])
     cores = blocks(low_res_shape, core_edge)
     return TilePlan(
-        triple(low_res_shape), shape, scale, halo_low_res, chunk_voxels,
+        triple(low_res_shape),
+        shape,
+        scale,
+        halo_low_res,
+        chunk_voxels,
         triple([e // q * p for e in core_edge]),
-        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]), boundaries,
+        triple([-(-n // e) for n, e in zip(low_res_shape, core_edge, strict=True)]),
+        boundaries,
         tuple(
             _tile(i, core, triple(low_res_shape), shape, scale, halo_low_res, boundaries)
             for i, core in enumerate(cores)
         ),
-    )  # fmt: skip
+    )
 
 
 def tiles_of_rank(tile_count: int, rank: int, ranks: int) -> range:

@@ -63,10 +63,17 @@ def open(path: str | os.PathLike[str]) -> Volume:
 
 
 def measure(
-    volume: AnyVolume, *, phases: Sequence[str] | Mapping[int, str] | None = None, voxel_size: VoxelSize = None,
-    periodic: Iterable[str] = (), statistics: Iterable[Statistic] = (), subvolumes: SubVolumes | None = None,
-    seed: int = 0, client: Client | None = None, progress: bool = False,
-) -> Measurement:  # fmt: skip
+    volume: AnyVolume,
+    *,
+    phases: Sequence[str] | Mapping[int, str] | None = None,
+    voxel_size: VoxelSize = None,
+    periodic: Iterable[str] = (),
+    statistics: Iterable[Statistic] = (),
+    subvolumes: SubVolumes | None = None,
+    seed: int = 0,
+    client: Client | None = None,
+    progress: bool = False,
+) -> Measurement:
     """Volume fractions, surface and interphase areas and TPB of a label volume (docs/metrics.md).
 
     Parameters
@@ -123,19 +130,32 @@ def measure(
     with local_client() if client is None else nullcontext(client) as connected:
         return Measurement.of(
             measured(
-                source, client=connected, phases=names, voxel_size=_edges(source, voxel_size), periodic=_axes(periodic),
-                settings=subvolumes, seed=seed, progress=progress,
+                source,
+                client=connected,
+                phases=names,
+                voxel_size=_edges(source, voxel_size),
+                periodic=_axes(periodic),
+                settings=subvolumes,
+                seed=seed,
+                progress=progress,
                 statistics=Metrics().model_copy(update={"statistics": chosen}) if chosen else None,
             )
-        )  # fmt: skip
+        )
 
 
 def tortuosity(
-    volume: AnyVolume, phase: str | int | None = None, *, direction: Literal["z", "y", "x"] = "z",
-    conductivity: Mapping[str, float] | None = None, phases: Sequence[str] | Mapping[int, str] | None = None,
-    voxel_size: VoxelSize = None, periodic: Iterable[str] = (), rtol: float = 1e-3, threads: int | None = None,
+    volume: AnyVolume,
+    phase: str | int | None = None,
+    *,
+    direction: Literal["z", "y", "x"] = "z",
+    conductivity: Mapping[str, float] | None = None,
+    phases: Sequence[str] | Mapping[int, str] | None = None,
+    voxel_size: VoxelSize = None,
+    periodic: Iterable[str] = (),
+    rtol: float = 1e-3,
+    threads: int | None = None,
     check: Literal["taufactor"] | None = None,
-) -> Tortuosity:  # fmt: skip
+) -> Tortuosity:
     """Relative diffusivity and tortuosity factor of a phase along one direction, with their error (docs/transport.md).
 
     Parameters
@@ -194,10 +214,16 @@ def tortuosity(
         _refuse_check(check, source, edges, sides, conductivity)
     _warn_of_absent_chunks(source)
     found = solved(
-        source, phases=names, only=() if phase is None else (str(phase),), conductivity=conductivity,
-        directions=(direction,), spacing=edges.lengths(source.path)[0], periodic=sides, rtol=rtol,
+        source,
+        phases=names,
+        only=() if phase is None else (str(phase),),
+        conductivity=conductivity,
+        directions=(direction,),
+        spacing=edges.lengths(source.path)[0],
+        periodic=sides,
+        rtol=rtol,
         threads=threads,
-    )["results"][0]  # fmt: skip
+    )["results"][0]
     if found["state"] == "not converged":
         raise Unfinished(
             f"{source.path}: {found['phase']} along {direction} is not solved to rtol={rtol:g}, so no number is given; "
@@ -212,9 +238,12 @@ def tortuosity(
 
 
 def train(
-    study: Study | Mapping[str, Any] | str | os.PathLike[str], *, settings: Sequence[str] = (),
-    output: str | os.PathLike[str] | None = None, overwrite: bool = False,
-) -> TrainingResult:  # fmt: skip
+    study: Study | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    settings: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> TrainingResult:
     """Train the generator of a study, or resume where an earlier call stopped.
 
     Parameters
@@ -243,11 +272,18 @@ def train(
 
 
 def infer(
-    study: Study | Mapping[str, Any] | str | os.PathLike[str] | None = None, *, settings: Sequence[str] = (),
-    checkpoint: str | os.PathLike[str] | None = None, low_res: str | Sequence[str] | None = None,
-    output: str | os.PathLike[str] | None = None, tiles: str | None = None, seed: int | None = None,
-    device: str | None = None, ensemble: int | None = None, overwrite: bool = False,
-) -> Volume:  # fmt: skip
+    study: Study | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    settings: Sequence[str] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    low_res: str | Sequence[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    tiles: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    ensemble: int | None = None,
+    overwrite: bool = False,
+) -> Volume:
     """Paint the high-res volume; under mpirun every rank calls this. What an earlier call has painted is kept.
 
     Parameters
@@ -285,17 +321,26 @@ def infer(
     loaded = None if study is None else _study(study, settings, output)
     with join_ranks() as ranks:
         job = open_job(
-            loaded, checkpoint=None if checkpoint is None else os.fspath(checkpoint), low_res=low_res,
-            output=None if output is None else os.fspath(output), tiles=tiles, seed=seed, device=device,
-            command="hpcres.infer", inference={} if ensemble is None else {"ensemble": ensemble},
-        )  # fmt: skip
+            loaded,
+            checkpoint=None if checkpoint is None else os.fspath(checkpoint),
+            low_res=low_res,
+            output=None if output is None else os.fspath(output),
+            tiles=tiles,
+            seed=seed,
+            device=device,
+            command="hpcres.infer",
+            inference={} if ensemble is None else {"ensemble": ensemble},
+        )
         return open_volume(painted(job, ranks, overwrite=overwrite).store)
 
 
 def phantom(
-    study: Study | Mapping[str, Any] | str | os.PathLike[str], *, settings: Sequence[str] = (),
-    output: str | os.PathLike[str] | None = None, overwrite: bool = False,
-) -> list[Path]:  # fmt: skip
+    study: Study | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    settings: Sequence[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
     """Make the ground truth, the low-res volume and the slices that a study's section `phantom` describes.
 
     Parameters
@@ -320,9 +365,13 @@ def phantom(
 
 
 def convert(
-    volume: AnyVolume, output: str | os.PathLike[str], *, phases: Mapping[int, str] | None = None,
-    voxel_size: VoxelSize = None, overwrite: bool = False,
-) -> Volume:  # fmt: skip
+    volume: AnyVolume,
+    output: str | os.PathLike[str],
+    *,
+    phases: Mapping[int, str] | None = None,
+    voxel_size: VoxelSize = None,
+    overwrite: bool = False,
+) -> Volume:
     """Write a volume as a sharded OME-Zarr label store.
 
     Parameters
@@ -356,9 +405,11 @@ def convert(
 
 
 def report(
-    study: Study | Mapping[str, Any] | str | os.PathLike[str], *, settings: Sequence[str] = (),
+    study: Study | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    settings: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the page of a study, from what the other stages wrote.
 
     Parameters
@@ -458,9 +509,10 @@ def _axes(periodic: Iterable[str]) -> Periodic:
 
 
 def _study(
-    given: Study | Mapping[str, Any] | str | os.PathLike[str], settings: Sequence[str],
+    given: Study | Mapping[str, Any] | str | os.PathLike[str],
+    settings: Sequence[str],
     output: str | os.PathLike[str] | None,
-) -> Study:  # fmt: skip
+) -> Study:
     where = None if output is None else os.fspath(output)
     if isinstance(given, str | os.PathLike):
         return load_study(os.fspath(given), settings, where)

@@ -48,9 +48,7 @@ def _fill(out, z0, y0, x0, k0, k1, channel, quantiles):
             first = x0 // 4
             last = (x0 + nx - 1) // 4
             for block in range(first, last + 1):
-                words = _philox(
-                    np.uint64(block), np.uint64(y0 + y), np.uint64(z0 + z), np.uint64(channel), k0, k1
-                )
+                words = _philox(np.uint64(block), np.uint64(y0 + y), np.uint64(z0 + z), np.uint64(channel), k0, k1)
                 for lane in range(4):
                     x = block * 4 + lane - x0
                     if 0 <= x < nx:

@@ -86,9 +86,13 @@ PHANTOM = Kind("is not a folder with a phantom of hpcres only", _is_phantom, is_
 
 
 def refuse_output(
-    path: str | Path, kind: Kind, *, inputs: Iterable[str | Path | None] = (), overwrite: bool = False,
+    path: str | Path,
+    kind: Kind,
+    *,
+    inputs: Iterable[str | Path | None] = (),
+    overwrite: bool = False,
     renewed: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Refuse an output that would destroy an input or anything that hpcres did not write. Nothing is changed.
 
     Parameters

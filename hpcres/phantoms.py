@@ -207,9 +207,13 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
         truth = phantom_labels(phantom, phantom.voxels, (study.seed, 0))
         voxel = study.high_res.voxel_size
         convert(
-            array_volume(truth, f"{phantom.kind} phantom"), temporary / "truth.zarr",
-            phases=dict(enumerate(study.phases)), voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
-        )  # fmt: skip
+            array_volume(truth, f"{phantom.kind} phantom"),
+            temporary / "truth.zarr",
+            phases=dict(enumerate(study.phases)),
+            voxel_size=voxel.length,
+            unit=voxel.unit,
+            provenance=provenance,
+        )
         say("low_res")
         coarse, voxel = imaged(truth, study), study.low_res_voxel_size
         if study.low_res.channels:
@@ -218,9 +222,13 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
         else:
             names = {label: "+".join(group) for label, group in enumerate(study.low_res.groups)}
             convert(
-                array_volume(coarse, f"{phantom.kind} phantom"), temporary / "low_res.zarr", phases=names,
-                voxel_size=voxel.length, unit=voxel.unit, provenance=provenance,
-            )  # fmt: skip
+                array_volume(coarse, f"{phantom.kind} phantom"),
+                temporary / "low_res.zarr",
+                phases=names,
+                voxel_size=voxel.length,
+                unit=voxel.unit,
+                provenance=provenance,
+            )
         end_if_signalled()
     return [folder / name for name in _files(study)]
 
@@ -242,22 +250,30 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
     """The phantom's section and folder, after every fault of the study that would show later."""
     phantom, folder = study.phantom, study.folder / "phantom"
     if phantom is None:
-        raise InputError(f"study {study.name}: has no phantom section, so there is none to make; add for example "
-                         "`phantom: {kind: three-phase, voxels: 256x256x256}`")  # fmt: skip
+        raise InputError(
+            f"study {study.name}: has no phantom section, so there is none to make; add for example "
+            "`phantom: {kind: three-phase, voxels: 256x256x256}`"
+        )
     due = KINDS[phantom.kind]
     if len(study.phases) != due:
-        raise InputError(f"phantom.kind: {phantom.kind} has {due} phases, high_res.phases {len(study.phases)} "
-                         f"({', '.join(study.phases)}); name {due}")  # fmt: skip
+        raise InputError(
+            f"phantom.kind: {phantom.kind} has {due} phases, high_res.phases {len(study.phases)} "
+            f"({', '.join(study.phases)}); name {due}"
+        )
     if phantom.kind == "separator" and study.high_res.isotropic:
         raise InputError("phantom.kind: separator is anisotropic, high_res.isotropic is true; set it to false")
     if study.low_res is None:
         raise InputError(f"study {study.name}: has no low_res, and a phantom is made with a low-res volume; add it")
     if study.low_res.labels != tuple(range(len(study.low_res.labels))):
-        raise InputError(f"low_res.phases: labels {', '.join(map(str, study.low_res.phases))}, but low_res.zarr of a "
-                         f"phantom has 0 … {len(study.low_res.phases) - 1}; write these")  # fmt: skip
+        raise InputError(
+            f"low_res.phases: labels {', '.join(map(str, study.low_res.phases))}, but low_res.zarr of a "
+            f"phantom has 0 … {len(study.low_res.phases) - 1}; write these"
+        )
     if phantom.kind != "chi2" and phantom.feature_voxels < _FINEST_VOXELS:
-        raise InputError(f"phantom.feature_voxels: {phantom.feature_voxels} is below {_FINEST_VOXELS} voxels, where "
-                         "the lattice shows; make it larger")  # fmt: skip
+        raise InputError(
+            f"phantom.feature_voxels: {phantom.feature_voxels} is below {_FINEST_VOXELS} voxels, where "
+            "the lattice shows; make it larger"
+        )
     for key in ("porosity", "slices_porosity") if phantom.kind == "three-phase" else ():
         porosity = getattr(phantom, key)
         if porosity is not None and 1 - porosity - _BINDER <= _LEAST_ACTIVE:
@@ -265,11 +281,13 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
     made = {str(folder / name) for name in _files(study)}
     for key, path in (
         *(("high_res.images", image.path) for image in study.high_res.images),
-        *(("low_res", path) for path in study.low_res.paths), ("reference.volume", study.reference.volume),
-    ):  # fmt: skip
+        *(("low_res", path) for path in study.low_res.paths),
+        ("reference.volume", study.reference.volume),
+    ):
         if path and Path(path).parent == folder and path not in made:
-            raise InputError(f"{key}: phantom makes no {Path(path).name}; use one of "
-                             f"{', '.join(sorted(Path(p).name for p in made))}")  # fmt: skip
+            raise InputError(
+                f"{key}: phantom makes no {Path(path).name}; use one of {', '.join(sorted(Path(p).name for p in made))}"
+            )
     low_res = [int(n / study.scale_factor) for n in phantom.voxels]
     if min(low_res) < 1:
         raise InputError(f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} has no whole low-res voxel; use more")
@@ -277,8 +295,10 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
     torus = max(prod(n + 6 * phantom.feature_voxels for n in shape) for shape in _shapes(study, phantom))
     need, have = _BYTES_PER_VOXEL * torus, _memory_bytes()
     if need > have:
-        raise InputError(f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} needs {need / 2**30:.1f} GiB, "
-                         f"{have / 2**30:.1f} GiB are free; make it smaller")  # fmt: skip
+        raise InputError(
+            f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} needs {need / 2**30:.1f} GiB, "
+            f"{have / 2**30:.1f} GiB are free; make it smaller"
+        )
     return phantom, folder
 
 

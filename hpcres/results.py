@@ -99,11 +99,19 @@ class Measurement:
         z, y, x = entry["shape"]
         dz, dy, dx = entry["voxel_size"]
         return cls(
-            (z, y, x), (dz, dy, dx), entry["voxel_unit"], entry["length_unit"],
-            tuple(phase["name"] for phase in entry["phases"]), entry["volume_fraction"],
-            SurfaceArea(**entry["specific_surface_area"]), entry["interphase_area"],
-            TriplePhaseBoundary(**entry["tpb"]), entry.get("subvolumes"), entry.get("statistics"), entry,
-        )  # fmt: skip
+            (z, y, x),
+            (dz, dy, dx),
+            entry["voxel_unit"],
+            entry["length_unit"],
+            tuple(phase["name"] for phase in entry["phases"]),
+            entry["volume_fraction"],
+            SurfaceArea(**entry["specific_surface_area"]),
+            entry["interphase_area"],
+            TriplePhaseBoundary(**entry["tpb"]),
+            entry.get("subvolumes"),
+            entry.get("statistics"),
+            entry,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The entry `volume` of a metrics.json."""
@@ -168,9 +176,18 @@ class Tortuosity:
         """From one of the `results` of a transport.json that is converged or does not percolate."""
         tau, tau_percolating = (inf if result[name] is None else result[name] for name in ("tau", "tau_percolating"))
         return cls(
-            result["phase"], result["direction"], result["D_rel"], result["error"], tau, tau_percolating,
-            result["volume_fraction"], result["percolating_fraction"], result["iterations"], check, result,
-        )  # fmt: skip
+            result["phase"],
+            result["direction"],
+            result["D_rel"],
+            result["error"],
+            tau,
+            tau_percolating,
+            result["volume_fraction"],
+            result["percolating_fraction"],
+            result["iterations"],
+            check,
+            result,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """One of the `results` of a transport.json."""

@@ -56,9 +56,9 @@ def _scale_factor(value: Any) -> Fraction:
 
 ScaleFactor = Annotated[Fraction, PlainValidator(_scale_factor), PlainSerializer(str)]
 Voxel = Annotated[Length, PlainValidator(parse_length), PlainSerializer(str)]
-Grid = Annotated[tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(
-    lambda v: "x".join(map(str, v))
-)]  # fmt: skip
+Grid = Annotated[
+    tuple[int, int, int], PlainValidator(lambda v: parse_grid(v)), PlainSerializer(lambda v: "x".join(map(str, v)))
+]
 BoundarySetting = Annotated[
     Boundaries, PlainValidator(lambda v: parse_boundary(v)), PlainSerializer(lambda v: dict(zip("zyx", v, strict=True)))
 ]
@@ -167,9 +167,7 @@ class HighRes(Section):
         if len(self.phases) > 16:
             raise ValueError(f"phases: {len(self.phases)} given, at most 16 can be measured; merge some")
         if not self.isotropic:
-            normals = {
-                (set("zyx") - set(plane)).pop() for image in self.images for plane in image.planes
-            }
+            normals = {(set("zyx") - set(plane)).pop() for image in self.images for plane in image.planes}
             for image in self.images:
                 if not image.planes:
                     raise ValueError(f"images: {image.path} has no planes, which an anisotropic material needs")
@@ -265,9 +263,9 @@ class LowRes(Section):
     def at(self, paths: Sequence[str], raw: Sequence[RawHeader | None]) -> LowRes:
         """The same of other files; InputError where there must be more or fewer of them."""
         if len(paths) != len(self.paths):
-            due = "one file of labels" if not self.channels else (
-                f"a file for each of {len(self.channels)} channels ({'; '.join(' + '.join(g) for g in self.groups)})"
-            )
+            groups = "; ".join(" + ".join(group) for group in self.groups)
+            each = f"a file for each of {len(self.channels)} channels ({groups})"
+            due = each if self.channels else "one file of labels"
             raise InputError(f"{', '.join(paths)}: the network was trained on {self.holds}; give {due}")
         if not self.channels:
             return self.model_copy(update={"path": paths[0], "raw": raw[0]})
@@ -781,10 +779,15 @@ def study_model(settings: Any) -> type[Study]:
 
 register(
     Family(
-        "superres", Network, Training, "hpcres.networks.superres:of_study", "hpcres.networks.superres:of_config",
-        "hpcres.training.superres:SuperResTrainer", "hpcres.training.autotune:as_chosen",
+        "superres",
+        Network,
+        Training,
+        "hpcres.networks.superres:of_study",
+        "hpcres.networks.superres:of_config",
+        "hpcres.training.superres:SuperResTrainer",
+        "hpcres.training.autotune:as_chosen",
     )
-)  # fmt: skip
+)
 
 
 def _plain(value: Any) -> Any:

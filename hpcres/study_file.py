@@ -203,9 +203,12 @@ def _override(raw: dict[str, Any], setting: str) -> None:
 
 
 _PATH_KEYS = {
-    ("low_res", "path"), ("low_res", "channels", "path"), ("high_res", "images", "path"), ("reference", "volume"),
+    ("low_res", "path"),
+    ("low_res", "channels", "path"),
+    ("high_res", "images", "path"),
+    ("reference", "volume"),
     ("training", "init_from"),
-}  # fmt: skip
+}
 
 
 def _over_paths(value: Any, change: Callable[[str, str], str], place: tuple[str, ...] = ()) -> Any:

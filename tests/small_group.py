@@ -36,9 +36,13 @@ def free_ports(count: int) -> list[int]:
 def as_rank(rank: int, size: int, port: int) -> None:
     """Set the variables that torchrun sets for each process."""
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
 def run_ranks(work: Callable[..., None], arguments: tuple[Any, ...], size: int, join: bool = True) -> Any:

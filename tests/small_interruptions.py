@@ -50,9 +50,15 @@ class Stage:
         environment = {**os.environ, **MPI, "OMP_NUM_THREADS": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         return subprocess.Popen(
-            [*self.launcher, *program, *self.arguments], cwd=folder, env=environment, text=True, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=(folder / "stderr.txt").open("w"), preexec_fn=default_handlers,
-        )  # fmt: skip
+            [*self.launcher, *program, *self.arguments],
+            cwd=folder,
+            env=environment,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "stderr.txt").open("w"),
+            preexec_fn=default_handlers,
+        )
 
 
 def default_handlers() -> None:
@@ -69,17 +75,26 @@ def make_template(folder: Path) -> None:
     np.save(folder / "v.npy", blobs((90, 80, 70), 3))
     phases = {0: "a", 1: "b", 2: "c"}
     study = {
-        "name": "t", "scale_factor": 4, "output": "out", "device": "cpu",
+        "name": "t",
+        "scale_factor": 4,
+        "output": "out",
+        "device": "cpu",
         "high_res": {"phases": phases, "voxel_size": "65 nm", "images": [{"path": "high.npy"}]},
-        "low_res": {"path": "low.npy", "phases": phases}, "network": {"width": 3, "critic_width": 5},
+        "low_res": {"path": "low.npy", "phases": phases},
+        "network": {"width": 3, "critic_width": 5},
         "training": {
-            "steps": 6, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "recalibration_cubes": 2,
+            "steps": 6,
+            "cubes": 2,
+            "slices_per_axis": 3,
+            "critic_steps": 1,
+            "threads": 1,
+            "recalibration_cubes": 2,
             "report_seconds": 0.01,
         },
         "inference": {"tiles": "4x4x4", "chunk_voxels": 16, "threads": 1},
         "metrics": {"statistics": ["correlations", "connectivity"], "subvolumes": {"count": 4}},
         "phantom": {"kind": "three-phase", "voxels": "128x128x128", "slices": 1, "slice_voxels": 64},
-    }  # fmt: skip
+    }
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     loaded = load_study(folder / "study.yaml")
     save_checkpoint(loaded.checkpoint_path, generator=lively(build_generator(loaded)), study=loaded, step=1)

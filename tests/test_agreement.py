@@ -33,9 +33,7 @@ def client():
 
 def compared(client, folder, low, sharp, **more):
     """`low_res` of metrics.json of a study whose low-res labels 5 and 9 are pore and binder, and solid."""
-    low_res = {
-        "path": str(folder / "low.npy"), "phases": {5: ["pore", "binder"], 9: "solid"}, "unknown": [UNKNOWN]
-    }  # fmt: skip
+    low_res = {"path": str(folder / "low.npy"), "phases": {5: ["pore", "binder"], 9: "solid"}, "unknown": [UNKNOWN]}
     study = small_study(folder, low_res=low_res, **more)
     np.save(folder / "low.npy", low)
     np.save(folder / "sharp.npy", sharp)
@@ -77,9 +75,11 @@ def brute_force(low, sharp, scale):
     }
     right = sum(confusion[name][name] for name in names)
     return {
-        "box_agreement": right / (whole // block.size), "box_confusion": confusion,
-        "visible_fraction": {name: parts[name] / whole for name in names}, **shares,
-    }  # fmt: skip
+        "box_agreement": right / (whole // block.size),
+        "box_confusion": confusion,
+        "visible_fraction": {name: parts[name] / whole for name in names},
+        **shares,
+    }
 
 
 def blobs(shape, seed, smooth):
@@ -90,8 +90,10 @@ def blobs(shape, seed, smooth):
 def coarse_of(sharp, shape, scale, seed):
     """Labels that mostly agree with the volume, with wrong and unknown ones among them."""
     random = np.random.default_rng(seed)
-    place = [np.minimum(((np.arange(n) + 0.5) * float(scale)).astype(int), m - 1)
-             for n, m in zip(shape, sharp.shape, strict=True)]  # fmt: skip
+    place = [
+        np.minimum(((np.arange(n) + 0.5) * float(scale)).astype(int), m - 1)
+        for n, m in zip(shape, sharp.shape, strict=True)
+    ]
     low = np.where(sharp[np.ix_(*place)] == 1, 9, 5).astype(np.uint8)
     low[random.random(shape) < 0.005] = 9
     low[random.random(shape) < 0.005] = UNKNOWN
@@ -203,8 +205,9 @@ def test_a_majority_at_the_faces_of_blocks_agrees_and_is_found(client, tmp_path)
     assert found["agreement"] == 1
     assert found["box_agreement"] == pytest.approx(1 / 3)
     assert found["box_confusion"] == {
-        "pore + binder": {"pore + binder": 0, "solid": 144}, "solid": {"pore + binder": 0, "solid": 72},
-    }  # fmt: skip
+        "pore + binder": {"pore + binder": 0, "solid": 144},
+        "solid": {"pore + binder": 0, "solid": 72},
+    }
     assert found["outside"]["solid"] == 1 - 6**3 / 8**3
 
 

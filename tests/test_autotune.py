@@ -166,9 +166,7 @@ def test_the_chosen_precision_is_kept_when_a_run_is_resumed(tmp_path, monkeypatc
 
 
 def steps_take(monkeypatch, seconds_of_width):
-    monkeypatch.setattr(
-        autotune, "step_seconds", lambda study, *_: seconds_of_width.get(study.network.width, 1e9)
-    )
+    monkeypatch.setattr(autotune, "step_seconds", lambda study, *_: seconds_of_width.get(study.network.width, 1e9))
 
 
 def test_the_network_is_narrowed_to_fit_the_minutes_and_stays_so_when_resumed(tmp_path, monkeypatch, capfd):
@@ -231,9 +229,17 @@ def test_the_message_says_how_long_a_run_takes(tmp_path):
 def test_one_minute_for_the_papers_network_on_a_cpu_is_refused_in_ten_seconds(tmp_path):
     """A study without a recipe; ten seconds of one core, all timings included."""
     study = study_of(
-        tmp_path, network={}, training={"steps": 100_000, "minutes": 1, "cubes": 8, "slices_per_axis": None,
-                                        "critic_steps": 5, "precision": "auto"},
-    )  # fmt: skip
+        tmp_path,
+        network={},
+        training={
+            "steps": 100_000,
+            "minutes": 1,
+            "cubes": 8,
+            "slices_per_axis": None,
+            "critic_steps": 5,
+            "precision": "auto",
+        },
+    )
     began = time.process_time()
     with pytest.raises(InputError, match=r"steps of a generator of width 8 at .* add the recipe for few cores"):
         train(study)

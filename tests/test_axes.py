@@ -73,14 +73,19 @@ def test_any_order_of_named_axes_is_the_volume(axes, tmp_path):
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_ome_zarr_in_another_order_has_its_sizes_in_ours(version, tmp_path):
-    content = {"multiscales": [{
-        "axes": [{"name": "c"}, *({"name": axis, "unit": "nanometer"} for axis in "yxz")],
-        "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1, 2, 1, 30]}]}],
-    }]}  # fmt: skip
+    content = {
+        "multiscales": [
+            {
+                "axes": [{"name": "c"}, *({"name": axis, "unit": "nanometer"} for axis in "yxz")],
+                "datasets": [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1, 2, 1, 30]}]}],
+            }
+        ]
+    }
     group = zarr.create_group(
-        str(tmp_path / "a.zarr"), zarr_format=2 if version == "0.4" else 3,
+        str(tmp_path / "a.zarr"),
+        zarr_format=2 if version == "0.4" else 3,
         attributes=content if version == "0.4" else {"ome": content},
-    )  # fmt: skip
+    )
     group.create_array("0", data=stored("YXZ")[None], chunks=(1, 4, 4, 2))
     is_it(tmp_path / "a.zarr", LABELS)
     volume = open_volume(tmp_path / "a.zarr")
@@ -101,10 +106,16 @@ def test_channels_of_one_fall_away_wherever_they_stand(tmp_path):
         is_it(tmp_path / "a.npy", LABELS)
 
 
-@pytest.mark.parametrize(("axes", "words"), [
-    ("TYX", "5 frames"), ("CYX", "5 channels"), ("TZYX", "2 frames"), ("ZCYX", "2 channels"),
-    ("YXA", "has axes y, x, a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ("TYX", "5 frames"),
+        ("CYX", "5 channels"),
+        ("TZYX", "2 frames"),
+        ("ZCYX", "2 channels"),
+        ("YXA", "has axes y, x, a"),
+    ],
+)
 def test_frames_channels_and_other_axes_are_refused(axes, words, tmp_path):
     array = LABELS if len(axes) == 3 else np.stack([LABELS, LABELS], axis=min(axes.find("T") % 3, axes.find("C") % 3))
     tifffile.imwrite(tmp_path / "a.tif", array, metadata={"axes": axes})
@@ -145,10 +156,13 @@ def test_axes_without_names_are_read_where_only_one_reading_is_left():
 # ---- thin volumes ------------------------------------------------------------------------------------------
 
 WRITERS = {
-    "tifffile": {}, "axes": {"metadata": {"axes": "ZYX"}}, "tiles": {"tile": (16, 16)}, "strips": {"rowsperstrip": 5},
+    "tifffile": {},
+    "axes": {"metadata": {"axes": "ZYX"}},
+    "tiles": {"tile": (16, 16)},
+    "strips": {"rowsperstrip": 5},
     "big-endian": {"byteorder": ">", "bigtiff": True},
     "ome": {"ome": True, "metadata": {"axes": "ZYX", "PhysicalSizeZ": 2.0}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("compression", [None, "zlib", "lzw", "zstd", "packbits", "lzma"])

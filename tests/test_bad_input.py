@@ -31,13 +31,15 @@ def template(tmp_path_factory) -> Path:
     tifffile.imwrite(folder / "slice.tif", rng.integers(0, 3, (96, 80), np.uint8))
     tifffile.imwrite(folder / "low.tif", rng.integers(0, 3, (20, 18, 17), np.uint8), photometric="minisblack")
     study = {
-        "name": "small", "scale_factor": 4, "output": "results",
+        "name": "small",
+        "scale_factor": 4,
+        "output": "results",
         "high_res": {"phases": PHASES, "voxel_size": "65 nm", "images": [{"path": "slice.tif"}]},
         "low_res": {"path": "low.tif", "phases": PHASES},
         "network": {"width": 3, "critic_width": 5},
         "inference": {"tiles": "1x1x1", "chunk_voxels": 16},
         "training": {"steps": 1, "cubes": 1},
-    }  # fmt: skip
+    }
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     loaded = load_study(folder / "study.yaml")
     torch.manual_seed(0)
@@ -157,9 +159,12 @@ def fiji(path: str, edge_nm: float, depth_nm: float | None = None) -> Callable[[
     def write(folder: Path) -> None:
         axes = {"axes": "ZYX", "spacing": depth_nm or edge_nm} if path == "low.tif" else {}
         tifffile.imwrite(
-            folder / path, tifffile.imread(folder / path), imagej=True, resolution=(1 / edge_nm, 1 / edge_nm),
+            folder / path,
+            tifffile.imread(folder / path),
+            imagej=True,
+            resolution=(1 / edge_nm, 1 / edge_nm),
             metadata={"unit": "nm", **axes},
-        )  # fmt: skip
+        )
 
     return write
 
@@ -208,39 +213,48 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "label twice": (text("study.yaml", "name: a\nname: b\n"), TRAIN, ["line 2", "'name' is given twice"]),
     "phase twice": (
         lambda f: study_with(f, lambda s: s["high_res"].update(phases={0: "pore", 1: "pore", 2: "ceramic"})),
-        TRAIN, ["'pore' is named twice"],
+        TRAIN,
+        ["'pore' is named twice"],
     ),
     **{
         f"phase named {name!r}": (
             lambda f, name=name: study_with(f, lambda s: s["high_res"].update(phases={0: name, 1: "b", 2: "c"})),
-            TRAIN, ["high_res.phases", "phase name", "write letters"],
+            TRAIN,
+            ["high_res.phases", "phase name", "write letters"],
         )
         for name in ("a|b", "a/b", "a\\b", "..", "a..b", "a\nb", "a\x1bb", " a", "a ", "")
     },
     "phase unknown to high-res": (
         lambda f: study_with(f, lambda s: s["low_res"].update(phases={0: "pore", 1: "nikel", 2: "ceramic"})),
-        TRAIN, ["'nikel'", "did you mean 'nickel'?"],
+        TRAIN,
+        ["'nikel'", "did you mean 'nickel'?"],
     ),
     "phase without place": (
         lambda f: study_with(f, lambda s: s["low_res"].update(phases={0: "pore", 1: "nickel"})),
-        TRAIN, ["'ceramic' has no place"],
+        TRAIN,
+        ["'ceramic' has no place"],
     ),
     "scale factor": (lambda f: None, [*TRAIN, "--set", "scale_factor=5"], ["scale_factor", "the nearest is 64/13"]),
     "scale factor of one low-res voxel a cube": (
-        lambda f: None, [*TRAIN, "--set", "scale_factor=64"], ["scale_factor", "the nearest is 32"]
+        lambda f: None,
+        [*TRAIN, "--set", "scale_factor=64"],
+        ["scale_factor", "the nearest is 32"],
     ),
     "scale factor of transposed end": (
-        lambda f: None, [*TRAIN, "--set", "scale_factor=16/3", "--set", "network.last_stage=transposed"],
+        lambda f: None,
+        [*TRAIN, "--set", "scale_factor=16/3", "--set", "network.last_stage=transposed"],
         ["use resize"],
     ),
     "voxel size without unit": (
-        lambda f: None, [*TRAIN, "--set", "high_res.voxel_size=65"], ["high_res.voxel_size", "for example 65 nm"],
+        lambda f: None,
+        [*TRAIN, "--set", "high_res.voxel_size=65"],
+        ["high_res.voxel_size", "for example 65 nm"],
     ),
-    "environment variable": (
-        low_res("${HPCRES_UNSET}/low.tif"), TRAIN, ["low_res.path", "export HPCRES_UNSET"],
-    ),
+    "environment variable": (low_res("${HPCRES_UNSET}/low.tif"), TRAIN, ["low_res.path", "export HPCRES_UNSET"]),
     "anisotropic without planes": (
-        lambda f: None, [*TRAIN, "--set", "high_res.isotropic=false"], ["slice.tif", "has no planes"],
+        lambda f: None,
+        [*TRAIN, "--set", "high_res.isotropic=false"],
+        ["slice.tif", "has no planes"],
     ),
     "base of itself": (append("base: study.yaml\n"), TRAIN, ["leads back to itself"]),
     "unknown option": (lambda f: None, ["train", "--stepz", "3"], ["--stepz", "--help"]),
@@ -253,26 +267,38 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "low-res 2D": (image("low.tif", VOLUME[0]), TRAIN, ["low.tif", "3D"]),
     "low-res 4D": (both(image("low.npy", np.zeros((2, 20, 20, 20), np.uint8)), low_res("low.npy")), TRAIN, ["low.npy"]),
     "low-res unknown label": (
-        image("low.tif", np.full((20, 18, 17), 7, np.uint8), photometric="minisblack"), TRAIN, ["low.tif", "7"],
+        image("low.tif", np.full((20, 18, 17), 7, np.uint8), photometric="minisblack"),
+        TRAIN,
+        ["low.tif", "7"],
     ),
     "low-res smaller than a patch": (
-        image("low.tif", VOLUME[:10], photometric="minisblack"), TRAIN, ["low.tif", "10", "16"],
+        image("low.tif", VOLUME[:10], photometric="minisblack"),
+        TRAIN,
+        ["low.tif", "10", "16"],
     ),
     "low-res suffix": (both(text("low.xyz", "a"), low_res("low.xyz")), TRAIN, ["low.xyz"]),
     "low-res folder that is no zarr": (both(foreign_folder("low.zarr"), low_res("low.zarr")), TRAIN, ["low.zarr"]),
     "HDF5 without dataset": (both(hdf5, low_res("low.h5")), TRAIN, ["low.h5", "scan/labels"]),
     "HDF5 wrong dataset": (both(hdf5, low_res("low.h5:/label")), TRAIN, ["low.h5", "scan/labels"]),
     "raw of another size": (
-        both(text("low.raw", "x" * 999), low_res("low.raw", raw={"shape": [10, 10, 10]})), TRAIN, ["999", "1000"],
+        both(text("low.raw", "x" * 999), low_res("low.raw", raw={"shape": [10, 10, 10]})),
+        TRAIN,
+        ["999", "1000"],
     ),
     "no low-res volume": (
-        lambda f: study_with(f, lambda s: s.update(low_res={})), TRAIN, ["low_res", "no volume", "channels"],
+        lambda f: study_with(f, lambda s: s.update(low_res={})),
+        TRAIN,
+        ["low_res", "no volume", "channels"],
     ),
     "labels and probabilities": (
-        channels(THIRD, THIRD, THIRD, path="low.tif", phases=PHASES), TRAIN, ["low_res", "both are given", "keep one"],
+        channels(THIRD, THIRD, THIRD, path="low.tif", phases=PHASES),
+        TRAIN,
+        ["low_res", "both are given", "keep one"],
     ),
     "unknown labels of probabilities": (
-        channels(THIRD, THIRD, THIRD, unknown=[9]), TRAIN, ["low_res", "unknown is of a label volume", "0 is unknown"],
+        channels(THIRD, THIRD, THIRD, unknown=[9]),
+        TRAIN,
+        ["low_res", "unknown is of a label volume", "0 is unknown"],
     ),
     "unknown voxels beside 16 phases": (
         both(
@@ -280,127 +306,166 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
             lambda f: study_with(f, lambda s: s["high_res"].update(phases={k: f"p{k}" for k in range(16)})),
             image("low.tif", (np.arange(6120).reshape(20, 18, 17) % 17).astype(np.uint8), photometric="minisblack"),
         ),
-        TRAIN, ["low.tif", "unknown voxels beside 16", "merge two groups in low_res.phases"],
+        TRAIN,
+        ["low.tif", "unknown voxels beside 16", "merge two groups in low_res.phases"],
     ),
     "channel without a phase": (
         both(THIRDS, lambda f: study_with(f, lambda s: s["low_res"]["channels"][1].pop("phases"))),
-        TRAIN, ["low_res.channels.1.phases", "is required"],
+        TRAIN,
+        ["low_res.channels.1.phases", "is required"],
     ),
     "channels that miss a phase": (
         both(THIRDS, lambda f: study_with(f, lambda s: s["low_res"]["channels"].pop())),
-        TRAIN, ["'ceramic' has no place"],
+        TRAIN,
+        ["'ceramic' has no place"],
     ),
     "channels of different shapes": (
-        channels(THIRD, THIRD, THIRD[1:]), TRAIN, ["ceramic.npy", "19 × 18 × 17", "20 × 18 × 17", "cut them alike"],
+        channels(THIRD, THIRD, THIRD[1:]),
+        TRAIN,
+        ["ceramic.npy", "19 × 18 × 17", "20 × 18 × 17", "cut them alike"],
     ),
-    "channel missing": (
-        both(THIRDS, lambda f: (f / "nickel.npy").unlink()), TRAIN, ["nickel.npy", "no such file"],
-    ),
+    "channel missing": (both(THIRDS, lambda f: (f / "nickel.npy").unlink()), TRAIN, ["nickel.npy", "no such file"]),
     "probabilities NaN": (channels(THIRD, THIRD * np.nan, THIRD), TRAIN, ["nickel.npy", "nan", "z 0, y 0, x 0"]),
     "probabilities off": (channels(THIRD, THIRD, THIRD * 2), TRAIN, ["add up to 1.333, not 1", "ceramic.npy"]),
-    "probabilities of a network of labels": (
-        THIRDS, INFER, ["checkpoint.pt", "labels", "probabilities", "train anew"],
-    ),
+    "probabilities of a network of labels": (THIRDS, INFER, ["checkpoint.pt", "labels", "probabilities", "train anew"]),
     "high-res missing": (lambda f: (f / "slice.tif").unlink(), TRAIN, ["slice.tif", "no such file"]),
     "high-res float": (image("slice.tif", np.full((96, 96), 1.5, "f4")), TRAIN, ["slice.tif", "holds 1.5", "float"]),
     "high-res RGB": (
-        image("slice.tif", np.zeros((96, 96, 3), np.uint8), photometric="rgb"), TRAIN, ["slice.tif", "colour"],
+        image("slice.tif", np.zeros((96, 96, 3), np.uint8), photometric="rgb"),
+        TRAIN,
+        ["slice.tif", "colour"],
     ),
     "high-res unknown label": (image("slice.tif", np.full((96, 96), 9, np.uint8)), TRAIN, ["slice.tif", "9"]),
     "high-res smaller than a patch": (
-        image("slice.tif", np.zeros((40, 96), np.uint8)), TRAIN, ["slice.tif", "40", "56"],
+        image("slice.tif", np.zeros((40, 96), np.uint8)),
+        TRAIN,
+        ["slice.tif", "40", "56"],
     ),
     # what the files say of themselves
     "low-res float deep inside": (image("low.tif", LATE), TRAIN, ["low.tif", "holds 0.5 at voxel z 19, y 17, x 16"]),
     "metrics float deep inside": (
-        image("late.npy", LATE), ["metrics", "late.npy", "--voxel-size", "1um"],
+        image("late.npy", LATE),
+        ["metrics", "late.npy", "--voxel-size", "1um"],
         ["late.npy", "holds 0.5 at voxel z 19"],
     ),
     "two volumes": (two_volumes, TRAIN, ["low.tif", "holds 2 images", "low.tif:0", "low.tif:1"]),
     "image of a file that has none": (both(two_volumes, low_res("low.tif:2")), TRAIN, ["low.tif:2", "no image 2"]),
     "frames": (
-        image("low.tif", VOLUME, imagej=True, metadata={"axes": "TYX"}), TRAIN, ["low.tif", "20 frames", "axes t, z"],
+        image("low.tif", VOLUME, imagej=True, metadata={"axes": "TYX"}),
+        TRAIN,
+        ["low.tif", "20 frames", "axes t, z"],
     ),
     "channels": (image("low.tif", VOLUME, metadata={"axes": "ZYC"}), TRAIN, ["low.tif", "17 channels"]),
     "virtual dataset without its source": (
-        both(hdf5_of(half_virtual), low_res("low.h5:/v")), TRAIN, ["low.h5:/v", "gone.h5:/d is missing"],
+        both(hdf5_of(half_virtual), low_res("low.h5:/v")),
+        TRAIN,
+        ["low.h5:/v", "gone.h5:/d is missing"],
     ),
     "broken external link": (
-        both(hdf5_of(lambda h: h.update(a=h5py.ExternalLink("gone.h5", "/d"))), low_res("low.h5:/a")), TRAIN,
+        both(hdf5_of(lambda h: h.update(a=h5py.ExternalLink("gone.h5", "/d"))), low_res("low.h5:/a")),
+        TRAIN,
         ["low.h5:/a", "gone.h5:/d, which is not there"],
     ),
     "empty dataset": (
-        both(hdf5_of(lambda h: h.update(a=h5py.Empty("u1"))), low_res("low.h5:/a")), TRAIN, ["is an empty dataset"],
+        both(hdf5_of(lambda h: h.update(a=h5py.Empty("u1"))), low_res("low.h5:/a")),
+        TRAIN,
+        ["is an empty dataset"],
     ),
     "objects": (
-        both(lambda f: np.save(f / "low.npy", np.array([[[{}]]])), low_res("low.npy")), TRAIN, ["Python objects"],
+        both(lambda f: np.save(f / "low.npy", np.array([[[{}]]])), low_res("low.npy")),
+        TRAIN,
+        ["Python objects"],
     ),
     "two voxel sizes of three": (
         image("a.ome.tif", VOLUME, ome=True, metadata={"axes": "ZYX", "PhysicalSizeX": 1.0, "PhysicalSizeY": 1.0}),
-        ["metrics", "a.ome.tif"], ["a.ome.tif", "along z is not known", "--voxel-size Z,Y,X"],
+        ["metrics", "a.ome.tif"],
+        ["a.ome.tif", "along z is not known", "--voxel-size Z,Y,X"],
     ),
     "two lengths of three": (
-        lambda f: None, ["tortuosity", "low.tif", "--voxel-size", "1um,2um"],
+        lambda f: None,
+        ["tortuosity", "low.tif", "--voxel-size", "1um,2um"],
         ["--voxel-size", "2 lengths", "2um,250nm"],
     ),
     "voxel size of a study by option": (
-        lambda f: painted(f), ["tortuosity", "--voxel-size", "1um"], ["study.yaml", "drop --voxel-size"],
+        lambda f: painted(f),
+        ["tortuosity", "--voxel-size", "1um"],
+        ["study.yaml", "drop --voxel-size"],
     ),
     **{
         f"low-res voxel size of another study, {command[0]}": (
-            fiji("low.tif", 260, 300), command, ["low.tif: its voxels are 300 nm along z", "260 nm (65 nm × 4)",
-                                                 "allow_voxel_size_mismatch: true"],
-        ) for command in (TRAIN, ["plan"], INFER, ["convert", "study.yaml"])
+            fiji("low.tif", 260, 300),
+            command,
+            ["low.tif: its voxels are 300 nm along z", "260 nm (65 nm × 4)", "allow_voxel_size_mismatch: true"],
+        )
+        for command in (TRAIN, ["plan"], INFER, ["convert", "study.yaml"])
     },
     "image of another pixel size": (
-        fiji("slice.tif", 60), TRAIN, ["slice.tif: its voxels are 60 nm along y", "high_res.voxel_size is 65 nm"],
+        fiji("slice.tif", 60),
+        TRAIN,
+        ["slice.tif: its voxels are 60 nm along y", "high_res.voxel_size is 65 nm"],
     ),
     **{
         f"store of another voxel size, {command}": (
-            store_of("80 nm"), [command], ["labels.zarr: its voxels are 80 nm along z", "is 65 nm"],
-        ) for command in ("infer", "metrics", "tortuosity", "report")
+            store_of("80 nm"),
+            [command],
+            ["labels.zarr: its voxels are 80 nm along z", "is 65 nm"],
+        )
+        for command in ("infer", "metrics", "tortuosity", "report")
     },
     "checkpoint of another voxel size": (
-        lambda f: checkpoint_of(f, "high_res.voxel_size=80 nm"), INFER, ["checkpoint.pt", "80 nm", "is 65 nm"],
+        lambda f: checkpoint_of(f, "high_res.voxel_size=80 nm"),
+        INFER,
+        ["checkpoint.pt", "80 nm", "is 65 nm"],
     ),
     # training
     "no GPU": (lambda f: None, [*TRAIN, "--set", "device=cuda"], ["device", "cuda"]),
     "output below a file": (lambda f: None, [*TRAIN, "--output", "slice.tif/results"], ["slice.tif"]),
     "another training in the output": (
-        lambda f: None, ["train", "--set", "training.learning_rate=0.5"], ["checkpoint.pt", "--overwrite"],
+        lambda f: None,
+        ["train", "--set", "training.learning_rate=0.5"],
+        ["checkpoint.pt", "--overwrite"],
     ),
     # inference
     "checkpoint missing": (lambda f: (f / "results/checkpoint.pt").unlink(), INFER, ["checkpoint.pt", "hpcres train"]),
     "checkpoint cut": (cut("results/checkpoint.pt", 0.5), INFER, ["checkpoint.pt", "not a readable checkpoint"]),
     "checkpoint of another program": (
-        lambda f: torch.save({"weights": 1}, f / "results/checkpoint.pt"), INFER, ["not an hpcres checkpoint"],
+        lambda f: torch.save({"weights": 1}, f / "results/checkpoint.pt"),
+        INFER,
+        ["not an hpcres checkpoint"],
     ),
     "checkpoint NaN": (lambda f: rewrite_checkpoint(f, nan_weight), INFER, ["checkpoint.pt", "not finite"]),
     "checkpoint of a setting that is no more": (
-        lambda f: rewrite_checkpoint(f, old_setting), INFER, ["checkpoint.pt", "training.old", "train again"],
+        lambda f: rewrite_checkpoint(f, old_setting),
+        INFER,
+        ["checkpoint.pt", "training.old", "train again"],
     ),
     "checkpoint of a network that is no more": (
         lambda f: rewrite_checkpoint(f, lambda content: content["network"].update(old=1)),
-        INFER, ["checkpoint.pt", "'old'", "train again"],
+        INFER,
+        ["checkpoint.pt", "'old'", "train again"],
     ),
     "checkpoint of a family that is not known": (
         lambda f: rewrite_checkpoint(f, lambda content: content["network"].update(family="gan3000")),
-        INFER, ["checkpoint.pt", "family 'gan3000'", "does not know"],
+        INFER,
+        ["checkpoint.pt", "family 'gan3000'", "does not know"],
     ),
     "checkpoint of another phase count": (
-        lambda f: checkpoint_of(
-            f, "high_res.phases={0: pore, 1: solid}", "low_res.phases={0: pore, 1: solid}"
-        ),
-        INFER, ["checkpoint.pt", "phases"],
+        lambda f: checkpoint_of(f, "high_res.phases={0: pore, 1: solid}", "low_res.phases={0: pore, 1: solid}"),
+        INFER,
+        ["checkpoint.pt", "phases"],
     ),
     "checkpoint of another scale factor": (lambda f: checkpoint_of(f, "scale_factor=2"), INFER, ["scale factor"]),
     "infer unknown label": (
-        image("low.tif", np.full((20, 18, 17), 7, np.uint8), photometric="minisblack"), INFER, ["low.tif", "7"],
+        image("low.tif", np.full((20, 18, 17), 7, np.uint8), photometric="minisblack"),
+        INFER,
+        ["low.tif", "7"],
     ),
     "tiles 0x1x1": (lambda f: None, [*INFER, "--tiles", "0x1x1"], ["0x1x1", "at least one"]),
     "tiles 2x2": (lambda f: None, [*INFER, "--tiles", "2x2"], ["2x2", "8x8x8"]),
     "store of another seed": (
-        lambda f: painted(f), ["infer", "--set", "seed=5"], ["labels.zarr", "seed", "--overwrite"],
+        lambda f: painted(f),
+        ["infer", "--set", "seed=5"],
+        ["labels.zarr", "seed", "--overwrite"],
     ),
     "output is a foreign folder": (foreign_folder("results/labels.zarr"), ["infer"], ["labels.zarr"]),
     "overwriting a foreign folder": (foreign_folder("results/labels.zarr"), INFER, ["labels.zarr"]),
@@ -408,59 +473,89 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "metrics before infer": (lambda f: None, ["metrics"], ["labels.zarr", "hpcres infer"]),
     "metrics missing volume": (lambda f: None, ["metrics", "nothing.tif"], ["nothing.tif", "no such file"]),
     "metrics of too many labels": (
-        image("many.npy", np.arange(8000, dtype=np.uint8).reshape(20, 20, 20) % 40), ["metrics", "many.npy"], ["16"],
+        image("many.npy", np.arange(8000, dtype=np.uint8).reshape(20, 20, 20) % 40),
+        ["metrics", "many.npy"],
+        ["16"],
     ),
     "metrics voxel size": (lambda f: None, ["metrics", "low.tif", "--voxel-size", "big"], ["--voxel-size", "65 nm"]),
     "metrics scheduler file": (
-        lambda f: None, ["metrics", "low.tif", "--scheduler", "none.json"], ["none.json", "--scheduler"],
+        lambda f: None,
+        ["metrics", "low.tif", "--scheduler", "none.json"],
+        ["none.json", "--scheduler"],
     ),
     **{
         f"scheduler file {name}": (
-            text("s.json", content), ["metrics", "low.tif", "--scheduler", "s.json"],
+            text("s.json", content),
+            ["metrics", "low.tif", "--scheduler", "s.json"],
             ["--scheduler s.json: ", expected],
         )
         for name, content, expected in (
-            *((name, content, "is empty, half-written or not a file of `dask scheduler") for name, content in {
-                "empty": "", "half-written": '{"type": "Scheduler", "id": "Sch', "of another program": '{"jobs": [1]}',
-                "that is a list": "[]", "with a null address": '{"address": null}', "that is not JSON": "tcp",
-            }.items()),
+            *(
+                (name, content, "is empty, half-written or not a file of `dask scheduler")
+                for name, content in {
+                    "empty": "",
+                    "half-written": '{"type": "Scheduler", "id": "Sch',
+                    "of another program": '{"jobs": [1]}',
+                    "that is a list": "[]",
+                    "with a null address": '{"address": null}',
+                    "that is not JSON": "tcp",
+                }.items()
+            ),
             ("without a URL", '{"address": "node1"}', "holds no address of a scheduler"),
         )
     },
     "metrics onto its input": (
-        lambda f: None, ["metrics", "low.tif", "--output", "low.tif", "--overwrite"], ["low.tif", "input", "lost"],
+        lambda f: None,
+        ["metrics", "low.tif", "--output", "low.tif", "--overwrite"],
+        ["low.tif", "input", "lost"],
     ),
     "metrics onto another file": (
-        text("notes.txt", "mine"), ["metrics", "low.tif", "--output", "notes.txt"], ["notes.txt", "not a metrics file"],
+        text("notes.txt", "mine"),
+        ["metrics", "low.tif", "--output", "notes.txt"],
+        ["notes.txt", "not a metrics file"],
     ),
     "tortuosity onto another file": (
-        text("notes.txt", "mine"), ["tortuosity", "low.tif", "--output", "notes.txt", "--overwrite"],
+        text("notes.txt", "mine"),
+        ["tortuosity", "low.tif", "--output", "notes.txt", "--overwrite"],
         ["notes.txt", "not a transport file"],
     ),
     "fields onto another folder": (
-        foreign_folder("f.zarr"), ["tortuosity", "low.tif", "--field", "f.zarr", "--overwrite"], ["f.zarr", "fields"],
+        foreign_folder("f.zarr"),
+        ["tortuosity", "low.tif", "--field", "f.zarr", "--overwrite"],
+        ["f.zarr", "fields"],
     ),
     "report onto another file": (
-        text("notes.html", "<p>mine"), ["report", "low.tif", "--output", "notes.html"], ["notes.html", "not a page"],
+        text("notes.html", "<p>mine"),
+        ["report", "low.tif", "--output", "notes.html"],
+        ["notes.html", "not a page"],
     ),
     "convert onto another folder": (
-        foreign_folder("mine"), ["convert", "low.tif", "--output", "mine", "--overwrite"], ["mine", "not a zarr"],
+        foreign_folder("mine"),
+        ["convert", "low.tif", "--output", "mine", "--overwrite"],
+        ["mine", "not a zarr"],
     ),
     "convert to a phase with a slash": (
-        lambda f: None, ["convert", "low.tif", "--output", "o.zarr", "--phases", "0=a/b"], ["--phases", "'/'"],
+        lambda f: None,
+        ["convert", "low.tif", "--output", "o.zarr", "--phases", "0=a/b"],
+        ["--phases", "'/'"],
     ),
     "train over a table of another program": (
-        text("results/training.csv", "time,voltage\n"), TRAIN, ["training.csv", "not a table of hpcres train"],
+        text("results/training.csv", "time,voltage\n"),
+        TRAIN,
+        ["training.csv", "not a table of hpcres train"],
     ),
     "train over a checkpoint of another program": (
-        text("results/checkpoint.pt", "mine"), TRAIN, ["checkpoint.pt", "not a checkpoint of hpcres"],
+        text("results/checkpoint.pt", "mine"),
+        TRAIN,
+        ["checkpoint.pt", "not a checkpoint of hpcres"],
     ),
     "phantom over other files": (
         both(
             append("phantom: {kind: three-phase, voxels: 64x64x64, slice_voxels: 64}\n"),
             foreign_folder("results/phantom"),
         ),
-        ["phantom", "--overwrite"], ["phantom", "not a folder with a phantom"],
+        ["phantom", "--overwrite"],
+        ["phantom", "not a folder with a phantom"],
     ),
     "metrics output is a folder": (lambda f: None, ["metrics", "low.tif", "--output", "results"], ["is a folder"]),
     "settings without a study": (lambda f: None, ["metrics", "low.tif", "--set", "a.b=1"], ["not a study"]),
@@ -469,20 +564,24 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "report before infer": (lambda f: None, ["report"], ["labels.zarr", "hpcres infer"]),
     # converting and phantoms
     "convert without output": (lambda f: None, ["convert", "low.tif"], ["--output"]),
-    "convert onto what exists": (
-        lambda f: None, ["convert", "low.tif", "--output", "results"], ["results", "exists"],
-    ),
+    "convert onto what exists": (lambda f: None, ["convert", "low.tif", "--output", "results"], ["results", "exists"]),
     "convert large labels": (
-        image("large.npy", np.full((8, 8, 8), 999, np.int32)), ["convert", "large.npy", "--output", "o.zarr"], ["999"],
+        image("large.npy", np.full((8, 8, 8), 999, np.int32)),
+        ["convert", "large.npy", "--output", "o.zarr"],
+        ["999"],
     ),
     "convert bad phases": (
-        lambda f: None, ["convert", "low.tif", "--output", "o.zarr", "--phases", "zero"], ["--phases", "0=pore"],
+        lambda f: None,
+        ["convert", "low.tif", "--output", "o.zarr", "--phases", "zero"],
+        ["--phases", "0=pore"],
     ),
     "phantom not asked for": (lambda f: None, ["phantom"], ["phantom"]),
     "phantom of other phases": (
-        append("phantom: {kind: chi2, voxels: 64x64x64}\n"), ["phantom", "--overwrite"], ["phantom", "phases"],
+        append("phantom: {kind: chi2, voxels: 64x64x64}\n"),
+        ["phantom", "--overwrite"],
+        ["phantom", "phases"],
     ),
-}  # fmt: skip
+}
 
 
 def run(arguments: list[str]) -> int:
@@ -496,9 +595,7 @@ def run(arguments: list[str]) -> int:
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
-    }
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def test_there_are_at_least_thirty():

@@ -33,16 +33,22 @@ from hpcres.volumes.volume import array_volume
 SEED = 2**40 + 7
 WORDS = {"r": "replicate", "p": "periodic", "m": "mirror"}
 CASES = {
-    "4": ("4", (9, 3, 7), 1), "8/5": ("8/5", (20, 15, 10), 1), "16/3": ("16/3", (6, 3, 6), 1),
-    "odd": ("8/5", (7, 13, 5), 1), "far": ("4", (5, 2, 4), 6),
-}  # fmt: skip
+    "4": ("4", (9, 3, 7), 1),
+    "8/5": ("8/5", (20, 15, 10), 1),
+    "16/3": ("16/3", (6, 3, 6), 1),
+    "odd": ("8/5", (7, 13, 5), 1),
+    "far": ("4", (5, 2, 4), 6),
+}
 """Scale factor, low-res shape, residual blocks; the halo of the last, 15, wraps seven times around two voxels. The odd
 one's first axes end within a high-res voxel."""
 _FEWER = ["rpr", "rpp", "prr", "ppp", "rmr", "mmm", "pmr", "mrp"]
 WRAPS = {
     "4": ["".join(axes) for axes in product("rp", repeat=3) if "p" in axes] + ["mrr", "rmr", "rrm", "mmm", "mpr"],
-    "8/5": _FEWER, "16/3": _FEWER, "odd": ["mmm", "mrr", "rmp"], "far": ["rpr", "rmr"],
-}  # fmt: skip
+    "8/5": _FEWER,
+    "16/3": _FEWER,
+    "odd": ["mmm", "mrr", "rmp"],
+    "far": ["rpr", "rmr"],
+}
 
 
 def boundaries_of(letters: str) -> Boundaries:
@@ -78,9 +84,14 @@ def make_case(name: str, letters: str) -> tuple[SuperResGenerator, np.ndarray, n
 
 
 def paint(
-    generator: SuperResGenerator, labels: np.ndarray, noise: np.ndarray, letters: str,
-    tiles: tuple[int, int, int], block_voxels: int, monkeypatch,
-) -> np.ndarray:  # fmt: skip
+    generator: SuperResGenerator,
+    labels: np.ndarray,
+    noise: np.ndarray,
+    letters: str,
+    tiles: tuple[int, int, int],
+    block_voxels: int,
+    monkeypatch,
+) -> np.ndarray:
     """The high-res labels, tile by tile, with `noise` in place of the seed's."""
 
     def given(seed, box, channel=0):
@@ -112,8 +123,10 @@ def reference(generator: SuperResGenerator, labels: np.ndarray, *noises: np.ndar
     p, q = generator.scale.numerator, generator.scale.denominator
     beyond = -(-(generator.halo_low_res + 2) // q) * q
     pad = [(beyond * (letter != "r"),) * 2 for letter in letters]
-    cut = [slice(BEYOND - beyond, BEYOND + n + beyond) if letter == "m" else slice(n)
-           for n, letter in zip(labels.shape, letters, strict=True)]  # fmt: skip
+    cut = [
+        slice(BEYOND - beyond, BEYOND + n + beyond) if letter == "m" else slice(n)
+        for n, letter in zip(labels.shape, letters, strict=True)
+    ]
     channels = [mirrored(labels == 0, letters, beyond), mirrored(labels == 1, letters, beyond)]
     channels += [noise[tuple(cut)] for noise in noises]
     around = [(beyond * (letter == "p"),) * 2 for letter in letters]
@@ -209,10 +222,14 @@ def study(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("periodic", "ppp"), ("replicate", "rrr"), ("mirror", "mmm"), ("{z: periodic}", "prr"),
-        ("{x: periodic, y: mirror}", "rmp"), ("[replicate, periodic, periodic]", "rpp"),
+        ("periodic", "ppp"),
+        ("replicate", "rrr"),
+        ("mirror", "mmm"),
+        ("{z: periodic}", "prr"),
+        ("{x: periodic, y: mirror}", "rmp"),
+        ("[replicate, periodic, periodic]", "rpp"),
     ],
-)  # fmt: skip
+)
 def test_boundary_is_a_word_or_one_an_axis(given, expected, study, tmp_path):
     loaded = load_study(study, [f"inference.boundary={given}"], str(tmp_path))
     assert loaded.inference.boundary == boundaries_of(expected)
@@ -222,10 +239,13 @@ def test_boundary_is_a_word_or_one_an_axis(given, expected, study, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("wall", "'wall' is no boundary; use one of replicate, periodic, mirror"), ("{w: periodic}", "'w' is no axis"),
-        ("[periodic, periodic]", "neither one word nor one an axis"), ("{z: 3}", "3 is no boundary"), ("1", "1 is nei"),
+        ("wall", "'wall' is no boundary; use one of replicate, periodic, mirror"),
+        ("{w: periodic}", "'w' is no axis"),
+        ("[periodic, periodic]", "neither one word nor one an axis"),
+        ("{z: 3}", "3 is no boundary"),
+        ("1", "1 is nei"),
     ],
-)  # fmt: skip
+)
 def test_other_boundaries_are_refused_in_words(given, words, study):
     with pytest.raises(InputError, match=rf"inference\.boundary: .*{words}"):
         load_study(study, [f"inference.boundary={given}"])

@@ -32,13 +32,20 @@ def run_in(folder, seed, pore=0.4, d_rel=0.2, truth=None, state="converged", **p
 
     def volume(pore):
         return {
-            "path": "labels.zarr", "shape": [64, 64, 64], "voxel_size": [50.0] * 3, "voxel_unit": "nanometer",
+            "path": "labels.zarr",
+            "shape": [64, 64, 64],
+            "voxel_size": [50.0] * 3,
+            "voxel_unit": "nanometer",
             "provenance": {"weights_sha256": f"w{seed}", "input_sha256": "low", "scale_factor": "4"} | provenance,
             "volume_fraction": {"pore": pore, "solid": 1 - pore},
-            "specific_surface_area": {"unit": "1/micrometer", "faces": {"pore": 3.0 + seed, "solid": 3.0 + seed},
-                                      "crofton": {"pore": 2.0, "solid": 2.0}},
-            "interphase_area": {"pore|solid": 0.1}, "tpb": {"unit": "1/micrometer^2"},
-        }  # fmt: skip
+            "specific_surface_area": {
+                "unit": "1/micrometer",
+                "faces": {"pore": 3.0 + seed, "solid": 3.0 + seed},
+                "crofton": {"pore": 2.0, "solid": 2.0},
+            },
+            "interphase_area": {"pore|solid": 0.1},
+            "tpb": {"unit": "1/micrometer^2"},
+        }
 
     def solved(value, state="converged"):
         settings = {"rtol": 1e-3, "periodic": [], "crop": None, "voxel_size": [50.0] * 3, "profile": seed % 2 == 0}

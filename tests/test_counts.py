@@ -124,8 +124,10 @@ def test_slabs_of_three_phases_never_meet_in_a_line():
     a = np.repeat([0, 1, 2], 3).astype(np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
     assert counts.count(a).edges == {}
     assert counts.finalize(counts.count(a), (1, 1, 1)).interphase_area == {
-        (0, 1): 16 / (8 * 16 + 2 * 9 * 12), (0, 2): 0.0, (1, 2): 16 / (8 * 16 + 2 * 9 * 12),
-    }  # fmt: skip
+        (0, 1): 16 / (8 * 16 + 2 * 9 * 12),
+        (0, 2): 0.0,
+        (1, 2): 16 / (8 * 16 + 2 * 9 * 12),
+    }
 
 
 def test_an_edge_of_four_phases_counts_once_and_under_its_own_name():

@@ -49,9 +49,12 @@ def test_an_ensemble_is_its_seeds_one_by_one(ensemble, tmp_path):
     assert spread["seeds"] == [seed, seed + 1, seed + 2]
     assert LabelStore.open(store).provenance["measured"] == measured[0]
     for path in (
-        ("volume_fraction", "nickel"), ("specific_surface_area", "faces", "pore"), ("tpb", "density"),
-        ("interphase_area", "pore|ceramic"), ("tpb", "by_phases", "pore|nickel|ceramic", "density"),
-    ):  # fmt: skip
+        ("volume_fraction", "nickel"),
+        ("specific_surface_area", "faces", "pore"),
+        ("tpb", "density"),
+        ("interphase_area", "pore|ceramic"),
+        ("tpb", "by_phases", "pore|nickel|ceramic", "density"),
+    ):
         values = [reduce(lambda tree, key: tree[key], path, one) for one in measured]
         found = reduce(lambda tree, key: tree[key], path, spread)
         assert found["values"] == values
@@ -76,8 +79,11 @@ def test_an_ensemble_by_ranks_and_after_damage_is_the_same(ensemble, tmp_path):
 
     assert ours() == expected
     shares = agreement_path(store)
-    for spoil, shard, why in ((flip, "0/c/1/0/0", "checksum"), (truncate, "0/c/0/0/1", "checksum"),
-                              (Path.unlink, "1/c/2/0/0", "missing")):  # fmt: skip
+    for spoil, shard, why in (
+        (flip, "0/c/1/0/0", "checksum"),
+        (truncate, "0/c/0/0/1", "checksum"),
+        (Path.unlink, "1/c/2/0/0", "missing"),
+    ):
         spoil(shares / shard)
         assert why in next(str(fault) for fault in find_faults(store) if fault.volume == "agreement")
         with StoreLock(store) as claim:

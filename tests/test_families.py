@@ -38,12 +38,17 @@ def nearest(folder):
     low = np.random.default_rng(0).integers(0, 2, (12, 10, 9)).astype(np.uint8)
     np.save(folder / "low.npy", low)
     return {
-        "name": "toy", "scale_factor": 4, "high_res": HIGH_RES, "output": "out", "device": "cpu",
+        "name": "toy",
+        "scale_factor": 4,
+        "high_res": HIGH_RES,
+        "output": "out",
+        "device": "cpu",
         "network": {"family": "toy-nearest"},
         "low_res": {"path": "low.npy", "phases": {0: ["pore", "binder"], 1: "active"}},
         "training": {"steps": 30, "learning_rate": 0.05, "quality_steps": 10, "checkpoint_minutes": 1e-6},
-        "inference": {"tiles": "3x2x2", "chunk_voxels": 16}, "metrics": {"subvolumes": {"count": 0}},
-    }  # fmt: skip
+        "inference": {"tiles": "3x2x2", "chunk_voxels": 16},
+        "metrics": {"subvolumes": {"count": 0}},
+    }
 
 
 def latent(folder):
@@ -70,8 +75,8 @@ def toys(*arguments, **more):
 def killed(command, reached):
     """Run a command slowly, and kill all its processes as soon as `reached()`."""
     process = subprocess.Popen(
-        command, env=os.environ | MPI | {"TOY_SLOW": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command, env=os.environ | MPI | {"TOY_SLOW": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not reached():
         assert process.poll() is None, "ended before it could be killed"
@@ -136,10 +141,12 @@ def test_the_labels_are_the_network_s_own(tmp_path):
     toys("infer", study)
     generator = load_checkpoint(tmp_path / "out/checkpoint.pt").generator
     around = Box((-4, -4, -4), (12 + 4, 10 + 4, 9 + 4))
-    given = np.stack([
-        noise_of(0, channel, gaussian_taps(sigma, generator.scale), around, (NOISE_VOXELS,) * 3)
-        for channel, sigma in enumerate(generator.inputs.latents)
-    ])  # fmt: skip
+    given = np.stack(
+        [
+            noise_of(0, channel, gaussian_taps(sigma, generator.scale), around, (NOISE_VOXELS,) * 3)
+            for channel, sigma in enumerate(generator.inputs.latents)
+        ]
+    )
     with torch.no_grad():
         logits = generator(torch.from_numpy(given)[None])[0]
     # Each crop of 2 moves the output by two voxels of its grid less than a crop of 1 leaves: 4·i + k − 2·2 − 3.
@@ -166,7 +173,7 @@ def test_what_a_family_does_not_need_may_be_missing(tmp_path):
         ({"training": {"cubes": 3}}, r"training.cubes: unknown key"),
         ({"network": {"family": "toy-nearest"}}, r"low_res: is required and not given"),
     ],
-)  # fmt: skip
+)
 def test_settings_are_those_of_the_family(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         load_study(written(tmp_path, latent(tmp_path) | change))

@@ -25,10 +25,7 @@ def test_tiles_partition_both_grids(low_res_shape, scale, tiles, halo):
         owner[tile.core.slices] += 1
         assert all(a % q == 0 for a in tile.read.start)
         assert all(w % t == 0 for w, t in zip(tile.write.start, plan.tile_voxels, strict=True))
-        assert all(
-            b % t == 0 or b == n
-            for b, t, n in zip(tile.write.stop, plan.tile_voxels, plan.shape, strict=True)
-        )
+        assert all(b % t == 0 or b == n for b, t, n in zip(tile.write.stop, plan.tile_voxels, plan.shape, strict=True))
         for axis in range(3):
             assert tile.read.start[axis] in (0, tile.core.start[axis] - -(-halo // q) * q) or (
                 tile.read.start[axis] == 0
@@ -67,10 +64,7 @@ def test_impossible_plans_are_refused_in_words(tiles, chunk, words):
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    st.tuples(edges, edges, edges), scales, st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 60),
-    any_boundaries,
-)  # fmt: skip
+@given(st.tuples(edges, edges, edges), scales, st.tuples(*[st.integers(1, 4)] * 3), st.integers(0, 60), any_boundaries)
 def test_windows_hold_the_whole_halo_beyond_a_face_that_is_no_end(lengths, scale, tiles, halo, boundaries):
     q = scale.denominator
     low_res_shape = [-(-n // q) * q if b == "periodic" else n for n, b in zip(lengths, boundaries, strict=True)]

@@ -34,9 +34,11 @@ NETWORKS = {
 SHAPES = {"2": (9, 8, 11), "4": (7, 6, 8), "16/3": (6, 6, 9)}
 CASES = [
     (network, scale, boundary)
-    for network in NETWORKS for scale in SHAPES for boundary in ("periodic", "mirror")
+    for network in NETWORKS
+    for scale in SHAPES
+    for boundary in ("periodic", "mirror")
     if not (network == "fast" and scale == "16/3")  # it ends with a doubling
-]  # fmt: skip
+]
 
 
 def painted(folder: Path, network: str, scale: str, boundary: str) -> LabelStore:
@@ -44,12 +46,16 @@ def painted(folder: Path, network: str, scale: str, boundary: str) -> LabelStore
     random = np.random.default_rng(16)  # with which every case has at least two phases
     np.save(folder / "low.npy", random.choice(np.array([0, 7], np.int16), SHAPES[scale]))
     content = {
-        "name": "golden", "scale_factor": scale, "output": "out", "seed": 2**40 + 3, "device": "cpu",
+        "name": "golden",
+        "scale_factor": scale,
+        "output": "out",
+        "seed": 2**40 + 3,
+        "device": "cpu",
         "high_res": {"phases": LABELS, "voxel_size": "65 nm", "images": [{"path": "none.tif"}]},
         "low_res": {"path": "low.npy", "phases": {0: ["pore", "ceramic"], 7: "nickel"}},
         "network": NETWORKS[network],
         "inference": {"tiles": "2x1x2", "chunk_voxels": 16, "threads": 1, "boundary": boundary},
-    }  # fmt: skip
+    }
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     study = load_study(folder / "study.yaml")
     generator = build_generator(study).eval()

@@ -79,13 +79,16 @@ def test_a_virtual_dataset_is_read_where_all_its_sources_are_there(source, tmp_p
     np.testing.assert_array_equal(volume.read(Box.whole(volume.shape)), np.concatenate([LABELS, LABELS]))
 
 
-@pytest.mark.parametrize(("parts", "words"), [
-    ([("source.h5", "deep/labels"), ("gone.h5", "d")], r"whose source gone.h5:/d is missing"),
-    ([("gone/gone.h5", "d"), ("source.h5", "deep/labels")], r"whose source gone/gone.h5:/d is missing"),
-    ([("source.h5", "deep/labels"), ("source.h5", "d")], r"source source.h5:/d has no such dataset"),
-    ([("source.h5", "deep/labels"), (".", "d")], r"source .:/d has no such dataset"),
-    ([("source.h5", "deep/labels")], r"sources cover 378 of 756 voxels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ([("source.h5", "deep/labels"), ("gone.h5", "d")], r"whose source gone.h5:/d is missing"),
+        ([("gone/gone.h5", "d"), ("source.h5", "deep/labels")], r"whose source gone/gone.h5:/d is missing"),
+        ([("source.h5", "deep/labels"), ("source.h5", "d")], r"source source.h5:/d has no such dataset"),
+        ([("source.h5", "deep/labels"), (".", "d")], r"source .:/d has no such dataset"),
+        ([("source.h5", "deep/labels")], r"sources cover 378 of 756 voxels"),
+    ],
+)
 def test_a_virtual_dataset_that_would_read_as_its_fill_value_is_refused(parts, words, source, tmp_path):
     path = virtual(tmp_path / "v.h5", parts)
     with h5py.File(tmp_path / "v.h5") as file:
@@ -128,16 +131,22 @@ def dataset(**how: object) -> Callable[[h5py.File], object]:
     return lambda file: file.create_dataset("v", SHAPE, "u1", **how)
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (shrunk, "source .:/source has 5 × 9 × 7 voxels where 6 × 9 × 7 are due"),
-    (overlapping, "sources cover 315 of 378 voxels"),
-    (nested, "source .:/inner: is a virtual dataset whose source gone.h5:/d is missing"),
-    (source_without_data, "source .:/source: nothing was ever written"),
-    (dataset(), "v: nothing was ever written"),
-    (dataset(chunks=True, compression="gzip"), "v: nothing was ever written"),
-    (dataset(external=[("gone.raw", 0, 378)]), "raw data file gone.raw is missing"),
-    (dataset(external=[("a.raw", 8, 100), ("b.raw", 0, h5py.h5f.UNLIMITED)]), "b.raw has 277 bytes where 278 are due"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (shrunk, "source .:/source has 5 × 9 × 7 voxels where 6 × 9 × 7 are due"),
+        (overlapping, "sources cover 315 of 378 voxels"),
+        (nested, "source .:/inner: is a virtual dataset whose source gone.h5:/d is missing"),
+        (source_without_data, "source .:/source: nothing was ever written"),
+        (dataset(), "v: nothing was ever written"),
+        (dataset(chunks=True, compression="gzip"), "v: nothing was ever written"),
+        (dataset(external=[("gone.raw", 0, 378)]), "raw data file gone.raw is missing"),
+        (
+            dataset(external=[("a.raw", 8, 100), ("b.raw", 0, h5py.h5f.UNLIMITED)]),
+            "b.raw has 277 bytes where 278 are due",
+        ),
+    ],
+)
 def test_voxels_that_no_file_holds_are_refused(make, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, size in (("a.raw", 108), ("b.raw", 277)):
@@ -245,10 +254,15 @@ def test_datasets_without_numbers_have_lines_of_their_own(tmp_path):
         file["scalar"] = 3
         file["none"] = np.zeros((0, 3, 3), "u1")
     for name, words in {
-        "empty": "is an empty dataset", "text": "holds text", "strings": "holds Python objects or strings",
-        "ragged": "holds Python objects or strings", "records": "holds records of several fields",
-        "complex": "holds complex64, not integer labels", "scalar": "is a 0D array", "none": "has no voxels",
-    }.items():  # fmt: skip
+        "empty": "is an empty dataset",
+        "text": "holds text",
+        "strings": "holds Python objects or strings",
+        "ragged": "holds Python objects or strings",
+        "records": "holds records of several fields",
+        "complex": "holds complex64, not integer labels",
+        "scalar": "is a 0D array",
+        "none": "has no voxels",
+    }.items():
         with pytest.raises(InputError, match=words) as caught:
             open_volume(f"{tmp_path}/a.h5:/{name}")
         assert ";" in str(caught.value), name

@@ -52,40 +52,104 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "checkpoint": {"errors", "families", "networks", "outputs", "study", "volumes"},
     "phantoms": {"cores", "errors", "geometry", "imaging", "outputs", "signals", "study", "volumes"},
     "training": {
-        "checkpoint", "conditions", "cores", "counting", "errors", "families", "geometry", "imaging", "memory",
-        "networks", "noise", "outputs", "signals", "study", "study_file", "training", "volumes",
+        "checkpoint",
+        "conditions",
+        "cores",
+        "counting",
+        "errors",
+        "families",
+        "geometry",
+        "imaging",
+        "memory",
+        "networks",
+        "noise",
+        "outputs",
+        "signals",
+        "study",
+        "study_file",
+        "training",
+        "volumes",
     },
     "inference": {
-        "conditions", "cores", "engines", "errors", "geometry", "lengths", "networks", "study", "noise", "volumes",
-        "checkpoint", "inference", "memory", "signals", "outputs", "counting",
+        "conditions",
+        "cores",
+        "engines",
+        "errors",
+        "geometry",
+        "lengths",
+        "networks",
+        "study",
+        "noise",
+        "volumes",
+        "checkpoint",
+        "inference",
+        "memory",
+        "signals",
+        "outputs",
+        "counting",
     },
     "transport": {"compiled", "cores", "counting", "errors", "geometry", "memory", "signals", "transport", "volumes"},
     "metrics": {
-        "compiled", "cores", "counting", "errors", "geometry", "imaging", "lengths", "memory", "metrics", "signals",
-        "study", "transport", "volumes",
+        "compiled",
+        "cores",
+        "counting",
+        "errors",
+        "geometry",
+        "imaging",
+        "lengths",
+        "memory",
+        "metrics",
+        "signals",
+        "study",
+        "transport",
+        "volumes",
     },
     "results": {"errors", "metrics", "transport"},
     "schemas": {"study"},
     "library": {
-        "errors", "geometry", "lengths", "results", "study", "study_file", "volumes", "metrics", "training",
-        "transport", "inference", "phantoms", "outputs", "reports",
+        "errors",
+        "geometry",
+        "lengths",
+        "results",
+        "study",
+        "study_file",
+        "volumes",
+        "metrics",
+        "training",
+        "transport",
+        "inference",
+        "phantoms",
+        "outputs",
+        "reports",
     },
     "__init__": {"errors", "library", "results"},
     "reports": {"counting", "errors", "geometry", "lengths", "study", "volumes", "metrics", "reports"},
-}  # fmt: skip
+}
 KEEPERS = {
-    "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"}, "tifffile": {"volumes/tiff.py"},
+    "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"},
+    "tifffile": {"volumes/tiff.py"},
     "h5py": {"volumes/hdf5.py"},
-    "mpi4py": {"inference/ranks.py"}, "torch.distributed": {"training/distributed.py"},
-    "dask": {"metrics/"}, "distributed": {"metrics/", "library.py"}, "click": {"cli/"},
+    "mpi4py": {"inference/ranks.py"},
+    "torch.distributed": {"training/distributed.py"},
+    "dask": {"metrics/"},
+    "distributed": {"metrics/", "library.py"},
+    "click": {"cli/"},
     "taufactor": {"transport/second_opinion.py"},
-    "numba": {
-        "compiled.py", "kernel_cache.py", "engines/lanes.py", "counting/counts.py", "transport/vectors.py",
-    },
-}  # fmt: skip
+    "numba": {"compiled.py", "kernel_cache.py", "engines/lanes.py", "counting/counts.py", "transport/vectors.py"},
+}
 COMMANDS = [
-    "phantom", "convert", "train", "plan", "infer", "verify", "metrics", "tortuosity", "report", "confidence", "schema",
-]  # fmt: skip
+    "phantom",
+    "convert",
+    "train",
+    "plan",
+    "infer",
+    "verify",
+    "metrics",
+    "tortuosity",
+    "report",
+    "confidence",
+    "schema",
+]
 
 
 def imports(file: Path) -> set[str]:
@@ -175,9 +239,10 @@ def test_every_module_is_imported_with_only_the_declared_packages():
                         found.add(canonical(each.name))
         waiting = found - needed
     hidden = sorted(
-        module for module, made in distributions().items()
+        module
+        for module, made in distributions().items()
         if not {canonical(one) for one in made} & needed and module != "hpcres"
-    )  # fmt: skip
+    )
     assert "pytest" in hidden
     modules = sorted(".".join(f.relative_to(ROOT).with_suffix("").parts) for f in PACKAGE.rglob("*.py"))
     program = (
@@ -234,9 +299,19 @@ def test_recipes_are_added_to_a_study(monkeypatch, tmp_path):
     assert long.network.noise_sigma_voxels == (0, 4, 8)
     assert (long.training.context, long.training.pattern_weight, long.training.match_fractions) == (5, 480, True)
     changed = {
-        "minutes", "least_steps", "context", "pattern_weight", "pattern_tolerance", "pattern_spacings",
-        "voxel_threshold", "ema_growth", "match_fractions", "recalibration_cubes", "quality_steps", "quality_cubes",
-    }  # fmt: skip
+        "minutes",
+        "least_steps",
+        "context",
+        "pattern_weight",
+        "pattern_tolerance",
+        "pattern_spacings",
+        "voxel_threshold",
+        "ema_growth",
+        "match_fractions",
+        "recalibration_cubes",
+        "quality_steps",
+        "quality_cubes",
+    }
     assert long.training.model_dump(exclude=changed) == small.training.model_dump(exclude=changed)
     assert long.scale_factor == small.scale_factor == 4
     study.write_text(study.read_text().replace("long.yaml", "long-white.yaml"))
@@ -266,10 +341,12 @@ def test_resolved_study_is_the_study(tmp_path, monkeypatch):
 
 def test_base_gives_what_a_study_does_not(tmp_path):
     base = {
-        "name": "base", "scale_factor": 2, "training": {"steps": 5, "cubes": 3},
+        "name": "base",
+        "scale_factor": 2,
+        "training": {"steps": 5, "cubes": 3},
         "high_res": {"phases": {0: "a", 1: "b"}, "voxel_size": "1 um", "images": [{"path": "x.tif"}]},
         "low_res": {"path": "y.tif", "phases": {0: "a", 1: "b"}},
-    }  # fmt: skip
+    }
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "base.yaml").write_text(yaml.safe_dump(base))
     over = {"base": "deep/base.yaml", "name": "over", "training": {"cubes": 4}, "low_res": {"phases": {5: "a", 6: "b"}}}

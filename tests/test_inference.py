@@ -37,8 +37,11 @@ from hpcres.volumes.stores import LabelStore
 @pytest.mark.parametrize(
     ("scale", "shape", "chunk", "ranks"),
     [
-        ("4", (9, 8, 7), 16, 3), ("8/5", (21, 23, 12), 16, 2), ("16/3", (100, 8, 9), 16, 2),
-        ("64/6", (7, 5, 4), 32, 2), pytest.param("16", (5, 4, 3), 16, 2, marks=pytest.mark.variant),
+        ("4", (9, 8, 7), 16, 3),
+        ("8/5", (21, 23, 12), 16, 2),
+        ("16/3", (100, 8, 9), 16, 2),
+        ("64/6", (7, 5, 4), 32, 2),
+        pytest.param("16", (5, 4, 3), 16, 2, marks=pytest.mark.variant),
         pytest.param("4", (9, 8, 7), 16, 1, marks=pytest.mark.variant),
     ],
 )
@@ -77,8 +80,12 @@ def test_any_number_of_threads_gives_the_same_store(threads, study, painted, tmp
 @pytest.mark.parametrize(
     ("scale", "shape", "blocks"),
     [
-        ("4", (9, 8, 17), 1), ("8/5", (21, 23, 31), 1), ("16/3", (7, 13, 9), 1), ("4", (9, 8, 17), 6),
-        ("16", (5, 3, 4), 1), ("64/6", (7, 4, 5), 1),
+        ("4", (9, 8, 17), 1),
+        ("8/5", (21, 23, 31), 1),
+        ("16/3", (7, 13, 9), 1),
+        ("4", (9, 8, 17), 6),
+        ("16", (5, 3, 4), 1),
+        ("64/6", (7, 4, 5), 1),
     ],
 )
 def test_tiled_is_whole_but_for_near_ties(scale, shape, blocks, tmp_path):
@@ -119,7 +126,9 @@ def test_labels_follow_seed_and_place(study, painted, tmp_path):
 @pytest.mark.parametrize(
     ("scale", "shape", "tiles"),
     [
-        ("4", (9, 8, 7), "1x1x1"), ("4", (9, 8, 7), "3x2x2"), ("8/5", (20, 20, 10), "2x3x2"),
+        ("4", (9, 8, 7), "1x1x1"),
+        ("4", (9, 8, 7), "3x2x2"),
+        ("8/5", (20, 20, 10), "2x3x2"),
         ("16/3", (6, 9, 9), "3x3x3"),
     ],
 )
@@ -191,9 +200,10 @@ def test_a_slow_rank_does_not_hold_the_rest_and_the_pyramid_grows_meanwhile(tmp_
         [json.loads(line) for line in file.read_text().splitlines()]
         for file in sorted(store.with_name("labels.zarr.journal").glob("*.jsonl"))
     ]
-    tiles, times = [sum(one["level"] == 0 for one in lines) for lines in noted], sorted(
-        (one["time"], one["level"]) for lines in noted for one in lines
-    )  # fmt: skip
+    tiles, times = (
+        [sum(one["level"] == 0 for one in lines) for lines in noted],
+        sorted((one["time"], one["level"]) for lines in noted for one in lines),
+    )
     assert sum(tiles) == 136
     assert tiles[1] < 20  # of an even split it would have had 45, for 11 s with two in hand
     assert min(tiles[0], tiles[2]) > 30
@@ -247,8 +257,14 @@ def test_cores_are_shared_only_where_ranks_are_not_bound():
 
 def test_no_study_is_needed(study, painted, tmp_path, monkeypatch, hpcres):
     done = hpcres(
-        "infer", "--checkpoint", study.parent / "out/checkpoint.pt", "--low-res", study.parent / "low.npy",
-        "--output", tmp_path / "alone.zarr", cwd=tmp_path,
-    )  # fmt: skip
+        "infer",
+        "--checkpoint",
+        study.parent / "out/checkpoint.pt",
+        "--low-res",
+        study.parent / "low.npy",
+        "--output",
+        tmp_path / "alone.zarr",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert store_bytes(tmp_path / "alone.zarr") == store_bytes(painted)

@@ -52,8 +52,12 @@ def test_weights_are_taken_over_and_all_else_begins_anew(tmp_path, capfd):
     assert "made anew: nothing" in said
     found = load_checkpoint(study.checkpoint_path)
     assert found.init_from == {
-        "path": other.path, "sha256": other.sha256, "step": 1, "phases": ["a", "b", "c"], "made_anew": [],
-    }  # fmt: skip
+        "path": other.path,
+        "sha256": other.sha256,
+        "step": 1,
+        "phases": ["a", "b", "c"],
+        "made_anew": [],
+    }
     # One Adam step moves no weight by more than the learning rate; random first weights are far from these.
     for name, theirs in other.generator.named_parameters():
         assert (found.training_state["generator"][name] - theirs).abs().max() < 2e-4

@@ -37,8 +37,11 @@ def study(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(study) -> Path:
-    job = open_job(load_study(study, SETTINGS, str(study.parent / "whole")), tiles=TILES,
-                   checkpoint=str(study.parent / "out/checkpoint.pt"))  # fmt: skip
+    job = open_job(
+        load_study(study, SETTINGS, str(study.parent / "whole")),
+        tiles=TILES,
+        checkpoint=str(study.parent / "out/checkpoint.pt"),
+    )
     return infer(job, Ranks()).store
 
 

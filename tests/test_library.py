@@ -95,9 +95,10 @@ def test_a_measurement_has_the_numbers_of_the_command_under_the_same_names(tmp_p
     subprocess.run([sys.executable, "-m", "hpcres", *given], check=True, capture_output=True)
     entry = json.loads(target.read_text())["volume"]
     found = hpcres.measure(
-        tmp_path / "v.npy", voxel_size=("2 um", "1 um", "1 um"),
+        tmp_path / "v.npy",
+        voxel_size=("2 um", "1 um", "1 um"),
         statistics=("correlations", "chords", "connectivity", "spectrum", "representative"),
-    )  # fmt: skip
+    )
     assert json.loads(json.dumps(found.to_dict())) == {k: v for k, v in entry.items() if k != "subvolumes"}
     assert found.volume_fraction == entry["volume_fraction"]
     assert found.interphase_area == entry["interphase_area"]

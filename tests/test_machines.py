@@ -88,9 +88,13 @@ def test_the_manual_has_the_variables_of_this_test():
 @pytest.mark.machines
 def test_with_these_variables_all_libraries_use_avx2_only(chains):
     assert chains["avx2"]["machine"] == {
-        "torch": "AVX2", "numpy": False, "numba": "haswell", "numba_has_avx512": False,
-        "register_floats": 8, "widest": 8,
-    }  # fmt: skip
+        "torch": "AVX2",
+        "numpy": False,
+        "numba": "haswell",
+        "numba_has_avx512": False,
+        "register_floats": 8,
+        "widest": 8,
+    }
 
 
 @needs_x86
@@ -151,9 +155,14 @@ def test_training_inference_and_metrics_work_with_avx2_only(chains):
 @needs_x86
 def test_a_cpu_s_registers_are_those_numba_compiles_for(monkeypatch):
     for name, features, floats in (
-        ("haswell", None, 8), ("haswell", "", 8), ("haswell", "+avx512f", 16), ("skylake-avx512", None, 16),
-        ("znver4", "", 16), ("znver4", "-avx512f", 8), ("generic", "", 8),
-    ):  # fmt: skip
+        ("haswell", None, 8),
+        ("haswell", "", 8),
+        ("haswell", "+avx512f", 16),
+        ("skylake-avx512", None, 16),
+        ("znver4", "", 16),
+        ("znver4", "-avx512f", 8),
+        ("generic", "", 8),
+    ):
         monkeypatch.setattr("numba.config.CPU_NAME", name)
         monkeypatch.setattr("numba.config.CPU_FEATURES", features)
         assert compiled.register_floats.__wrapped__() == floats, (name, features)
@@ -309,9 +318,7 @@ class Elsewhere:
 cli.sys = memory.sys = Elsewhere()
 cli.main()
 """
-ONLY_LINUX = [
-    "os.sched_getaffinity", "os.posix_fallocate", "os.posix_fadvise", "os.preadv", "mmap.MADV_HUGEPAGE",
-]  # fmt: skip
+ONLY_LINUX = ["os.sched_getaffinity", "os.posix_fallocate", "os.posix_fadvise", "os.preadv", "mmap.MADV_HUGEPAGE"]
 
 
 @pytest.fixture

@@ -56,8 +56,10 @@ def test_sides_that_meet_have_faces_and_edges_between_them(client, tmp_path):
         faces = [one["counts"]["faces"]["0|1"] for one in found.values()]
         assert faces == [[48, 0, 0], [96, 0, 0], [48, 0, 0]]
         assert [one["counts"]["all_faces"] for one in found.values()] == [
-            [3 * 48, 5 * 32, 7 * 24], [4 * 48, 5 * 32, 7 * 24], [3 * 48, 6 * 32, 8 * 24],
-        ]  # fmt: skip
+            [3 * 48, 5 * 32, 7 * 24],
+            [4 * 48, 5 * 32, 7 * 24],
+            [3 * 48, 6 * 32, 8 * 24],
+        ]
         assert found[False, True, True]["periodic"] == ["y", "x"]
 
 
@@ -108,10 +110,12 @@ def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
     np.save(tmp_path / "a.npy", a)
     study = small_study(tmp_path)
     found = measure(
-        open_volume(tmp_path / "a.npy"), client=client, phases=("pore", "solid"),
+        open_volume(tmp_path / "a.npy"),
+        client=client,
+        phases=("pore", "solid"),
         voxel_size=cubic(study.high_res.voxel_size),
         progress=False,
-    )  # fmt: skip
+    )
     assert found["specific_surface_area"]["unit"] == "1/micrometer"
     assert found["specific_surface_area"]["faces"]["pore"] == pytest.approx(1 / (4 * 0.065), rel=1e-12)
     assert found["voxel_size"] == [65.0] * 3
@@ -122,9 +126,15 @@ def test_blocks_that_cannot_be_read_are_listed_and_nothing_is_returned(client, t
     from hpcres.volumes.stores import LabelStore
 
     store = LabelStore.create(
-        tmp_path / "half.zarr", (32, 16, 16), shard=(16, 16, 16), chunk_voxels=16, voxel_size=1.0, unit="voxel",
-        phases=("a", "b"), provenance={},
-    )  # fmt: skip
+        tmp_path / "half.zarr",
+        (32, 16, 16),
+        shard=(16, 16, 16),
+        chunk_voxels=16,
+        voxel_size=1.0,
+        unit="voxel",
+        phases=("a", "b"),
+        provenance={},
+    )
     store.write(0, Box((0, 0, 0), (16, 16, 16)), np.zeros((16, 16, 16), np.uint8))
     with pytest.raises(Unfinished, match=r"z 16:32 y 0:16 x 0:16.*never written"):
         measure(open_volume(tmp_path / "half.zarr"), client=client, block=(16, 16, 16), progress=False)
@@ -165,9 +175,7 @@ def dask_cluster(folder: Path, workers: int, *options: str):
     worker = [sys.executable, "-m", "dask", "worker", "--no-dashboard", "--scheduler-file", str(file), *options]
     started = {}
     try:
-        started["scheduler"] = subprocess.Popen(
-            [*scheduler, "--host", "127.0.0.1", "--port", "0"], **quiet
-        )
+        started["scheduler"] = subprocess.Popen([*scheduler, "--host", "127.0.0.1", "--port", "0"], **quiet)
         for name in (f"w{k}" for k in range(workers)):
             started[name] = subprocess.Popen(
                 [*worker, "--name", name, "--no-nanny", "--nthreads", "1", "--local-directory", str(folder)], **quiet
@@ -220,9 +228,13 @@ def metrics_whose_workers(act: str, folder: Path, workers: int, monkeypatch, *op
     np.save(folder / "a.npy", np.zeros((8, 8, 8), np.uint8))
     with dask_cluster(folder, workers, "--preload", str(folder / "preload.py")) as (file, started):
         command = [sys.executable, "-m", "hpcres", "metrics", "a.npy", "--scheduler", str(file), "--output", "m.json"]
-        yield subprocess.Popen(
-            [*command, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ), file, started
+        yield (
+            subprocess.Popen(
+                [*command, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ),
+            file,
+            started,
+        )
 
 
 def wait_until_counting(run: subprocess.Popen, folder: Path) -> None:
@@ -293,9 +305,11 @@ def test_subvolume_transport_has_zero_diffusivity_where_nothing_percolates(clien
     a[:, :, 8] = 1  # a wall normal to x
     np.save(tmp_path / "a.npy", a)
     found = measure(
-        open_volume(tmp_path / "a.npy"), client=client, settings=SubVolumes(count=1, voxels=16, transport_count=1),
+        open_volume(tmp_path / "a.npy"),
+        client=client,
+        settings=SubVolumes(count=1, voxels=16, transport_count=1),
         progress=False,
-    )["subvolumes"]["transport"]  # fmt: skip
+    )["subvolumes"]["transport"]
     assert found["0"]["x"]["D_rel"]["values"] == [0.0]
     assert found["0"]["x"]["percolating"] == 0
     assert found["0"]["x"]["tau"]["mean"] is None
@@ -309,15 +323,19 @@ def test_subvolume_transport_has_zero_diffusivity_where_nothing_percolates(clien
 def small_study(folder: Path, **more) -> Study:
     return Study.model_validate(
         {
-            "name": "t", "scale_factor": more.pop("scale", 2), "output": str(folder / "out"),
+            "name": "t",
+            "scale_factor": more.pop("scale", 2),
+            "output": str(folder / "out"),
             "high_res": {
-                "phases": {0: "pore", 128: "solid", 255: "binder"}, "voxel_size": "65 nm",
+                "phases": {0: "pore", 128: "solid", 255: "binder"},
+                "voxel_size": "65 nm",
                 "images": [{"path": str(folder / "slice.npy")}],
             },
             "low_res": {"path": str(folder / "low.npy"), "phases": {5: ["pore", "binder"], 9: "solid"}},
-            "imaging": {"operator": "under-sampled"}, **more,
+            "imaging": {"operator": "under-sampled"},
+            **more,
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("scale", ["2", "8/5", "16/3"])
@@ -363,8 +381,10 @@ def test_agreement_by_blocks_is_that_of_the_whole_volume(client, tmp_path, monke
         inside = [slice(int(n * study.scale_factor)) for n in imaged.shape]
         inside[axis] = slice(None)
         turned = np.moveaxis(compared[tuple(inside)], axis, 0)
-        shares = [np.mean([np.mean(turned[i - 1] != turned[i]) for i in range(1, len(turned)) if i % p == k])
-                  for k in range(p)]  # fmt: skip
+        shares = [
+            np.mean([np.mean(turned[i - 1] != turned[i]) for i in range(1, len(turned)) if i % p == k])
+            for k in range(p)
+        ]
         assert found["changed_faces"][name] == pytest.approx(shares)
 
 
@@ -409,9 +429,8 @@ def test_appearance_is_that_of_all_slices_of_the_cubes(client, tmp_path, monkeyp
     np.save(tmp_path / "volume.npy", labels)
     by_plane = images_by_plane(high_res)
     assert {p: [s.shape for s in stacks] for p, stacks in by_plane.items()} == (
-        {"all": [(2, 64, 70)]} if isotropic
-        else {"yx": [(2, 64, 70)], "zx": [(2, 64, 70)], "zy": [(2, 70, 64)]}
-    )  # fmt: skip
+        {"all": [(2, 64, 70)]} if isotropic else {"yx": [(2, 64, 70)], "zx": [(2, 64, 70)], "zy": [(2, 70, 64)]}
+    )
     seen = {plane: slice_statistics(stacks, 3) for plane, stacks in by_plane.items()}
     found = module.appearance(open_volume(tmp_path / "volume.npy"), high_res, seen, client=client, progress=False)
     assert (found["cubes"], found["edge"]) == (3, 20)

@@ -102,11 +102,15 @@ def test_default_halo_is_five_low_res_voxels_and_grows_with_blocks():
 def test_rational_upsampling_matches_torch_where_torch_is_exact():
     x = torch.randn(1, 2, 8, 12, 20, dtype=torch.float64)
     for scale in (Fraction(8, 5), Fraction(4, 3), Fraction(64, 37)):
-        expected = torch.nn.functional.interpolate(
-            x, size=[int(n * scale) for n in x.shape[2:]], scale_factor=None, mode="trilinear"
-        ) if all((n * scale).denominator == 1 for n in x.shape[2:]) else torch.nn.functional.interpolate(
-            x, scale_factor=float(scale), mode="trilinear", recompute_scale_factor=False
-        )  # fmt: skip
+        expected = (
+            torch.nn.functional.interpolate(
+                x, size=[int(n * scale) for n in x.shape[2:]], scale_factor=None, mode="trilinear"
+            )
+            if all((n * scale).denominator == 1 for n in x.shape[2:])
+            else torch.nn.functional.interpolate(
+                x, scale_factor=float(scale), mode="trilinear", recompute_scale_factor=False
+            )
+        )
         assert torch.allclose(upsample(x, scale), expected, atol=1e-12)
 
 
@@ -115,9 +119,9 @@ def test_transposed_end_needs_a_doubling():
         SuperResGenerator(2, 3, Fraction(8, 5), last_stage="transposed")
 
 
-@pytest.mark.parametrize(("edge", "convolutions", "last"), [
-    (16, 4, 1), (56, 4, 3), (64, 4, 4), (88, 4, 5), (120, 5, 3), (248, 6, 3)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("edge", "convolutions", "last"), [(16, 4, 1), (56, 4, 3), (64, 4, 4), (88, 4, 5), (120, 5, 3), (248, 6, 3)]
+)
 def test_critic_gives_one_number_a_slice(edge, convolutions, last):
     """Slices of twice the edge pass one convolution more, of the first one's channels."""
     critic = Critic(3, edge, 5)

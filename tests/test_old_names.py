@@ -32,8 +32,10 @@ def test_an_old_study_is_the_same_and_says_so_in_a_line(study, caplog):
         assert load_study(study) == new
     assert (new.training.context, new.training.recalibration_cubes) == (1, 3)
     told = [record.getMessage() for record in caplog.records]
-    assert told == [f"{study}: training.{old} is now training.{name}; the old name is read all the same"
-                    for old, name in OLD.items()]  # fmt: skip
+    assert told == [
+        f"{study}: training.{old} is now training.{name}; the old name is read all the same"
+        for old, name in OLD.items()
+    ]
 
 
 def test_an_old_name_goes_before_what_a_base_says_under_the_new_one(study, tmp_path):

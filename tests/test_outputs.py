@@ -150,10 +150,12 @@ def template(tmp_path) -> Path:
     np.save(tmp_path / "low.npy", blobs((20, 18, 17), 1))
     np.save(tmp_path / "high.npy", blobs((1, 90, 80), 2))
     study = {
-        "name": "t", "scale_factor": 4, "output": "results",
+        "name": "t",
+        "scale_factor": 4,
+        "output": "results",
         "high_res": {"phases": phases, "voxel_size": "65 nm", "images": [{"path": "high.npy"}]},
         "low_res": {"path": "low.npy", "phases": phases},
-    }  # fmt: skip
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "study-train.yaml").write_text("my own")
@@ -174,9 +176,7 @@ def results_of(file: Path) -> dict[tuple[str, str], float]:
 
 def test_results_merge_and_are_solved_once(here, capfd, monkeypatch):
     solved = []
-    monkeypatch.setattr(
-        "hpcres.transport.solve", lambda *a, **k: solved.append(k["directions"]) or solve(*a, **k)
-    )
+    monkeypatch.setattr("hpcres.transport.solve", lambda *a, **k: solved.append(k["directions"]) or solve(*a, **k))
     assert run(["tortuosity", "v.npy", "--phase", "0", "--output", "t.json"]) == 0
     assert len(solved) == 3
     assert run(["tortuosity", "v.npy", "--output", "t.json"]) == 0
@@ -362,10 +362,16 @@ def test_absent_chunks_are_counted(form, separator, sharded, here, capfd):
         pytest.skip("Zarr v2 has no shards")
     encoding = {"name": "v2" if form == 2 else "default", "separator": separator}
     array = zarr.create_array(
-        "s.zarr", shape=(1, 24, 22, 20), dtype="uint8", chunks=(1, 8, 8, 8), zarr_format=form,
-        shards=(1, 16, 16, 16) if sharded else None, chunk_key_encoding=encoding, fill_value=0,
+        "s.zarr",
+        shape=(1, 24, 22, 20),
+        dtype="uint8",
+        chunks=(1, 8, 8, 8),
+        zarr_format=form,
+        shards=(1, 16, 16, 16) if sharded else None,
+        chunk_key_encoding=encoding,
+        fill_value=0,
         config={"write_empty_chunks": True},
-    )  # fmt: skip
+    )
     array[:] = VOLUME[None]
     metadata = ("zarr.json", ".zarray", ".zattrs")
     files = [p for p in (here / "s.zarr").rglob("*") if p.is_file() and p.name not in metadata]
@@ -396,8 +402,9 @@ def test_absent_chunks_of_each_channel_are_counted(here):
         lacking(name, np.full((16, 16, 16), 0.5, np.float32))
     low_res = probabilities([open_volume("p.zarr", grey=True), open_volume("q.zarr", grey=True)])
     assert [(found.path, found.absent, found.chunks) for found in absent_chunks(low_res)] == [
-        ("p.zarr", 1, 8), ("q.zarr", 1, 8)
-    ]  # fmt: skip
+        ("p.zarr", 1, 8),
+        ("q.zarr", 1, 8),
+    ]
 
 
 def test_tortuosity_counts_the_absent_chunks_of_the_reference(template, monkeypatch, capfd):
@@ -419,10 +426,14 @@ def test_tortuosity_counts_the_absent_chunks_of_the_reference(template, monkeypa
 
 @pytest.mark.parametrize(
     "environment",
-    [{"PYTHONIOENCODING": "latin-1"}, {"PYTHONIOENCODING": "cp437"}, {"LC_ALL": "C", "PYTHONUTF8": "0"},
-     {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    [
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "cp437"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
     ids=["latin-1", "cp437", "C", "ascii"],
-)  # fmt: skip
+)
 def test_terminals_and_file_names_of_any_encoding(environment, here):
     name = b"caf\xe9 \xb5"
     os.mkdir(name)

@@ -138,14 +138,18 @@ def test_no_lattice_shows():
 def study(folder: Path, scale: Any = 4, **changes: Any) -> Study:
     made = folder / "phantom"
     settings: dict[str, Any] = {
-        "name": "p", "seed": 11, "output": str(folder), "scale_factor": scale,
+        "name": "p",
+        "seed": 11,
+        "output": str(folder),
+        "scale_factor": scale,
         "high_res": {
-            "phases": {0: "pore", 128: "active", 255: "binder"}, "voxel_size": "50 nm",
+            "phases": {0: "pore", 128: "active", 255: "binder"},
+            "voxel_size": "50 nm",
             "images": [{"path": str(made / "slices.tif")}],
         },
         "low_res": {"path": str(made / "low_res.zarr"), "phases": {0: "pore", 1: ["active", "binder"]}},
         "phantom": {"kind": "three-phase", "voxels": [70, 64, 90], "feature_voxels": 8, "slices": 3},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         if name:
@@ -199,12 +203,14 @@ def test_anisotropic_phantoms_have_a_file_per_plane(tmp_path):
     here = study(
         tmp_path,
         high_res={
-            "phases": {0: "pore", 1: "polymer"}, "voxel_size": "50 nm", "isotropic": False,
+            "phases": {0: "pore", 1: "polymer"},
+            "voxel_size": "50 nm",
+            "isotropic": False,
             "images": [{"path": str(made / f"slices_{p}.tif"), "planes": [p]} for p in ("zy", "zx", "yx")],
         },
         low_res={"path": str(made / "low_res.zarr"), "phases": {0: "pore", 1: "polymer"}},
         phantom={"kind": "separator", "voxels": [64, 72, 80], "feature_voxels": 8, "slices": 2},
-    )  # fmt: skip
+    )
     names = [path.name for path in make_phantom(here)]
     assert names[2:] == ["slices_yx.tif", "slices_zx.tif", "slices_zy.tif"]
     shapes = {image.planes[0]: read_images(image.path).shape for image in here.high_res.images}

@@ -35,9 +35,15 @@ def make_cost(shape: tuple[int, int, int], scale: str, tiles: int, ranks: int) -
 def test_planned_shards_are_the_files_of_the_store(shape, scale, tmp_path):
     cost = make_cost(shape, scale, 3, 2)
     store = LabelStore.create(
-        tmp_path / "s.zarr", cost.plan.shape, shard=cost.plan.tile_voxels, chunk_voxels=64, voxel_size=1.0,
-        unit="voxel", phases=("a", "b"), provenance={},
-    )  # fmt: skip
+        tmp_path / "s.zarr",
+        cost.plan.shape,
+        shard=cost.plan.tile_voxels,
+        chunk_voxels=64,
+        voxel_size=1.0,
+        unit="voxel",
+        phases=("a", "b"),
+        provenance={},
+    )
     boxes = [box for level in range(len(store.levels)) for box in store.shard_boxes(level)]
     assert cost.shards == len(boxes)
     assert cost.store_bytes == sum(box.voxels for box in boxes)
@@ -206,9 +212,7 @@ def test_smoothing_noise_takes_what_is_planned_for_it():
 def test_blocks_keep_their_bound():
     plan = plan_tiles((144, 80, 64), Fraction(4), (1, 1, 1), 13, 64)
     for width in (3, 5, 8):
-        painter = Painter(
-            SuperResGenerator(2, 3, Fraction(4), width), plan, 0, torch.device("cpu"), 1
-        )
+        painter = Painter(SuperResGenerator(2, 3, Fraction(4), width), plan, 0, torch.device("cpu"), 1)
         edge = painter.block_voxels
         assert edge == 64 or painter.network.block_bytes(edge) <= BLOCK_BYTES
         seen = np.zeros(plan.shape, np.uint8)

@@ -24,9 +24,12 @@ SCALES = ("1", "8/5", "2", "3", "4", "16/3", "8")
 CASES = [
     *((s, padding, "resize", 1) for s in SCALES for padding in ("replicate", "zeros")),
     *((s, padding, "transposed", 1) for s in ("2", "4", "8") for padding in ("replicate", "zeros")),
-    ("2", "replicate", "resize", 0), ("4", "replicate", "resize", 2), ("8", "zeros", "transposed", 3),
-    ("64/6", "replicate", "resize", 1), ("16", "zeros", "transposed", 1),
-]  # fmt: skip
+    ("2", "replicate", "resize", 0),
+    ("4", "replicate", "resize", 2),
+    ("8", "zeros", "transposed", 3),
+    ("64/6", "replicate", "resize", 1),
+    ("16", "zeros", "transposed", 1),
+]
 
 
 def trained(scale: str, padding: str = "replicate", last: str = "resize", blocks: int = 1, width: int = 3):
@@ -37,9 +40,11 @@ def trained(scale: str, padding: str = "replicate", last: str = "resize", blocks
     for module in generator.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
             for tensor, low, high in (
-                (module.running_mean, -0.1, 0.1), (module.running_var, 0.5, 2), (module.weight, -1, 2),
+                (module.running_mean, -0.1, 0.1),
+                (module.running_var, 0.5, 2),
+                (module.weight, -1, 2),
                 (module.bias, -0.2, 0.2),
-            ):  # fmt: skip
+            ):
                 tensor.detach().uniform_(low, high)
     with torch.no_grad():  # every phase about as likely, so that labels tell something
         generator.conv_end.bias -= generator(window((6, 6, 6))).mean((0, 2, 3, 4))
@@ -288,10 +293,16 @@ def torch_out_of_memory() -> RuntimeError:
     return caught.value
 
 
-@pytest.mark.parametrize("shortage", [
-    torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), torch_out_of_memory(),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-], ids=lambda e: type(e).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        torch_out_of_memory(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_out_of_memory_halves_the_batch(shortage, monkeypatch):
     network = Polyphase(trained("4").stages())
     windows, crops = [x.numpy() for x in window((3, 3, 3), 13)], [(slice(12),) * 3] * 13

@@ -99,9 +99,10 @@ def test_every_format_and_scale_gives_the_same_probabilities(tmp_path):
     ]
     channels[4]["raw"] = raw
     study = study_of(
-        tmp_path, low_res={"channels": channels},
+        tmp_path,
+        low_res={"channels": channels},
         high_res={"phases": dict(enumerate("abcde")), "images": [{"path": "x.npy"}]},
-    )  # fmt: skip
+    )
     volume, box = open_low_res(study.low_res), Box((1, 0, 2), (5, 4, 7))
     whole = volume.read(Box.whole(volume.shape))
     known = given.sum(0) > 0
@@ -294,8 +295,9 @@ def test_a_bad_voxel_that_only_infer_reads_leaves_nothing(tmp_path):
 def test_fractions_by_bins_are_means(tmp_path, scale):
     given = soft((20, 18, 17), 2, unknown=0)
     low_res = channels_of(tmp_path, given, ("a", ["b", "c"]))
-    study = study_of(tmp_path, low_res=low_res, imaging={"box": True}, scale_factor=scale,
-                     network={"width": 3, "critic_width": 5})  # fmt: skip
+    study = study_of(
+        tmp_path, low_res=low_res, imaging={"box": True}, scale_factor=scale, network={"width": 3, "critic_width": 5}
+    )
     operator = ImagingOperator.of(study).double()
     labels = torch.from_numpy(blobs((16, 16, 16), 4).astype(np.int64))[None]
     seen = operator(one_hot(labels, 3).double())[0].numpy()
@@ -364,9 +366,7 @@ def test_training_from_ones_and_zeros_is_that_from_labels(tmp_path, capfd):
 def soft_training(folder, name, given, **training):
     low_res = channels_of(folder, given, "abc")
     low_res["channels"] = [{**c, "path": str(folder / c["path"])} for c in low_res["channels"]]
-    return study_of(
-        folder, low_res=low_res, imaging={}, training=EVERY_STEP | training, output=str(folder / name)
-    )
+    return study_of(folder, low_res=low_res, imaging={}, training=EVERY_STEP | training, output=str(folder / name))
 
 
 def test_training_on_probabilities_goes_on_bit_for_bit(tmp_path, capfd):
@@ -435,9 +435,13 @@ def test_agreement_and_fractions_are_those_of_the_whole_volume(tmp_path, monkeyp
 def test_a_phantom_of_probabilities_goes_through_every_stage(tmp_path, monkeypatch):
     monkeypatch.setattr("hpcres.inference.plan._TRIAL_SECONDS", 0.1)
     study = {
-        "name": "p", "scale_factor": 4, "output": "out", "device": "cpu",
+        "name": "p",
+        "scale_factor": 4,
+        "output": "out",
+        "device": "cpu",
         "high_res": {
-            "phases": {0: "pore", 1: "solid"}, "voxel_size": "1 um",
+            "phases": {0: "pore", 1: "solid"},
+            "voxel_size": "1 um",
             "images": [{"path": "${output}/phantom/slices.tif"}],
         },
         "low_res": {
@@ -453,7 +457,7 @@ def test_a_phantom_of_probabilities_goes_through_every_stage(tmp_path, monkeypat
         "metrics": {"subvolumes": {"count": 0, "voxels": 64}, "statistics": []},
         "reference": {"volume": "${output}/phantom/truth.zarr"},
         "phantom": {"kind": "chi2", "voxels": "64x64x64", "feature_voxels": 6, "slices": 1},
-    }  # fmt: skip
+    }
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(study))
 

@@ -112,9 +112,13 @@ def test_judging_finds_what_the_imaging_operator_hardly_sees(tmp_path, scale):
     volume[np.random.default_rng(3).random(volume.shape) < 0.05] = 9
     low_res = {"path": str(tmp_path / "low.npy"), "phases": {0: "a", 1: ["b", "c"]}, "unknown": [9]}
     study = study_of(
-        tmp_path, volume=volume, low_res=low_res, scale_factor=str(scale), imaging={"operator": "under-resolved"},
+        tmp_path,
+        volume=volume,
+        low_res=low_res,
+        scale_factor=str(scale),
+        imaging={"operator": "under-resolved"},
         training={"quality_steps": 1, "quality_cubes": 2},
-    )  # fmt: skip
+    )
     cubes = LowResCubes(study)
     judge = Evaluator(study, cubes, ImagingOperator.of(study))
     chosen = cubes.typical(2, 2**31 + 1)
@@ -195,8 +199,16 @@ def test_the_live_table_shows_the_last_judgement_where_there_is_one(tmp_path, mo
     console = Console(file=shown, force_terminal=True, width=200)
     monkeypatch.setattr(journal, "Console", lambda **_: console)
     row = {"step": 2, "seconds": 1.0, "wasserstein": 0.1, "voxel_loss": 0.2, "low_res_agreement": 0.93, "fraction_a": 1}
-    judged = {"step": 1, "seconds": 1.0, "score": 3.25, "fraction_error": 0.1, "area_error": 0.2, "disagreement": 0.3,
-              "box_disagreement": 0.0712, "visible_fraction_error": 0.0341}  # fmt: skip
+    judged = {
+        "step": 1,
+        "seconds": 1.0,
+        "score": 3.25,
+        "fraction_error": 0.1,
+        "area_error": 0.2,
+        "disagreement": 0.3,
+        "box_disagreement": 0.0712,
+        "visible_fraction_error": 0.0341,
+    }
     live = journal.Journal(RunFolder(tmp_path), list(row), list(judged) if judging else [], 0, SuperResTrainer.shown)
     if judging:
         live.judged(judged, np.zeros((4, 4), np.uint8), True)

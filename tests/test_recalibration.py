@@ -53,8 +53,9 @@ def test_typical_cubes_of_an_anisotropic_material_have_the_areas_of_each_directi
     labels[:, :10] = np.arange(40).reshape(-1, 1, 1) // 2 % 2
     np.save(tmp_path / "labels.npy", labels)
     study = anisotropic(tmp_path)
-    low_res = LowResCubes(study.model_copy(update={"low_res": study.low_res.model_copy(
-        update={"path": str(tmp_path / "labels.npy")})}))  # fmt: skip
+    low_res = LowResCubes(
+        study.model_copy(update={"low_res": study.low_res.model_copy(update={"path": str(tmp_path / "labels.npy")})})
+    )
 
     def areas(volume):
         return np.array([(np.diff(volume.astype(int), axis=axis) != 0).mean() for axis in range(3)])
@@ -81,14 +82,19 @@ def test_recalibration_cubes_are_the_volume_that_will_be_painted_where_they_can_
     """What the painter gives the generator, in a grid of 3 × 3 × 1 cubes, and beyond faces the mirror image."""
     labels, seen = blobs((40, 33, 16), 1), []
     study = study_of(
-        tmp_path, volume=labels, training={"context": 2, "steps": 1}, inference={"boundary": "mirror"},
+        tmp_path,
+        volume=labels,
+        training={"context": 2, "steps": 1},
+        inference={"boundary": "mirror"},
         network={"width": 3, "critic_width": 5, "noise_sigma_voxels": sigmas},
-    )  # fmt: skip
+    )
     grid = torch.cat(list(LowResCubes(study).recalibration_inputs(20, 4, ALONE.device)))
     train(study)
-    monkeypatch.setattr(WinogradNetwork, "paint", lambda network, parts, memory: seen.extend(parts) or [
-        np.zeros(write.shape, np.uint8) for _, _, write in parts
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        WinogradNetwork,
+        "paint",
+        lambda network, parts, memory: seen.extend(parts) or [np.zeros(write.shape, np.uint8) for _, _, write in parts],
+    )
     infer(open_job(study), Ranks())
     whole = np.full((44, 37, 20, 3 + len(sigmas)), np.nan, np.float32)
     for window, reads, _ in seen:

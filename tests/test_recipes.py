@@ -19,20 +19,36 @@ from hpcres.training.recipes import choices, feature_pixels
 SMALL = {
     "network": {"width": 3, "critic_width": 5, "residual_blocks": 1},
     "training": {
-        "steps": 3, "cubes": 2, "slices_per_axis": 3, "critic_steps": 1, "threads": 1, "recalibration_cubes": 2,
-        "quality_steps": 3, "quality_cubes": 1, "pattern_spacings": [1], "context": 1, "precision": "fp32",
+        "steps": 3,
+        "cubes": 2,
+        "slices_per_axis": 3,
+        "critic_steps": 1,
+        "threads": 1,
+        "recalibration_cubes": 2,
+        "quality_steps": 3,
+        "quality_cubes": 1,
+        "pattern_spacings": [1],
+        "context": 1,
+        "precision": "fp32",
     },
-}  # fmt: skip
+}
 
 
 def auto(folder, pixels=None, network=(), **training):
     """A small study that leaves its recipe open; phase c is merged with a."""
     images = None if pixels is None else [one_image(folder, pixels)]
-    study = study_of(folder, images, low_res={"path": str(folder / "low.npy"), "phases": {0: ["a", "c"], 1: "b"}},
-                     volume=np.arange(20 * 18 * 17, dtype=np.uint8).reshape(20, 18, 17) % 2)  # fmt: skip
+    study = study_of(
+        folder,
+        images,
+        low_res={"path": str(folder / "low.npy"), "phases": {0: ["a", "c"], 1: "b"}},
+        volume=np.arange(20 * 18 * 17, dtype=np.uint8).reshape(20, 18, 17) % 2,
+    )
     settings = study.model_dump(exclude={"network", "training"}, exclude_unset=True)
-    settings |= {"recipe": "auto", "network": SMALL["network"] | dict(network),
-                 "training": SMALL["training"] | training}  # fmt: skip
+    settings |= {
+        "recipe": "auto",
+        "network": SMALL["network"] | dict(network),
+        "training": SMALL["training"] | training,
+    }
     settings["training"] = {key: value for key, value in settings["training"].items() if value is not None}
     return type(study).model_validate(settings)
 

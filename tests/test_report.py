@@ -46,9 +46,12 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
     np.save(folder / "slice.npy", rng.integers(0, 3, (1, 16, 16)).repeat(4, 1).repeat(4, 2).astype(np.uint8))
     study = Study.model_validate(
         {
-            "name": "anode", "scale_factor": 4, "output": str(folder / "out"),
+            "name": "anode",
+            "scale_factor": 4,
+            "output": str(folder / "out"),
             "high_res": {
-                "phases": {0: "pore", 1: "nickel", 2: "YSZ <8 %>"}, "voxel_size": "65 nm",
+                "phases": {0: "pore", 1: "nickel", 2: "YSZ <8 %>"},
+                "voxel_size": "65 nm",
                 "images": [{"path": str(folder / "slice.npy")}],
             },
             "low_res": {"path": str(folder / "low.npy"), "phases": {5: ["pore", "YSZ <8 %>"], 9: "nickel"}},
@@ -62,11 +65,17 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
                 ],
             },
         }
-    )  # fmt: skip
+    )
     store = LabelStore.create(
-        study.labels_path, SHAPE, shard=(32, 32, 32), chunk_voxels=32, voxel_size=65.0, unit="nanometer",
-        phases=study.phases, provenance={"weights": {"sha256": "feed" * 16}, "seed": 7},
-    )  # fmt: skip
+        study.labels_path,
+        SHAPE,
+        shard=(32, 32, 32),
+        chunk_voxels=32,
+        voxel_size=65.0,
+        unit="nanometer",
+        phases=study.phases,
+        provenance={"weights": {"sha256": "feed" * 16}, "seed": 7},
+    )
     store.write(0, Box((0, 0, 0), SHAPE), sharp)
     volume = open_volume(study.labels_path)
     with connect(threads=2) as client:
@@ -77,10 +86,15 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
     write_json(
         study.transport_path,
         {
-            "schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(1e-3), "volume": both[0],
-            "reference": both[1], "published": published,
+            "schema": SCHEMA,
+            "hpcres": "0",
+            "command": "",
+            "solver": describe(1e-3),
+            "volume": both[0],
+            "reference": both[1],
+            "published": published,
         },
-    )  # fmt: skip
+    )
     with (study.folder / "training.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["step", "seconds", "critic_loss", "wasserstein", "voxel_loss", "fraction_pore"])
@@ -188,9 +202,13 @@ def test_every_table_has_errors_or_says_why_there_are_none(finished):
     study, _, metrics = finished
     text = text_of(page_of(study))
     for why in (
-        "fewer than eight cubes of two sizes fit", "differences from it are exact too", "so these shares have no error",
-        "Exact for this volume: every voxel is counted", "the solver's estimated error", "± standard error as a sample",
-    ):  # fmt: skip
+        "fewer than eight cubes of two sizes fit",
+        "differences from it are exact too",
+        "so these shares have no error",
+        "Exact for this volume: every voxel is counted",
+        "the solver's estimated error",
+        "± standard error as a sample",
+    ):
         assert why in text
     for axis in "zyx":
         chords = metrics["volume"]["statistics"]["chords"][axis]["nickel"]
@@ -244,8 +262,10 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(finished, tmp_pa
     bare = study.model_copy(update={"output": str(tmp_path)})
     page = text_of(report_study(bare, open_volume(study.labels_path)).read_text(encoding="utf-8"))
     for file, command in (
-        ("metrics.json", "hpcres metrics"), ("transport.json", "hpcres tortuosity"), ("training.csv", "hpcres train"),
-    ):  # fmt: skip
+        ("metrics.json", "hpcres metrics"),
+        ("transport.json", "hpcres tortuosity"),
+        ("training.csv", "hpcres train"),
+    ):
         assert f"No {file} yet: run {command} , then" in page
 
 

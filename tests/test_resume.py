@@ -32,7 +32,7 @@ def _one_thread():
 
 @pytest.mark.parametrize(
     ("make", "match_fractions"),
-    [(study_of, False), pytest.param(study_of, True, marks=pytest.mark.variant), (atypical, True)]
+    [(study_of, False), pytest.param(study_of, True, marks=pytest.mark.variant), (atypical, True)],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, make, match_fractions):
     training = {"steps": 4, "final_learning_rate": 0.1, "report_seconds": 1e-6, "quality_steps": 1, "quality_cubes": 1}
@@ -62,9 +62,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, make, match_fr
     assert again.step == 4
 
 
-@pytest.mark.parametrize(
-    ("scale", "cube"), [("4", 80), ("8/3", 96), pytest.param("4", 128, marks=pytest.mark.variant)]
-)
+@pytest.mark.parametrize(("scale", "cube"), [("4", 80), ("8/3", 96), pytest.param("4", 128, marks=pytest.mark.variant)])
 def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube):
     """Trained, judged and settled at another edge than 64, with slices of 72, 88 and 120 voxels."""
     more = {"scale_factor": scale, "network": {"width": 2, "critic_width": 4, "padding": "zeros"}}
@@ -76,8 +74,14 @@ def test_a_stopped_run_of_larger_cubes_goes_on_bit_for_bit(tmp_path, scale, cube
     edge = round(cube / Fraction(scale))
 
     def study(steps, name):
-        return study_of(tmp_path, images, volume=blobs((edge, edge + 2, edge), 1), output=str(tmp_path / name),
-                        training=training | {"steps": steps}, **more)  # fmt: skip
+        return study_of(
+            tmp_path,
+            images,
+            volume=blobs((edge, edge + 2, edge), 1),
+            output=str(tmp_path / name),
+            training=training | {"steps": steps},
+            **more,
+        )
 
     whole, cut = study(2, "whole"), study(2, "cut")
     low_res, real = LowResCubes(whole), RealSlices(whole, ALONE.device)

@@ -36,8 +36,11 @@ def test_augmentation_gives_the_eight_mirrors_and_rotations(tmp_path):
 def test_planes_of_one_image_can_allow_different_turns(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 3, (1, 56, 56), np.uint8)
     image = one_image(tmp_path, pixels)
-    images = [image | {"planes": ["zy"], "augment": True}, image | {"planes": ["zx"], "augment": "mirrors"},
-              image | {"planes": ["yx"]}]  # fmt: skip
+    images = [
+        image | {"planes": ["zy"], "augment": True},
+        image | {"planes": ["zx"], "augment": "mirrors"},
+        image | {"planes": ["yx"]},
+    ]
     study = study_of(tmp_path, images, {"isotropic": False})
     assert [len(patches(study, 30, axis)[0]) for axis in (2, 1, 0)] == [8, 4, 1]
 
@@ -46,8 +49,10 @@ def test_patches_are_whole_windows_of_their_image(tmp_path):
     pixels = blobs((2, 60, 75), 5)
     windows = {
         np.ascontiguousarray(image[r : r + 56, c : c + 56]).tobytes()
-        for image in pixels for r in range(5) for c in range(20)
-    }  # fmt: skip
+        for image in pixels
+        for r in range(5)
+        for c in range(20)
+    }
     found, _ = patches(study_of(tmp_path, [one_image(tmp_path, pixels, augment=False)]), draws=300)
     assert found <= windows
     assert len(found) > 0.99 * len(windows)
@@ -62,9 +67,9 @@ def test_images_are_drawn_in_proportion_to_their_area(tmp_path):
     assert share == pytest.approx(6 / 7, abs=4 * (6 / 49 / len(found)) ** 0.5)
 
 
-@pytest.mark.parametrize(("plane", "axis", "varies"), [
-    ("zy", 2, 0), ("yz", 2, 1), ("zx", 1, 0), ("xz", 1, 1), ("yx", 0, 0), ("xy", 0, 1)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plane", "axis", "varies"), [("zy", 2, 0), ("yz", 2, 1), ("zx", 1, 0), ("xz", 1, 1), ("yx", 0, 0), ("xy", 0, 1)]
+)
 def test_an_image_goes_to_the_critic_of_its_normal_with_rows_and_columns_in_order(tmp_path, plane, axis, varies):
     """The image varies along its rows; in the patch that is the direction of its first letter."""
     rows = np.broadcast_to(np.arange(60)[:, None] // 20, (1, 60, 64)).astype(np.uint8)
@@ -78,9 +83,15 @@ def test_an_image_goes_to_the_critic_of_its_normal_with_rows_and_columns_in_orde
         assert found.std(axis=2 - varies).max() == 0
 
 
-@pytest.mark.parametrize(("numbers", "slices"), [({}, 3), ({"real_patches": 7, "penalties": 5}, 3),
-                                                 ({"real_patches": 2, "penalties": "slices"}, None),
-                                                 ({"diagonal_slices": True}, 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("numbers", "slices"),
+    [
+        ({}, 3),
+        ({"real_patches": 7, "penalties": 5}, 3),
+        ({"real_patches": 2, "penalties": "slices"}, None),
+        ({"diagonal_slices": True}, 3),
+    ],
+)
 def test_any_sharing_of_the_cubes_draws_the_same_samples(tmp_path, numbers, slices):
     study = study_of(tmp_path, training={"cubes": 4, "slices_per_axis": slices} | numbers)
     low_res, real = LowResCubes(study), RealSlices(study, ALONE.device)
@@ -157,8 +168,10 @@ def test_cubes_reach_the_faces_of_the_volume_where_asked(tmp_path, reach, outerm
 
 def test_noise_channels_are_white_or_as_smooth_as_asked(tmp_path):
     """σ of 8 high-res voxels is 2 low-res ones: correlation exp(−h² / 16). The white one is what it is alone."""
-    studies = [study_of(tmp_path, network={"width": 3, "critic_width": 5} | more)
-               for more in ({}, {"noise_sigma_voxels": (0.0, 8.0)})]  # fmt: skip
+    studies = [
+        study_of(tmp_path, network={"width": 3, "critic_width": 5} | more)
+        for more in ({}, {"noise_sigma_voxels": (0.0, 8.0)})
+    ]
     alone, both = (LowResCubes(study).draw(3, range(1000), ALONE.device)[1] for study in studies)
     assert both.shape == (1000, 5, 16, 16, 16)
     assert torch.equal(both[:, :4], alone)

@@ -26,8 +26,9 @@ FURTHER = ("train --overwrite", "plan")
 """tests/test_outputs.py interrupts `train --overwrite` at the moments that matter, and `plan` writes nothing."""
 ALONE = [
     pytest.param(name, marks=pytest.mark.variant) if name in FURTHER else name
-    for name, stage in STAGES.items() if not stage.launcher
-]  # fmt: skip
+    for name, stage in STAGES.items()
+    if not stage.launcher
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def test_a_stage_that_is_interrupted_ends_with_a_line(name, template, tmp_path):
 
 def test_a_signal_that_comes_in_a_callback_of_the_collector_is_not_lost():
     """Python drops an exception that a handler raises there; `metrics` once ran for two minutes after Ctrl-C."""
+
     def signalled(phase: str, _: object) -> None:
         if phase == "start":
             os.kill(os.getpid(), signal.SIGINT)
@@ -123,12 +125,17 @@ COMPILED = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)" 
         ([signal.SIGINT, signal.SIGINT], 130, "phantom: ended by a second SIGINT; nothing is written: run it again"),
     ],
     ids=["TERM", "HUP", "INT twice"],
-)  # fmt: skip
+)
 def test_work_that_does_not_check_for_signals_is_ended(work, numbers, status, line, tmp_path):
     run = subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(work=work)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=default_handlers,
-    )  # fmt: skip
+        [sys.executable, "-c", STUCK.format(work=work)],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=default_handlers,
+    )
     assert run.stdout.readline() == "begun\n"
     started = time.monotonic()
     for number in numbers:
@@ -144,9 +151,14 @@ def test_a_long_rename_is_never_cut_off_from_its_half_made_folder(tmp_path):
     """`train --overwrite` has removed the earlier run by then: the half-made folder is the only one."""
     work = """with signals.renaming(): time.sleep(60)"""
     run = subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(work=work)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=default_handlers,
-    )  # fmt: skip
+        [sys.executable, "-c", STUCK.format(work=work)],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=default_handlers,
+    )
     assert run.stdout.readline() == "begun\n"
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=10) == 75
@@ -159,8 +171,11 @@ def test_ctrl_c_that_also_ends_dask_s_workers_is_a_stop(tmp_path):
     with dask_cluster(tmp_path, 1) as (file, started), (tmp_path / "said").open("w") as stderr:
         run = subprocess.Popen(
             [sys.executable, "-m", "hpcres", "metrics", "v.npy", "--scheduler", str(file), "--output", "m.json"],
-            cwd=tmp_path, stderr=stderr, stdout=subprocess.DEVNULL, preexec_fn=default_handlers,
-        )  # fmt: skip
+            cwd=tmp_path,
+            stderr=stderr,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=default_handlers,
+        )
         began = time.monotonic()
         with Client(scheduler_file=str(file), set_as_default=False) as client:
             while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.clients)) < 3:

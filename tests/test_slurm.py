@@ -27,8 +27,11 @@ def submitted(real_data, tmp_path_factory):
         log = logs / f"{Path(script).stem}-{time.monotonic_ns()}.out"
         out = subprocess.run(
             ["sbatch", "--parsable", "--output", str(log), *options, script, STUDY, *arguments],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         job = out.stdout.strip().split(";")[0]
         deadline = time.monotonic() + 300
         while subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip():
@@ -54,9 +57,11 @@ def test_scripts_are_short():
 
 def test_train_on_two_nodes(submitted, output):
     submitted(
-        "slurm/train.sh", "--nodes=2", "--cpus-per-task=1",
+        "slurm/train.sh",
+        "--nodes=2",
+        "--cpus-per-task=1",
         arguments=["--output", str(output), "--set", "training.steps=6", "--set", "training.minutes=null"],
-    )  # fmt: skip
+    )
     assert (output / "checkpoint.pt").exists()
 
 
@@ -71,18 +76,33 @@ def test_infer_on_two_nodes(submitted, output):
 def test_infer_refuses_singletons(output):
     """srun without an MPI plugin starts N programs that each think they are alone."""
     out = subprocess.run(
-        ["srun", "--mpi=none", "--nodes=2", "--ntasks=2", "hpcres", "infer", STUDY, "--output", str(output),
-         "--overwrite"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            "srun",
+            "--mpi=none",
+            "--nodes=2",
+            "--ntasks=2",
+            "hpcres",
+            "infer",
+            STUDY,
+            "--output",
+            str(output),
+            "--overwrite",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert out.returncode != 0
     assert "SLURM_NTASKS" in out.stderr
 
 
 def test_metrics_on_two_nodes(submitted, output):
     submitted(
-        "slurm/metrics.sh", "--nodes=2", "--ntasks-per-node=1",
+        "slurm/metrics.sh",
+        "--nodes=2",
+        "--ntasks-per-node=1",
         arguments=["--output", str(output), "--set", "metrics.subvolumes={count: 4, transport_count: 0}"],
-    )  # fmt: skip
+    )
     measured = json.loads((output / "metrics.json").read_text())
     assert sum(measured["volume"]["volume_fraction"].values()) == pytest.approx(1)

@@ -174,8 +174,10 @@ def test_layers_in_closed_form(client, tmp_path):
     assert result["chords"]["z"]["b"]["cut"] == {"length": [6], "count": [20 * 10]}
     assert result["chords"]["z"]["b"]["mean_length"] is None
     assert result["connectivity"]["b"] == {
-        "clusters": 4, "largest_share": 0.25, "percolating_share": {"z": 1.0, "y": 0.0, "x": 1.0},
-    }  # fmt: skip
+        "clusters": 4,
+        "largest_share": 0.25,
+        "percolating_share": {"z": 1.0, "y": 0.0, "x": 1.0},
+    }
 
 
 def test_the_error_of_a_mean_chord_covers_its_scatter_over_independent_volumes(client, tmp_path):
@@ -187,8 +189,11 @@ def test_the_error_of_a_mean_chord_covers_its_scatter_over_independent_volumes(c
         volume = open_volume(tmp_path / f"{k}.npy")
         found = statistics(volume, client=client, labels=[0, 1], which=["chords"], progress=False)
         chords = described(found, Named({0: "a", 1: "b"}, (2.0, 2.0, 2.0), "micrometer"))["chords"]
-        both = [(chords[axis][phase]["mean_length"], chords[axis][phase]["standard_error"]) for axis in "zyx"
-                for phase in "ab"]  # fmt: skip
+        both = [
+            (chords[axis][phase]["mean_length"], chords[axis][phase]["standard_error"])
+            for axis in "zyx"
+            for phase in "ab"
+        ]
         means.append([mean for mean, _ in both])
         errors.append([error for _, error in both])
     ratio = np.mean(errors, axis=0) / np.std(means, axis=0, ddof=1)
@@ -265,9 +270,14 @@ def test_any_chunking_gives_the_paths_of_dijkstra_over_the_whole(
     path = tmp_path_factory.mktemp("paths") / "a.npy"
     np.save(path, a)
     found = geodesic(
-        open_volume(path), client=client, labels=labels, neighbours=neighbours, lengths=lengths, block=block,
+        open_volume(path),
+        client=client,
+        labels=labels,
+        neighbours=neighbours,
+        lengths=lengths,
+        block=block,
         progress=False,
-    )  # fmt: skip
+    )
     for axis, name in enumerate("zyx"):
         for phase in labels:
             assert found[name][phase] == plain_paths(a, phase, axis, neighbours, lengths)
@@ -281,9 +291,14 @@ def test_straight_and_winding_paths_in_closed_form(client, tmp_path):
     uniform = open_volume(tmp_path / "uniform.npy")
     for neighbours in (6, 26):
         found = geodesic(
-            uniform, client=client, labels=[0], neighbours=neighbours, lengths=(3.0, 1.0, 2.0), block=(2, 8, 7),
+            uniform,
+            client=client,
+            labels=[0],
+            neighbours=neighbours,
+            lengths=(3.0, 1.0, 2.0),
+            block=(2, 8, 7),
             progress=False,
-        )  # fmt: skip
+        )
         result = paths.described(found, ["all"], a.shape, (3.0, 1.0, 2.0), neighbours)
         assert all(result[axis]["all"][form]["tau"] == 1 for axis in "zyx" for form in ("inlet", "outlet", "whole"))
     a[1, ::2] = 1
@@ -317,9 +332,14 @@ def test_spectrum_of_waves_stands_at_their_frequency(client, tmp_path):
     a = (rng.random((40, 30, 50)) < 0.3).astype(np.uint8)
     np.save(tmp_path / "a.npy", a)
     found = spectrum(
-        open_volume(tmp_path / "a.npy"), client=client, labels=[0, 1], lengths=(1.0,) * 3, slices=7, edge=32,
+        open_volume(tmp_path / "a.npy"),
+        client=client,
+        labels=[0, 1],
+        lengths=(1.0,) * 3,
+        slices=7,
+        edge=32,
         progress=False,
-    )  # fmt: skip
+    )
     assert found["z"]["pixels"] == [30, 32]
     assert found["y"]["slices"] == 7
     # White noise: |F|² is exponential with mean φ (1 − φ) pixels at every frequency.
@@ -347,9 +367,13 @@ def test_representative_curve_of_independent_voxels_has_exponent_one(client, tmp
     a = (rng.random((96, 80, 90)) < 0.3).astype(np.uint8)
     np.save(tmp_path / "a.npy", a)
     curve = representative(
-        open_volume(tmp_path / "a.npy"), client=client, labels=[0, 1], seed=1, progress=False,
+        open_volume(tmp_path / "a.npy"),
+        client=client,
+        labels=[0, 1],
+        seed=1,
+        progress=False,
         settings=Representative(count=200, edges=(4, 6, 8, 12, 16, 24, 48)),
-    )  # fmt: skip
+    )
     assert list(curve.cubes) == [4, 6, 8, 12, 16, 24]
     fit = curve.fit(curve.values["volume_fraction"][1,])
     assert fit is not None
@@ -428,18 +452,21 @@ def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
         assert crofton == pytest.approx(errors["specific surface, faces", phase] * 2 / 3)
     page = report_volume(volume, {"volume": entry, "reference": entry}, tmp_path / "r.html").read_text()
     for panel in (
-        "Two-point correlations", "Chord lengths", "Radial spectrum", "Connected share", "Mean geodesic tortuosity",
-        "Representative volume", "± standard error", "2, truth",
-    ):  # fmt: skip
+        "Two-point correlations",
+        "Chord lengths",
+        "Radial spectrum",
+        "Connected share",
+        "Mean geodesic tortuosity",
+        "Representative volume",
+        "± standard error",
+        "2, truth",
+    ):
         assert panel in page
 
 
 @pytest.mark.parametrize(
     "signals",
-    [
-        (signal.SIGINT, signal.SIGTERM, signal.SIGINT),
-        pytest.param((signal.SIGTERM,), marks=pytest.mark.variant),
-    ],
+    [(signal.SIGINT, signal.SIGTERM, signal.SIGINT), pytest.param((signal.SIGTERM,), marks=pytest.mark.variant)],
 )
 def test_a_signal_in_mid_run_leaves_nothing_behind(tmp_path, signals):
     """Those that follow the first do not break off what removes the scratch folder."""

@@ -31,8 +31,14 @@ def test_the_pyramid_is_the_mode_with_ties_to_the_lowest(shape):
 
 
 def store_at(path: Path, shape=(70, 96, 150), **options) -> LabelStore:
-    given = {"shard": (32, 64, 64), "chunk_voxels": 16, "voxel_size": (3.0, 2.0, 2.0), "unit": "nanometer",
-             "phases": ["pore", "active", "binder"], "provenance": {"seed": 7}}  # fmt: skip
+    given = {
+        "shard": (32, 64, 64),
+        "chunk_voxels": 16,
+        "voxel_size": (3.0, 2.0, 2.0),
+        "unit": "nanometer",
+        "phases": ["pore", "active", "binder"],
+        "provenance": {"seed": 7},
+    }
     return LabelStore.create(path, shape, **(given | options))
 
 
@@ -231,9 +237,15 @@ def test_shares_are_an_intensity_image_with_a_pyramid_by_mean(tmp_path):
     shares = np.random.default_rng(2).integers(1, 256, (301, 37, 50)).astype(np.uint8)
     path = tmp_path / "agreement.zarr"
     store = AgreementStore.create(
-        path, shares.shape, shard=(32, 64, 64), chunk_voxels=16, voxel_size=2.0, unit="nanometer", phases=(),
+        path,
+        shares.shape,
+        shard=(32, 64, 64),
+        chunk_voxels=16,
+        voxel_size=2.0,
+        unit="nanometer",
+        phases=(),
         provenance={"seed": 7},
-    )  # fmt: skip
+    )
     with pytest.raises(InputError, match="never written"):
         open_volume(path).read(Box.whole(shares.shape))
     fill(store, shares)

@@ -215,8 +215,9 @@ def test_training_continues_with_one_thread_beside_work_on_one_of_two_cores(tmp_
 
 def test_a_run_prints_the_message_about_its_threads(tmp_path, monkeypatch, capfd):
     machine = Machine(taken=1)
-    monkeypatch.setattr(loop, "Threads", lambda fixed: Threads(fixed, lambda: machine.step() and machine.now,
-                                                              lambda: machine.waited))  # fmt: skip
+    monkeypatch.setattr(
+        loop, "Threads", lambda fixed: Threads(fixed, lambda: machine.step() and machine.now, lambda: machine.waited)
+    )
     train(study_of(tmp_path, training={"steps": 3, "threads": 2}))
     assert capfd.readouterr().err.count("warning: the 2 threads of this process wait for a core") == 1
 

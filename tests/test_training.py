@@ -98,10 +98,13 @@ def test_one_sided_loss_leaves_out_what_is_unknown_and_follows_probabilities():
     assert voxel_loss(operator, painted, shares, [1]).item() == pytest.approx((0.9 * 0.4) ** 2 / 3)
 
 
-@pytest.mark.parametrize(("one_sided", "says"), [
-    (["por"], r"one_sided: 'por' is no phase of low_res \(pore, fibre, binder\); did you mean 'pore'\?"),
-    (["pore", "binder"], "one_sided: pore, binder are of all groups, .* leave one out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one_sided", "says"),
+    [
+        (["por"], r"one_sided: 'por' is no phase of low_res \(pore, fibre, binder\); did you mean 'pore'\?"),
+        (["pore", "binder"], "one_sided: pore, binder are of all groups, .* leave one out"),
+    ],
+)
 def test_one_sided_phases_that_are_unknown_or_all_are_refused(one_sided, says):
     with pytest.raises(ValueError, match=says):
         LowRes(path="low.npy", phases={0: "pore", 1: ("fibre", "binder")}, one_sided=one_sided)
@@ -255,8 +258,10 @@ def test_one_step_against_a_reference_of_a_few_lines(tmp_path, around):
         shown = real.choose(0, cubes)
         scores = [
             critic(volume[c, :, 4:60, 4:60, 4:60].select(axis + 1, int(i))[None])
-            for axis in range(3) for c in cubes for i in shown[axis][c]
-        ]  # fmt: skip
+            for axis in range(3)
+            for c in cubes
+            for i in shown[axis][c]
+        ]
         loss = -torch.stack(scores).mean()
         if threshold == 0:
             squares = [(volume[:, p, ::4, ::4, ::4] - (labels == p).float()) ** 2 for p in range(3)]
@@ -324,8 +329,10 @@ def seen_by_the_coarse_instrument(volume):
     n = volume.shape[-1]
     blurred = sum(
         taps[i] * taps[j] * taps[k] / sum(taps) ** 3 * padded[..., i : i + n, j : j + n, k : k + n]
-        for i in range(3) for j in range(3) for k in range(3)
-    )  # fmt: skip
+        for i in range(3)
+        for j in range(3)
+        for k in range(3)
+    )
     coarse = sum(blurred[..., i::4, j::4, k::4] / 8 for i in (1, 2) for j in (1, 2) for k in (1, 2))
     return torch.stack([coarse[:, 0], coarse[:, 1] + coarse[:, 2]], dim=1).mul(100).softmax(1)
 
@@ -487,7 +494,6 @@ def test_gradients_of_pattern_shares_are_those_of_finite_differences(pixels, apa
     assert torch.autograd.gradcheck(shares, volume.requires_grad_(), fast_mode=fast)
 
 
-
 @pytest.mark.parametrize("pixels", [4, 6])
 def test_pattern_shares_are_those_counted_window_by_window(pixels):
     labels = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (2, 9, 10, 11)))
@@ -595,6 +601,7 @@ def test_batch_norm_has_the_plain_layout_and_the_last_convolution_the_fast_one(t
 
 def test_denormals_count_as_zero_in_training_only(tmp_path, monkeypatch):
     """The gradient of a softmax close to 0 and 1 holds denormals, which slow a convolution's gradient down."""
+
     def smallest() -> float:
         return (torch.tensor([1e-40]) * 1).item()
 
@@ -680,15 +687,20 @@ def test_weights_in_the_average_grow_as_a_power_until_ema_is_reached(growth):
 @pytest.mark.parametrize(
     ("scale", "network", "shape"),
     [
-        ("64/6", {}, (7, 6, 8)), ("16", {"padding": "replicate"}, (4, 5, 4)),
+        ("64/6", {}, (7, 6, 8)),
+        ("16", {"padding": "replicate"}, (4, 5, 4)),
         ("32", {"last_stage": "transposed"}, (2, 3, 2)),
     ],
 )
 def test_scale_factors_above_8_from_training_to_labels(scale, network, shape, tmp_path):
     study = study_of(
-        tmp_path, volume=blobs(shape, 1), scale_factor=scale, imaging={"operator": "under-resolved"},
-        network={"width": 2, "critic_width": 4, "padding": "zeros", **network}, training={"steps": 1, "cubes": 1},
-    )  # fmt: skip
+        tmp_path,
+        volume=blobs(shape, 1),
+        scale_factor=scale,
+        imaging={"operator": "under-resolved"},
+        network={"width": 2, "critic_width": 4, "padding": "zeros", **network},
+        training={"steps": 1, "cubes": 1},
+    )
     given = LowResCubes(study).draw(0, range(2), ALONE.device)[1]
     assert given.shape[2:] == (64 // study.scale_factor,) * 3
     trained = load_checkpoint(train(study).checkpoint)
@@ -727,10 +739,14 @@ def test_refused_before_anything_is_written(tmp_path, data, training, says):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("scale", "cube", "says"), [
-    ("8/3", 100, r"cube_voxels: 100 .* not 2 or more whole low-res ones at scale factor 8/3; use a multiple of 8"),
-    ("4", 66, "at scale factor 4; use a multiple of 4"), ("32", 32, "use a multiple of 32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scale", "cube", "says"),
+    [
+        ("8/3", 100, r"cube_voxels: 100 .* not 2 or more whole low-res ones at scale factor 8/3; use a multiple of 8"),
+        ("4", 66, "at scale factor 4; use a multiple of 4"),
+        ("32", 32, "use a multiple of 32"),
+    ],
+)
 def test_cubes_of_no_whole_low_res_voxels_are_refused(tmp_path, scale, cube, says):
     with pytest.raises(ValueError, match=says):
         study_of(tmp_path, scale_factor=scale, training={"cube_voxels": cube})

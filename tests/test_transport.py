@@ -161,9 +161,14 @@ def test_what_is_claimed_holds_for_voxels_to_1000_and_conductivities_to_1e9():
     for i, (name, labels, conductivity, settings) in enumerate(bench.far_systems(0, 3)):
         direction = "zyx"[i % 3]
         one = solve(
-            labels, conductivity, directions=direction, rtol=1e-4, threads=1, **settings,
+            labels,
+            conductivity,
+            directions=direction,
+            rtol=1e-4,
+            threads=1,
+            **settings,
             keep=lambda direction, system, x, k: kept.append(system),
-        )[direction]  # fmt: skip
+        )[direction]
         if one.percolates:
             truth = bench.exact_d_rel(kept[-1], labels, conductivity, settings["spacing"])
             assert one.state == "converged", (name, i)
@@ -253,8 +258,9 @@ def test_partitions_of_a_cell_are_ranked_and_unranked():
         for i, j in itertools.combinations(np.flatnonzero(block.reshape(-1)), 2):
             same = [
                 {i, j} <= set(np.flatnonzero(ndimage.label(block == value)[0].reshape(-1) == n))
-                for value in (1, 2, 3) for n in range(1, ndimage.label(block == value)[1] + 1)
-            ]  # fmt: skip
+                for value in (1, 2, 3)
+                for n in range(1, ndimage.label(block == value)[1] + 1)
+            ]
             assert (part[cell, i] == part[cell, j]) == any(same)
 
 
@@ -371,6 +377,7 @@ def test_slanted_strip_of_twenty_voxels_is_a_chain_of_resistors(width, tau):
     one = solve_phase(mask, directions="z", periodic=(False, True, False), rtol=1e-5)["z"]
     assert one.tau == pytest.approx(tau, rel=1e-5)
 
+
 def test_slanted_strip_of_squares_is_a_chain_of_resistors():
     """TauFactor's own slanted strip, N = 20: 2×2 voxels in every layer, shifted by one along both sides a layer.
 
@@ -448,11 +455,15 @@ def test_any_number_of_threads_gives_the_same_bits():
         fields: dict[int, list] = {1: [], 2: [], 5: []}
         found = [
             solve(
-                labels, conductivity, threads=n, periodic=(False, False, True), profile=True,
+                labels,
+                conductivity,
+                threads=n,
+                periodic=(False, False, True),
+                profile=True,
                 keep=lambda direction, system, x, k, to=fields[n]: to.append(x.copy()),
             )
             for n in fields
-        ]  # fmt: skip
+        ]
         for one in found[1:]:
             assert all(one[d].d_rel == found[0][d].d_rel and one[d].profile == found[0][d].profile for d in "zyx")
         assert all(np.array_equal(a, b) for n in (2, 5) for a, b in zip(fields[1], fields[n], strict=True))
@@ -493,9 +504,14 @@ def test_fields_hold_the_potential_and_a_flux_that_is_the_same_through_every_lay
     a = np.random.default_rng(10).integers(0, 3, (20, 18, 22)).astype(np.uint8)
     np.save(tmp_path / "a.npy", a)
     found = tortuosity(
-        open_volume(tmp_path / "a.npy"), phases=("pore", "gel", "solid"), conductivity={"pore": 1.0, "gel": 0.2},
-        rtol=1e-6, field=str(tmp_path / "fields.zarr"), spacing=(1.0, 2.0, 1.5), periodic=(False, False, True),
-    )  # fmt: skip
+        open_volume(tmp_path / "a.npy"),
+        phases=("pore", "gel", "solid"),
+        conductivity={"pore": 1.0, "gel": 0.2},
+        rtol=1e-6,
+        field=str(tmp_path / "fields.zarr"),
+        spacing=(1.0, 2.0, 1.5),
+        periodic=(False, False, True),
+    )
     for axis, direction in enumerate("zyx"):
         potential = np.asarray(zarr.open_array(tmp_path / "fields.zarr" / "pore + gel" / direction / "potential"))
         flux = np.asarray(zarr.open_array(tmp_path / "fields.zarr" / "pore + gel" / direction / "flux"))
@@ -518,9 +534,11 @@ def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
     found = tortuosity(volume, phases=("pore", "solid"), directions="zy", crop="0:8,2:8,:")
     assert found["crop"] == [[0, 8], [2, 8], [0, 8]]
     assert [(r["phase"], r["direction"], r["state"]) for r in found["results"]] == [
-        ("pore", "z", "converged"), ("pore", "y", "not percolating"),
-        ("solid", "z", "converged"), ("solid", "y", "not percolating"),
-    ]  # fmt: skip
+        ("pore", "z", "converged"),
+        ("pore", "y", "not percolating"),
+        ("solid", "z", "converged"),
+        ("solid", "y", "not percolating"),
+    ]
     assert found["results"][2]["D_rel"] == pytest.approx(1 / 3, rel=ROUNDING)
     with pytest.raises(InputError, match="no such phase"):
         tortuosity(volume, phases=("pore", "solid"), only=("gold",))

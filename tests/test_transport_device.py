@@ -63,12 +63,18 @@ def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(device, 
     fields: list[list] = [[], []]
     found = [
         solve(
-            labels, conductivity, spacing=spacing, periodic=periodic, profile=True, device=where, rtol=1e-4,
+            labels,
+            conductivity,
+            spacing=spacing,
+            periodic=periodic,
+            profile=True,
+            device=where,
+            rtol=1e-4,
             # In the robust form the cores hold a potential in two floats, a device in float64.
             keep=lambda direction, system, x, k, to=to: to.append(sum(x) if isinstance(x, tuple) else x),
         )
         for to, where in zip(fields, (None, device), strict=True)
-    ]  # fmt: skip
+    ]
     for direction in "zyx":
         cores, ours = (one[direction] for one in found)
         assert cores.state == "converged"
@@ -130,9 +136,12 @@ def test_fields_from_the_device_are_those_of_the_cores(device, tmp_path):
     for where in (None, device):
         stores.append(tmp_path / f"{where}.zarr")
         tortuosity(
-            open_volume(tmp_path / "a.npy"), conductivity={"0": 1.0, "1": 0.2}, directions="y", device=where,
+            open_volume(tmp_path / "a.npy"),
+            conductivity={"0": 1.0, "1": 0.2},
+            directions="y",
+            device=where,
             field=str(stores[-1]),
-        )  # fmt: skip
+        )
     for name in ("potential", "flux"):
         cores, ours = (np.asarray(zarr.open_array(store / "0 + 1" / "y" / name)) for store in stores)
         assert ours == pytest.approx(cores, abs=1e-4, nan_ok=True)
@@ -178,8 +187,9 @@ def test_device_holds_at_most_16_bytes_a_voxel_and_waits_only_for_scalars(monkey
     labels = blobs(96, share)
     labels[(labels == 1) & (np.random.default_rng(2).random(labels.shape) < 0.3)] = 2 if several else 1
     held = []
-    monkeypatch.setattr(DeviceSystem, "bytes", property(lambda self, of=DeviceSystem.bytes.fget: (
-        held.append(self.held), of(self))[1]))  # fmt: skip
+    monkeypatch.setattr(
+        DeviceSystem, "bytes", property(lambda self, of=DeviceSystem.bytes.fget: (held.append(self.held), of(self))[1])
+    )
     with Watch() as watch:
         k = {1: 1.0, 2: 0.2} if several else {1: 1.0}
         one = solve(labels, k, directions="z", device=torch.device("cpu"), rtol=0.01)["z"]
@@ -213,9 +223,15 @@ def test_passes_use_nothing_of_the_host(monkeypatch, several):
     with Threads(1) as threads:
         bits = pack(labels, np.isfinite(resistance), threads)
         system = DeviceSystem(
-            torch.device("meta"), bits, labels.shape, (1, 2, 1), 0, (False, True, True), threads,
+            torch.device("meta"),
+            bits,
+            labels.shape,
+            (1, 2, 1),
+            0,
+            (False, True, True),
+            threads,
             *((labels, resistance) if several else ()),
-        )  # fmt: skip
+        )
         with Watch() as watch:
             x, r, z = (system.vector() for _ in range(3))
             for piece in system._pieces:
@@ -232,9 +248,11 @@ def test_device_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "a.npy", np.ones((8, 8, 8), np.uint8))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments, said in (
-        (["cuda"], "sees 0 CUDA devices"), (["cuda:7"], "sees 0 CUDA"), (["gpu"], "not a GPU"),
+        (["cuda"], "sees 0 CUDA devices"),
+        (["cuda:7"], "sees 0 CUDA"),
+        (["gpu"], "not a GPU"),
         (["cuda", "--memory", "1GiB"], "drop one"),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(sys, "argv", ["hpcres", "tortuosity", str(tmp_path / "a.npy"), "--device", *arguments])
         with pytest.raises(SystemExit) as stopped:
             main()

@@ -56,9 +56,14 @@ def test_ranks_find_the_bits_of_one_process_fields_and_profile_included(volume, 
     poor = 1e-6 if size == 4 else 0.1  # the robust form, too
     conductivity, periodic = {"0": 1.0, "1": poor}, (False, True, False)
     alone = tortuosity(
-        open_volume(volume), conductivity=conductivity, directions="zx", periodic=periodic, profile=True,
-        field=str(tmp_path / "alone.zarr") if with_fields else None, rtol=1e-4,
-    )["results"]  # fmt: skip
+        open_volume(volume),
+        conductivity=conductivity,
+        directions="zx",
+        periodic=periodic,
+        profile=True,
+        field=str(tmp_path / "alone.zarr") if with_fields else None,
+        rtol=1e-4,
+    )["results"]
     arguments = ["--conductivity", "0=1", "--conductivity", f"1={poor}", "--direction", "z", "--direction", "x"]
     arguments += ["--periodic", "y", "--profile", "--rtol", "1e-4"]
     arguments += ["--field", str(tmp_path / "together.zarr")] if with_fields else []
@@ -148,16 +153,27 @@ def test_slabs_on_scratch_storage_find_the_bits_of_the_solver_in_memory(
         with Threads(2) as threads:
             place = ScratchPlace(tmp_path, TINY, cut(shape[0], 100, 16, sides[0]), lambda line: None)
             one = solve_in_slabs(
-                place, lambda a, b: labels[a:b], shape, conductivity, direction, spacing, sides, 1e-4, threads, 16,
+                place,
+                lambda a, b: labels[a:b],
+                shape,
+                conductivity,
+                direction,
+                spacing,
+                sides,
+                1e-4,
+                threads,
+                16,
                 profile=True,
-            )  # fmt: skip
+            )
         other = alone[direction]
         assert one.d_rel == pytest.approx(other.d_rel, rel=1e-12)
         assert one.profile == pytest.approx(other.profile, rel=1e-9)
         assert one.percolating_conductivity == pytest.approx(other.percolating_conductivity, rel=1e-12)
         assert (one.iterations, one.clusters_left_out, one.voxels_left_out) == (
-            other.iterations, other.clusters_left_out, other.voxels_left_out,
-        )  # fmt: skip
+            other.iterations,
+            other.clusters_left_out,
+            other.voxels_left_out,
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -205,8 +221,11 @@ def test_memory_well_below_the_vectors_is_enough_and_kept_to(tmp_path):
     (tmp_path / "scratch").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, tmp_path / "a.npy", tmp_path / "small.npy", tmp_path / "scratch", str(limit)],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "GiB of scratch storage" in done.stdout or "MiB of scratch storage" in done.stdout
     d_rel, peak = done.stdout.split()[-2:]

@@ -27,9 +27,12 @@ GROUPS = ((0, 2), (1,))
 def merged(tmp_path, volume, image, **training):
     np.save(tmp_path / "merged.npy", image)
     return study_of(
-        tmp_path, [{"path": str(tmp_path / "merged.npy")}], volume=volume,
-        low_res={"path": str(tmp_path / "low.npy"), "phases": {0: ["a", "c"], 1: "b"}}, training=training,
-    )  # fmt: skip
+        tmp_path,
+        [{"path": str(tmp_path / "merged.npy")}],
+        volume=volume,
+        low_res={"path": str(tmp_path / "low.npy"), "phases": {0: ["a", "c"], 1: "b"}},
+        training=training,
+    )
 
 
 def three(shape, seed, first, second):
@@ -51,9 +54,12 @@ def test_tilted_shares_have_the_wanted_means_and_are_nearest_to_the_base():
     assert shares.numpy()[0] @ features == pytest.approx(wanted, abs=1e-6)
     constraints = {"type": "eq", "fun": lambda t: np.r_[t @ features - wanted, t.sum() - 1]}
     nearest = minimize(
-        lambda t: np.sum(t * np.log(t / base[0])), base[0], constraints=constraints, bounds=[(1e-9, 1)] * 6,
+        lambda t: np.sum(t * np.log(t / base[0])),
+        base[0],
+        constraints=constraints,
+        bounds=[(1e-9, 1)] * 6,
         options={"ftol": 1e-14, "maxiter": 500},
-    )  # fmt: skip
+    )
     assert shares.numpy()[0] == pytest.approx(nearest.x, abs=1e-5)
 
 
@@ -81,13 +87,15 @@ def test_images_beside_the_volume_through_the_imaging_operator(tmp_path):
     other = beside(half, LowResCubes(half).fractions)
     assert not other.typical
 
-
     def told(**settings):
         """`half` with other settings of training, or of low_res."""
         low_res = {k: settings.pop(k) for k in ("one_sided",) if k in settings}
-        return half.model_copy(update={
-            "training": half.training.model_copy(update=settings), "low_res": half.low_res.model_copy(update=low_res)
-        })
+        return half.model_copy(
+            update={
+                "training": half.training.model_copy(update=settings),
+                "low_res": half.low_res.model_copy(update=low_res),
+            }
+        )
 
     corrects, follows = told(atypical_images="correct"), told(atypical_images="follow")
     said = list(other.messages(corrects, 0.5))

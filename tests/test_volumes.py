@@ -80,9 +80,10 @@ def ome_zarr(version: str):
         }
         content = {"multiscales": [multiscale | {"version": version}]}
         group = zarr.create_group(
-            str(path / "o.zarr"), zarr_format=2 if version == "0.4" else 3,
+            str(path / "o.zarr"),
+            zarr_format=2 if version == "0.4" else 3,
             attributes=content if version == "0.4" else {"ome": content},
-        )  # fmt: skip
+        )
         group.create_array("full", data=array[None, None], chunks=(1, 1, 8, 16, 16))
         group.create_array("half", data=array[None, None, ::2, ::2, ::2], chunks=(1, 1, 8, 16, 16))
         return str(path / "o.zarr")
@@ -358,9 +359,7 @@ def test_an_unknown_label_is_named_and_counted(dtype):
 
 def watched(volume: Volume, boxes: list[Box]) -> Volume:
     inner = volume._read
-    return Volume(
-        volume.path, volume.shape, volume.dtype, volume.chunks, lambda box: boxes.append(box) or inner(box)
-    )
+    return Volume(volume.path, volume.shape, volume.dtype, volume.chunks, lambda box: boxes.append(box) or inner(box))
 
 
 def test_convert_streams_and_maps(tmp_path, monkeypatch):
@@ -369,9 +368,14 @@ def test_convert_streams_and_maps(tmp_path, monkeypatch):
     seen: list[tuple[int, int]] = []
     source = watched(array_volume(array, "scan.tif"), read)
     store = convert(
-        source, tmp_path / "o.zarr", phases={-1: "pore", 85: "active", 300: "binder"}, voxel_size=65, unit="nanometer",
-        chunk_voxels=16, progress=lambda *at: seen.append(at),
-    )  # fmt: skip
+        source,
+        tmp_path / "o.zarr",
+        phases={-1: "pore", 85: "active", 300: "binder"},
+        voxel_size=65,
+        unit="nanometer",
+        chunk_voxels=16,
+        progress=lambda *at: seen.append(at),
+    )
     truth = np.select([array == 85, array == 300], [1, 2], 0)
     np.testing.assert_array_equal(store.volume.read(Box.whole(array.shape)), truth)
     np.testing.assert_array_equal(store.read(1, Box.whole(store.levels[1].shape)), mode_by_counting(truth))

@@ -52,8 +52,13 @@ class Nearest(Generator):
     def __init__(self, conditions: int, phases: int, scale: Fraction, kernel: int) -> None:
         super().__init__()
         self.scale = scale
-        self.config = {"family": "toy-nearest", "conditions": conditions, "phases": phases, "scale": str(scale),
-                       "kernel": kernel}  # fmt: skip
+        self.config = {
+            "family": "toy-nearest",
+            "conditions": conditions,
+            "phases": phases,
+            "scale": str(scale),
+            "kernel": kernel,
+        }
         self.convolution = nn.Conv3d(conditions, phases, kernel, padding=kernel // 2, padding_mode="replicate")
 
     @property
@@ -73,12 +78,21 @@ class Nearest(Generator):
         return Stages(
             (
                 Stage(
-                    "only", "resized", self.inputs.conditions, self.phases, self.config["kernel"], "softmax",
-                    self.scale, "replicate", interpolation="nearest", weight=weight, bias=bias,
+                    "only",
+                    "resized",
+                    self.inputs.conditions,
+                    self.phases,
+                    self.config["kernel"],
+                    "softmax",
+                    self.scale,
+                    "replicate",
+                    interpolation="nearest",
+                    weight=weight,
+                    bias=bias,
                 ),
             ),
             self.scale,
-        )  # fmt: skip
+        )
 
 
 class Latent(Generator):
@@ -107,13 +121,34 @@ class Latent(Generator):
         channels, two = self.config["channels"], Fraction(2)
         return Stages(
             (
-                Stage("first", "transposed", 2, channels, 4, "leaky", two, crop=2, slope=np.array([0.2]),
-                      weight=layers[0][0], bias=layers[0][1]),
-                Stage("last", "transposed", channels, self.phases, 4, "softmax", two, crop=3, weight=layers[1][0],
-                      bias=layers[1][1]),
+                Stage(
+                    "first",
+                    "transposed",
+                    2,
+                    channels,
+                    4,
+                    "leaky",
+                    two,
+                    crop=2,
+                    slope=np.array([0.2]),
+                    weight=layers[0][0],
+                    bias=layers[0][1],
+                ),
+                Stage(
+                    "last",
+                    "transposed",
+                    channels,
+                    self.phases,
+                    4,
+                    "softmax",
+                    two,
+                    crop=3,
+                    weight=layers[1][0],
+                    bias=layers[1][1],
+                ),
             ),
             self.scale,
-        )  # fmt: skip
+        )
 
 
 class ToyTrainer:
@@ -194,16 +229,27 @@ def build(study: Study) -> Generator:
 def register_both() -> None:
     register(
         Family(
-            "toy-nearest", NearestNetwork, ToyTraining, build,
-            lambda config: Nearest(**{**config, "scale": Fraction(config["scale"])}), ToyTrainer, needs_images=False,
+            "toy-nearest",
+            NearestNetwork,
+            ToyTraining,
+            build,
+            lambda config: Nearest(**{**config, "scale": Fraction(config["scale"])}),
+            ToyTrainer,
+            needs_images=False,
         )
-    )  # fmt: skip
+    )
     register(
         Family(
-            "toy-latent", LatentNetwork, EndlessTraining, build, lambda config: Latent(**config), ToyTrainer,
-            needs_low_res=False, needs_images=False,
+            "toy-latent",
+            LatentNetwork,
+            EndlessTraining,
+            build,
+            lambda config: Latent(**config),
+            ToyTrainer,
+            needs_low_res=False,
+            needs_images=False,
         )
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -101,7 +101,16 @@ def commands(context: click.Context) -> None:
 
 
 for _command in (
-    phantom.phantom, convert.convert, train.train, plan.plan, infer.infer, verify.verify, metrics.metrics,
-    tortuosity.tortuosity, report.report, confidence.confidence, schema.schema,
-):  # fmt: skip
+    phantom.phantom,
+    convert.convert,
+    train.train,
+    plan.plan,
+    infer.infer,
+    verify.verify,
+    metrics.metrics,
+    tortuosity.tortuosity,
+    report.report,
+    confidence.confidence,
+    schema.schema,
+):
     commands.add_command(_command)

@@ -13,9 +13,12 @@ from hpcres.cli.options import Stage
 @click.command(cls=Stage)
 @click.argument("folders", metavar="FOLDER FOLDER FOLDER...", nargs=-1, required=True, type=click.Path())
 @click.option(
-    "--level", type=click.FloatRange(0.5, 0.999), default=0.9, show_default=True,
+    "--level",
+    type=click.FloatRange(0.5, 0.999),
+    default=0.9,
+    show_default=True,
     help="Probability with which an interval is to hold the truth.",
-)  # fmt: skip
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def confidence(folders: tuple[str, ...], level: float, as_json: bool) -> None:
     """With what confidence each number may be trusted: intervals from trainings that differ by their seed.

@@ -8,14 +8,7 @@ import click
 
 from hpcres.cli.console import echo, echo_notes, progress_of, warn
 from hpcres.cli.inputs import is_study, refuse_settings, voxel_edges_of
-from hpcres.cli.options import (
-    Stage,
-    overwrite_option,
-    parse_phases,
-    study_options,
-    volume_argument,
-    voxel_size_option,
-)
+from hpcres.cli.options import Stage, overwrite_option, parse_phases, study_options, volume_argument, voxel_size_option
 from hpcres.errors import InputError
 from hpcres.lengths import cubic
 from hpcres.study_file import load_study
@@ -28,9 +21,13 @@ from hpcres.study_file import load_study
 @voxel_size_option
 @overwrite_option
 def convert(
-    source: str, settings: tuple[str, ...], output: str | None, phases: str | None, voxel_size: str | None,
+    source: str,
+    settings: tuple[str, ...],
+    output: str | None,
+    phases: str | None,
+    voxel_size: str | None,
     overwrite: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Write a volume (.tif, .npy, .h5:/dataset, .zarr) as a sharded OME-Zarr label store.
 
     \b
@@ -69,8 +66,6 @@ def convert(
     size, unit = edges.lengths(source)
     warn(absent_chunks(volume))
     with progress_of("convert") as progress:
-        convert_volume(
-            volume, target, phases=names, voxel_size=size, unit=unit, overwrite=overwrite, progress=progress
-        )
+        convert_volume(volume, target, phases=names, voxel_size=size, unit=unit, overwrite=overwrite, progress=progress)
     echo_notes(notes)
     echo(target)

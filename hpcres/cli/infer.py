@@ -25,9 +25,17 @@ from hpcres.study_file import save_study
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), help="The study's by default.")
 @overwrite_option
 def infer(
-    study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, checkpoint: str | None,
-    low_res: tuple[str, ...], seed: int | None, ensemble: int | None, device: str | None, overwrite: bool,
-) -> None:  # fmt: skip
+    study: str,
+    settings: tuple[str, ...],
+    output: str | None,
+    tiles: str | None,
+    checkpoint: str | None,
+    low_res: tuple[str, ...],
+    seed: int | None,
+    ensemble: int | None,
+    device: str | None,
+    overwrite: bool,
+) -> None:
     """Paint the high-res volume, tile by tile over MPI ranks; a stopped run goes on where it was.
 
     \b
@@ -50,9 +58,16 @@ def infer(
     with join_ranks() as ranks:
         loaded = None if alone else study_for("infer", study, settings, output)
         job = open_job(
-            loaded, checkpoint=checkpoint, low_res=low_res, output=output, tiles=tiles, seed=seed, device=device,
-            command=command_line(), inference={} if ensemble is None else {"ensemble": ensemble},
-        )  # fmt: skip
+            loaded,
+            checkpoint=checkpoint,
+            low_res=low_res,
+            output=output,
+            tiles=tiles,
+            seed=seed,
+            device=device,
+            command=command_line(),
+            inference={} if ensemble is None else {"ensemble": ensemble},
+        )
         if ranks.rank == 0:
             warn(absent_chunks(*job.conditions.volumes))
         painted = run(job, ranks, overwrite=overwrite)

@@ -43,10 +43,19 @@ _STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum",
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
 def metrics(
-    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, worker_wait: float,
-    voxel_size: str | None, periodic: tuple[str, ...], added: tuple[str, ...], left_out: tuple[str, ...],
-    lags: int | None, overwrite: bool, as_json: bool,
-) -> None:  # fmt: skip
+    source: str,
+    settings: tuple[str, ...],
+    output: str | None,
+    scheduler: str | None,
+    worker_wait: float,
+    voxel_size: str | None,
+    periodic: tuple[str, ...],
+    added: tuple[str, ...],
+    left_out: tuple[str, ...],
+    lags: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Measure volume fractions, surface and interphase areas, TPB, their spread over sub-volumes, correlations, chords,
     connected shares, spectra, and the standard error of each number.
 
@@ -92,9 +101,14 @@ def metrics(
         warn(absent := absent_chunks(volume))
         with connect(scheduler, worker_wait=worker_wait) as client:
             measured = measure(
-                volume, client=client, voxel_size=edges, settings=SubVolumes(count=0), periodic=(z, y, x),
-                statistics=_chosen(Metrics(), added, left_out, lags), scratch=target and target.absolute().parent,
-            )  # fmt: skip
+                volume,
+                client=client,
+                voxel_size=edges,
+                settings=SubVolumes(count=0),
+                periodic=(z, y, x),
+                statistics=_chosen(Metrics(), added, left_out, lags),
+                scratch=target and target.absolute().parent,
+            )
         result = {**header(command), "volume": measured}
     result["absent_chunks"] = [one.as_json() for one in absent]
     end_if_signalled()

@@ -24,9 +24,7 @@ class Stage(click.Command):
 
 
 def study_options(command: _Command) -> _Command:
-    command = click.option(
-        "--output", metavar="PATH", help="Write here instead of where the study says."
-    )(command)
+    command = click.option("--output", metavar="PATH", help="Write here instead of where the study says.")(command)
     return click.option(
         "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable."
     )(command)
@@ -38,18 +36,23 @@ volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default=DEF
 tiles_option = click.option("--tiles", metavar="ZxYxX", help="Tiles per axis; the study's inference.tiles by default.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what an earlier run left.")
 voxel_size_option = click.option(
-    "--voxel-size", metavar="LENGTH|Z,Y,X",
+    "--voxel-size",
+    metavar="LENGTH|Z,Y,X",
     help="Edge of a bare volume's voxel with its unit, 65nm, or three along z, y, x: 2um,250nm,250nm.",
-)  # fmt: skip
+)
 scheduler_option = click.option(
     "--scheduler",
     metavar="ADDRESS|FILE",
     help="A running Dask scheduler (tcp://host:port or its file); local by default.",
 )
 worker_wait_option = click.option(
-    "--worker-wait", type=click.FloatRange(min=0, min_open=True), default=900, metavar="SECONDS", show_default=True,
+    "--worker-wait",
+    type=click.FloatRange(min=0, min_open=True),
+    default=900,
+    metavar="SECONDS",
+    show_default=True,
     help="How long to wait for new workers once a running scheduler has lost its last.",
-)  # fmt: skip
+)
 axis_choice = click.Choice(("z", "y", "x"))
 
 

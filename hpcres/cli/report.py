@@ -34,9 +34,15 @@ from hpcres.study_file import files_of, load_study
 @click.option("--metrics", "measured_file", metavar="FILE", help="Of a bare volume; metrics.json beside the page.")
 @click.option("--transport", "solved_file", metavar="FILE", help="Of a bare volume; transport.json beside the page.")
 def report(
-    source: str, settings: tuple[str, ...], output: str | None, scheduler: str | None, worker_wait: float,
-    voxel_size: str | None, measured_file: str | None, solved_file: str | None,
-) -> None:  # fmt: skip
+    source: str,
+    settings: tuple[str, ...],
+    output: str | None,
+    scheduler: str | None,
+    worker_wait: float,
+    voxel_size: str | None,
+    measured_file: str | None,
+    solved_file: str | None,
+) -> None:
     """One HTML page: slices, metrics beside their references, distributions, training, provenance.
 
     \b
@@ -76,9 +82,14 @@ def _page_of_study(source: str, settings: tuple[str, ...], output: str | None) -
 
 
 def _page_of_volume(
-    source: str, target: Path, voxel_size: str | None, measured_file: str | None, solved_file: str | None,
-    scheduler: str | None, worker_wait: float,
-) -> tuple[Path, list[str]]:  # fmt: skip
+    source: str,
+    target: Path,
+    voxel_size: str | None,
+    measured_file: str | None,
+    solved_file: str | None,
+    scheduler: str | None,
+    worker_wait: float,
+) -> tuple[Path, list[str]]:
     """The page of a bare volume, measured where no metrics.json is found, and notes on its voxel size."""
     from hpcres.metrics.measure import header, measure
     from hpcres.metrics.schedule import connect

@@ -72,11 +72,17 @@ class _Options:
 @click.option("--direction", "directions", type=axis_choice, multiple=True, help="All three by default.")
 @click.option("--crop", metavar="Z0:Z1,Y0:Y1,X0:X1", help="Only this part of the volume.")
 @click.option(
-    "--rtol", default=0.001, show_default=True, type=click.FloatRange(1e-6, 1),
+    "--rtol",
+    default=0.001,
+    show_default=True,
+    type=click.FloatRange(1e-6, 1),
     help="Stop when the estimated error of D_rel is under this share of it.",
 )
 @click.option(
-    "--conductivity", "conductivities", multiple=True, metavar="NAME=VALUE",
+    "--conductivity",
+    "conductivities",
+    multiple=True,
+    metavar="NAME=VALUE",
     help="Let these phases, or labels, conduct together; repeatable.",
 )
 @click.option("--periodic", type=axis_choice, multiple=True, help="Sides that meet; repeatable.")
@@ -84,7 +90,8 @@ class _Options:
 @click.option("--field", metavar="STORE.ZARR", help="Write potential and flux density here.")
 @click.option("--threads", type=click.IntRange(1), help="All cores by default; the result does not depend on it.")
 @click.option(
-    "--estimate", type=click.Choice(("blocks",)),
+    "--estimate",
+    type=click.Choice(("blocks",)),
     help="No solution: blocks of 64³ voxels alone, as a resistor network. Measured -100 to +9 % off, and no faster.",
 )
 @click.option("--memory", metavar="SIZE", help="Solve out of core where the process would hold more, such as 4GiB.")
@@ -192,9 +199,12 @@ def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Pa
     """Bytes to hold at most, None without --memory, and the folder for scratch storage."""
     memory = parse_bytes("--memory", options.memory)
     refused = {
-        "--memory": options.memory, "--device": options.device, "--profile": options.profile,
-        "--field": options.field, "--periodic": options.periodic,
-    }  # fmt: skip
+        "--memory": options.memory,
+        "--device": options.device,
+        "--profile": options.profile,
+        "--field": options.field,
+        "--periodic": options.periodic,
+    }
     if options.estimate and (other := next((name for name, given in refused.items() if given), None)):
         raise InputError(f"--estimate blocks: takes no {other}, which needs a solution of the whole volume; drop one")
     if options.scratch is not None and memory is None:
@@ -225,9 +235,11 @@ def _refuse_check(options: _Options, volumes: Sequence[Volume], edges: VoxelEdge
     if options.check is None:
         return
     refused = {
-        "--conductivity": options.conductivities, "--periodic": options.periodic, "--estimate": options.estimate,
+        "--conductivity": options.conductivities,
+        "--periodic": options.periodic,
+        "--estimate": options.estimate,
         "--memory": options.memory,
-    }  # fmt: skip
+    }
     if other := next((name for name, given in refused.items() if given), None):
         raise InputError(f"--check {options.check}: TauFactor cannot solve with {other}; drop one of them")
     for volume in volumes:
@@ -274,15 +286,28 @@ def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -
         results.content["published"] = [p.model_dump(mode="json") for p in study.reference.published]
     printer = _Printer(task, options.as_json, options.check)
     solve = partial(
-        solve_missing, results, ranks=ranks, show=printer if first else lambda *_: None,
+        solve_missing,
+        results,
+        ranks=ranks,
+        show=printer if first else lambda *_: None,
         resume_with=f"run {'it without --overwrite' if options.overwrite else 'the same command'} to go on",
-        phases=study.phases if study else None, only=options.only, conductivity=task.conductivity,
-        directions=options.directions or ("z", "y", "x"), spacing=task.edges.lengths(options.source)[0],
-        periodic=_periodic(options), crop=options.crop, rtol=options.rtol,
-        threads=options.threads or (None if alone else ranks.cores), profile=options.profile, report=_reporter(alone),
-        memory=task.memory, scratch=task.scratch, say=partial(echo, err=True),
-        estimate=BLOCK_VOXELS if options.estimate else None, device=gpu,
-    )  # fmt: skip
+        phases=study.phases if study else None,
+        only=options.only,
+        conductivity=task.conductivity,
+        directions=options.directions or ("z", "y", "x"),
+        spacing=task.edges.lengths(options.source)[0],
+        periodic=_periodic(options),
+        crop=options.crop,
+        rtol=options.rtol,
+        threads=options.threads or (None if alone else ranks.cores),
+        profile=options.profile,
+        report=_reporter(alone),
+        memory=task.memory,
+        scratch=task.scratch,
+        say=partial(echo, err=True),
+        estimate=BLOCK_VOXELS if options.estimate else None,
+        device=gpu,
+    )
     unsolved = solve("volume", task.volume, field=options.field, overwrite=options.overwrite)
     if options.field is not None and first:
         echo(f"fields written to {options.field}", err=options.as_json)

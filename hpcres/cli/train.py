@@ -22,9 +22,7 @@ from hpcres.signals import is_first_rank
     "--init-from", metavar="PATH", help="Begin from the weights of another material's checkpoint.pt or best.pt."
 )
 @overwrite_option
-def train(
-    study: str, settings: tuple[str, ...], output: str | None, init_from: str | None, overwrite: bool
-) -> None:  # fmt: skip
+def train(study: str, settings: tuple[str, ...], output: str | None, init_from: str | None, overwrite: bool) -> None:
     """Learn the generator, on one process or under torchrun; a stopped run goes on where it was.
 
     \b

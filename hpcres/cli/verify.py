@@ -20,12 +20,13 @@ from hpcres.study_file import load_study
 @study_options
 @click.option("--repair", is_flag=True, help="Paint again what is missing or damaged, and nothing else.")
 @click.option(
-    "--audit", "audited", metavar="K", type=click.IntRange(1),
+    "--audit",
+    "audited",
+    metavar="K",
+    type=click.IntRange(1),
     help="Then paint K tiles again, half a tile later, and compare: a seam would show at the store's tile faces.",
-)  # fmt: skip
-def verify(
-    source: str, settings: tuple[str, ...], output: str | None, repair: bool, audited: int | None
-) -> None:
+)
+def verify(source: str, settings: tuple[str, ...], output: str | None, repair: bool, audited: int | None) -> None:
     """Check every shard of a painted store: there, undamaged, labels valid. Exit 3 where some are not.
 
     \b

@@ -147,9 +147,7 @@ def clusters_of(
 
     rows_of = number[runs.index[:-1]], number[runs.index[1:] - 1]
     first = painted(0, 1, rows), painted(0, rows, slices), rows_of[0].reshape(slices, rows)
-    last = (
-        painted((slices - 1) * rows, 1, rows), painted(rows - 1, rows, slices), rows_of[1].reshape(slices, rows),
-    )  # fmt: skip
+    last = (painted((slices - 1) * rows, 1, rows), painted(rows - 1, rows, slices), rows_of[1].reshape(slices, rows))
     faces = np.zeros(count, np.uint8)
     for sides, bits in ((first, _LOW), (last, _HIGH)):
         for plane, bit in zip(sides, bits, strict=True):
@@ -162,9 +160,15 @@ def clusters_of(
     largest = np.zeros(phases, np.int64)
     np.maximum.at(largest, of_phase[shut], voxels[shut])
     return Clusters(
-        place * _BLOCK + open_, of_phase[open_], voxels[open_], faces[open_] & np.uint8(at_ends),
-        np.bincount(of_phase[shut], minlength=phases), largest, first, last,
-    )  # fmt: skip
+        place * _BLOCK + open_,
+        of_phase[open_],
+        voxels[open_],
+        faces[open_] & np.uint8(at_ends),
+        np.bincount(of_phase[shut], minlength=phases),
+        largest,
+        first,
+        last,
+    )
 
 
 def touching(

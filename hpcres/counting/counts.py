@@ -561,9 +561,12 @@ def _turned(total: Counts, axis: int) -> Counts:
         return triple([n[0] if k == axis else next(rest) for k in range(3)])
 
     return Counts(
-        total.voxels, {k: turn(n) for k, n in total.faces.items()}, {k: turn(n) for k, n in total.edges.items()},
-        turn(total.all_faces), turn(total.all_edges),
-    )  # fmt: skip
+        total.voxels,
+        {k: turn(n) for k, n in total.faces.items()},
+        {k: turn(n) for k, n in total.edges.items()},
+        turn(total.all_faces),
+        turn(total.all_edges),
+    )
 
 
 def _counted(
@@ -629,9 +632,12 @@ def add(a: Counts, b: Counts) -> Counts:
         return {k: _plus(p[k], q[k]) if k in p and k in q else p.get(k, q.get(k)) for k in sorted(p.keys() | q.keys())}
 
     total = Counts(
-        merged(a.voxels, b.voxels), merged(a.faces, b.faces), merged(a.edges, b.edges),
-        _plus(a.all_faces, b.all_faces), _plus(a.all_edges, b.all_edges),
-    )  # fmt: skip
+        merged(a.voxels, b.voxels),
+        merged(a.faces, b.faces),
+        merged(a.edges, b.edges),
+        _plus(a.all_faces, b.all_faces),
+        _plus(a.all_edges, b.all_edges),
+    )
     if len(total.voxels) > MAX_PHASES:
         raise InputError(
             f"{len(total.voxels)} different labels in the volume, at most {MAX_PHASES} phases can be measured; "
@@ -659,10 +665,12 @@ def from_json(tree: Mapping[str, Any]) -> Counts:
 
     faces: dict[Any, Triple] = {labels(key): _ints(n) for key, n in tree["faces"].items()}
     return Counts(
-        {int(label): int(n) for label, n in tree["voxels"].items()}, faces,
+        {int(label): int(n) for label, n in tree["voxels"].items()},
+        faces,
         {labels(key): _ints(n) for key, n in tree["edges"].items()},
-        _ints(tree["all_faces"]), _ints(tree["all_edges"]),
-    )  # fmt: skip
+        _ints(tree["all_faces"]),
+        _ints(tree["all_edges"]),
+    )
 
 
 def _plus(p, q):

@@ -183,9 +183,18 @@ def combination(inputs: int, outputs: int) -> Any:
 
     @intrinsic
     def combine(
-        typing: Any, target: Any, t: Any, step: Any, source: Any, s: Any, offsets: Any, o: Any, table: Any, k: Any,
+        typing: Any,
+        target: Any,
+        t: Any,
+        step: Any,
+        source: Any,
+        s: Any,
+        offsets: Any,
+        o: Any,
+        table: Any,
+        k: Any,
         lanes: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         vector = Lanes(lanes.bitwidth)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -220,9 +229,7 @@ def fixed_combination(matrix: Sequence[Sequence[float]], pairs: Sequence[tuple[i
     """
 
     @intrinsic
-    def combine(
-        typing: Any, target: Any, t: Any, step: Any, source: Any, s: Any, stride: Any, lanes: Any
-    ) -> Any:
+    def combine(typing: Any, target: Any, t: Any, step: Any, source: Any, s: Any, stride: Any, lanes: Any) -> Any:
         vector = Lanes(lanes.bitwidth)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -269,9 +276,17 @@ def panel(rows: int, vectors: int) -> Any:
 
     @intrinsic
     def multiply(
-        typing: Any, values: Any, v: Any, weights: Any, w: Any, products: Any, m: Any, inputs: Any, outputs: Any,
+        typing: Any,
+        values: Any,
+        v: Any,
+        weights: Any,
+        w: Any,
+        products: Any,
+        m: Any,
+        inputs: Any,
+        outputs: Any,
         lanes: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         vector = Lanes(lanes.bitwidth)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

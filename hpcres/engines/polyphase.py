@@ -442,8 +442,9 @@ class Polyphase:
         batch, shape = len(windows), [b - a for a, b in out]
         painted = torch.empty(
             (batch, *shape) if as_labels else (batch, self.phases, *shape),
-            dtype=torch.uint8 if as_labels else self.dtype, device=self.device,
-        )  # fmt: skip
+            dtype=torch.uint8 if as_labels else self.dtype,
+            device=self.device,
+        )
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         together, slabs = self._slabs(out, sizes[-1])
         for first, slab in product(range(0, batch, together), slabs):

@@ -92,9 +92,7 @@ class Staged:
         """Stages whose outputs are added behind this one."""
         return {other for later in self._stages[number + 1 :] for other in later.adds}
 
-    def _layer(
-        self, number: int, x: Tensor, span: _Spans, size: Sequence[int], out: _Spans
-    ) -> tuple[Tensor, _Spans]:  # fmt: skip
+    def _layer(self, number: int, x: Tensor, span: _Spans, size: Sequence[int], out: _Spans) -> tuple[Tensor, _Spans]:
         """Outputs of a layer, at least those of `out`, and which they are; x are the voxels `span` of a grid of
         `size`."""
         stage, (weight, bias, _) = self._stages[number], self._weights[number]

@@ -92,9 +92,7 @@ class Axis:
 
 
 @lru_cache(maxsize=4096)
-def axis_of(
-    kind: str, scale: Fraction, padding: str, start: int, stop: int, input_length: int | None
-) -> Axis:
+def axis_of(kind: str, scale: Fraction, padding: str, start: int, stop: int, input_length: int | None) -> Axis:
     """The cells that cover outputs [start, stop); `input_length` is None along an axis without ends."""
     end = None if input_length is None else floor(input_length * scale)
     first, last = start // 4, -(-stop // 4)
@@ -178,9 +176,7 @@ def _combine_to_one(taps, target, t, source, s, offsets, o, table, k, lanes):
 
 
 @compiled
-def _take_in(
-    g, x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, values, t0, rows, strip, pile, lanes
-):  # fmt: skip
+def _take_in(g, x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, values, t0, rows, strip, pile, lanes):
     """Transformed inputs of cells first … last of a row for product g along z, into `values` (6, 6, rows, channels).
 
     They go there from row t0 on.
@@ -197,9 +193,7 @@ def _take_in(
                 _combine_to_one(
                     taps, pile, j * width, x, yo[ty * taps + j] + at, zo, tz * taps, zt, (tz * 6 + g) * taps, lanes
                 )
-            _combine(
-                taps, strip, 6 * column * channels + c, channels, pile, 0, piled, 0, yt, ty * 6 * taps, lanes
-            )
+            _combine(taps, strip, 6 * column * channels + c, channels, pile, 0, piled, 0, yt, ty * 6 * taps, lanes)
     for cell in range(first, last):
         at = (t0 + cell - first) * channels
         if taps == 4:
@@ -208,9 +202,18 @@ def _take_in(
         for i in range(6):
             for c in range(0, channels, width):
                 _combine(
-                    taps, values, 6 * i * rows * channels + at + c, rows * channels, strip, i * channels + c,
-                    xo, cell * taps, xt, cell * 6 * taps, lanes,
-                )  # fmt: skip
+                    taps,
+                    values,
+                    6 * i * rows * channels + at + c,
+                    rows * channels,
+                    strip,
+                    i * channels + c,
+                    xo,
+                    cell * taps,
+                    xt,
+                    cell * 6 * taps,
+                    lanes,
+                )
 
 
 @compiled
@@ -300,9 +303,32 @@ def _gather(transposed, g, products, rows, used, channels, planes, scratch, lane
 
 @compiled
 def _give_out(
-    transposed, planes, t0, channels, begin, end, bias, relu, out, at, z_step, y_step, depth, height, length,
-    before, b_at, bz_step, by_step, after, a_at, az_step, ay_step, scratch, lanes,
-):  # fmt: skip
+    transposed,
+    planes,
+    t0,
+    channels,
+    begin,
+    end,
+    bias,
+    relu,
+    out,
+    at,
+    z_step,
+    y_step,
+    depth,
+    height,
+    length,
+    before,
+    b_at,
+    bz_step,
+    by_step,
+    after,
+    a_at,
+    az_step,
+    ay_step,
+    scratch,
+    lanes,
+):
     """Outputs of cells begin … end of a row, 4³ each as far as depth × height × length reaches.
 
     They go into `out` from `at` on. `before` is added ahead of the ReLU and `after` behind it, where there are any.
@@ -333,10 +359,36 @@ def _give_out(
 
 @compiled
 def _convolve(
-    x, inputs, taps, tables, cells, transposed, weights, bias, relu, outputs, out, place, extent, steps,
-    before, b_place, b_steps, after, a_place, a_steps, rows, values, products, planes, strip, pile, scratch,
-    narrow, wide,
-):  # fmt: skip
+    x,
+    inputs,
+    taps,
+    tables,
+    cells,
+    transposed,
+    weights,
+    bias,
+    relu,
+    outputs,
+    out,
+    place,
+    extent,
+    steps,
+    before,
+    b_place,
+    b_steps,
+    after,
+    a_place,
+    a_steps,
+    rows,
+    values,
+    products,
+    planes,
+    strip,
+    pile,
+    scratch,
+    narrow,
+    wide,
+):
     """One stage: `cells` (z, y, x) of outputs, some rows of them at a time, and of their 6³ products 6² at a time.
 
     x (…, inputs) → out; `place` is where the first output goes, `extent` how many outputs there are, `steps`
@@ -356,19 +408,57 @@ def _convolve(
                 for g in range(6):
                     for ty in range(ty0, ty1):
                         _take_in(
-                            g, x, inputs, taps, zo, zt, tz, yo, yt, ty, xo, xt, tx0, tx1, values,
-                            (ty - ty0) * length, rows, strip, pile, narrow,
-                        )  # fmt: skip
+                            g,
+                            x,
+                            inputs,
+                            taps,
+                            zo,
+                            zt,
+                            tz,
+                            yo,
+                            yt,
+                            ty,
+                            xo,
+                            xt,
+                            tx0,
+                            tx1,
+                            values,
+                            (ty - ty0) * length,
+                            rows,
+                            strip,
+                            pile,
+                            narrow,
+                        )
                     _multiply(g, values, weights, products, rows, used, inputs, outputs, wide)
                     _gather(transposed, g, products, rows, used, outputs, planes, scratch, wide)
                 for ty in range(ty0, ty1):
                     _give_out(
-                        transposed, planes, (ty - ty0) * length, outputs, tx0, tx1, bias, relu,
-                        out, place + 4 * (tz * steps[0] + ty * steps[1]), steps[0], steps[1],
-                        extent[0] - 4 * tz, extent[1] - 4 * ty, extent[2],
-                        before, b_place + 4 * (tz * b_steps[0] + ty * b_steps[1]), b_steps[0], b_steps[1],
-                        after, a_place + 4 * (tz * a_steps[0] + ty * a_steps[1]), a_steps[0], a_steps[1], scratch, wide,
-                    )  # fmt: skip
+                        transposed,
+                        planes,
+                        (ty - ty0) * length,
+                        outputs,
+                        tx0,
+                        tx1,
+                        bias,
+                        relu,
+                        out,
+                        place + 4 * (tz * steps[0] + ty * steps[1]),
+                        steps[0],
+                        steps[1],
+                        extent[0] - 4 * tz,
+                        extent[1] - 4 * ty,
+                        extent[2],
+                        before,
+                        b_place + 4 * (tz * b_steps[0] + ty * b_steps[1]),
+                        b_steps[0],
+                        b_steps[1],
+                        after,
+                        a_place + 4 * (tz * a_steps[0] + ty * a_steps[1]),
+                        a_steps[0],
+                        a_steps[1],
+                        scratch,
+                        wide,
+                    )
 
 
 @compiled
@@ -606,9 +696,15 @@ class WinogradNetwork:
         return self._finish(axes, here, maps, write, memory)
 
     def _run(
-        self, layer: _Layer, axes: tuple[Axis, Axis, Axis], x: _Map, out: _Map, maps: list[_Map], memory: Memory,
+        self,
+        layer: _Layer,
+        axes: tuple[Axis, Axis, Axis],
+        x: _Map,
+        out: _Map,
+        maps: list[_Map],
+        memory: Memory,
         slab: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One layer over all its cells, or over the row `slab` of them along z."""
         taps = max(one.taps.shape[1] for one in axes)
         shifts = [one.reads.start - origin for one, origin in zip(axes, x.origin, strict=True)]
@@ -628,21 +724,39 @@ class WinogradNetwork:
         columns = len(axes[2].reads)
         wide = _lanes(layer.outputs)
         before, after = (
-            _NOTHING if number is None else maps[number]
-            for number in (layer.stage.add_before, layer.stage.add_after)
+            _NOTHING if number is None else maps[number] for number in (layer.stage.add_before, layer.stage.add_after)
         )
         _convolve(
-            x.values, layer.inputs, taps, tuple(np.ascontiguousarray(t).ravel() for t in tables),
-            triple(cells), layer.stage.kind == "transposed", layer.weights, layer.bias, layer.stage.relu,
-            layer.outputs, out.values, out.place(*start), triple(extent), out.steps,
-            before.values, before.place(*start), before.steps,
-            after.values, after.place(*start), after.steps, rows,
+            x.values,
+            layer.inputs,
+            taps,
+            tuple(np.ascontiguousarray(t).ravel() for t in tables),
+            triple(cells),
+            layer.stage.kind == "transposed",
+            layer.weights,
+            layer.bias,
+            layer.stage.relu,
+            layer.outputs,
+            out.values,
+            out.place(*start),
+            triple(extent),
+            out.steps,
+            before.values,
+            before.place(*start),
+            before.steps,
+            after.values,
+            after.place(*start),
+            after.steps,
+            rows,
             memory.array("values", 36 * rows * layer.inputs),
             memory.array("products", 36 * rows * layer.outputs),
             memory.array("planes", 96 * rows * layer.outputs),
-            memory.array("strip", columns * strip_step), memory.array("pile", 16 * taps),
-            memory.array("scratch", 64 * 16), _lanes(layer.inputs), wide,
-        )  # fmt: skip
+            memory.array("strip", columns * strip_step),
+            memory.array("pile", 16 * taps),
+            memory.array("scratch", 64 * 16),
+            _lanes(layer.inputs),
+            wide,
+        )
 
     def _finish(
         self, axes: list[list[Axis]], x: _Map, maps: list[_Map], write: Box, memory: Memory
@@ -687,10 +801,19 @@ class WinogradNetwork:
                     inside = min(max(neighbour, z.start), z.stop - 1)
                     places.append(6 if zeros and inside != neighbour else inside - first + 2)
                 finite = _label(
-                    features, np.array([p * plane + y0 * row + x0 * channels for p in places]), row,
-                    write.shape[1], write.shape[2], channels, self._end_weight, self._end_bias, self.phases,
-                    labels[done - write.start[0]], logits, _lanes(channels),
-                )  # fmt: skip
+                    features,
+                    np.array([p * plane + y0 * row + x0 * channels for p in places]),
+                    row,
+                    write.shape[1],
+                    write.shape[2],
+                    channels,
+                    self._end_weight,
+                    self._end_bias,
+                    self.phases,
+                    labels[done - write.start[0]],
+                    logits,
+                    _lanes(channels),
+                )
                 if not finite:
                     return None
                 done += 1

@@ -75,9 +75,7 @@ class TorchNetwork:
         """The box's own low-res voxels and the network's halo; its start is where interpolation weights repeat."""
         p, q = self._plan.scale.numerator, self._plan.scale.denominator
         axes = []
-        for a, b, n, endless in zip(
-            write.start, write.stop, self._plan.low_res_shape, self._plan.endless, strict=True
-        ):
+        for a, b, n, endless in zip(write.start, write.stop, self._plan.low_res_shape, self._plan.endless, strict=True):
             start, stop = a // p * q - -(-self._halo // q) * q, -(-b * q // p) + self._halo
             axes.append((start, stop) if endless else (max(start, 0), min(stop, n)))
         return Box(triple([start for start, _ in axes]), triple([stop for _, stop in axes]))
@@ -151,9 +149,14 @@ class Painter:
     """Paints tiles with a generator in eval mode on one device. `threads` blocks are computed at a time on a CPU."""
 
     def __init__(
-        self, generator: Generator, plan: TilePlan, seed: int, device: torch.device, threads: int,
+        self,
+        generator: Generator,
+        plan: TilePlan,
+        seed: int,
+        device: torch.device,
+        threads: int,
         precision: str = "fp32",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.plan, self.seed, self.device = plan, seed, device
         self.network = network_of(generator, plan, device, precision)
         self._channels = generator.inputs.conditions
@@ -177,9 +180,7 @@ class Painter:
         self.seconds: dict[str, float] = dict.fromkeys(("read", "noise", "network", "count", "write"), 0.0)
         """Spent so far, by all threads together, on each part of a tile."""
 
-    def paint(
-        self, tile: Tile, conditions: Conditions, *, seed: int | None = None, more: int = 0
-    ) -> np.ndarray:
+    def paint(self, tile: Tile, conditions: Conditions, *, seed: int | None = None, more: int = 0) -> np.ndarray:
         """uint8 labels (z, y, x) of tile.write, and of `more` voxels (0 or 1) beyond its + sides inside the volume.
 
         `seed` is the painter's own by default.
@@ -266,10 +267,12 @@ class Painter:
             parts = max(1, -(-(length - 1) // self.block_voxels))  # one voxel more makes no block of its own
             edges.append(-(-length // parts // unit) * unit)
         return [
-            Box(triple([a + o for a, o in zip(b.start, box.start, strict=True)]),
-                triple([a + o for a, o in zip(b.stop, box.start, strict=True)]))
+            Box(
+                triple([a + o for a, o in zip(b.start, box.start, strict=True)]),
+                triple([a + o for a, o in zip(b.stop, box.start, strict=True)]),
+            )
             for b in blocks(box.shape, edges)
-        ]  # fmt: skip
+        ]
 
     def _paint(self, blocks: list[Box], held: Held, seed: int) -> list[np.ndarray]:
         if not hasattr(self._own, "memory"):

@@ -73,9 +73,7 @@ class Cost:
         return sum(map(prod, tiles)) * min(self.seeds, 2)
 
 
-def estimate(
-    study: Study, generator: Generator, low_res_shape: tuple[int, int, int], ranks: int
-) -> tuple[Cost, Cost]:
+def estimate(study: Study, generator: Generator, low_res_shape: tuple[int, int, int], ranks: int) -> tuple[Cost, Cost]:
     """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
 
     Paints blocks of random labels for a few seconds to measure this machine's speed with the block size of each.
@@ -84,7 +82,11 @@ def estimate(
     shape = high_res_shape(low_res_shape, study.scale_factor)
     chunk = chunk_edge(shape, study.scale_factor, settings)
     plan = plan_tiles(
-        low_res_shape, study.scale_factor, settings.tiles, halo_of(generator), chunk,
+        low_res_shape,
+        study.scale_factor,
+        settings.tiles,
+        halo_of(generator),
+        chunk,
         settings.boundary or study.training.boundaries,
     )
     threads = settings.threads or study.cluster.cores_per_rank
@@ -206,11 +208,17 @@ def describe(study: Study, cost: Cost, large: Cost, source: str) -> str:
         ("operations", f"{cost.operations_per_voxel * total:.2g} in all, {cost.operations_per_voxel:.3g} per voxel"),
         ("speed of this machine", f"{cost.voxels_per_second:.3g} voxels/s per rank of {cores} (trial)"),
         ("time", f"{cost.hours:.2g} h on {_count(cost.ranks, 'rank')}, {cost.core_hours:.3g} core hours"),
-        (f"for {LARGE_VOXELS}³ voxels", f"{large.core_hours:.3g} core hours: {large.hours:.2g} h on "
-         f"{_count(large.ranks, 'rank')} of {_bytes(large.rank_bytes)} at this speed"),
-        ("", f"{_store(large)}; {_times(large.plan.grid)} tiles of {_LARGE_TILE_VOXELS}³, "
-         f"{large.plan.halo_overhead:.2f} × the low-res volume is read"),
-    ]  # fmt: skip
+        (
+            f"for {LARGE_VOXELS}³ voxels",
+            f"{large.core_hours:.3g} core hours: {large.hours:.2g} h on "
+            f"{_count(large.ranks, 'rank')} of {_bytes(large.rank_bytes)} at this speed",
+        ),
+        (
+            "",
+            f"{_store(large)}; {_times(large.plan.grid)} tiles of {_LARGE_TILE_VOXELS}³, "
+            f"{large.plan.halo_overhead:.2f} × the low-res volume is read",
+        ),
+    ]
     per_rank = cluster.cores_per_rank
     per_node = min(cluster.ranks_per_node, cost.ranks)
     tasks = f"--ntasks {cost.ranks} " * (nodes * per_node != cost.ranks)

@@ -54,9 +54,16 @@ from hpcres.volumes.sizes import compare_sizes, refuse_other_size
 from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
 
 _IDENTITY = (
-    "weights_sha256", "input_sha256", "seed", "ensemble", "scale_factor", "boundary",
-    "tile_voxels", "chunk_voxels", "arithmetic",
-)  # fmt: skip
+    "weights_sha256",
+    "input_sha256",
+    "seed",
+    "ensemble",
+    "scale_factor",
+    "boundary",
+    "tile_voxels",
+    "chunk_voxels",
+    "arithmetic",
+)
 """What decides every byte of a store; a rerun must agree in all of it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 _LINE_SECONDS = 5.0
@@ -112,17 +119,29 @@ def plan_job(checkpoint: Checkpoint, lattice: Sequence[int], settings: Inference
     scale = checkpoint.scale
     shape = [int(n * scale) for n in lattice]
     return plan_tiles(
-        lattice, scale, settings.tiles, halo_of(checkpoint.generator), chunk_edge(shape, scale, settings),
+        lattice,
+        scale,
+        settings.tiles,
+        halo_of(checkpoint.generator),
+        chunk_edge(shape, scale, settings),
         settings.boundary or checkpoint.study.training.boundaries,
-    )  # fmt: skip
+    )
 
 
 def open_job(
-    study: Study | None, *, checkpoint: str | None = None, low_res: str | Sequence[str] | None = None,
-    output: str | None = None, tiles: str | None = None, seed: int | None = None, device: str | None = None,
-    command: str = "", raw: Sequence[RawHeader | None] = (), inference: Mapping[str, Any] | None = None,
+    study: Study | None,
+    *,
+    checkpoint: str | None = None,
+    low_res: str | Sequence[str] | None = None,
+    output: str | None = None,
+    tiles: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    command: str = "",
+    raw: Sequence[RawHeader | None] = (),
+    inference: Mapping[str, Any] | None = None,
     voxel_size: Length | None = None,
-) -> Job:  # fmt: skip
+) -> Job:
     """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree.
 
     `low_res` is a volume of labels, or one of probabilities for each channel; `raw` the headers of those without one;
@@ -158,9 +177,18 @@ def open_job(
     notes = [] if voxel_size else compare_sizes(basis, low_res=conditions.volume)
     size = voxel_size or basis.high_res.voxel_size
     return Job(
-        loaded, conditions, store, plan, chosen, settings, device or basis.device, command, size, tuple(notes),
+        loaded,
+        conditions,
+        store,
+        plan,
+        chosen,
+        settings,
+        device or basis.device,
+        command,
+        size,
+        tuple(notes),
         basis.allow_voxel_size_mismatch,
-    )  # fmt: skip
+    )
 
 
 def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
@@ -276,9 +304,7 @@ def _compare_with_fp32(job: Job, painter: Painter) -> None:
 class _Maker:
     """Makes one shard at a time, and notes it; threads share it."""
 
-    def __init__(
-        self, job: Job, painter: Painter, stores: Sequence[LabelStore], journal: Journal, stop: _Stop
-    ) -> None:
+    def __init__(self, job: Job, painter: Painter, stores: Sequence[LabelStore], journal: Journal, stop: _Stop) -> None:
         self.stores, self.painter = stores, painter
         self._job, self._journal, self._stop = job, journal, stop
         self._tiles = {tile.write: tile for tile in job.plan.tiles}
@@ -446,9 +472,7 @@ class _Stop:
                 raise OSError(first.errno, first.strerror, str(output))
             raise InputError(f"{first}; {state} in {output}; put it back as it was and {self._again}")
         if signals := [number for numbers, _ in told for number in numbers]:
-            raise Stopped(
-                f"infer: stopped by {signal.Signals(signals[0]).name}; {state} in {output}; {self._again}"
-            )
+            raise Stopped(f"infer: stopped by {signal.Signals(signals[0]).name}; {state} in {output}; {self._again}")
 
 
 def choose_device(device: str, ranks: Ranks) -> torch.device:
@@ -465,9 +489,7 @@ def _prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock)
     going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
     if going_on:
         _existing_provenance(job.output)
-        refuse_other_size(
-            str(job.output), LabelStore.open(job.output).volume.edges, job.voxel_size, job.any_voxel_size
-        )
+        refuse_other_size(str(job.output), LabelStore.open(job.output).volume.edges, job.voxel_size, job.any_voxel_size)
         refuse_without_journal(job.output)
     else:
         inputs = [*job.conditions.paths, job.checkpoint.path]
@@ -486,10 +508,17 @@ def _prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock)
         if overwrite and _is_agreement(agreement):
             shutil.rmtree(agreement)
         LabelStore.create(
-            job.output, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
-            voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=job.checkpoint.phases,
-            codec=job.settings.codec, provenance={**identity, **_origin(job)}, overwrite=overwrite,
-        )  # fmt: skip
+            job.output,
+            job.plan.shape,
+            shard=job.plan.tile_voxels,
+            chunk_voxels=job.plan.chunk_voxels,
+            voxel_size=job.voxel_size.length,
+            unit=job.voxel_size.unit,
+            phases=job.checkpoint.phases,
+            codec=job.settings.codec,
+            provenance={**identity, **_origin(job)},
+            overwrite=overwrite,
+        )
     if len(job.seeds) > 1 and not agreement.exists():  # a kill can come between the two stores
         _create_agreement(job, agreement)
     return missing_shards(open_stores(job.output), len(job.seeds))
@@ -497,14 +526,22 @@ def _prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock)
 
 def _create_agreement(job: Job, path: Path) -> None:
     about = {
-        "stage": "infer", "agreement": f"255 times the share of the seeds whose label is that of {job.output.name}, "
-        "rounded", "seeds": job.seeds, "complete": False,
-    }  # fmt: skip
+        "stage": "infer",
+        "agreement": f"255 times the share of the seeds whose label is that of {job.output.name}, rounded",
+        "seeds": job.seeds,
+        "complete": False,
+    }
     AgreementStore.create(
-        path, job.plan.shape, shard=job.plan.tile_voxels, chunk_voxels=job.plan.chunk_voxels,
-        voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=(), codec=job.settings.codec,
+        path,
+        job.plan.shape,
+        shard=job.plan.tile_voxels,
+        chunk_voxels=job.plan.chunk_voxels,
+        voxel_size=job.voxel_size.length,
+        unit=job.voxel_size.unit,
+        phases=(),
+        codec=job.settings.codec,
         provenance=about,
-    )  # fmt: skip
+    )
 
 
 def _is_agreement(path: Path) -> bool:
@@ -538,22 +575,32 @@ def _existing_provenance(output: Path) -> dict[str, Any]:
 def _identity(job: Job, painter: Painter) -> dict[str, Any]:
     """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
     return {
-        "weights_sha256": job.checkpoint.sha256, "input_sha256": job.conditions.digest(), "seed": job.seed,
-        "ensemble": len(job.seeds), "scale_factor": str(job.plan.scale),
+        "weights_sha256": job.checkpoint.sha256,
+        "input_sha256": job.conditions.digest(),
+        "seed": job.seed,
+        "ensemble": len(job.seeds),
+        "scale_factor": str(job.plan.scale),
         "boundary": dict(zip(AXES, job.plan.boundaries, strict=True)),
         "tile_voxels": list(job.plan.tile_voxels),
-        "chunk_voxels": job.plan.chunk_voxels, "arithmetic": painter.arithmetic,
-    }  # fmt: skip
+        "chunk_voxels": job.plan.chunk_voxels,
+        "arithmetic": painter.arithmetic,
+    }
 
 
 def _origin(job: Job) -> dict[str, Any]:
     return {
-        "stage": "infer", "checkpoint": str(Path(job.checkpoint.path).resolve()), **job.conditions.describe(),
-        "step": job.checkpoint.step, "halo_low_res": job.plan.halo_low_res, "codec": job.settings.codec,
+        "stage": "infer",
+        "checkpoint": str(Path(job.checkpoint.path).resolve()),
+        **job.conditions.describe(),
+        "step": job.checkpoint.step,
+        "halo_low_res": job.plan.halo_low_res,
+        "codec": job.settings.codec,
         "precision": job.settings.precision,
-        "tiles": list(job.plan.grid), "versions": {**job.checkpoint.versions, "hpcres": __version__,
-        "torch": str(torch.__version__)}, "command": job.command, "complete": False,
-    }  # fmt: skip
+        "tiles": list(job.plan.grid),
+        "versions": {**job.checkpoint.versions, "hpcres": __version__, "torch": str(torch.__version__)},
+        "command": job.command,
+        "complete": False,
+    }
 
 
 def _opening(job: Job, missing: int, ranks: Ranks, device: torch.device, threads: int) -> str:

@@ -115,17 +115,25 @@ def repair_job(path: Path, command: str = "") -> Job:
         raise InputError(f"{path}: not made by hpcres infer, so there is nothing to paint it from; convert it again")
     headers = provenance["raw"] if isinstance(provenance["raw"], list) else [provenance["raw"]]
     job = open_job(
-        None, checkpoint=provenance["checkpoint"], low_res=provenance["low_res"], output=str(path),
-        seed=provenance["seed"], device="auto", command=command,
+        None,
+        checkpoint=provenance["checkpoint"],
+        low_res=provenance["low_res"],
+        output=str(path),
+        seed=provenance["seed"],
+        device="auto",
+        command=command,
         raw=[RawHeader(**header) if header else None for header in headers],
         inference={
-            "tiles": tuple(provenance["tiles"]), "chunk_voxels": provenance["chunk_voxels"],
-            "boundary": parse_boundary(provenance["boundary"]), "precision": provenance["precision"],
-            "codec": provenance["codec"], "ensemble": provenance["ensemble"],
+            "tiles": tuple(provenance["tiles"]),
+            "chunk_voxels": provenance["chunk_voxels"],
+            "boundary": parse_boundary(provenance["boundary"]),
+            "precision": provenance["precision"],
+            "codec": provenance["codec"],
+            "ensemble": provenance["ensemble"],
             **_output_voxels(provenance),
         },
         voxel_size=LabelStore.open(path).volume.edges.x or Length(1.0, RELATIVE),
-    )  # fmt: skip
+    )
     if job.checkpoint.sha256 != provenance["weights_sha256"]:
         raise InputError(
             f"{job.checkpoint.path}: has other weights ({job.checkpoint.sha256[:12]}…) than painted {path} "
@@ -186,9 +194,13 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
     """
     device = choose_device(job.device, ranks)
     painter = Painter(
-        job.checkpoint.generator, job.plan, job.seed, device, job.settings.threads or ranks.cores,
+        job.checkpoint.generator,
+        job.plan,
+        job.seed,
+        device,
+        job.settings.threads or ranks.cores,
         job.settings.precision,
-    )  # fmt: skip
+    )
     try:
         # Rounding is what is audited, so a CPU may audit what a GPU painted.
         ranks.from_first(lambda: refuse_changed(job, painter, besides=("arithmetic",)))

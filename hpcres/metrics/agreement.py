@@ -137,7 +137,7 @@ def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> _Com
     last = [
         min(n, -(-stop * p // q) + max(1, operator.margin_voxels))
         for n, stop in zip(sharp.shape, box.stop, strict=True)
-    ]  # fmt: skip
+    ]
     window = sharp.read(Box(first, triple(last)))
     around = box.grown(1, 1, Box.whole(coarse.shape))
     own = box.relative_to(around.start)
@@ -181,9 +181,13 @@ def agreement(
     edge = max(q, int(_BLOCK_HIGH_RES / study.scale_factor) // q * q)
     shape = compared_shape(study, low_res.shape)
     tasks = submit(
-        client, _compare, blocks(shape, (edge,) * 3), low_res=Source.of(low_res), volume=Source.of(volume),
+        client,
+        _compare,
+        blocks(shape, (edge,) * 3),
+        low_res=Source.of(low_res),
+        volume=Source.of(volume),
         study_json=study.as_json(),
-    )  # fmt: skip
+    )
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
     found = client.gather(tasks)
     confusion, box_confusion = sum(one.confusion for one in found), sum(one.box_confusion for one in found)

@@ -74,7 +74,7 @@ def _statistics_of(box: Box, source: Source, high_res: HighRes) -> dict[str, Sli
 
 def appearance(
     volume: Volume, high_res: HighRes, images: Mapping[str, SliceStatistics], *, client: Client, progress: bool = True
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The `appearance` of a volume of labels 0, 1, 2, … in the order of the phases; `images` by plane."""
     every = blocks(volume.shape, (_EDGE,) * 3)
     count = min(_CUBES, len(every))

@@ -162,11 +162,13 @@ class _Run:
             volume, images = run.metrics["volume"], run.metrics.get("images") or {}
             provenance = volume["provenance"]
             return {
-                "low-res volume": provenance["input_sha256"], "scale factor": provenance["scale_factor"],
-                "shape": volume["shape"], "voxel size": (volume["voxel_size"], volume["voxel_unit"]),
+                "low-res volume": provenance["input_sha256"],
+                "scale factor": provenance["scale_factor"],
+                "shape": volume["shape"],
+                "voxel size": (volume["voxel_size"], volume["voxel_unit"]),
                 "phases": list(volume["volume_fraction"]),
                 "images": (images.get("pixels"), images.get("volume_fraction")),
-            }  # fmt: skip
+            }
 
         ours, theirs = inputs(self), inputs(other)
         for name, value in ours.items():
@@ -242,8 +244,11 @@ def confidence_text(found: Sequence[Interval], level: float) -> str:
         if one.mean is not None and one.low is not None and one.high is not None:
             half = max(one.high - one.mean, one.mean - one.low)
             digits = _digits(half)
-            text = [f"{one.mean:.{digits}f}", f"{one.low:.{digits}f} … {one.high:.{digits}f}",
-                    f"{half / one.mean:.1%}" if one.mean else "–"]  # fmt: skip
+            text = [
+                f"{one.mean:.{digits}f}",
+                f"{one.low:.{digits}f} … {one.high:.{digits}f}",
+                f"{half / one.mean:.1%}" if one.mean else "–",
+            ]
         digits = _digits(max(one.values) - min(one.values))
         runs = "  ".join(f"{value:.{digits}f}" for value in one.values)
         name = f"{one.metric} {pair_name(one.of)}".strip()

@@ -42,16 +42,7 @@ from hpcres.compiled import compiled
 from hpcres.counting import counts
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
-from hpcres.metrics.schedule import (
-    Source,
-    block_shape,
-    block_voxels,
-    finished,
-    follow,
-    shown,
-    submit,
-    threads_of,
-)  # fmt: skip
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, finished, follow, shown, submit, threads_of
 from hpcres.signals import half_made
 from hpcres.volumes.files import atomic_write
 from hpcres.volumes.formats import map_npy, read_npz
@@ -79,9 +70,7 @@ class Paths:
     unreachable: int
 
     def __add__(self, other: Paths) -> Paths:
-        return Paths(
-            self.voxels + other.voxels, self.total + other.total, self.unreachable + other.unreachable
-        )  # fmt: skip
+        return Paths(self.voxels + other.voxels, self.total + other.total, self.unreachable + other.unreachable)
 
 
 @dataclass(frozen=True)
@@ -223,9 +212,14 @@ def _onward(steps: Sequence[Triple], weights: Sequence[int]) -> np.ndarray:
 
 
 def sweep(
-    label: np.ndarray, distance: np.ndarray, halo_label: np.ndarray, halo_distance: np.ndarray, seeds: np.ndarray,
-    steps: Sequence[Triple], weights: Sequence[int],
-) -> None:  # fmt: skip
+    label: np.ndarray,
+    distance: np.ndarray,
+    halo_label: np.ndarray,
+    halo_distance: np.ndarray,
+    seeds: np.ndarray,
+    steps: Sequence[Triple],
+    weights: Sequence[int],
+) -> None:
     """Shorten `distance` (uint32) inside a block until no step from within it or its halo does.
 
     All arrays have a margin of one voxel: label is 255 there, the halo's hold what is known of it (and nothing
@@ -313,8 +307,9 @@ def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:
         own = index == phase
         parts = {}
         for name, distance, place, present in (
-            ("inlet", high, 0, box.start[axis] == 0), ("outlet", low, -1, box.stop[axis] == job.shape[axis]),
-        ):  # fmt: skip
+            ("inlet", high, 0, box.start[axis] == 0),
+            ("outlet", low, -1, box.stop[axis] == job.shape[axis]),
+        ):
             if present:
                 plane: np.ndarray = np.take(distance, place, axis)
                 plane = plane[np.take(own, place, axis)]
@@ -375,10 +370,16 @@ def _remove(folder: str) -> None:
 
 
 def geodesic(
-    volume: Volume, *, client: Client, labels: Sequence[int], neighbours: int = 26,
-    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0), block: Triple | None = None, scratch: Path | None = None,
+    volume: Volume,
+    *,
+    client: Client,
+    labels: Sequence[int],
+    neighbours: int = 26,
+    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    block: Triple | None = None,
+    scratch: Path | None = None,
     progress: bool = True,
-) -> dict[str, list[dict[str, Paths]]]:  # fmt: skip
+) -> dict[str, list[dict[str, Paths]]]:
     """{axis: per phase {inlet, outlet, whole}}, the same for any `block`; `lengths` are the voxel edges.
 
     scratch: an existing folder for the distances, seen by all workers (the system's temporary one by default).
@@ -413,9 +414,12 @@ def geodesic(
 
 
 def described(
-    found: Mapping[str, Sequence[Mapping[str, Paths]]], names: Sequence[str], shape: Sequence[int],
-    lengths: Sequence[float], neighbours: int,
-) -> dict[str, Any]:  # fmt: skip
+    found: Mapping[str, Sequence[Mapping[str, Paths]]],
+    names: Sequence[str],
+    shape: Sequence[int],
+    lengths: Sequence[float],
+    neighbours: int,
+) -> dict[str, Any]:
     """As metrics.json has it."""
     result: dict[str, Any] = {"neighbours": neighbours}
     for axis, (key, phases) in enumerate(found.items()):
@@ -424,10 +428,11 @@ def described(
             name: {
                 form: {
                     "tau": paths.total / paths.voxels / thickness if paths.voxels and thickness else None,
-                    "voxels": paths.voxels, "unreachable": paths.unreachable,
+                    "voxels": paths.voxels,
+                    "unreachable": paths.unreachable,
                 }
                 for form, paths in forms.items()
             }
             for name, forms in zip(names, phases, strict=True)
-        }  # fmt: skip
+        }
     return result

@@ -126,9 +126,14 @@ def _add_parts(parts: Sequence[Part]) -> Part:
 
 
 def count_volume(
-    volume: Volume, *, client: Client, labels: Sequence[int] | None = None, periodic: Periodic = OPEN,
-    block: Triple | None = None, progress: bool = True,
-) -> Counts:  # fmt: skip
+    volume: Volume,
+    *,
+    client: Client,
+    labels: Sequence[int] | None = None,
+    periodic: Periodic = OPEN,
+    block: Triple | None = None,
+    progress: bool = True,
+) -> Counts:
     """All counts of a volume, read once block by block and added up in a tree; the same for any `block`.
 
     Along a `periodic` axis (z, y, x) the faces and edges between the last plane and the first count too.
@@ -138,9 +143,14 @@ def count_volume(
     boxes = blocks(volume.shape, block or block_shape(volume.shape, volume.chunks, limit))
     known = None if labels is None else tuple(labels)
     leaves = submit_with_neighbours(
-        client, _count_inner, _count_rim, boxes, following(boxes, volume.shape, periodic),
-        {"source": Source.of(volume), "labels": known}, {"path": volume.path, "labels": known},
-    )  # fmt: skip
+        client,
+        _count_inner,
+        _count_rim,
+        boxes,
+        following(boxes, volume.shape, periodic),
+        {"source": Source.of(volume), "labels": known},
+        {"path": volume.path, "labels": known},
+    )
     level = leaves
     while len(level) > 1:
         groups = [level[i : i + _FAN_IN] for i in range(0, len(level), _FAN_IN)]
@@ -156,10 +166,20 @@ def count_volume(
 
 
 def measure(
-    volume: Volume, *, client: Client, phases: Sequence[str] | None = None, voxel_size: VoxelEdges | None = None,
-    settings: SubVolumes | None = None, seed: int = 0, within: Sequence[int] | None = None, periodic: Periodic = OPEN,
-    block: Triple | None = None, statistics: Metrics | None = None, scratch: Path | None = None, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    volume: Volume,
+    *,
+    client: Client,
+    phases: Sequence[str] | None = None,
+    voxel_size: VoxelEdges | None = None,
+    settings: SubVolumes | None = None,
+    seed: int = 0,
+    within: Sequence[int] | None = None,
+    periodic: Periodic = OPEN,
+    block: Triple | None = None,
+    statistics: Metrics | None = None,
+    scratch: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Everything metrics.json says of one volume (its `volume` entry).
 
     phases: names of labels 0, 1, 2, … (default: what the file knows, else the labels as they are found).
@@ -183,9 +203,15 @@ def measure(
     }
     if settings is not None and settings.count:
         spread = subvolumes(
-            volume, client=client, labels=tuple(named.phases), settings=settings, seed=seed, within=within,
-            lengths=named.lengths, progress=progress,
-        )  # fmt: skip
+            volume,
+            client=client,
+            labels=tuple(named.phases),
+            settings=settings,
+            seed=seed,
+            within=within,
+            lengths=named.lengths,
+            progress=progress,
+        )
         result["subvolumes"] = _named_distributions(spread, named)
     if statistics is not None:
         result["statistics"] = measure_statistics(
@@ -198,9 +224,11 @@ def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
     if spread.skipped:
         return {"skipped": spread.skipped}
     result: dict[str, Any] = {
-        "voxels": spread.edge, "count": len(spread.starts), "seed": spread.seed,
+        "voxels": spread.edge,
+        "count": len(spread.starts),
+        "seed": spread.seed,
         "starts": [list(s) for s in spread.starts],
-    }  # fmt: skip
+    }
     result |= named.values({m: {k: summary(v) for k, v in keys.items()} for m, keys in spread.values.items()})
     if spread.transport:
         result["transport"] = {
@@ -240,9 +268,18 @@ def measure_study(
 
     def measured(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         return measure(
-            one, client=client, phases=study.phases, voxel_size=size, settings=settings, seed=study.seed,
-            within=within, periodic=periodic, statistics=study.metrics, scratch=study.folder, progress=progress,
-        )  # fmt: skip
+            one,
+            client=client,
+            phases=study.phases,
+            voxel_size=size,
+            settings=settings,
+            seed=study.seed,
+            within=within,
+            periodic=periodic,
+            statistics=study.metrics,
+            scratch=study.folder,
+            progress=progress,
+        )
 
     from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without
 
@@ -264,9 +301,7 @@ def measure_study(
         "images": (
             {**measure_images(study.high_res), "planes": appearance_of_images(study.high_res)} if images else None
         ),
-        "low_res": (
-            None if low_res is None else agreement(study, low_res, volume, client=client, progress=progress)
-        ),
+        "low_res": (None if low_res is None else agreement(study, low_res, volume, client=client, progress=progress)),
         "published": [p.model_dump(mode="json") for p in study.reference.published],
         **({"notes": notes} if notes else {}),
     }

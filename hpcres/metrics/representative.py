@@ -97,10 +97,12 @@ def fitted(voxels: Sequence[int], values: Sequence[np.ndarray], whole: int) -> F
     reach = np.log(whole) - middle
     log_error, half = (level + slope * reach) / 2, np.hypot(level_error, slope_error * reach) / 2
     return Fit(
-        float(-slope), float(slope_error), float(np.exp(log_error)),
+        float(-slope),
+        float(slope_error),
+        float(np.exp(log_error)),
         (float(np.exp(log_error - half)), float(np.exp(log_error + half))),
         float(np.sqrt(variance[-1] * size[-1] / whole)),
-    )  # fmt: skip
+    )
 
 
 def _count_cell(item: tuple[int, Triple], source: Source, labels: tuple[int, ...]) -> Counts:
@@ -111,9 +113,15 @@ def _count_cell(item: tuple[int, Triple], source: Source, labels: tuple[int, ...
 
 
 def representative(
-    volume: Volume, *, client: Client, labels: Sequence[int], settings: Representative, seed: int,
-    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0), progress: bool = True,
-) -> Curve:  # fmt: skip
+    volume: Volume,
+    *,
+    client: Client,
+    labels: Sequence[int],
+    settings: Representative,
+    seed: int,
+    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    progress: bool = True,
+) -> Curve:
     """The metrics of cubes of every edge of which at least LEAST_CUBES fit side by side; `lengths` as in counts."""
     edges = tuple(e for e in sorted(set(settings.edges)) if prod(n // e for n in volume.shape) >= LEAST_CUBES)
     items = [(edge, start) for edge in edges for start in cells(seed, volume.shape, edge, settings.count)]

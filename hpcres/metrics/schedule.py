@@ -94,11 +94,14 @@ def local_client(threads: int | None = None) -> Iterator[Client]:
         dask.config.set({"distributed.scheduler.worker-ttl": None}),
         # Threads share the address space, so results and open files are never copied between processes.
         LocalCluster(
-            n_workers=1, threads_per_worker=threads or cores(), processes=False, dashboard_address=":0",
+            n_workers=1,
+            threads_per_worker=threads or cores(),
+            processes=False,
+            dashboard_address=":0",
             memory_limit=None,
         ) as cluster,
         Client(cluster) as client,
-    ):  # fmt: skip
+    ):
         yield client
 
 
@@ -277,9 +280,14 @@ def submit(client: Client, task: Callable[..., Any], *columns: Sequence[Any], **
 
 
 def submit_with_neighbours(
-    client: Client, first: Callable[..., Any], then: Callable[..., Any], items: Sequence[Any],
-    neighbours: Sequence[Mapping[Any, int]], first_fixed: Mapping[str, Any], then_fixed: Mapping[str, Any],
-) -> list[Future]:  # fmt: skip
+    client: Client,
+    first: Callable[..., Any],
+    then: Callable[..., Any],
+    items: Sequence[Any],
+    neighbours: Sequence[Mapping[Any, int]],
+    first_fixed: Mapping[str, Any],
+    then_fixed: Mapping[str, Any],
+) -> list[Future]:
     """One `then(own, {key: neighbour})` per item over results of `first(item)`, `neighbours` giving positions.
 
     A result of `first` is dropped as soon as the last that needs it is done, so few are held at any time.
@@ -301,9 +309,14 @@ def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[in
     every few seconds."""
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn(),
-        console=console, disable=not (progress and console.is_terminal), transient=True,
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[words]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (progress and console.is_terminal),
+        transient=True,
+    )
     said = time.monotonic()
     with bar:
         job = bar.add_task(what, total=total, words="")

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
-def radial_magnitude(
-    labels: np.ndarray, phases: int, spacing: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray]:
+def radial_magnitude(labels: np.ndarray, phases: int, spacing: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies (cycles per unit of `spacing`) and ring means of ln(1 + |F|) of one slice of labels below `phases`.
 
     The mean of the slice (frequency 0) is left out.
@@ -61,9 +59,15 @@ def _slice(
 
 
 def spectrum(
-    volume: Volume, *, client: Client, labels: Sequence[int], lengths: tuple[float, float, float], slices: int,
-    edge: int, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    volume: Volume,
+    *,
+    client: Client,
+    labels: Sequence[int],
+    lengths: tuple[float, float, float],
+    slices: int,
+    edge: int,
+    progress: bool = True,
+) -> dict[str, Any]:
     """The middle `edge` × `edge` voxels of at most `slices` evenly spaced slices normal to each axis; `lengths` are
     the voxel edges."""
     items, result = [], {}

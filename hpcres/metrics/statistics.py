@@ -105,9 +105,16 @@ def _block(item: tuple[int, Box], source: Source, labels: tuple[int, ...], lags:
         heads = [np.ascontiguousarray(of[:, :, : 0 if low else lags]) for of, (low, _) in zip(rows, outer, strict=True)]
         tails = [tail_of(None, of, 0 if high else lags) for of, (_, high) in zip(rows, outer, strict=True)]
     return _Leaf(
-        box, place, in_planes(block, planes, turned, phases), pairs, heads, tails, inside, ends,
+        box,
+        place,
+        in_planes(block, planes, turned, phases),
+        pairs,
+        heads,
+        tails,
+        inside,
+        ends,
         clusters_of(runs, planes, block.shape, phases, place, outer) if clusters else None,
-    )  # fmt: skip
+    )
 
 
 def _seam(before: _Seam | None, leaf: _Leaf, axis: int, axis_length: int, lags: int) -> _Seam:
@@ -142,9 +149,15 @@ def _closed(seam: _Seam) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.n
 
 
 def statistics(
-    volume: Volume, *, client: Client, labels: Sequence[int], which: Collection[str], lags: int = 0,
-    block: Triple | None = None, progress: bool = True,
-) -> Statistics:  # fmt: skip
+    volume: Volume,
+    *,
+    client: Client,
+    labels: Sequence[int],
+    which: Collection[str],
+    lags: int = 0,
+    block: Triple | None = None,
+    progress: bool = True,
+) -> Statistics:
     """`which` of correlations (up to `lags` voxels), chords and connectivity; the same for any `block`."""
     lags = lags if "correlations" in which else 0
     if not {"correlations", "chords", "connectivity"} & set(which):
@@ -198,9 +211,16 @@ def statistics(
 
 
 def measure_statistics(
-    volume: Volume, named: Named, settings: Metrics, *, client: Client, seed: int = 0, block: Triple | None = None,
-    scratch: Path | None = None, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    volume: Volume,
+    named: Named,
+    settings: Metrics,
+    *,
+    client: Client,
+    seed: int = 0,
+    block: Triple | None = None,
+    scratch: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
     """The `statistics` of metrics.json that the settings ask for; scratch: a folder that all workers see."""
     which, labels = settings.statistics, tuple(named.phases)
     found = statistics(
@@ -259,13 +279,11 @@ def described(found: Statistics, named: Named) -> dict[str, Any]:
         means = np.array([[_mean(of) or 1.0 for of in axis] for axis in found.whole])
         result["chords"] = {
             axis: {
-                name: _chords(
-                    found.whole[a][i], found.cut[a][i], named.lengths[a], np.delete(means[:, i], a).prod()
-                )
+                name: _chords(found.whole[a][i], found.cut[a][i], named.lengths[a], np.delete(means[:, i], a).prod())
                 for i, name in enumerate(names)
             }
             for a, axis in enumerate(AXES)
-        }  # fmt: skip
+        }
     if found.connected is not None:
         result["connectivity"] = {
             name: {

@@ -63,9 +63,16 @@ def _cube(start: Triple, source: Source, edge: int) -> np.ndarray:
 
 
 def subvolumes(
-    volume: Volume, *, client: Client, labels: Sequence[int], settings: SubVolumes, seed: int,
-    within: Sequence[int] | None = None, lengths: tuple[float, float, float] = (1.0, 1.0, 1.0), progress: bool = True,
-) -> Distributions:  # fmt: skip
+    volume: Volume,
+    *,
+    client: Client,
+    labels: Sequence[int],
+    settings: SubVolumes,
+    seed: int,
+    within: Sequence[int] | None = None,
+    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    progress: bool = True,
+) -> Distributions:
     """Metrics of random cubes of a volume; `lengths` are the voxel edges z, y, x, `within` a shape to stay inside."""
     shape, edge = tuple(within or volume.shape), settings.voxels
     if min(shape) < edge:

@@ -9,9 +9,7 @@ from typing import Any
 
 from hpcres.lengths import short_unit as short_length
 
-_SHORT_UNITS = {
-    "1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel": "1/voxel", "1/voxel^2": "1/voxel²",
-}  # fmt: skip
+_SHORT_UNITS = {"1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel": "1/voxel", "1/voxel^2": "1/voxel²"}
 
 
 @dataclass(frozen=True)
@@ -69,20 +67,28 @@ def metric_rows(result: Mapping[str, Any]) -> list[Row]:
         reference, images = (_at(other, path) for other in others)
         rows.append(
             Row(
-                metric, pair_name(key), unit, _at(volume, path), reference, images,
+                metric,
+                pair_name(key),
+                unit,
+                _at(volume, path),
+                reference,
+                images,
                 _at(volume.get("subvolumes"), cubes) if cubes else None,
                 _at((result.get("reference") or {}).get("subvolumes"), cubes) if cubes else None,
                 tuple(p for p in published if p["metric"] == _PUBLISHED.get(metric) and _same(p["of"], key)),
                 error,
             )
-        )  # fmt: skip
+        )
     return rows
 
 
 _PUBLISHED = {
-    "volume fraction": "volume_fraction", "specific surface, faces": "specific_surface_area",
-    "interphase area": "interphase_area", "TPB density": "tpb_density", "TPB, normalised": "normalised_tpb",
-}  # fmt: skip
+    "volume fraction": "volume_fraction",
+    "specific surface, faces": "specific_surface_area",
+    "interphase area": "interphase_area",
+    "TPB density": "tpb_density",
+    "TPB, normalised": "normalised_tpb",
+}
 
 
 def _paths(volume: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...] | None, str]]:
@@ -126,9 +132,10 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         columns.append(["± standard error", *("" if row.error is None else f"{row.error:.2g}" for row in rows)])
     columns.append(["unit", *(row.unit for row in rows)])
     for title, values in (
-        ("reference", [row.reference for row in rows]), ("difference", [row.difference for row in rows]),
+        ("reference", [row.reference for row in rows]),
+        ("difference", [row.difference for row in rows]),
         ("training images", [row.images for row in rows]),
-    ):  # fmt: skip
+    ):
         if any(v is not None for v in values):
             sign = "+" if title == "difference" else ""
             columns.append([title, *("" if v is None else f"{v:{sign}.6f}" for v in values)])
@@ -184,9 +191,13 @@ def _share(value: float | None) -> str:
 
 
 _APPEARANCE = {
-    "fraction_error": "fractions", "area_error": "areas", "tpb_error": "TPB", "correlation_error": "correlations",
-    "tv1": "tv1", "tv4": "tv4",
-}  # fmt: skip
+    "fraction_error": "fractions",
+    "area_error": "areas",
+    "tpb_error": "TPB",
+    "correlation_error": "correlations",
+    "tv1": "tv1",
+    "tv4": "tv4",
+}
 
 
 def _appearance_lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -218,10 +229,14 @@ def _statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         for phase in geodesic["z"]:
             means = ", ".join(
-                f"{axis} " + ("no path" if geodesic[axis][phase]["inlet"]["tau"] is None
-                              else f"{geodesic[axis][phase]['inlet']['tau']:.4f}")
+                f"{axis} "
+                + (
+                    "no path"
+                    if geodesic[axis][phase]["inlet"]["tau"] is None
+                    else f"{geodesic[axis][phase]['inlet']['tau']:.4f}"
+                )
                 for axis in "zyx"
-            )  # fmt: skip
+            )
             yield f"{phase}: mean geodesic tortuosity from the inlet ({geodesic['neighbours']} neighbours) {means}"
 
 

@@ -88,9 +88,16 @@ class SuperResGenerator(Generator):
     """
 
     def __init__(
-        self, low_res_channels: int, phases: int, scale: Fraction, width: int = 8, residual_blocks: int = 1,
-        padding: Padding = "replicate", last_stage: str = "resize", noise_sigma_voxels: Sequence[float] = (0.0,),
-    ) -> None:  # fmt: skip
+        self,
+        low_res_channels: int,
+        phases: int,
+        scale: Fraction,
+        width: int = 8,
+        residual_blocks: int = 1,
+        padding: Padding = "replicate",
+        last_stage: str = "resize",
+        noise_sigma_voxels: Sequence[float] = (0.0,),
+    ) -> None:
         super().__init__()
         if not 1 <= scale <= 32:
             raise ValueError(f"scale factor {scale}: this network reaches 1 to 32")
@@ -102,10 +109,16 @@ class SuperResGenerator(Generator):
             )
         self.scale = scale
         self.config: dict[str, Any] = {
-            "family": "superres", "low_res_channels": low_res_channels, "phases": phases, "scale": str(scale),
-            "width": width, "residual_blocks": residual_blocks, "padding": padding, "last_stage": last_stage,
+            "family": "superres",
+            "low_res_channels": low_res_channels,
+            "phases": phases,
+            "scale": str(scale),
+            "width": width,
+            "residual_blocks": residual_blocks,
+            "padding": padding,
+            "last_stage": last_stage,
             "noise_sigma_voxels": list(noise_sigma_voxels),
-        }  # fmt: skip
+        }
         channels = 2 ** (width + doublings - 1)
         given = low_res_channels + len(noise_sigma_voxels)
         self.conv_first = nn.Conv3d(given, channels, 3, padding=1, padding_mode=padding)
@@ -199,18 +212,25 @@ class SuperResGenerator(Generator):
             assert isinstance(layer, nn.Conv3d | nn.ConvTranspose3d), layer
             transposed = kind == "transposed"
             return Stage(
-                name, kind, layer.in_channels, layer.out_channels, layer.kernel_size[0], scale=scale,
-                padding="zeros" if transposed else padding, **more,
-            )  # fmt: skip
+                name,
+                kind,
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size[0],
+                scale=scale,
+                padding="zeros" if transposed else padding,
+                **more,
+            )
 
         yield stage("first", self.conv_first), self.conv_first, self.norm_first
         for index, block in enumerate(self.blocks):
             assert isinstance(block, ResidualBlock), block
             yield stage(f"block {index} in", block.conv_in), block.conv_in, block.norm_in
             joined = replace(
-                stage(f"block {index} out", block.conv_out), add_before=2 * index,
+                stage(f"block {index} out", block.conv_out),
+                add_before=2 * index,
                 add_after=0 if index == len(self.blocks) - 1 else None,
-            )  # fmt: skip
+            )
             yield joined, block.conv_out, block.norm_out
         for index, (convolution, norm) in enumerate(self.resizes):
             yield stage(f"resize {index}", convolution, "resized", Fraction(2)), convolution, norm
@@ -237,8 +257,14 @@ def of_study(study: Any) -> SuperResGenerator:
     """The untrained generator that a study asks for."""
     net = study.network
     return SuperResGenerator(
-        len(study.low_res.groups), len(study.phases), study.scale_factor, net.width, net.residual_blocks, net.padding,
-        net.last_stage, net.noise_sigma_voxels,
+        len(study.low_res.groups),
+        len(study.phases),
+        study.scale_factor,
+        net.width,
+        net.residual_blocks,
+        net.padding,
+        net.last_stage,
+        net.noise_sigma_voxels,
     )
 
 

@@ -60,9 +60,11 @@ def verdict(metrics: Mapping[str, Any] | None, study: Study) -> str:
             good, fair = _LIMITS[limit]
             grade = "good" if abs(error) <= good else "fair" if abs(error) <= fair else "poor"
             # The truth is the same place and its difference exact; the images are another, and chance has its share.
-            chance = "" if truth or row.error is None else (
-                f" ± {100 * row.error:.2f}" if in_points else f" ± {100 * row.error / (row.images or 1):.1f}"
-            )  # fmt: skip
+            chance = (
+                ""
+                if truth or row.error is None
+                else (f" ± {100 * row.error:.2f}" if in_points else f" ± {100 * row.error / (row.images or 1):.1f}")
+            )
             text = f"{100 * error:+.2f}{chance} points" if in_points else f"{100 * error:+.1f}{chance} %"
             of = f"{row.of}, " if row.of else ""
             cards.append(page.card(title, text, f"{'worst: ' if row.of else ''}{of}against the {against}", grade))
@@ -72,10 +74,14 @@ def verdict(metrics: Mapping[str, Any] | None, study: Study) -> str:
         "Green: fractions within 1 point, areas 7 %, TPB 10 %, agreement 98 %; amber: 2 points, 15 %, 20 %, 95 %. "
         "Interphase areas count where they are at least 1 % of the largest."
     )
-    note = limits if truth else (
-        f"{limits} There is no ground truth in this study: the training images are 2D and of another place, so they "
-        "differ from the volume by chance too."
-    )  # fmt: skip
+    note = (
+        limits
+        if truth
+        else (
+            f"{limits} There is no ground truth in this study: the training images are 2D and of another place, so "
+            "they differ from the volume by chance too."
+        )
+    )
     return f'<section class="cards">{"".join(cards)}</section><p class="note">{note}</p>'
 
 
@@ -95,9 +101,12 @@ def metrics_sections(metrics: Mapping[str, Any] | None, command: str) -> list[st
     if metrics is None:
         return [page.missing("Metrics", "metrics.json", command)]
     return [
-        _metric_table(metrics), _low_res_table(metrics.get("low_res")), _appearance(metrics), _distributions(metrics),
+        _metric_table(metrics),
+        _low_res_table(metrics.get("low_res")),
+        _appearance(metrics),
+        _distributions(metrics),
         statistics_section(metrics),
-    ]  # fmt: skip
+    ]
 
 
 def _metric_table(metrics: Mapping[str, Any]) -> str:
@@ -439,8 +448,10 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
     solver = transport["solver"]
     guesses = {one["estimate"]["unreliability"] for one in results if one["state"] == "estimate"}
     guessed = "".join(f" Blocks: {text}." for text in guesses if text not in solver["method"])
-    crop = "" if "crop" in differ or not transport["volume"]["crop"] else (
-        f" Only {_setting({'settings': transport['volume']}, 'crop')} of the volume."
+    crop = (
+        ""
+        if "crop" in differ or not transport["volume"]["crop"]
+        else (f" Only {_setting({'settings': transport['volume']}, 'crop')} of the volume.")
     )
     return (
         f"{page.table(heads, lines)}<p class='note'>D_rel = D_eff / D_0; tau = volume fraction / D_rel. What follows − "

@@ -37,9 +37,12 @@ class View:
 
 
 def slices_section(
-    views: Sequence[View], legend: Mapping[str, np.ndarray], voxel: Spacing, unit: str,
+    views: Sequence[View],
+    legend: Mapping[str, np.ndarray],
+    voxel: Spacing,
+    unit: str,
     crop: tuple[str, str, int] | None,
-) -> str:  # fmt: skip
+) -> str:
     """A grid of images: a row per plane, a column per volume, all of the same physical region; then the crop,
     as picture, caption and columns. voxel: edges z, y, x in `unit`."""
     main = next(s for s in views if s.step == 1)

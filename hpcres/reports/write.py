@@ -196,9 +196,7 @@ def _float(text: str | None) -> float:
 
 
 def _provenance(facts: Mapping[str, str]) -> str:
-    lines = "".join(
-        f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items() if value
-    )
+    lines = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items() if value)
     return f"<section><h2>Provenance</h2><div class='wide'><table class='facts'>{lines}</table></div></section>"
 
 

@@ -34,8 +34,10 @@ def schema_of(file: Literal["study", "metrics", "transport"] | str) -> dict[str,
         return content
     content = Study.model_json_schema()
     content["properties"] |= {
-        "base": {"description": "Studies whose content this one changes.", "anyOf": [
-            {"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
-    }  # fmt: skip
+        "base": {
+            "description": "Studies whose content this one changes.",
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        }
+    }
     content.pop("required", None)  # a base may say it
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "hpcres study 1", **content}

@@ -179,9 +179,13 @@ class Models:
         return Outcome(losses, bool(losses.isfinite().all()), probabilities.detach(), labels)
 
     def update_critics(
-        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor],
-        pairs: Sequence[Tensor] | None = None, shares: Sequence[float] = (1.0, 1.0),
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        real: Sequence[Tensor],
+        fake: Sequence[Tensor],
+        mix: Sequence[Tensor],
+        pairs: Sequence[Tensor] | None = None,
+        shares: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:
         """One step of the critics' optimizer. Arguments and returned values, which are those before the step, are those
         of Critics.forward."""
         self.critic_optimizer.zero_grad()
@@ -256,9 +260,7 @@ class Models:
         return _loss_at(self.running_means[kind], lambda means: pattern_loss(means, wanted), shares)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.group.device.type, torch.bfloat16, enabled=self.study.training.precision == "bf16"
-        )
+        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.study.training.precision == "bf16")
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
         """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones; then, with
@@ -284,18 +286,22 @@ class Models:
         values = self.group.mean(
             torch.stack(
                 [
-                    *outcome.losses, (seen == labels).float().mean() / known,
+                    *outcome.losses,
+                    (seen == labels).float().mean() / known,
                     *((self._inner(painted) == phase).float().mean() for phase in range(phases)),
                 ]
             )
-        ).tolist()  # fmt: skip
+        ).tolist()
         wasserstein, penalty, generator_loss, voxel, agreement, *fractions = values
         return {
-            "critic_loss": settings.gradient_penalty * penalty - wasserstein, "wasserstein": wasserstein,
-            "gradient_penalty": penalty, "generator_loss": generator_loss, "voxel_loss": voxel,
+            "critic_loss": settings.gradient_penalty * penalty - wasserstein,
+            "wasserstein": wasserstein,
+            "gradient_penalty": penalty,
+            "generator_loss": generator_loss,
+            "voxel_loss": voxel,
             "low_res_agreement": agreement,
             **{f"fraction_{name}": share for name, share in zip(self.study.phases, fractions, strict=True)},
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def recalibrated(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
@@ -319,12 +325,15 @@ class Models:
     def state(self) -> dict[str, Any]:
         """All that `restore` needs."""
         return {
-            "generator": self.generator.state_dict(), "critics": self.critics.state_dict(), "average": self.average,
+            "generator": self.generator.state_dict(),
+            "critics": self.critics.state_dict(),
+            "average": self.average,
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
-            "running_means": self.running_means, "pattern_share": self.pattern_share,
+            "running_means": self.running_means,
+            "pattern_share": self.pattern_share,
             "mean_voxel_loss": self.mean_voxel_loss,
-        }  # fmt: skip
+        }
 
     def begin_from(self, path: str) -> None:
         """Take over the weights of another training; layers of another number of phases stay as they are, new.
@@ -358,9 +367,12 @@ class Models:
         if self.average is not None:
             self.average = [w.detach().clone() for w in self.generator.parameters()]
         self.init_from = {
-            "path": os.path.abspath(path), "sha256": other.sha256, "step": other.step,
-            "phases": list(other.phases), "made_anew": anew,
-        }  # fmt: skip
+            "path": os.path.abspath(path),
+            "sha256": other.sha256,
+            "step": other.step,
+            "phases": list(other.phases),
+            "made_anew": anew,
+        }
 
     def restore(self, before: Checkpoint) -> None:
         state = before.training_state

@@ -28,9 +28,15 @@ from hpcres.training.visible import Correction
 from hpcres.volumes.images import images_by_plane
 
 GOOD = {
-    "fraction_error": 0.01, "area_error": 0.07, "tpb_error": 0.15, "correlation_error": 0.01, "disagreement": 0.005,
-    "tv1": 0.03, "tv4": 0.06, "lattice_imprint": 0.1,
-}  # fmt: skip
+    "fraction_error": 0.01,
+    "area_error": 0.07,
+    "tpb_error": 0.15,
+    "correlation_error": 0.01,
+    "disagreement": 0.005,
+    "tv1": 0.03,
+    "tv4": 0.06,
+    "lattice_imprint": 0.1,
+}
 """The error of each kind that adds 1 to the sum whose mean is the score."""
 _JUDGED = 2**31 + 1
 """Kind of draw for the cubes that are judged (samples.LowResCubes.draw)."""
@@ -113,7 +119,4 @@ class _Blocks:
     def errors(self) -> dict[str, float]:
         known, block = max(1, self._known), self._operator.scale.numerator**3
         off = np.abs(self._found / block - self._given) / known
-        return {
-            "box_disagreement": 1 - self._right / known,
-            "visible_fraction_error": float(off.max()),
-        }
+        return {"box_disagreement": 1 - self._right / known, "visible_fraction_error": float(off.max())}

@@ -69,9 +69,13 @@ class Journal:
     """
 
     def __init__(
-        self, run: RunFolder | None, columns: list[str], quality: list[str], resume_step: int,
+        self,
+        run: RunFolder | None,
+        columns: list[str],
+        quality: list[str],
+        resume_step: int,
         shown: Sequence[Shown] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._run = run
         self._reported = [one for one in shown if one.column in columns]
         self._found = [one for one in shown if one.column in quality]

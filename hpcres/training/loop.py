@@ -122,9 +122,15 @@ class _Run:
     """A run whose networks are built, or restored from `before`; it writes its own files."""
 
     def __init__(
-        self, trainer: Trainer, group: Processes, folder: RunFolder, threads: Threads, journal: Journal,
-        before: Checkpoint | None, overwrite: bool,
-    ) -> None:  # fmt: skip
+        self,
+        trainer: Trainer,
+        group: Processes,
+        folder: RunFolder,
+        threads: Threads,
+        journal: Journal,
+        before: Checkpoint | None,
+        overwrite: bool,
+    ) -> None:
         self.trainer, self.study, self.group, self.folder = trainer, trainer.study, group, folder
         self.threads, self.journal = threads, journal
         self.first_step, self.seconds_before = _progress_of(before)
@@ -185,9 +191,12 @@ class _Run:
             is_best = self.best is None or found["score"] < self.best["score"]
             if is_best:
                 save_checkpoint(
-                    self.folder.best, generator=generator, study=self.study, step=steps,
+                    self.folder.best,
+                    generator=generator,
+                    study=self.study,
+                    step=steps,
                     init_from=self.trainer.init_from,
-                )  # fmt: skip
+                )
                 self.best = {"step": steps, **found}
             self.journal.judged({"step": steps, "seconds": seconds, **found}, labels, is_best)
         self.group.largest(0.0)  # the others wait, or their clocks would part
@@ -200,9 +209,13 @@ class _Run:
             generator = load_checkpoint(self.folder.best).generator if best else self.trainer.to_save()
             state = {"seconds": seconds, "processes": self.group.size, "best": self.best, **self.trainer.state()}
             save_checkpoint(
-                self.folder.checkpoint, generator=generator, study=self.study, step=steps, training_state=state,
+                self.folder.checkpoint,
+                generator=generator,
+                study=self.study,
+                step=steps,
+                training_state=state,
                 init_from=self.trainer.init_from,
-            )  # fmt: skip
+            )
             self.folder.take_over()
             set_saved(self._kept(steps, self.how_to_resume))
             # The first page imports matplotlib, which may take longer than a signal allows.

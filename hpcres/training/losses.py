@@ -239,9 +239,13 @@ class Critics(nn.Module):
         return torch.stack(values).mean()
 
     def forward(
-        self, real: Sequence[Tensor], fake: Sequence[Tensor], mix: Sequence[Tensor],
-        pairs: Sequence[Tensor] | None = None, shares: Sequence[float] = (1.0, 1.0),
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        real: Sequence[Tensor],
+        fake: Sequence[Tensor],
+        mix: Sequence[Tensor],
+        pairs: Sequence[Tensor] | None = None,
+        shares: Sequence[float] = (1.0, 1.0),
+    ) -> tuple[Tensor, Tensor]:
         """Estimated Wasserstein distance and gradient penalty, means over the planes; arguments as in
         samples.CriticDraw.
 

@@ -39,9 +39,10 @@ def write_page(folder: Path, title: str) -> Path:
         names = list(judged)
         lines = [
             f"<tr class='{'best' if row == best else ''}'>"
-            + "".join(f"<td>{_short(judged[name][row])}</td>" for name in names) + "</tr>"
+            + "".join(f"<td>{_short(judged[name][row])}</td>" for name in names)
+            + "</tr>"
             for row in sorted({best, *range(max(0, len(judged["step"]) - 10), len(judged["step"]))})
-        ]  # fmt: skip
+        ]
         heads = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
         parts.append(f"<table><tr>{heads}</tr>{''.join(lines)}</table>")
     pictures = sorted(folder.glob("training-slices/step-*.png"))

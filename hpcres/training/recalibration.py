@@ -36,9 +36,13 @@ def recalibrate_batch_norm(generator: SuperResGenerator, low_res: LowResCubes, c
 
 @torch.no_grad()
 def match_fractions(
-    generator: SuperResGenerator, low_res: LowResCubes, cubes: int, crop: int, fractions: np.ndarray,
+    generator: SuperResGenerator,
+    low_res: LowResCubes,
+    cubes: int,
+    crop: int,
+    fractions: np.ndarray,
     context: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Shift the biases of the last layer until the labels of `cubes` recalibration cubes have these phase fractions.
 
     The cubes have `context` low-res voxels around them, or training.context, and `crop` high-res voxels of each

@@ -113,8 +113,9 @@ class LowResCubes:
         found = add(inner, count_rim(rim, {}))
         self.unknown_share = found.voxels.get(self.channels, 0) / prod(shape)
         if self.unknown_share == 1:
-            raise InputError(f"{self._where}: every voxel is unknown, so there is nothing to learn from; see "
-                             "low_res.unknown")  # fmt: skip
+            raise InputError(
+                f"{self._where}: every voxel is unknown, so there is nothing to learn from; see low_res.unknown"
+            )
         self._content = self._shares(found)
         return held
 
@@ -199,9 +200,14 @@ class LowResCubes:
         return self._conditions.values(box) if self._held is None else self._held[box.slices]
 
     def draw(
-        self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0, masked_fraction: float = 0.0,
+        self,
+        step: int,
+        cubes: Sequence[int],
+        device: torch.device,
+        kind: int = 0,
+        masked_fraction: float = 0.0,
         context: int | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
         and the generator's input with s low-res voxels around, float32 (cubes, channels + noises, d + 2s, d + 2s,
         d + 2s); s is `context`, or training.context.
@@ -454,9 +460,9 @@ class RealSlices:
             tuple(self._cut(np.concatenate(o)) for o in origin[:3])
             + tuple(as_unsharp(self._cut(np.concatenate(o))) for o in origin[3:]),
             tuple(torch.from_numpy(np.concatenate(m)).to(device) for m in mix),
-            None if drawn[0] == drawn[1] == drawn[2] else (
-                tuple(torch.from_numpy(np.concatenate(p, axis=1)).to(device) for p in pairs)
-            ),
+            None
+            if drawn[0] == drawn[1] == drawn[2]
+            else (tuple(torch.from_numpy(np.concatenate(p, axis=1)).to(device) for p in pairs)),
             (float(shares[1]), float(shares[2])),
         )
 
@@ -509,8 +515,12 @@ class RealSlices:
         for number, (image, _, _) in enumerate(self._images(table)):
             area += image.numel()
             grid = [np.arange(0, n - self.edge + 1, _EVERY_PATCH) for n in image.shape]
-            places.append(np.stack([np.full(grid[0].size * grid[1].size, number), *map(np.ravel, np.meshgrid(
-                *grid, indexing="ij"))], axis=1))  # fmt: skip
+            places.append(
+                np.stack(
+                    [np.full(grid[0].size * grid[1].size, number), *map(np.ravel, np.meshgrid(*grid, indexing="ij"))],
+                    axis=1,
+                )
+            )
             found.append(np.stack([self._share_of(image == phase, grid) for phase in range(self.phases)], axis=1))
         fractions = np.concatenate(found)
         weights, reached = patch_weights(fractions, correction.fractions, area / self.edge**2)

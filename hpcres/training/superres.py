@@ -32,13 +32,17 @@ class SuperResTrainer:
 
     losses = ("critic_loss", "wasserstein", "gradient_penalty", "generator_loss", "voxel_loss")
     shown = (
-        Shown("wasserstein", "wasserstein", ".3g"), Shown("voxel loss", "voxel_loss", ".2g"),
-        Shown("agreement", "low_res_agreement", ".2%"), Shown("fractions off", "fraction_error", ".3f", False),
-        Shown("areas", "area_error", ".1%", False), Shown("TPB", "tpb", ".5f", False),
-        Shown("TPB of the images", "tpb_images", ".5f", False), Shown("disagreement", "disagreement", ".2%", False),
+        Shown("wasserstein", "wasserstein", ".3g"),
+        Shown("voxel loss", "voxel_loss", ".2g"),
+        Shown("agreement", "low_res_agreement", ".2%"),
+        Shown("fractions off", "fraction_error", ".3f", False),
+        Shown("areas", "area_error", ".1%", False),
+        Shown("TPB", "tpb", ".5f", False),
+        Shown("TPB of the images", "tpb_images", ".5f", False),
+        Shown("disagreement", "disagreement", ".2%", False),
         Shown("box disagreement", "box_disagreement", ".2%"),
         Shown("visible fractions off", "visible_fraction_error", ".3f"),
-    )  # fmt: skip
+    )
 
     def __init__(self, study: Study, group: Processes, threads: Threads, before: Checkpoint | None) -> None:
         if before is not None:

@@ -63,9 +63,11 @@ class Threads:
     """
 
     def __init__(
-        self, fixed: bool, clock: Callable[[], float] = time.monotonic,
+        self,
+        fixed: bool,
+        clock: Callable[[], float] = time.monotonic,
         waited: Callable[[], float] = seconds_without_a_core,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._fixed, self._clock, self._waited = fixed, clock, waited
         self._most = torch.get_num_threads()
         self._warned = False

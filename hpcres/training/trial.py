@@ -193,9 +193,7 @@ def _critics_seconds(models: Models, slices: int, counts: np.ndarray) -> float:
     edge, phases, device = models.study.training.slice_voxels, len(models.study.phases), models.group.device
     planes = models.critics.planes
     patches, penalties = (max(1, round(slices * count / counts[0])) for count in counts[1:])
-    fake, real = (
-        [torch.rand(n, phases, edge, edge, device=device) for _ in range(planes)] for n in (slices, patches)
-    )
+    fake, real = ([torch.rand(n, phases, edge, edge, device=device) for _ in range(planes)] for n in (slices, patches))
     mix = [torch.rand(penalties, device=device) for _ in range(planes)]
     pair = torch.arange(penalties, device=device)
     pairs = [torch.stack([pair % patches, pair % slices])] * planes

@@ -267,9 +267,13 @@ class Correction:
             whole = torch.from_numpy(images.patterns[spacing])[None]
             windows[spacing] = self.patterns(9, 3).moved(whole, mine, [spacing])[0].numpy()
         return replace(
-            ours, pixels=self.fractions, faces=areas, all_faces=np.ones(2), corners=np.array([images.tpb * more, 1.0]),
+            ours,
+            pixels=self.fractions,
+            faces=areas,
+            all_faces=np.ones(2),
+            corners=np.array([images.tpb * more, 1.0]),
             windows=windows,
-        )  # fmt: skip
+        )
 
 
 class PatternTilt:

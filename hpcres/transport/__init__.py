@@ -91,12 +91,20 @@ class Solution:
         """JSON has no infinity: tau is null where the state says "not percolating"."""
         tau, tau_percolating = (None if t in (None, inf) else t for t in (self.tau, self.tau_percolating))
         return {
-            "state": self.state, "volume_fraction": self.volume_fraction,
-            "percolating_fraction": self.percolating_fraction, "clusters_left_out": self.clusters_left_out,
-            "voxels_left_out": self.voxels_left_out, "D_rel": self.d_rel, "error": self.error, "tau": tau,
-            "tau_percolating": tau_percolating, "iterations": self.iterations, "seconds": round(self.seconds, 3),
-            "bytes": self.bytes, "profile": None if self.profile is None else list(self.profile),
-        }  # fmt: skip
+            "state": self.state,
+            "volume_fraction": self.volume_fraction,
+            "percolating_fraction": self.percolating_fraction,
+            "clusters_left_out": self.clusters_left_out,
+            "voxels_left_out": self.voxels_left_out,
+            "D_rel": self.d_rel,
+            "error": self.error,
+            "tau": tau,
+            "tau_percolating": tau_percolating,
+            "iterations": self.iterations,
+            "seconds": round(self.seconds, 3),
+            "bytes": self.bytes,
+            "profile": None if self.profile is None else list(self.profile),
+        }
 
 
 def solve_phase(mask: np.ndarray, **settings: Any) -> dict[str, Solution]:
@@ -105,11 +113,19 @@ def solve_phase(mask: np.ndarray, **settings: Any) -> dict[str, Solution]:
 
 
 def solve(
-    labels: np.ndarray, conductivity: Mapping[int, float], *, directions: Sequence[str] = AXES,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0), periodic: Sequence[bool] = INSULATED, rtol: float = DEFAULT_RTOL,
-    threads: int | None = None, profile: bool = False, report: Report | None = None,
-    keep: Callable[[str, Any, np.ndarray, Mapping[int, float]], None] | None = None, device: Any = None,
-) -> dict[str, Solution]:  # fmt: skip
+    labels: np.ndarray,
+    conductivity: Mapping[int, float],
+    *,
+    directions: Sequence[str] = AXES,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    periodic: Sequence[bool] = INSULATED,
+    rtol: float = DEFAULT_RTOL,
+    threads: int | None = None,
+    profile: bool = False,
+    report: Report | None = None,
+    keep: Callable[[str, Any, np.ndarray, Mapping[int, float]], None] | None = None,
+    device: Any = None,
+) -> dict[str, Solution]:
     """Transport through labels (z, y, x), uint8, of which those in `conductivity` conduct, for each direction.
 
     spacing: voxel edges z, y, x. periodic: axes z, y, x whose two sides meet, where they are not the direction's own.
@@ -140,8 +156,9 @@ def solve(
                 found = sides, Clusters(pack(labels, conducts, pool), labels.shape, sides, pool)
             through = found[1].through(axis)
             left_out: dict[str, Any] = {
-                "clusters_left_out": through.clusters_left_out, "voxels_left_out": through.voxels_left_out
-            }  # fmt: skip
+                "clusters_left_out": through.clusters_left_out,
+                "voxels_left_out": through.voxels_left_out,
+            }
             if through.voxels == 0:
                 seconds = time.perf_counter() - start
                 results[direction] = Solution(
@@ -165,19 +182,35 @@ def solve(
             if keep is not None:
                 keep(direction, system, potential, conductivity)
             results[direction] = Solution(
-                "converged" if solved.converged else "not converged", fraction, share,
-                solved.d_rel * unit if solved.converged else None, solved.error if solved.converged else None, mean,
-                kept, **left_out, iterations=solved.iterations, seconds=time.perf_counter() - start,
-                bytes=solved.bytes + (labels.nbytes if device is None else 0), profile=layers,
-            )  # fmt: skip
+                "converged" if solved.converged else "not converged",
+                fraction,
+                share,
+                solved.d_rel * unit if solved.converged else None,
+                solved.error if solved.converged else None,
+                mean,
+                kept,
+                **left_out,
+                iterations=solved.iterations,
+                seconds=time.perf_counter() - start,
+                bytes=solved.bytes + (labels.nbytes if device is None else 0),
+                profile=layers,
+            )
             del system, potential  # before the next direction's
     return results
 
 
 def _system(
-    labels: np.ndarray, bits: np.ndarray, share: float, spacing: Sequence[float], axis: int, sides: tuple[bool, ...],
-    pool: Any, resistance: np.ndarray | None, device: Any, in_float64: bool,
-) -> Any:  # fmt: skip
+    labels: np.ndarray,
+    bits: np.ndarray,
+    share: float,
+    spacing: Sequence[float],
+    axis: int,
+    sides: tuple[bool, ...],
+    pool: Any,
+    resistance: np.ndarray | None,
+    device: Any,
+    in_float64: bool,
+) -> Any:
     """The system of the conducting voxels in `bits`, a `share` of all; InputError where it would not fit in memory."""
     from hpcres.transport.form import Form
     from hpcres.transport.multigrid import System
@@ -239,7 +272,10 @@ LEFT_OF_SET_UP = 0.68  # share of the coarse levels' bytes that is still held af
 
 
 def check_memory(
-    shape: Sequence[int], conducting: float | None = None, doubled: Sequence[int] = (), on_node: int = 1,
+    shape: Sequence[int],
+    conducting: float | None = None,
+    doubled: Sequence[int] = (),
+    on_node: int = 1,
     held: tuple[float, float] = BYTES_OF_CUBIC,
 ) -> None:
     """InputError where the solve would not fit, with the numbers and what to do.
@@ -278,17 +314,31 @@ def parse_crop(text: str, shape: Sequence[int]) -> Box:
 
 
 def tortuosity(
-    volume: Volume, *, phases: Sequence[str] | None = None, only: Sequence[str] = (),
-    conductivity: Mapping[str, float] | None = None, directions: Sequence[str] = AXES,
-    spacing: Sequence[float] | None = None, periodic: Sequence[bool] = INSULATED, crop: str | None = None,
-    rtol: float = DEFAULT_RTOL, threads: int | None = None, profile: bool = False,
+    volume: Volume,
+    *,
+    phases: Sequence[str] | None = None,
+    only: Sequence[str] = (),
+    conductivity: Mapping[str, float] | None = None,
+    directions: Sequence[str] = AXES,
+    spacing: Sequence[float] | None = None,
+    periodic: Sequence[bool] = INSULATED,
+    crop: str | None = None,
+    rtol: float = DEFAULT_RTOL,
+    threads: int | None = None,
+    profile: bool = False,
     report: Callable[[str, str, int, float, float], None] | None = None,
     finished: Callable[[dict[str, Any]], None] | None = None,
     solved: Callable[[Mapping[str, Any]], dict[str, Any] | None] | None = None,
-    field: str | None = None, overwrite: bool = False, comm: Any = None, on_node: int = 1, memory: int | None = None,
-    scratch: Path | None = None, say: Callable[[str], None] | None = None, estimate: int | None = None,
+    field: str | None = None,
+    overwrite: bool = False,
+    comm: Any = None,
+    on_node: int = 1,
+    memory: int | None = None,
+    scratch: Path | None = None,
+    say: Callable[[str], None] | None = None,
+    estimate: int | None = None,
     device: Any = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Transport of whole phases of a volume: an entry of transport.json.
 
     Held in memory; or by the ranks of `comm`, an mpi4py communicator with `on_node` ranks on this node; or out of core
@@ -310,9 +360,16 @@ def tortuosity(
         from hpcres.transport.slabwise import SlabVolume
 
         slabs = SlabVolume(
-            volume, box, comm=comm, on_node=on_node, memory=memory, scratch=scratch or Path(), threads=threads,
-            whole_chunks=field is not None, say=say or (lambda line: None),
-        )  # fmt: skip
+            volume,
+            box,
+            comm=comm,
+            on_node=on_node,
+            memory=memory,
+            scratch=scratch or Path(),
+            threads=threads,
+            whole_chunks=field is not None,
+            say=say or (lambda line: None),
+        )
         found, solve_one = slabs.found, slabs.solve if estimate is None else partial(slabs.estimate, estimate)
     else:
         check_memory(box.shape, held=BYTES_OF_CUBIC if device is None else (0.0, BYTES_OF_CUBIC[1]))
@@ -336,9 +393,13 @@ def tortuosity(
     lengths = tuple(spacing or volume.lengths()[0])
     cut = None if crop is None else [[a, b] for a, b in zip(box.start, box.stop, strict=True)]
     settings = {
-        "rtol": rtol, "periodic": [axis for axis, meets in zip(AXES, periodic, strict=True) if meets], "crop": cut,
-        "voxel_size": list(lengths), "profile": profile, "blocks": estimate,
-    }  # fmt: skip
+        "rtol": rtol,
+        "periodic": [axis for axis, meets in zip(AXES, periodic, strict=True) if meets],
+        "crop": cut,
+        "voxel_size": list(lengths),
+        "profile": profile,
+        "blocks": estimate,
+    }
     results = []
     with ExitStack() as stack:
         fields: Any = None
@@ -351,9 +412,12 @@ def tortuosity(
             given = {named[label]: k for label, k in conducting.items()} if conductivity else None
             for direction in directions:
                 what = {
-                    "phase": name, "labels": list(conducting), "conductivity": given, "direction": direction,
+                    "phase": name,
+                    "labels": list(conducting),
+                    "conductivity": given,
+                    "direction": direction,
                     "settings": settings,
-                }  # fmt: skip
+                }
                 if solved is not None and (known := solved(what)) is not None:
                     results.append(known)
                     if finished is not None:
@@ -362,10 +426,15 @@ def tortuosity(
                 if fields is not None:
                     fields.begin(name, direction)
                 solution = solve_one(
-                    present, directions=(direction,), spacing=lengths, periodic=periodic, rtol=rtol, profile=profile,
+                    present,
+                    directions=(direction,),
+                    spacing=lengths,
+                    periodic=periodic,
+                    rtol=rtol,
+                    profile=profile,
                     report=None if report is None else lambda *now, n=name: report(n, *now),
                     keep=None if fields is None else lambda _, *of: fields.write(*of),
-                )[direction]  # fmt: skip
+                )[direction]
                 results.append({**what, **solution.as_json()})
                 if estimate is not None:
                     results[-1]["estimate"] = {"edge": estimate, **slabs.estimated(direction)}

@@ -89,9 +89,22 @@ def find_kinds(starts, places, values, to_faces, largest, kinds, begin, end):
 
 @compiled
 def join_parts(
-    starts, places, values, numbers, rows, cells_next, step, most, largest, kinds, row0, row1, parent, numbers_next,
+    starts,
+    places,
+    values,
+    numbers,
+    rows,
+    cells_next,
+    step,
+    most,
+    largest,
+    kinds,
+    row0,
+    row1,
+    parent,
+    numbers_next,
     counts,
-):  # fmt: skip
+):
     """parent = number within its next cell (0, 1, …) of the part that each part is joined to; numbers_next, how many
     parts each next cell has.
 
@@ -173,9 +186,22 @@ def number_parts(numbers, rows, step, rows_next, numbers_next, most, row0, row1,
 
 @compiled
 def connect(
-    starts, places, values, to_faces, numbers, rows, step, numbers_next, rows_next, parent, most, row0, row1, degrees,
+    starts,
+    places,
+    values,
+    to_faces,
+    numbers,
+    rows,
+    step,
+    numbers_next,
+    rows_next,
+    parent,
+    most,
+    row0,
+    row1,
+    degrees,
     to_faces_next,
-):  # fmt: skip
+):
     """Neighbours of the next level's parts in some rows of cells, by colour: places and sums of conductances.
 
     degrees[i + 1] = the number of neighbours of part i.
@@ -255,8 +281,9 @@ def coarser(level: Level, graph: Graph, form: Form, each: Each) -> tuple[Graph, 
         lambda a, b: join_parts(
             *csr, numbers, level.rows, below, step, most, *couplings, a, b, parent, numbers_next, counts
         ),
-        rows, at_once,
-    )  # fmt: skip
+        rows,
+        at_once,
+    )
     rows_next, parts = accumulated(counts)
     each(
         lambda a, b: number_parts(numbers, level.rows, step, rows_next, numbers_next, most, a, b, parent), rows, at_once
@@ -264,11 +291,23 @@ def coarser(level: Level, graph: Graph, form: Form, each: Each) -> tuple[Graph, 
     degrees, to_faces = np.zeros(parts + 1, np.int32), np.zeros(parts, graph.to_faces.dtype)
     found = each(
         lambda a, b: connect(
-            *csr, graph.to_faces, numbers, level.rows, step, numbers_next, rows_next, parent, most, a, b, degrees,
+            *csr,
+            graph.to_faces,
+            numbers,
+            level.rows,
+            step,
+            numbers_next,
+            rows_next,
+            parent,
+            most,
+            a,
+            b,
+            degrees,
             to_faces,
         ),
-        rows, at_once,
-    )  # fmt: skip
+        rows,
+        at_once,
+    )
     # Units come in the order of rows, so red ones one after the other, then black ones, are in the order of parts.
     kind = index_type(parts)
     places = np.concatenate([part[0] for part in found] + [part[2] for part in found]).astype(kind, copy=False)

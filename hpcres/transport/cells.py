@@ -97,7 +97,6 @@ def partition_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tables
 
 
-
 @inlined
 def wrapped(i, n, periodic):
     """The index that stands for i, or -1."""
@@ -175,7 +174,6 @@ def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
     return voxels
 
 
-
 @compiled
 def count_parts(cells, tables, counts, z0, z1):
     """counts (2, planes, rows of cells): parts of red and black cells of each row of cells."""
@@ -185,7 +183,6 @@ def count_parts(cells, tables, counts, z0, z1):
             for x in range(cells.shape[2]):
                 both[(z + y + x) & 1] += tables[0][cells[z, y, x]]
             counts[0, z, y], counts[1, z, y] = both[0], both[1]
-
 
 
 @compiled
@@ -300,7 +297,7 @@ def _half_at(labels, resistance, step, z, y, x, i):
 @compiled
 def connect_parts(
     cells, tables, step, parts, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill
-):  # fmt: skip
+):
     """Conductances between parts of neighbouring cells, and of one cell, rows of cells row0 … row1 - 1 (z × rows + y).
 
     First, not `fill`: starts[i + 1] = the number of neighbours of part i. Then, with starts the running sum: places

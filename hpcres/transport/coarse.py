@@ -117,9 +117,26 @@ def relax(places, values, more_of, more_places, more_values, diagonal, b, x, out
 
 @compiled
 def restrict(
-    places, values, more_of, more_places, more_values, diagonal, b, x, to_faces, parent, rows, rows_next, cells,
-    cells_next, step, colours, row0, row1, coarse,
-):  # fmt: skip
+    places,
+    values,
+    more_of,
+    more_places,
+    more_values,
+    diagonal,
+    b,
+    x,
+    to_faces,
+    parent,
+    rows,
+    rows_next,
+    cells,
+    cells_next,
+    step,
+    colours,
+    row0,
+    row1,
+    coarse,
+):
     """coarse = the residual of `colours` colours (1: red, which is all there is after a sweep), summed over each part.
 
     For the rows row0 … row1 - 1 of the next level's cells, which no other thread writes. Where to_faces is not None,
@@ -302,11 +319,23 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
         sweep(red, parts)
         each(
             lambda i, j: restrict(
-                *graph, x, level.to_faces, level.parent, level.rows, below.rows, level.cells, below.cells, level.step,
-                2 if level.mixed else 1, i, j, below.b,
+                *graph,
+                x,
+                level.to_faces,
+                level.parent,
+                level.rows,
+                below.rows,
+                level.cells,
+                below.cells,
+                level.step,
+                2 if level.mixed else 1,
+                i,
+                j,
+                below.b,
             ),
-            rows, max(1, rows // 64) if parts > CHUNK else rows,
-        )  # fmt: skip
+            rows,
+            max(1, rows // 64) if parts > CHUNK else rows,
+        )
         cycle(levels, at + 1, each)
         each(lambda i, j: prolong(below.x, level.parent, x, scale, i, j), parts if level.mixed else red, CHUNK)
         sweep(red, parts)

@@ -96,8 +96,9 @@ class DeviceSystem(System):
         deep, high = (-(-n // (2 * max(1, round(n / edge)))) * 2 for n in (planes, rows))
         self._pieces = [
             (z, min(z + deep, planes), y, min(y + high, rows))
-            for z in range(0, planes, deep) for y in range(0, rows, high)
-        ]  # fmt: skip
+            for z in range(0, planes, deep)
+            for y in range(0, rows, high)
+        ]
         self._most = (deep + 6) * (high + 6) * self._width
         # Only sweeps on the host need them.
         del self.cells, self.parts
@@ -109,9 +110,15 @@ class DeviceSystem(System):
     def held(self) -> int:
         """Bytes on the device, those of the vectors included; temporaries aside."""
         own = [
-            self._bits, self._before, self._parts, self._labels, self._resistance, self._cells, self._numbers,
+            self._bits,
+            self._before,
+            self._parts,
+            self._labels,
+            self._resistance,
+            self._cells,
+            self._numbers,
             self._part_of_place,
-        ]  # fmt: skip
+        ]
         vectors = (3 * self.dtype.itemsize + (8 if self.form.robust else 4)) * (self.voxels + 1)
         return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + vectors
 
@@ -283,10 +290,11 @@ class _Window:
             self._half = half.masked_fill_(~self.mask, torch.inf)
             gz, gy, gx = map(float, system.g)
             self._between = (
-                (half[1:] + half[:-1]).reciprocal_().mul_(gz), (half[:, 1:] + half[:, :-1]).reciprocal_().mul_(gy),
+                (half[1:] + half[:-1]).reciprocal_().mul_(gz),
+                (half[:, 1:] + half[:, :-1]).reciprocal_().mul_(gy),
                 (half[..., 1:] + half[..., :-1]).reciprocal_().mul_(gx),
                 (half[..., 0] + half[..., -1]).reciprocal_().mul_(gx),
-            )  # fmt: skip
+            )
 
     def _wrapped(self, begin: int, end: int, number: int, periodic: int) -> tuple[torch.Tensor, slice]:
         """Indices that stand for begin … end - 1, and those of them that stand for themselves or wrap."""

@@ -78,9 +78,12 @@ class Blocks:
 
 
 def solve_blocks(
-    read: Callable[[Box], np.ndarray], shape: Sequence[int], edge: int, conductivity: Mapping[int, float],
+    read: Callable[[Box], np.ndarray],
+    shape: Sequence[int],
+    edge: int,
+    conductivity: Mapping[int, float],
     **settings: Any,
-) -> Blocks:  # fmt: skip
+) -> Blocks:
     """Every block of edge³ voxels alone, along all three axes; settings as of `solve`."""
     ends = [[*range(0, n, edge), n] for n in shape]
     # A last block of one voxel has no direction through it.

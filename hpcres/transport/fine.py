@@ -40,7 +40,7 @@ from hpcres.transport.vectors import (
     store_few,
     subtract,
     total,
-)  # fmt: skip
+)
 
 PAD = 16  # floats before and after a row in scratch memory, of which one is used
 RING = 4  # planes of scratch memory
@@ -259,7 +259,13 @@ def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
-    R, D, A, B, S = scratch[:size], scratch[size : 2 * size], scratch[2 * size : 3 * size], scratch[3 * size : 4 * size], scratch[4 * size : 5 * size]  # noqa: E501
+    R, D, A, B, S = (
+        scratch[:size],
+        scratch[size : 2 * size],
+        scratch[2 * size : 3 * size],
+        scratch[3 * size : 4 * size],
+        scratch[4 * size : 5 * size],
+    )
     few, pair = np.zeros(16, scratch.dtype), np.zeros(16, scratch.dtype)
     if labels is not None:
         _conductances(z0 - 2, y0, height, geometry, g, labels, resistance, c, size, width)
@@ -322,7 +328,7 @@ def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels
 @compiled
 def sweep_up(
     unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scale, z_out, scratch, c
-):  # fmt: skip
+):
     """z_out = the sweep of `sweep_down` plus scale × the coarse correction, then the reverse sweep.
 
     Returns the sum of r · z_out.
@@ -332,7 +338,13 @@ def sweep_up(
     width, height = 2 * PAD + 16 * words, y1 - y0
     plane = (height + 2 * MARGIN) * width
     size = RING * plane
-    R, D, A, B, E = scratch[:size], scratch[size : 2 * size], scratch[2 * size : 3 * size], scratch[3 * size : 4 * size], scratch[4 * size : 5 * size]  # noqa: E501
+    R, D, A, B, E = (
+        scratch[:size],
+        scratch[size : 2 * size],
+        scratch[2 * size : 3 * size],
+        scratch[3 * size : 4 * size],
+        scratch[4 * size : 5 * size],
+    )
     few, sums = np.zeros(16, scratch.dtype), no_sum()
     if labels is not None:
         _conductances(z0 - 2, y0, height, geometry, g, labels, resistance, c, size, width)
@@ -347,9 +359,20 @@ def sweep_up(
                 if y >= 0:
                     at = j * width + PAD
                     prolong_row(
-                        cells, tables, step, parts, zz // step[0], y // step[1], coarse, scale, E, here + at,
-                        front + at, width, few,
-                    )  # fmt: skip
+                        cells,
+                        tables,
+                        step,
+                        parts,
+                        zz // step[0],
+                        y // step[1],
+                        coarse,
+                        scale,
+                        E,
+                        here + at,
+                        front + at,
+                        width,
+                        few,
+                    )
         for j in range(1, height + 5):
             y = wrapped(y0 + j - MARGIN, rows_all, geometry[5])
             at = j * width + PAD
@@ -507,8 +530,7 @@ def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha
                     bits, zz, y, k, here + o, front + o, geometry, g, labels, resistance, width, c, size, few
                 )
                 q = subtract(
-                    multiply(d, load(V, here + o)),
-                    _around(V, back + o, here + o, front + o, width, g, c, size),
+                    multiply(d, load(V, here + o)), _around(V, back + o, here + o, front + o, width, g, c, size)
                 )
                 if end:
                     _, at_last = _faces(zz, y, k, geometry)

@@ -54,9 +54,12 @@ class Form:
 
     @classmethod
     def of(
-        cls, shape: Sequence[int], spacing: Sequence[float], resistance: np.ndarray | None = None,
+        cls,
+        shape: Sequence[int],
+        spacing: Sequence[float],
+        resistance: np.ndarray | None = None,
         in_float64: bool = False,
-    ) -> Form:  # fmt: skip
+    ) -> Form:
         """The form for a volume.
 
         Parameters

@@ -126,9 +126,7 @@ class RankPlace(Place):
     def spread(self, whole: np.ndarray | None, vector: RankVector, slabs: Sequence[Slab], starts: np.ndarray) -> None:
         self._move(vector, slabs[0], whole, starts, True)
 
-    def _move(
-        self, vector: RankVector, slab: Slab, whole: np.ndarray | None, starts: np.ndarray, out: bool
-    ) -> None:
+    def _move(self, vector: RankVector, slab: Slab, whole: np.ndarray | None, starts: np.ndarray, out: bool) -> None:
         own, per, requests = slab.own_part(2), slab.planes_per(2), []
         for colour in range(2):
             mine = vector.array[own[colour]]

@@ -45,9 +45,11 @@ def digest_of(volume: Volume) -> str:
     place, digest = Path(file), hashlib.sha256(f"{part} {list(volume.shape)}".encode(errors="backslashreplace"))
     if place.is_dir():
         found = sorted(
-            os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(place)
+            for name in names
             if name not in METADATA_FILES
-        )  # fmt: skip
+        )
     else:
         found = [file]
     for one in found:
@@ -138,9 +140,10 @@ class Entry:
         """
         if result["state"] in ("converged", "not percolating"):
             self._results[:] = [
-                one for one in self._results
+                one
+                for one in self._results
                 if one["state"] != "estimate" or _identity(one, of_estimate=False) != _identity(result, False)
-            ]  # fmt: skip
+            ]
         places = [place for place, one in enumerate(self._results) if _identity(one) == _identity(result)]
         if places:
             self._results[places[0]] = result
@@ -151,9 +154,15 @@ class Entry:
 
 
 def solve_missing(
-    file: ResultsFile, which: str, volume: Volume, *, ranks: Ranks, show: Callable[[dict[str, Any], bool], None],
-    resume_with: str, **settings: Any,
-) -> list[str]:  # fmt: skip
+    file: ResultsFile,
+    which: str,
+    volume: Volume,
+    *,
+    ranks: Ranks,
+    show: Callable[[dict[str, Any], bool], None],
+    resume_with: str,
+    **settings: Any,
+) -> list[str]:
     """Solve what the file lacks of one volume and save the file after each solve.
 
     Parameters
@@ -203,9 +212,13 @@ def solve_missing(
             raise stopped_by(numbers[0])
 
     tortuosity(
-        volume, finished=finished, solved=None if settings.get("field") else entry.solved, comm=ranks.communicator,
-        on_node=ranks.on_node, **settings,
-    )  # fmt: skip
+        volume,
+        finished=finished,
+        solved=None if settings.get("field") else entry.solved,
+        comm=ranks.communicator,
+        on_node=ranks.on_node,
+        **settings,
+    )
     return unsolved
 
 

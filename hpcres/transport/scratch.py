@@ -127,9 +127,18 @@ class ScratchPlace(Place):
             )
             to_faces = more[3] if slab.form.robust else None
             self._levels[slab.number] = Level(
-                slab.parts, cells, mixed, diagonal, neighbours, values, (more[0], more[1], more[2]), to_faces, step,
-                correction, parent,
-            )  # fmt: skip
+                slab.parts,
+                cells,
+                mixed,
+                diagonal,
+                neighbours,
+                values,
+                (more[0], more[1], more[2]),
+                to_faces,
+                step,
+                correction,
+                parent,
+            )
         self._levels.move_to_end(slab.number)
         return self._levels[slab.number]
 
@@ -157,9 +166,7 @@ class ScratchPlace(Place):
                 f"{self.folder}: the solve takes up to {_size(need)} of scratch storage, {_size(free)} "
                 f"are free; name a larger disk with --scratch, or use more --memory"
             )
-        self._say(
-            f"out of core: {len(self.extents)} slabs, up to {_size(need)} of scratch storage in {self.folder}"
-        )
+        self._say(f"out of core: {len(self.extents)} slabs, up to {_size(need)} of scratch storage in {self.folder}")
 
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
         widest = max(e.planes for e in self.extents) / self.extents[-1].end

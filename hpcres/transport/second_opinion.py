@@ -50,9 +50,7 @@ class Check:
         )
 
 
-def refuse_taufactor(
-    path: str, shape: Sequence[int], voxel_size: Sequence[float], periodic: Sequence[bool]
-) -> None:
+def refuse_taufactor(path: str, shape: Sequence[int], voxel_size: Sequence[float], periodic: Sequence[bool]) -> None:
     """Raise InputError where TauFactor cannot solve a volume, before the time of a solve is spent.
 
     Parameters
@@ -113,7 +111,10 @@ def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
     uneven = float((flux.max() - flux.min()) / flux.max())
     state = "stopped" if solver.converged else "did not converge"
     return Check(
-        name, d_rel, result["volume_fraction"] / d_rel, d_rel / result["D_rel"] - 1,
+        name,
+        d_rel,
+        result["volume_fraction"] / d_rel,
+        d_rel / result["D_rel"] - 1,
         f"it {state} after {solver.iter} iterations, where the fluxes of its layers differ by {uneven:.1e}; ours is at "
         f"most {result['error']:.1e} too high. Both put the potentials on the outer faces",
-    )  # fmt: skip
+    )

@@ -61,8 +61,7 @@ def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
     number = min(number, units)
     begins = [deep * (i * units // number) for i in range(number)] + [even]
     return [
-        Extent(a, b, HALO if periodic or a > 0 else 0, HALO if periodic or b < even else 0)
-        for a, b in pairwise(begins)
+        Extent(a, b, HALO if periodic or a > 0 else 0, HALO if periodic or b < even else 0) for a, b in pairwise(begins)
     ]
 
 
@@ -82,14 +81,18 @@ class Slab(Voxels):
     """Own planes of one slab and 8 of its neighbours."""
 
     def __init__(
-        self, number: int, extent: Extent, unit_planes: int, bits: np.ndarray, *arguments: Any,
-        read_labels: Callable[[], np.ndarray] | None = None, in_float64: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        extent: Extent,
+        unit_planes: int,
+        bits: np.ndarray,
+        *arguments: Any,
+        read_labels: Callable[[], np.ndarray] | None = None,
+        in_float64: bool = False,
+    ) -> None:
         self.number, self.extent, self._read_labels = number, extent, read_labels
         own = (extent.low, extent.low + extent.end - extent.begin)
-        super().__init__(
-            bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes, in_float64=in_float64
-        )
+        super().__init__(bits, *arguments, first=extent.first, own=own, unit_planes=unit_planes, in_float64=in_float64)
         whole = [-(-n // s) for n, s in zip(self.shape, self.step, strict=True)]
         self.step_next = self.form.after(self.step).step(whole)
 
@@ -141,32 +144,50 @@ class Slab(Voxels):
             lambda a, b: aggregation.join_parts(
                 *csr, numbers, self.parts, below, step, most, *couplings, a, b, parent, numbers_next, counts
             ),
-            rows, at_once,
-        )  # fmt: skip
+            rows,
+            at_once,
+        )
         self.parts_next, parts = coarse.accumulated(counts)
         each(
             lambda a, b: aggregation.number_parts(
                 numbers, self.parts, step, self.parts_next, numbers_next, most, a, b, parent
             ),
-            rows, at_once,
-        )  # fmt: skip
+            rows,
+            at_once,
+        )
         degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, self.form.dtype)
         lowest, highest = self.own_planes(2)
         first, last = lowest * below[1], highest * below[1]
         found = each(
             lambda a, b: aggregation.connect(
-                *csr, graph.to_faces, numbers, self.parts, step, numbers_next, self.parts_next, parent, most,
-                first + a, first + b, degrees, to_faces,
+                *csr,
+                graph.to_faces,
+                numbers,
+                self.parts,
+                step,
+                numbers_next,
+                self.parts_next,
+                parent,
+                most,
+                first + a,
+                first + b,
+                degrees,
+                to_faces,
             ),
-            last - first, at_once,
-        )  # fmt: skip
+            last - first,
+            at_once,
+        )
         level.parent, level.step = parent, step
         own = self.own_part(2)
         red, red_values, black, black_values = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         return level, Piece(
-            counts[:, first:last], (degrees[1:][own[0]], degrees[1:][own[1]]), (red, black),
-            (red_values, black_values), (to_faces[own[0]], to_faces[own[1]]), numbers_next[lowest:highest],
-        )  # fmt: skip
+            counts[:, first:last],
+            (degrees[1:][own[0]], degrees[1:][own[1]]),
+            (red, black),
+            (red_values, black_values),
+            (to_faces[own[0]], to_faces[own[1]]),
+            numbers_next[lowest:highest],
+        )
 
 
 class Place(ABC):
@@ -418,9 +439,7 @@ class SlabSolver(Solver):
             out = level.spare if level.mixed else x
             graph = (level.places, level.values, *level.more, level.diagonal, b)
             begin = own.start
-            self.threads.each(
-                lambda i, j: coarse.relax(*graph, x, out, begin + i, begin + j), own.stop - begin, CHUNK
-            )
+            self.threads.each(lambda i, j: coarse.relax(*graph, x, out, begin + i, begin + j), own.stop - begin, CHUNK)
             if level.mixed:
                 x[own] = out[own]
             self.x.put(slab, x)
@@ -442,11 +461,23 @@ class SlabSolver(Solver):
         rows, first = (highest - lowest) * slab.cells_next[1], lowest * slab.cells_next[1]
         self.threads.each(
             lambda i, j: coarse.restrict(
-                *graph, x, level.to_faces, level.parent, slab.parts, slab.parts_next, level.cells, slab.cells_next,
-                level.step, 2 if level.mixed else 1, first + i, first + j, out,
+                *graph,
+                x,
+                level.to_faces,
+                level.parent,
+                slab.parts,
+                slab.parts_next,
+                level.cells,
+                slab.cells_next,
+                level.step,
+                2 if level.mixed else 1,
+                first + i,
+                first + j,
+                out,
             ),
-            rows, max(1, rows // 64),
-        )  # fmt: skip
+            rows,
+            max(1, rows // 64),
+        )
         self.b_next.put(slab, out)
 
     def _prolong(self, slab: Slab) -> None:
@@ -485,11 +516,21 @@ class SlabSolver(Solver):
 
 
 def solve_in_slabs(
-    place: Place, read: Callable[[int, int], np.ndarray], shape: Sequence[int], conductivity: Mapping[int, float],
-    direction: str, spacing: Sequence[float], periodic: Sequence[bool], rtol: float, threads: Threads,
-    unit_planes: int, *, profile: bool = False, report: Callable[[int, float, float], None] | None = None,
+    place: Place,
+    read: Callable[[int, int], np.ndarray],
+    shape: Sequence[int],
+    conductivity: Mapping[int, float],
+    direction: str,
+    spacing: Sequence[float],
+    periodic: Sequence[bool],
+    rtol: float,
+    threads: Threads,
+    unit_planes: int,
+    *,
+    profile: bool = False,
+    report: Callable[[int, float, float], None] | None = None,
     keep: Callable[[Slab, np.ndarray], None] | None = None,
-) -> Solution:  # fmt: skip
+) -> Solution:
     """Transport along one direction; settings as of `transport.solve`, `periodic` for this direction.
 
     read(z0, z1): labels of these planes (z, y, x), uint8. keep(slab, potential) for every slab here.
@@ -538,10 +579,21 @@ def solve_in_slabs(
                 read_labels = place.keep_labels(number, _around(read, planes, shape[0]))
             slabs.append(
                 Slab(
-                    number, extent, unit_planes, place.with_neighbours(number), shape, spacing, axis, periodic, threads,
-                    None, resistance, read_labels=read_labels, in_float64=in_float64,
+                    number,
+                    extent,
+                    unit_planes,
+                    place.with_neighbours(number),
+                    shape,
+                    spacing,
+                    axis,
+                    periodic,
+                    threads,
+                    None,
+                    resistance,
+                    read_labels=read_labels,
+                    in_float64=in_float64,
                 )
-            )  # fmt: skip
+            )
         return SlabSolver(place, slabs, threads)
 
     solver = solver_of(False)
@@ -556,11 +608,19 @@ def solve_in_slabs(
     if keep is not None:
         solver._run(lambda slab: keep(slab, potential.of(slab, 1)))
     return Solution(
-        "converged" if solved.converged else "not converged", fraction, share,
-        solved.d_rel * unit if solved.converged else None, solved.error if solved.converged else None, mean,
-        conducted, **left_out, iterations=solved.iterations, seconds=time.perf_counter() - start,
-        bytes=solved.bytes, profile=layers,
-    )  # fmt: skip
+        "converged" if solved.converged else "not converged",
+        fraction,
+        share,
+        solved.d_rel * unit if solved.converged else None,
+        solved.error if solved.converged else None,
+        mean,
+        conducted,
+        **left_out,
+        iterations=solved.iterations,
+        seconds=time.perf_counter() - start,
+        bytes=solved.bytes,
+        profile=layers,
+    )
 
 
 def _around(read: Callable[[int, int], np.ndarray], planes: range, deep: int) -> np.ndarray:

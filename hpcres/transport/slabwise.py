@@ -12,14 +12,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
-from hpcres.transport import (
-    BYTES_OF_CUBIC,
-    BYTES_PER_VOXEL,
-    Report,
-    Solution,
-    check_memory,
-    solve,
-)
+from hpcres.transport import BYTES_OF_CUBIC, BYTES_PER_VOXEL, Report, Solution, check_memory, solve
 from hpcres.transport.fields import FIELD_PLANES
 from hpcres.transport.form import Form
 from hpcres.transport.ranked import RankPlace
@@ -37,9 +30,18 @@ class SlabVolume:
     """
 
     def __init__(
-        self, volume: Volume, box: Box, *, comm: Any, on_node: int, memory: int | None, scratch: Path, threads: int,
-        whole_chunks: bool, say: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        volume: Volume,
+        box: Box,
+        *,
+        comm: Any,
+        on_node: int,
+        memory: int | None,
+        scratch: Path,
+        threads: int,
+        whole_chunks: bool,
+        say: Callable[[str], None],
+    ) -> None:
         self._volume, self._box, self._scratch = volume, box, scratch
         self._memory = None if memory is None else max(0, memory - BYTES_OF_PYTHON)
         self._threads, self._say, self._comm = threads, say, comm
@@ -108,10 +110,17 @@ class SlabVolume:
         return self._small(self._raw(z0, z1))
 
     def solve(
-        self, conductivity: Mapping[int, float], *, directions: Sequence[str], spacing: Sequence[float],
-        periodic: Sequence[bool], rtol: float, profile: bool, report: Report | None,
+        self,
+        conductivity: Mapping[int, float],
+        *,
+        directions: Sequence[str],
+        spacing: Sequence[float],
+        periodic: Sequence[bool],
+        rtol: float,
+        profile: bool,
+        report: Report | None,
         keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
-    ) -> dict[str, Solution]:  # fmt: skip
+    ) -> dict[str, Solution]:
         """As `transport.solve`, on every rank; keep gets each slab here in place of the whole system."""
         found = {}
         for direction in directions:
@@ -120,14 +129,21 @@ class SlabVolume:
         return {direction: one for direction, one in found.items() if one is not None}
 
     def estimate(
-        self, edge: int, conductivity: Mapping[int, float], *, directions: Sequence[str], spacing: Sequence[float],
-        rtol: float, **_: Any,
-    ) -> dict[str, Solution]:  # fmt: skip
+        self,
+        edge: int,
+        conductivity: Mapping[int, float],
+        *,
+        directions: Sequence[str],
+        spacing: Sequence[float],
+        rtol: float,
+        **_: Any,
+    ) -> dict[str, Solution]:
         """Blocks of this edge alone, as resistors (see `estimate`)."""
         from hpcres.transport.estimate import solve_blocks
 
         start, key = time.perf_counter(), (edge, tuple(conductivity.items()))
         if self._blocks is None or self._blocks[0] != key:
+
             def read(box: Box) -> np.ndarray:
                 return self._small(self._volume.read(box.relative_to([-a for a in self._box.start])))
 
@@ -140,10 +156,14 @@ class SlabVolume:
             seconds = time.perf_counter() - start
             # A network that does not percolate does not say that the volume does not: its state is the same.
             found[direction] = Solution(
-                "estimate" if blocks.converged else "not converged", blocks.fraction, None,
-                d_rel if blocks.converged else None, conductivity=blocks.conductivity, percolating_conductivity=None,
+                "estimate" if blocks.converged else "not converged",
+                blocks.fraction,
+                None,
+                d_rel if blocks.converged else None,
+                conductivity=blocks.conductivity,
+                percolating_conductivity=None,
                 seconds=seconds,
-            )  # fmt: skip
+            )
         return found
 
     def estimated(self, direction: str) -> dict[str, Any]:
@@ -153,15 +173,22 @@ class SlabVolume:
         assert self._blocks is not None
         blocks = self._blocks[1]
         return {
-            "blocks": int(np.prod(blocks.d_rel.shape[1:])), "mean_D_rel": blocks.mean(AXES.index(direction)),
+            "blocks": int(np.prod(blocks.d_rel.shape[1:])),
+            "mean_D_rel": blocks.mean(AXES.index(direction)),
             "unreliability": UNRELIABILITY,
-        }  # fmt: skip
+        }
 
     def _solve(
-        self, conductivity: Mapping[int, float], direction: str, spacing: Sequence[float], periodic: Sequence[bool],
-        rtol: float, profile: bool, report: Report | None,
+        self,
+        conductivity: Mapping[int, float],
+        direction: str,
+        spacing: Sequence[float],
+        periodic: Sequence[bool],
+        rtol: float,
+        profile: bool,
+        report: Report | None,
         keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
-    ) -> Solution | None:  # fmt: skip
+    ) -> Solution | None:
         shape, axis = self._box.shape, AXES.index(direction)
         numbers = {number: self.counts[v] for v, number in self.found.items()}
         conducting = sum(numbers[label] for label in conductivity)
@@ -171,9 +198,17 @@ class SlabVolume:
             need = BYTES_PER_VOXEL * prod(shape) + (form.bytes_of_vectors + levels) * conducting
             if need <= self._memory:
                 return solve(
-                    self.read(0, shape[0]), conductivity, directions=(direction,), spacing=spacing, periodic=periodic,
-                    rtol=rtol, threads=self._threads, profile=profile, report=report, keep=keep,
-                )[direction]  # fmt: skip
+                    self.read(0, shape[0]),
+                    conductivity,
+                    directions=(direction,),
+                    spacing=spacing,
+                    periodic=periodic,
+                    rtol=rtol,
+                    threads=self._threads,
+                    profile=profile,
+                    report=report,
+                    keep=keep,
+                )[direction]
         sides = tuple(bool(p) and a != axis and shape[a] > 1 for a, p in enumerate(periodic))
         for a, p in enumerate(sides):
             step = 4 if a == 0 else 2
@@ -201,9 +236,19 @@ class SlabVolume:
 
         with Threads(self._threads) as threads:
             solution = solve_in_slabs(
-                place, self.read, shape, conductivity, direction, spacing, sides, rtol, threads, unit, profile=profile,
+                place,
+                self.read,
+                shape,
+                conductivity,
+                direction,
+                spacing,
+                sides,
+                rtol,
+                threads,
+                unit,
+                profile=profile,
                 report=None if report is None else lambda *now: report(direction, *now),
                 keep=keep_slab if keep else None,
-            )  # fmt: skip
+            )
         place.finish()
         return solution

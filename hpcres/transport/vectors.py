@@ -132,9 +132,7 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], *arguments[:2])
         kind = arguments[2].type
-        builder.store(
-            arguments[2], builder.bitcast(address, kind.as_pointer()), align=8 if kind == _DOUBLES else 4
-        )
+        builder.store(arguments[2], builder.bitcast(address, kind.as_pointer()), align=8 if kind == _DOUBLES else 4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), generate

@@ -28,11 +28,21 @@ class Voxels:
     """The conducting voxels of a volume, or of some of its planes, and the kernels on them."""
 
     def __init__(
-        self, bits: np.ndarray, shape: Sequence[int], spacing: Sequence[float], axis: int,
-        periodic: Sequence[bool], threads: Threads, labels: np.ndarray | None = None,
-        resistance: np.ndarray | None = None, *, first: int = 0, own: tuple[int, int] | None = None,
-        unit_planes: int | None = None, in_float64: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        bits: np.ndarray,
+        shape: Sequence[int],
+        spacing: Sequence[float],
+        axis: int,
+        periodic: Sequence[bool],
+        threads: Threads,
+        labels: np.ndarray | None = None,
+        resistance: np.ndarray | None = None,
+        *,
+        first: int = 0,
+        own: tuple[int, int] | None = None,
+        unit_planes: int | None = None,
+        in_float64: bool = False,
+    ) -> None:
         """shape: of the whole volume. bits begin at its plane `first`, and planes own[0] … own[1] - 1 after that one
         are worked on; without `own` they are the whole volume. labels: of the same planes. in_float64: see
         `Form.of`."""
@@ -47,7 +57,14 @@ class Voxels:
         set_borders(bits, around)
         before = first if axis == 0 else 0
         self.geometry = (
-            planes, even[1], shape[2], words, *(int(p) for p in around), axis, -before, shape[axis] - 1 - before
+            planes,
+            even[1],
+            shape[2],
+            words,
+            *(int(p) for p in around),
+            axis,
+            -before,
+            shape[axis] - 1 - before,
         )
         h = np.asarray(spacing, np.float64)
         unit = h[0] * h[1] * h[2] / h[axis] ** 2
@@ -62,13 +79,12 @@ class Voxels:
         deep = unit_planes or planes_of_unit(shape[0])
         self.units = [
             (z, min(z + deep, self.own[1]), y, min(y + rows, even[1]))
-            for z in range(self.own[0], self.own[1], deep) for y in range(0, even[1], rows)
-        ]  # fmt: skip
+            for z in range(self.own[0], self.own[1], deep)
+            for y in range(0, even[1], rows)
+        ]
         self.floats = fine.scratch_floats(rows, words)
         self.step = form.step(self.shape)
-        cells = tuple(
-            n // s for n, s in zip((planes, even[1], shape[2] + shape[2] % 2), self.step, strict=True)
-        )
+        cells = tuple(n // s for n, s in zip((planes, even[1], shape[2] + shape[2] % 2), self.step, strict=True))
         each = threads.each
         # Conductivities far apart separate the parts of a cell; else parts follow from the mask.
         self.split = form.robust and form.several
@@ -93,9 +109,7 @@ class Voxels:
         self.parts, number = coarse.accumulated(counts.reshape(2, -1))
         starts, nothing = np.zeros(number + 1, np.int32), (np.empty(0, np.int32), np.empty(0, self.form.dtype))
         to_faces = np.zeros(number, self.form.dtype)
-        shared = (
-            self.cells, self.tables, self.step, self.parts, self.geometry, self.g, self.labels, self.resistance
-        )  # fmt: skip
+        shared = (self.cells, self.tables, self.step, self.parts, self.geometry, self.g, self.labels, self.resistance)
         rows = cells[0] * cells[1]
         step = max(1, rows // 64)
         each(lambda a, b: connect_parts(*shared, starts, *nothing, to_faces, a, b, False), rows, step)

@@ -58,9 +58,7 @@ class Arrangement:
         return part.transpose(np.argsort(np.argsort(order))).reshape(box.shape)
 
 
-def arranged(
-    path: str, shape: Sequence[int], names: Sequence[str] | None = None, flat: bool = False
-) -> Arrangement:
+def arranged(path: str, shape: Sequence[int], names: Sequence[str] | None = None, flat: bool = False) -> Arrangement:
     """Find z, y, x among the axes of an array.
 
     Parameters
@@ -119,9 +117,7 @@ def _by_order(path: str, shape: tuple[int, ...], flat: bool) -> tuple[int | None
     return z, y, x
 
 
-def _by_name(
-    path: str, shape: tuple[int, ...], names: list[str], flat: bool
-) -> tuple[int | None, int, int]:
+def _by_name(path: str, shape: tuple[int, ...], names: list[str], flat: bool) -> tuple[int | None, int, int]:
     if len(names) != len(shape):
         raise InputError(f"{path}: names {len(names)} axes ({', '.join(names)}) of {times(shape)}; correct them")
     # Every ImageJ and OME file names up to six axes; channels and frames of length 1 are no news.

@@ -23,11 +23,18 @@ _SLAB_BYTES = 2**30
 
 
 def convert(
-    source: Volume, output: str | Path, *, phases: Mapping[int, str] | None = None,
-    voxel_size: float | Sequence[float] | None = None, unit: str | None = None, chunk_voxels: int | None = None,
-    codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any] | None = None, overwrite: bool = False,
+    source: Volume,
+    output: str | Path,
+    *,
+    phases: Mapping[int, str] | None = None,
+    voxel_size: float | Sequence[float] | None = None,
+    unit: str | None = None,
+    chunk_voxels: int | None = None,
+    codec: Literal["zstd", "lz4"] = "zstd",
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> LabelStore:  # fmt: skip
+) -> LabelStore:
     """Stream any readable volume into a label store, shard row by shard row (at most 1 GiB at a time).
 
     phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. By default those that the
@@ -47,10 +54,16 @@ def convert(
     names: Sequence[str] = tuple(phases.values()) if phases else ()
     with atomic_write(output) as temporary:
         store = LabelStore.create(
-            temporary, source.shape, shard=shard, chunk_voxels=chunk,
-            voxel_size=voxel_size, unit=unit if unit in MICROMETERS else RELATIVE, phases=names, codec=codec,
+            temporary,
+            source.shape,
+            shard=shard,
+            chunk_voxels=chunk,
+            voxel_size=voxel_size,
+            unit=unit if unit in MICROMETERS else RELATIVE,
+            phases=names,
+            codec=codec,
             provenance={"source": source.path, **(provenance or {})},
-        )  # fmt: skip
+        )
         done, total = 0, sum(len(store.shard_boxes(level)) for level in range(len(store.levels)))
         edges = store.levels[0].shard
         row = (edges[0], edges[1], source.shape[2])
@@ -86,6 +99,6 @@ def _kept(path: str, labels: np.ndarray) -> np.ndarray:
     if low < 0 or high >= UNWRITTEN:
         raise InputError(
             f"{path}: label {low if low < 0 else high} does not fit a store of 0 … 254; map the labels with "
-            f"--phases, for example --phases \"{low}=pore,{high}=solid\""
+            f'--phases, for example --phases "{low}=pore,{high}=solid"'
         )
     return labels.astype(np.uint8, copy=False)

@@ -54,9 +54,7 @@ def open_hdf5(path: str, flat: bool = False) -> Volume:
             ) from None
         corrupt(path, error)
 
-    volume = volume_over(
-        path, array, array.chunks, arrangement=place, edges=_edges(path, array, names, place), why=why
-    )
+    volume = volume_over(path, array, array.chunks, arrangement=place, edges=_edges(path, array, names, place), why=why)
     for of, part in _stored(path, array):
         _refuse_unwritten(path, of, part)
         if missing := _lacking_filters(part):
@@ -121,9 +119,7 @@ def _dataset(path: str, name: str, dataset: str, file: Any) -> Any:
     file.visititems(lambda key, item: datasets.append(key) if isinstance(item, h5py.Dataset) else None)
     candidates = ", ".join(f"/{key}" for key in datasets[:8]) or "none at all"
     what = f"no dataset /{dataset} in it" if dataset else "names no dataset"
-    raise InputError(
-        f"{path}: {what}; it has {candidates}; write {name}:{'/' + datasets[0] if datasets else '/NAME'}"
-    )
+    raise InputError(f"{path}: {what}; it has {candidates}; write {name}:{'/' + datasets[0] if datasets else '/NAME'}")
 
 
 def _refuse_broken_link(path: str, name: str, dataset: str, file: Any) -> None:
@@ -266,9 +262,10 @@ def _lacking_filters(array: Any) -> str:
         with contextlib.suppress(ImportError):
             importlib.import_module("hdf5plugin")  # registers its filters with HDF5
     return ", ".join(
-        f"{name.decode(errors='replace') or 'filter'} ({code})" for code, _, _, name in every
+        f"{name.decode(errors='replace') or 'filter'} ({code})"
+        for code, _, _, name in every
         if not h5py.h5z.filter_avail(code)
-    )  # fmt: skip
+    )
 
 
 def _names(path: str, array: Any) -> list[str] | None:

@@ -115,13 +115,14 @@ def _open_multiscale(
     ome: Any = attributes.get("ome", attributes)
     named = {
         int(each["label-value"]): each["name"]
-        for each in ome.get("image-label", {}).get("properties", []) if "name" in each
-    }  # fmt: skip
+        for each in ome.get("image-label", {}).get("properties", [])
+        if "name" in each
+    }
     phases = tuple(named[label] for label in range(len(named))) if set(named) == set(range(len(named))) else ()
     provenance = {key: value for key, value in attributes.get("hpcres", {}).items() if key not in _RESULTS}
     volume = volume_over(
-        path, array, array.chunks, arrangement=place, edges=edges, phases=phases or None, provenance=provenance,
-    )  # fmt: skip
+        path, array, array.chunks, arrangement=place, edges=edges, phases=phases or None, provenance=provenance
+    )
     if "hpcres" not in attributes:
         return volume
     # What reads as the fill value in one of our own stores was never written, and must not be measured.

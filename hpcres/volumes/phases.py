@@ -16,10 +16,23 @@ from hpcres.volumes.volume import Volume
 UNWRITTEN = 255
 """Fill value of every label store, so that a missing shard is never read as phase 0."""
 PHASE_COLOURS = (
-    (38, 44, 58), (235, 164, 50), (86, 156, 214), (201, 82, 96), (110, 176, 105), (155, 118, 190), (222, 205, 120),
-    (90, 190, 185), (150, 105, 70), (230, 140, 180), (120, 130, 140), (60, 110, 80), (200, 220, 240), (170, 60, 140),
-    (90, 90, 160), (240, 240, 230),
-)  # fmt: skip
+    (38, 44, 58),
+    (235, 164, 50),
+    (86, 156, 214),
+    (201, 82, 96),
+    (110, 176, 105),
+    (155, 118, 190),
+    (222, 205, 120),
+    (90, 190, 185),
+    (150, 105, 70),
+    (230, 140, 180),
+    (120, 130, 140),
+    (60, 110, 80),
+    (200, 220, 240),
+    (170, 60, 140),
+    (90, 90, 160),
+    (240, 240, 230),
+)
 _ONE = {"u1": 255, "u2": 65535}
 """What stands for a probability of 1."""
 _SUM_OFF = 0.02
@@ -43,11 +56,15 @@ def probabilities(parts: Sequence[Volume]) -> Volume:
     first, path = parts[0], ", ".join(part.path for part in parts)
     for part in parts:
         if part.shape != first.shape:
-            raise InputError(f"{part.path}: has {times(part.shape)} voxels, {first.path} {times(first.shape)}; "
-                             "channels are of one volume, cut them alike")  # fmt: skip
+            raise InputError(
+                f"{part.path}: has {times(part.shape)} voxels, {first.path} {times(first.shape)}; "
+                "channels are of one volume, cut them alike"
+            )
         if part.dtype.kind != "f" and part.dtype.str[1:] not in _ONE:
-            raise InputError(f"{part.path}: holds {part.dtype}, which is no probability; save floats 0 … 1, uint8 "
-                             "0 … 255 or uint16 0 … 65535")  # fmt: skip
+            raise InputError(
+                f"{part.path}: holds {part.dtype}, which is no probability; save floats 0 … 1, uint8 "
+                "0 … 255 or uint16 0 … 65535"
+            )
     most_off = max(_SUM_OFF, len(parts) / (2 * 255) + 1e-4)
 
     def at(box: Box, bad: np.ndarray) -> str:
@@ -66,21 +83,32 @@ def probabilities(parts: Sequence[Volume]) -> Volume:
             here /= np.float32(_ONE.get(part.dtype.str[1:], 1))
             if (bad := ~(here >= -1e-6)).any():
                 value = here[bad][0]
-                raise InputError(f"{part.path}: {value:.4g} {at(box, bad)} is no probability; correct it, or make all "
-                                 "channels 0 where nothing is known")  # fmt: skip
+                raise InputError(
+                    f"{part.path}: {value:.4g} {at(box, bad)} is no probability; correct it, or make all "
+                    "channels 0 where nothing is known"
+                )
             np.maximum(here, 0, out=here)
             total += here
         known = total > 0
         if (bad := known & ~(np.abs(total - 1) <= most_off)).any():
-            raise InputError(f"{path}: probabilities {at(box, bad)} add up to {total[bad][0]:.4g}, not 1; give each "
-                             "phase its channel, as floats 0 … 1, uint8 0 … 255 or uint16 0 … 65535")  # fmt: skip
+            raise InputError(
+                f"{path}: probabilities {at(box, bad)} add up to {total[bad][0]:.4g}, not 1; give each "
+                "phase its channel, as floats 0 … 1, uint8 0 … 255 or uint16 0 … 65535"
+            )
         np.divide(found, total[..., None], out=found, where=known[..., None])
         return found
 
     return Volume(
-        path, first.shape, np.dtype(np.float32), first.chunks, read, first.edges, parts=tuple(parts),
-        files=tuple(file for part in parts for file in part.files), _reopen=(probabilities, (tuple(parts),)),
-    )  # fmt: skip
+        path,
+        first.shape,
+        np.dtype(np.float32),
+        first.chunks,
+        read,
+        first.edges,
+        parts=tuple(parts),
+        files=tuple(file for part in parts for file in part.files),
+        _reopen=(probabilities, (tuple(parts),)),
+    )
 
 
 class PhaseMap:

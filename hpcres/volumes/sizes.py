@@ -16,9 +16,13 @@ MISMATCH = 0.02
 
 
 def compare_sizes(
-    study: Study, *, low_res: Volume | None = None, high_res: Sequence[Volume] = (), images: bool = False,
+    study: Study,
+    *,
+    low_res: Volume | None = None,
+    high_res: Sequence[Volume] = (),
+    images: bool = False,
     reference: bool = False,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Compare the voxel sizes that files state with the study's.
 
     An edge that a file does not state is not compared. A file that states only the ratio of its edges must have cubic

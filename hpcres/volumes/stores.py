@@ -74,10 +74,19 @@ class LabelStore:
 
     @classmethod
     def create(
-        cls, path: str | Path, shape: Sequence[int], *, shard: Sequence[int], chunk_voxels: int,
-        voxel_size: float | Sequence[float], unit: str, phases: Sequence[str],
-        codec: Literal["zstd", "lz4"] = "zstd", provenance: Mapping[str, Any], overwrite: bool = False,
-    ) -> Self:  # fmt: skip
+        cls,
+        path: str | Path,
+        shape: Sequence[int],
+        *,
+        shard: Sequence[int],
+        chunk_voxels: int,
+        voxel_size: float | Sequence[float],
+        unit: str,
+        phases: Sequence[str],
+        codec: Literal["zstd", "lz4"] = "zstd",
+        provenance: Mapping[str, Any],
+        overwrite: bool = False,
+    ) -> Self:
         """Write the metadata of all levels beside `path` and rename it into place; no voxel is written yet.
 
         shape, shard: z, y, x voxels; shard is a multiple of the inner chunk's edge `chunk_voxels`.
@@ -230,9 +239,17 @@ class LabelStore:
 
     @classmethod
     def _write_template(
-        cls, path: Path, shape: Triple, shard: Triple, chunk: int, spacing: Spacing, unit: str, phases: Sequence[str],
-        codec: Literal["zstd", "lz4"], provenance: Mapping[str, Any],
-    ) -> None:  # fmt: skip
+        cls,
+        path: Path,
+        shape: Triple,
+        shard: Triple,
+        chunk: int,
+        spacing: Spacing,
+        unit: str,
+        phases: Sequence[str],
+        codec: Literal["zstd", "lz4"],
+        provenance: Mapping[str, Any],
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
         for axis in axes:
@@ -255,11 +272,16 @@ class LabelStore:
         blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=level_of[codec], shuffle="bitshuffle")
         for level, (extent, _) in enumerate(levels):
             group.create_array(
-                str(level), shape=extent, dtype="uint8", chunks=(chunk,) * 3, fill_value=cls.unwritten,
+                str(level),
+                shape=extent,
+                dtype="uint8",
+                chunks=(chunk,) * 3,
+                fill_value=cls.unwritten,
                 compressors=blosc,
                 shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),
-                dimension_names=tuple(AXES), config={"write_empty_chunks": True},
-            )  # fmt: skip
+                dimension_names=tuple(AXES),
+                config={"write_empty_chunks": True},
+            )
 
     @classmethod
     def _look(cls, phases: Sequence[str]) -> dict[str, Any]:
@@ -289,9 +311,13 @@ class FieldStore:
     """
 
     def __init__(
-        self, path: str | Path, shape: Triple, attributes: Mapping[str, Any], overwrite: bool = False,
+        self,
+        path: str | Path,
+        shape: Triple,
+        attributes: Mapping[str, Any],
+        overwrite: bool = False,
         shared: Callable[[Callable[[], Any]], Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         refuse_output(path, FIELDS, overwrite=overwrite)
         self.path, self.shape = Path(path), shape
         self._shared = shared or (lambda make: make())
@@ -333,10 +359,14 @@ class FieldStore:
         first: tuple[int, ...] = () if components is None else (components,)
         chunks = (*((1,) * len(first)), *(min(64, n) for n in self.shape))
         return self._group.create_array(
-            name, shape=(*first, *self.shape), dtype="float32", chunks=chunks, fill_value=float("nan"),
+            name,
+            shape=(*first, *self.shape),
+            dtype="float32",
+            chunks=chunks,
+            fill_value=float("nan"),
             compressors=zarr.codecs.BloscCodec(typesize=4, cname="zstd", clevel=1, shuffle="shuffle"),
             dimension_names=(*(("component",) * len(first)), *AXES),
-        )  # fmt: skip
+        )
 
 
 def _image_label(phases: Mapping[int, str | None]) -> dict[str, Any]:

@@ -68,14 +68,17 @@ def open_tiff(path: str, flat: bool = False) -> Volume:
             corrupt(name, "pages are missing")
     key = pages[0].keyframe
     if key.samplesperpixel > 1 or key.photometric in (
-        tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR, tifffile.PHOTOMETRIC.CIELAB,
-    ):  # fmt: skip
+        tifffile.PHOTOMETRIC.RGB,
+        tifffile.PHOTOMETRIC.YCBCR,
+        tifffile.PHOTOMETRIC.CIELAB,
+    ):
         refuse_colour(path)
     dtype = voxel_dtype(path, key.dtype)
     end = max(
         max((o + n for page in pages for o, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0),
-        *(one.dataoffset + prod(one.shape) * key.dtype.itemsize for one in used if one.dataoffset is not None), 0,
-    )  # fmt: skip
+        *(one.dataoffset + prod(one.shape) * key.dtype.itemsize for one in used if one.dataoffset is not None),
+        0,
+    )
     if end > tiff.filehandle.size and {page.parent for page in pages} == {tiff}:
         corrupt(name, f"its pages end at byte {end}, the file at {tiff.filehandle.size}")
     edges, shape, place = layout(path, used, number or 0)
@@ -206,9 +209,7 @@ class _Pages:
         for number in range(box.start[0] // self.depth, -(-box.stop[0] // self.depth)):
             first = number * self.depth
             here = box.relative_to((first, 0, 0)).clipped(Box.whole((self.depth, *self.stored[1:])))
-            ranges = [
-                range(a // s, -(-b // s)) for a, b, s in zip(here.start, here.stop, self.segment, strict=True)
-            ]
+            ranges = [range(a // s, -(-b // s)) for a, b, s in zip(here.start, here.stop, self.segment, strict=True)]
             for position in product(*ranges):
                 held = self._segment(number, position)
                 start = triple([i * s for i, s in zip(position, self.segment, strict=True)])

@@ -213,10 +213,16 @@ def voxel_dtype(path: str, dtype: np.dtype) -> np.dtype:
 
 
 def volume_over(
-    path: str, array: Any, chunks: Sequence[int] | None = None, *, names: Sequence[str] | None = None,
-    flat: bool = False, arrangement: Arrangement | None = None, why: Callable[[Exception], NoReturn] | None = None,
+    path: str,
+    array: Any,
+    chunks: Sequence[int] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    flat: bool = False,
+    arrangement: Arrangement | None = None,
+    why: Callable[[Exception], NoReturn] | None = None,
     **more: Any,
-) -> Volume:  # fmt: skip
+) -> Volume:
     """A volume of anything that has shape and dtype and is sliced like an array.
 
     chunks, names: of the array's axes, in its order; flat: as of `arranged`, whose result may be given instead.
