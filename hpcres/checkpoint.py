@@ -109,7 +109,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU; InputError for a file that is missing, foreign, damaged or not finite."""
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; run `hpcres train` first or give --checkpoint")
+        raise InputError(f"{path}: no such checkpoint; run `hpcres train` first or give `checkpoint`")
     path.open("rb").close()  # what the file system has against it is said in its own words
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

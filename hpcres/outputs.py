@@ -117,30 +117,30 @@ def refuse_output(
     path = Path(path)
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not nearest.is_dir():
-        raise InputError(f"{path}: cannot be written, because {nearest} is a file; write elsewhere with --output")
+        raise InputError(f"{path}: cannot be written, because {nearest} is a file; write elsewhere with `output`")
     if not os.access(nearest, os.W_OK | os.X_OK):
         read_only = hasattr(os, "statvfs") and os.statvfs(nearest).f_flag & os.ST_RDONLY
         why = "read-only file system" if read_only else "permission denied"
-        raise InputError(f"{path}: {why} in {nearest}; write elsewhere with --output")
+        raise InputError(f"{path}: {why} in {nearest}; write elsewhere with `output`")
     for given in inputs:
         if given is not None:
             _refuse_input(path, given)
     if not os.path.lexists(path):
         return
     if not path.exists():
-        raise InputError(f"{path}: is a link that leads nowhere; remove it, or write elsewhere with --output")
+        raise InputError(f"{path}: is a link that leads nowhere; remove it, or write elsewhere with `output`")
     if path.is_dir() != kind.is_folder:
         what = "a folder where a file is due" if path.is_dir() else "a file where a folder is due"
-        raise InputError(f"{path}: is {what}; write elsewhere with --output")
+        raise InputError(f"{path}: is {what}; write elsewhere with `output`")
     if not (path.is_dir() or path.is_file()):
-        raise InputError(f"{path}: is not a regular file; write elsewhere with --output")
+        raise InputError(f"{path}: is not a regular file; write elsewhere with `output`")
     if not is_of(path, kind):
         raise InputError(
-            f"{path}: exists already and {kind.refusal}, so --overwrite will not remove it; move it away, or write "
-            "elsewhere with --output"
+            f"{path}: exists already and {kind.refusal}, so `overwrite` will not remove it; move it away, or write "
+            "elsewhere with `output`"
         )
     if not (overwrite or renewed):
-        raise InputError(f"{path}: exists already; give --overwrite, or write elsewhere with --output")
+        raise InputError(f"{path}: exists already; give `overwrite`, or write elsewhere with `output`")
 
 
 def is_of(path: Path, kind: Kind) -> bool:
@@ -155,11 +155,11 @@ def _refuse_input(path: Path, given: str | Path) -> None:
     if place is None:
         return
     if _same(path, place):
-        raise InputError(f"{path}: is the input {given} itself, which would be lost; write elsewhere with --output")
+        raise InputError(f"{path}: is the input {given} itself, which would be lost; write elsewhere with `output`")
     if any(_same(folder, place) for folder in Path(os.path.realpath(path)).parents):
-        raise InputError(f"{path}: lies in the input {given}; write elsewhere with --output")
+        raise InputError(f"{path}: lies in the input {given}; write elsewhere with `output`")
     if path.is_dir() and any(_same(folder, path) for folder in (*place.absolute().parents, *place.resolve().parents)):
-        raise InputError(f"{path}: holds the input {given}, which would be lost; write elsewhere with --output")
+        raise InputError(f"{path}: holds the input {given}, which would be lost; write elsewhere with `output`")
 
 
 def _file_of(given: str | Path) -> Path | None:

@@ -184,22 +184,22 @@ def _known_keys(model: type[Section], place: Sequence[str | int]) -> list[str]:
 def _override(raw: dict[str, Any], setting: str) -> None:
     key, equals, value = setting.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {setting}: no value; write --set section.key=value")
+        raise InputError(f"`set` {setting}: no value; write section.key=value")
     *sections, last = key.strip().split(".")
     if len(sections) == 1 and last in (renamed := RENAMED.get(sections[0], {})):
-        log.warning("--set %s: it is now %s.%s; the old name is read all the same", key, sections[0], renamed[last])
+        log.warning("`set` %s: it is now %s.%s; the old name is read all the same", key, sections[0], renamed[last])
         last = renamed[last]
     place: Any = raw
     for part in sections:
         place = place.setdefault(part, {}) if isinstance(place, dict) else None
         if place is None:
-            raise InputError(f"--set {setting}: {part!r} is not a section of the study")
+            raise InputError(f"`set` {setting}: {part!r} is not a section of the study")
     if not isinstance(place, dict):
-        raise InputError(f"--set {setting}: {sections[-1]!r} is not a section of the study")
+        raise InputError(f"`set` {setting}: {sections[-1]!r} is not a section of the study")
     try:
         place[last] = yaml.load(value, _Loader)
     except yaml.YAMLError:
-        raise InputError(f"--set {setting}: the value is not valid YAML; quote it") from None
+        raise InputError(f"`set` {setting}: the value is not valid YAML; quote it") from None
 
 
 _PATH_KEYS = {

@@ -15,12 +15,17 @@ import torch
 from small_painting import make_study, paint_alone
 from small_schemas import validate_files
 
+from hpcres.cli.console import show_log
+
 ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # torch's threads spin while the other worker has their core
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # pytest is a background job of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+show_log()  # tests that call the library see its messages where a command would print them
 
 
 @pytest.fixture(autouse=True)

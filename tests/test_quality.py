@@ -209,7 +209,9 @@ def test_the_live_table_shows_the_last_judgement_where_there_is_one(tmp_path, mo
         "box_disagreement": 0.0712,
         "visible_fraction_error": 0.0341,
     }
-    live = journal.Journal(RunFolder(tmp_path), list(row), list(judged) if judging else [], 0, SuperResTrainer.shown)
+    live = journal.Journal(
+        RunFolder(tmp_path), list(row), list(judged) if judging else [], 0, SuperResTrainer.shown, live=True
+    )
     if judging:
         live.judged(judged, np.zeros((4, 4), np.uint8), True)
     live.report(0.5, row)

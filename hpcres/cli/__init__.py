@@ -16,7 +16,7 @@ import click
 
 from hpcres import __version__
 from hpcres.cli import confidence, convert, infer, metrics, phantom, plan, report, schema, tortuosity, train, verify
-from hpcres.cli.console import echo
+from hpcres.cli.console import echo, show_log, with_options
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.signals import EXIT_AT_ONCE, EXIT_STOPPED, handling_signals, is_first_rank, set_exit_status
 from hpcres.terminal import replace_unencodable
@@ -40,6 +40,7 @@ def main() -> None:
     # Without a writable home, matplotlib warns that it keeps its font cache in a temporary folder.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     replace_unencodable()
+    show_log()
     try:
         with handling_signals("hpcres"):
             commands.main(prog_name="hpcres", standalone_mode=False)
@@ -71,7 +72,7 @@ def main() -> None:
 def _complain(message: str, status: int) -> int:
     if is_first_rank():
         with suppress(OSError):  # the terminal may be closed
-            echo("hpcres: " + " ".join(message.split()), err=True)
+            echo("hpcres: " + with_options(" ".join(message.split())), err=True)
     return status
 
 

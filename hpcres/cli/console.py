@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +12,38 @@ from contextlib import contextmanager
 from hpcres.signals import is_first_rank
 
 _LINE_SECONDS = 5.0
+_OPTIONS = (
+    "checkpoint|crop|device|memory|metrics|output|overwrite|periodic|phases|scheduler|scratch|set|tiles|transport|"
+    "worker_wait"
+)
+"""Arguments of library functions that are options of commands."""
+
+
+def with_options(message: str) -> str:
+    """Name options where a message of the library names its arguments.
+
+    Examples
+    --------
+    >>> with_options("give `overwrite`, or write elsewhere with `output`")
+    'give --overwrite, or write elsewhere with --output'
+    """
+    return re.sub(f"`({_OPTIONS})`", lambda found: "--" + found.group(1).replace("_", "-"), message)
+
+
+class _Lines(logging.Handler):
+    """Prints a record as a line on stderr, behind the stage that its logger is named after."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stage = record.name.partition(".")[2]
+        echo(with_options(f"{stage}: {record.getMessage()}" if stage else record.getMessage()), err=True)
+
+
+def show_log() -> None:
+    """Print what the library logs, from now on."""
+    logger = logging.getLogger("hpcres")
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
+    logger.setLevel(logging.INFO)
 
 
 def echo(text: object, err: bool = False) -> None:

@@ -42,7 +42,7 @@ def train(study: str, settings: tuple[str, ...], output: str | None, init_from: 
         settings = (*settings, f"training.init_from={json.dumps(str(Path(init_from).resolve()), ensure_ascii=False)}")
     loaded = study_for("train", study, settings, output)
     warn(absent_chunks_of_study(loaded))
-    result = run(loaded, overwrite=overwrite)
+    result = run(loaded, overwrite=overwrite, live=True)
     if is_first_rank():
         if result.already_finished:
             echo(f"already trained to step {result.step}; --overwrite trains anew", err=True)

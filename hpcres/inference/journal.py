@@ -111,7 +111,7 @@ class StoreLock:
             file.seek(0)
             raise InputError(
                 f"{self._output}: another job is painting it ({_holder(file.read())}); wait for its end or stop it, or "
-                "give another --output"
+                "give another `output`"
             )
         self.certain = bool(locked)
         # Ranks outlive a rank 0 that was killed by some seconds; what they still write must not meet what we write.

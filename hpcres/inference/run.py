@@ -7,9 +7,9 @@ again makes what is missing; a job whose weights, input, seed or tiles differ fr
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
@@ -53,6 +52,7 @@ from hpcres.volumes.files import clear_leftovers
 from hpcres.volumes.sizes import compare_sizes, refuse_other_size
 from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
 
+log = logging.getLogger("hpcres.infer")
 _IDENTITY = (
     "weights_sha256",
     "input_sha256",
@@ -170,7 +170,7 @@ def open_job(
         try:
             settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
         except ValueError as error:
-            raise InputError(f"--tiles: {error}") from None
+            raise InputError(f"`tiles`: {error}") from None
     conditions = conditions_of(basis.model_copy(update={"low_res": source, "inference": settings}))
     plan = plan_job(loaded, conditions.shape, settings)
     chosen = basis.seed if seed is None else seed
@@ -260,12 +260,12 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock) -> Pa
         counts.count(np.zeros((2, 2, 2), np.uint8), labels=range(len(job.checkpoint.phases)))
         if ranks.rank == 0:
             for note in job.notes:
-                _say(note)
-            _say(_opening(job, tiles, ranks, device, threads))
+                log.info(note)
+            log.info(_opening(job, tiles, ranks, device, threads))
             if not store_lock.certain:
-                _say(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
+                log.info(f"{job.output}: its file system has no locks; see that no other job paints it meanwhile")
         started = time.monotonic()
-        again = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
+        again = "run it without overwriting to go on" if overwrite else "run the same command to go on"
         kept = f"what is painted is kept in {job.output}; {again}"
         with handling_signals("infer", kept) as received, Journal(job.output, ranks.rank) as journal:
             stop = _Stop(ranks, received, job.conditions, again)
@@ -290,11 +290,11 @@ def _compare_with_fp32(job: Job, painter: Painter) -> None:
     """Report how many labels half precision changes and how fast it is; the store's attributes keep the first. Rank 0
     only."""
     sample, precision = painter.compare_with_fp32(job.checkpoint.generator, job.conditions), job.settings.precision
-    _say(f"{precision} changes {sample.share:.2%} of {sample.labels} labels of a sample, compared with fp32")
+    log.info(f"{precision} changes {sample.share:.2%} of {sample.labels} labels of a sample, compared with fp32")
     if sample.speed < 1:
-        _say(
+        log.info(
             f"warning: inference.precision: {precision} has {sample.speed:.2g} times the speed of fp32 on this "
-            "machine; set fp32, which changes no label, and run with --overwrite"
+            "machine; set fp32, which changes no label, and run with `overwrite`"
         )
     LabelStore.open(job.output).set_provenance(
         flips={"labels": sample.labels, "differ": sample.differ, "share": sample.share}
@@ -410,7 +410,7 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
             now = time.monotonic()
             if tasks is not None and tasks.tiles_done and now - said > _LINE_SECONDS:
                 said, rate = now, tasks.voxels_done / (now - started)
-                _say(f"{tasks.tiles_done} of {tiles} tiles, {rate / 1e6:.3g} M voxels/s on all ranks together")
+                log.info(f"{tasks.tiles_done} of {tiles} tiles, {rate / 1e6:.3g} M voxels/s on all ranks together")
 
 
 def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
@@ -560,15 +560,15 @@ def refuse_changed(job: Job, painter: Painter, besides: Sequence[str] = ()) -> N
         old, new = provenance.get(key), identity[key]
         if old != new:
             raise InputError(
-                f"{job.output}: was painted with {key} {old}, this job has {new}; use --overwrite to paint it "
-                "anew, or another --output"
+                f"{job.output}: was painted with {key} {old}, this job has {new}; use `overwrite` to paint it "
+                "anew, or another `output`"
             )
 
 
 def _existing_provenance(output: Path) -> dict[str, Any]:
     provenance = LabelStore.open(output).provenance
     if provenance.get("stage") != "infer":
-        raise InputError(f"{output}: is there already and not made by hpcres infer; choose another --output")
+        raise InputError(f"{output}: is there already and not made by hpcres infer; choose another `output`")
     return provenance
 
 
@@ -628,13 +628,8 @@ def _naming(ranks: Ranks, what: str) -> Iterator[None]:
     except (InputError, Unfinished):
         raise
     except BaseException as error:
-        _say(f"rank {ranks.rank}, {what}: {type(error).__name__}: {error}")
+        log.info(f"rank {ranks.rank}, {what}: {type(error).__name__}: {error}")
         if ranks.size > 1:
             traceback.print_exc()
             ranks.abort(1)
         raise
-
-
-def _say(message: str) -> None:
-    Console(stderr=True).print(f"infer: {message}", highlight=False, markup=False, soft_wrap=True)
-    sys.stderr.flush()

@@ -133,7 +133,7 @@ def intervals(folders: Sequence[str | Path], level: float = LEVEL) -> list[Inter
             if run.weights == earlier.weights:
                 raise InputError(
                     f"{run.folder}: has the weights of {earlier.folder}; another noise tells less than another "
-                    "training; train with another seed (--set seed=…)"
+                    "training; train with another seed"
                 )
     return [*_of_metrics(runs, level), *_of_transport(runs, level)]
 

@@ -76,7 +76,7 @@ def connect(
         if given_up.is_set():
             raise Unfinished(
                 f"{where}: no worker for {worker_wait:.0f} s; nothing is written: {_start_workers(where)}, then run "
-                f"again, or wait longer with --worker-wait"
+                f"again, or wait longer with `worker_wait`"
             ) from None
         raise Unfinished(
             f"{where}: the Dask scheduler is lost; nothing is written: start it and its workers, then run again"
@@ -121,12 +121,12 @@ def _client(scheduler: str | None, threads: int | None) -> Iterator[Client]:
         client = Client(scheduler_file=scheduler, timeout=20) if is_file else Client(scheduler, timeout=20)
     except (OSError, TimeoutError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"--scheduler {scheduler}: no scheduler answers ({reason}); start one, or drop it") from None
+        raise InputError(f"`scheduler` {scheduler}: no scheduler answers ({reason}); start one, or drop it") from None
     with client:
         try:
             client.wait_for_workers(1, timeout=60)
         except TimeoutError:
-            raise InputError(f"--scheduler {scheduler}: it has no workers; start some with `dask worker`") from None
+            raise InputError(f"`scheduler` {scheduler}: it has no workers; start some with `dask worker`") from None
         yield client
 
 
@@ -137,7 +137,7 @@ def _refuse_scheduler_file(path: str) -> None:
     """
     deadline = time.monotonic() + 1.0
     if not Path(path).is_file():
-        raise InputError(f"--scheduler {path}: no such scheduler file; give one, or an address as tcp://host:8786")
+        raise InputError(f"`scheduler` {path}: no such scheduler file; give one, or an address as tcp://host:8786")
     while True:
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ def _refuse_scheduler_file(path: str) -> None:
         except (ValueError, KeyError, TypeError):
             why = "is empty, half-written or not a file of `dask scheduler --scheduler-file`"
         if time.monotonic() > deadline:
-            raise InputError(f"--scheduler {path}: {why}; start the scheduler again, or give its address")
+            raise InputError(f"`scheduler` {path}: {why}; start the scheduler again, or give its address")
         time.sleep(0.05)
 
 

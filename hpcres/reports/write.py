@@ -113,7 +113,7 @@ def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: Voxe
     try:
         found = _read_json(path)
         if found is None:
-            raise InputError(f"{path}: no such file; run {command} --output {path}, or drop --{stage}")
+            raise InputError(f"{path}: no such file; run {command} --output {path}, or drop `{stage}`")
         if not isinstance(found, Mapping) or not str(found.get("schema")).startswith(f"hpcres {stage} "):
             raise InputError(f"{path}: was not written by {command}; name the file that was, or drop --{stage}")
         entry, again = found["volume"], f"run {command} again, or drop --{stage}"

@@ -1,4 +1,4 @@
-"""The output folder of training, and how `train --overwrite` replaces an earlier run.
+"""The output folder of training, and how `train `overwrite`` replaces an earlier run.
 
 A new run writes to the hidden folder `.train-new` until its first checkpoint is saved. Its files then replace those of
 the earlier run. So the output folder never holds a table of one run beside a checkpoint of the other, and one of the

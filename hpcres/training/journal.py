@@ -1,10 +1,10 @@
-"""What a run tells while it goes: training.csv, quality.csv, TensorBoard events, slices over time, and a live table
-on a terminal or plain lines in a log; and training.html, which shows all of it."""
+"""What a run tells while it goes: training.csv, quality.csv, TensorBoard events, slices over time, lines to the logger
+hpcres.train or a live table on a terminal; and training.html, which shows all of it."""
 
 from __future__ import annotations
 
 import csv
-import sys
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from hpcres.training.events import Events
 from hpcres.training.folder import RunFolder
 from hpcres.volumes.phases import PHASE_COLOURS
 
+log = logging.getLogger("hpcres.train")
 _FLOAT = "{:.6g}"
 _SHOWN_ROWS = 10
 
@@ -58,7 +59,9 @@ class Shown:
 
 
 class Journal:
-    """The files of a `run` and progress on stderr. With `run` None (every process but the first) it says nothing.
+    """The files of a run, and lines to the logger hpcres.train.
+
+    With `run` None, as in every process but the first, it says nothing.
 
     Parameters
     ----------
@@ -66,6 +69,8 @@ class Journal:
         Those of training.csv and of quality.csv; of the latter none where nothing is judged.
     shown : sequence of Shown
         Which of all these a terminal or a log shows; phase fractions are shown besides.
+    live : bool
+        Show a table that is renewed where stderr is a terminal, in place of a line for each report.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Journal:
         quality: list[str],
         resume_step: int,
         shown: Sequence[Shown] = (),
+        live: bool = False,
     ) -> None:
         self._run = run
         self._reported = [one for one in shown if one.column in columns]
@@ -91,19 +97,19 @@ class Journal:
                 picture.unlink()
         self._events = Events(folder / "tensorboard", resume_step)
         self._score, self._beside = "", [""] * sum(one.in_table for one in self._found)
-        self._console = Console(stderr=True)
-        if self._console.is_terminal:
+        console = Console(stderr=True)
+        if live and console.is_terminal:
             self._shown: deque[list[str]] = deque(maxlen=_SHOWN_ROWS)
             self._progress = Progress(
-                TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=self._console
+                TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console
             )
             self._task = self._progress.add_task("", total=1.0)
-            self._live = Live(self._progress, console=self._console, refresh_per_second=2)
+            self._live = Live(self._progress, console=console, refresh_per_second=2)
             self._live.start()
 
     def note(self, message: str) -> None:
         if self._run is not None:
-            self._console.print(f"train: {message}", highlight=False, markup=False, soft_wrap=True)
+            log.info(message)
 
     def report(self, done: float, row: Mapping[str, float]) -> None:
         """Add a row of exactly the columns; `done` is the share of the run, 0 to 1."""
@@ -162,7 +168,6 @@ class Journal:
         for file in (self._rows, self._judged, self._events):
             if file is not None:
                 file.close()
-        sys.stderr.flush()
 
 
 def _rows_up_to(path: Path, columns: list[str], step: int) -> list[list[str]]:

@@ -44,7 +44,7 @@ class TrainingResult:
     already_finished: bool
 
 
-def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
+def train(study: Study, *, overwrite: bool = False, live: bool = False) -> TrainingResult:
     """Train a generator, or resume from the study's checkpoint.
 
     Under torchrun every process calls this. The generator is saved in `study.checkpoint_path`.
@@ -55,6 +55,8 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
         Images, low-res volume, networks and training settings; `autotune` first chooses what it leaves to the machine.
     overwrite : bool
         Train from the start where there is a checkpoint, which is kept until the first one of this run is saved.
+    live : bool
+        Show a table that is renewed, where stderr is a terminal. Else lines go to the logger hpcres.train.
 
     Returns
     -------
@@ -76,7 +78,7 @@ def train(study: Study, *, overwrite: bool = False) -> TrainingResult:
         first_step, seconds = _progress_of(before)
         if before is not None and _share_done(_as_begun(study, before), first_step, seconds) >= 1:
             return TrainingResult(str(study.checkpoint_path), first_step, seconds, first_step, True)
-        with _prepared(study, group, before, overwrite) as run:
+        with _prepared(study, group, before, overwrite, live) as run:
             return run.train()
 
 
@@ -93,7 +95,7 @@ def _as_begun(study: Study, before: Checkpoint) -> Study:
 
 
 @contextmanager
-def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwrite: bool) -> Iterator[_Run]:
+def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwrite: bool, live: bool) -> Iterator[_Run]:
     """Data, settings, networks, folder and journal of a run; folder and journal are closed at the end.
 
     InputError before anything is written.
@@ -112,7 +114,7 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
         judges = study.training.quality_steps and writes
         quality = ["step", "seconds", *trainer.quality_columns()] if judges else []
         run_folder, first_step = folder if writes else None, _progress_of(before)[0]
-        with closing(Journal(run_folder, columns, quality, first_step, trainer.shown)) as journal:
+        with closing(Journal(run_folder, columns, quality, first_step, trainer.shown, live)) as journal:
             for message in (*size_notes, *_opening(trainer, group, before, asked=study.training.init_from)):
                 journal.note(message)
             yield _Run(trainer, group, folder, threads, journal, before, overwrite)
@@ -136,7 +138,7 @@ class _Run:
         self.first_step, self.seconds_before = _progress_of(before)
         self.best: dict[str, Any] | None = None if before is None else (before.training_state or {}).get("best")
         """Step and judgement of the generator with the best score so far."""
-        self.how_to_resume = "run it without --overwrite to go on" if overwrite else "run the same command to go on"
+        self.how_to_resume = "run it without overwriting to go on" if overwrite else "run the same command to go on"
         self._reported = self._saved = self._page_written = self.seconds_before
         """Seconds of training at the last report, checkpoint and training.html."""
 
@@ -154,7 +156,7 @@ class _Run:
                 if broken:
                     raise Unfinished(
                         f"training: a loss is no longer finite at step {step + 1}; {self._kept(step)}; "
-                        "lower training.learning_rate or use precision fp32, and run with --overwrite"
+                        "lower training.learning_rate or use precision fp32, and run with `overwrite`"
                     )
                 done = _share_done(self.study, step + 1, seconds)
                 last = done >= 1 or bool(stop)
@@ -231,7 +233,7 @@ class _Run:
                 if not torch.isfinite(tensor).all():
                     raise Unfinished(
                         f"training: weight {name} is no longer finite at step {step}, so it was not saved; lower "
-                        "training.learning_rate and run with --overwrite"
+                        "training.learning_rate and run with `overwrite`"
                     )
 
     def _stopped(self, steps: int, received: list[int]) -> str:
@@ -269,18 +271,18 @@ def _resumable(study: Study) -> Checkpoint:
     path = study.checkpoint_path
     checkpoint = load_checkpoint(path)
     if checkpoint.training_state is None:
-        raise InputError(f"{path}: holds no training state to go on from; use --overwrite or another --output")
+        raise InputError(f"{path}: holds no training state to go on from; use `overwrite` or another `output`")
     if checkpoint.family != study.network.family:
         raise InputError(
             f"{path}: was trained with network.family {checkpoint.family}, the study now says {study.network.family}; "
-            "use --overwrite to train anew, or another --output"
+            "use `overwrite` to train anew, or another `output`"
         )
     old, new = _what_matters(checkpoint.study), _what_matters(_as_begun(study, checkpoint))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise InputError(
                 f"{path}: was trained with {key} {old.get(key, 'unset')}, the study now says {new.get(key, 'unset')}; "
-                "use --overwrite to train anew, or another --output"
+                "use `overwrite` to train anew, or another `output`"
             )
     return checkpoint
 
@@ -331,7 +333,7 @@ def _opening(trainer: Trainer, group: Processes, before: Checkpoint | None, aske
         yield f"going on from step {before.step} of {before.path}"
         if asked is not None and (origin is None or origin["path"] != os.path.abspath(asked)):
             began = f"from {origin['path']}" if origin else "from random weights"
-            yield f"this run began {began}, so training.init_from {asked} is not read; --overwrite begins from it"
+            yield f"this run began {began}, so training.init_from {asked} is not read; `overwrite` begins from it"
         assert before.training_state is not None
         if before.training_state["processes"] != group.size:
             yield (

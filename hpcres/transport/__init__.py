@@ -294,8 +294,8 @@ def check_memory(
         odd = "".join(f", twice over along {AXES[a]} because {shape[a]} is odd and periodic" for a in doubled)
         raise InputError(
             f"volume of {size} voxels: needs {need / 2**30:.1f} GiB of memory ({per_voxel:.0f} bytes a voxel where "
-            f"{share:.0%} conduct{odd}), {free / 2**30:.1f} GiB are free; solve it out of core with --memory, "
-            f"or on more nodes with mpirun, or take a part with --crop 0:{edge},0:{edge},0:{edge}"
+            f"{share:.0%} conduct{odd}), {free / 2**30:.1f} GiB are free; solve it out of core with `memory`, "
+            f"or on more nodes with mpirun, or take a part with `crop` 0:{edge},0:{edge},0:{edge}"
         )
 
 
@@ -306,10 +306,10 @@ def parse_crop(text: str, shape: Sequence[int]) -> Box:
         sides = [part.split(":") for part in parts]
         ends = [(int(a or 0), int(b or n)) for (a, b), n in zip(sides, shape, strict=True)]
     except ValueError:
-        raise InputError(f"--crop {text}: not three ranges; write for example --crop 0:256,0:256,0:256") from None
+        raise InputError(f"`crop` {text}: not three ranges; write for example 0:256,0:256,0:256") from None
     for axis, (a, b), n in zip(AXES, ends, shape, strict=True):
         if not 0 <= a < b <= n:
-            raise InputError(f"--crop {text}: {axis} {a}:{b} is not inside 0:{n}; choose a range inside")
+            raise InputError(f"`crop` {text}: {axis} {a}:{b} is not inside 0:{n}; choose a range inside")
     return Box(triple([a for a, _ in ends]), triple([b for _, b in ends]))
 
 

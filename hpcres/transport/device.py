@@ -37,11 +37,11 @@ Piece = tuple[int, int, int, int]
 def find_device(name: str) -> torch.device:
     """`cuda` or `cuda:1`; InputError where there is none."""
     if not re.fullmatch(r"cuda(:(0|[1-9]\d?))?", name):
-        raise InputError(f"--device {name}: not a GPU; write cuda, or cuda:1 for the second one")
+        raise InputError(f"`device` {name}: not a GPU; write cuda, or cuda:1 for the second one")
     number = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(name)
     if number <= (device.index or 0):
-        raise InputError(f"--device {name}: torch {torch.__version__} sees {number} CUDA devices; drop the option")
+        raise InputError(f"`device` {name}: torch {torch.__version__} sees {number} CUDA devices; drop the option")
     return device
 
 
@@ -61,7 +61,7 @@ def check_device_memory(
     if need > free:
         raise InputError(
             f"volume of {' × '.join(map(str, shape))} voxels: needs {need / 2**30:.1f} GiB on {device}, "
-            f"{free / 2**30:.1f} GiB are free; drop --device, or take a part with --crop"
+            f"{free / 2**30:.1f} GiB are free; drop `device`, or take a part with `crop`"
         )
 
 
@@ -137,7 +137,7 @@ class DeviceSystem(System):
         except torch.OutOfMemoryError:
             raise InputError(
                 f"{self.device}: out of memory at {self.bytes / 2**30:.1f} GiB, with more in use by others than when "
-                "the solve began; run it again when the GPU is free, drop --device, or take a part with --crop"
+                "the solve began; run it again when the GPU is free, drop `device`, or take a part with `crop`"
             ) from None
         return solved, x[:-1].cpu().numpy()
 

@@ -78,7 +78,7 @@ class ResultsFile:
         """
         if self.path is None or not self.path.exists():
             return {}
-        remedy = "move it away, name another --output, or begin anew with --overwrite"
+        remedy = "move it away, name another `output`, or begin anew with `overwrite`"
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             entries = {which: found[which] for which in ("volume", "reference")}
@@ -103,8 +103,8 @@ class ResultsFile:
         if before is not None and before["digest"] != digest:
             why = "has changed since" if before["path"] == path and before["shape"] == shape else "is another volume"
             raise InputError(
-                f"{self.path}: holds results of {before['path']}, and {path} {why}; name another --output, or "
-                "replace them with --overwrite"
+                f"{self.path}: holds results of {before['path']}, and {path} {why}; name another `output`, or "
+                "replace them with `overwrite`"
             )
         return digest
 

@@ -164,7 +164,7 @@ class ScratchPlace(Place):
         if need > free:
             raise InputError(
                 f"{self.folder}: the solve takes up to {_size(need)} of scratch storage, {_size(free)} "
-                f"are free; name a larger disk with --scratch, or use more --memory"
+                f"are free; name a larger disk with `scratch`, or use more `memory`"
             )
         self._say(f"out of core: {len(self.extents)} slabs, up to {_size(need)} of scratch storage in {self.folder}")
 
@@ -175,9 +175,9 @@ class ScratchPlace(Place):
         need = coarse + bits + slab
         if need > self.limit:
             raise InputError(
-                f"--memory {_size(self.limit + BYTES_OF_PYTHON)}: levels from 2 on ({parts} parts) take "
+                f"`memory` {_size(self.limit + BYTES_OF_PYTHON)}: levels from 2 on ({parts} parts) take "
                 f"{_size(coarse)}, bits {_size(bits)}, a slab {_size(slab)} and Python "
-                f"{_size(BYTES_OF_PYTHON)}, which all stay in memory; give --memory "
+                f"{_size(BYTES_OF_PYTHON)}, which all stay in memory; give `memory` "
                 f"{-(-(need + BYTES_OF_PYTHON) // 2**20)}MiB, or start it under MPI on more nodes"
             )
 
@@ -286,5 +286,5 @@ class _File:
                 raise
             raise InputError(
                 f"{self._place.folder}: no space left for scratch storage; free some, or name another disk "
-                f"with --scratch"
+                f"with `scratch`"
             ) from None

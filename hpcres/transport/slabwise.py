@@ -214,8 +214,8 @@ class SlabVolume:
             step = 4 if a == 0 else 2
             if p and (shape[a] % step or shape[a] < 8):
                 raise InputError(
-                    f"--periodic {AXES[a]}: over MPI and out of core the volume must be a multiple of {step} and at "
-                    f"least 8 voxels wide there, not {shape[a]}; take a part with --crop, or solve it in one memory"
+                    f"`periodic` {AXES[a]}: over MPI and out of core the volume must be a multiple of {step} and at "
+                    f"least 8 voxels wide there, not {shape[a]}; take a part with `crop`, or solve it in one memory"
                 )
         if not self._works:
             return None

@@ -99,6 +99,6 @@ def _kept(path: str, labels: np.ndarray) -> np.ndarray:
     if low < 0 or high >= UNWRITTEN:
         raise InputError(
             f"{path}: label {low if low < 0 else high} does not fit a store of 0 … 254; map the labels with "
-            f'--phases, for example --phases "{low}=pore,{high}=solid"'
+            f'`phases`, for example "{low}=pore,{high}=solid"'
         )
     return labels.astype(np.uint8, copy=False)

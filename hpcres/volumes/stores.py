@@ -151,7 +151,7 @@ class LabelStore:
                 first = (start if cut is None else cut) // edge * edge
                 what = f"cuts shard {first}:{min(first + edge, end)}" if cut is not None else f"is not inside 0:{end}"
                 raise InputError(
-                    f"{self.path}: tile writes {axis} {start}:{stop}, which {what}; use --tiles with a multiple of "
+                    f"{self.path}: tile writes {axis} {start}:{stop}, which {what}; use `tiles` with a multiple of "
                     f"{edge} voxels per tile"
                 )
         # A shard that is written again is written from nothing: zarr would merge it with one that may be damaged.
