@@ -268,7 +268,7 @@ def test_boundary_belongs_to_the_store(study, tmp_path, hpcres):
     whole = Box.whole(LabelStore.open(store).levels[0].shape)
     labels = LabelStore.open(store).read(0, whole)
     assert (labels != LabelStore.open(walls).read(0, whole)).mean() > 1e-3
-    with pytest.raises(InputError, match=r"was painted with boundary .*periodic.* this job has .*--overwrite"):
+    with pytest.raises(InputError, match=r"was painted with boundary .*periodic.* this job has .*`overwrite`"):
         paint_alone(study, tmp_path / "open")
     (store / "0/c/0/0/1").unlink()
     assert repair_job(store).plan.boundaries == ("periodic", "replicate", "periodic")

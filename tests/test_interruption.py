@@ -111,7 +111,7 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
     assert told.group(2) == socket.gethostname()
     job = open_job(load_study(path))
     monkeypatch.setattr("hpcres.inference.journal._DYING_SECONDS", 0.1)
-    with pytest.raises(InputError, match=r"another job.*give another --output"):
+    with pytest.raises(InputError, match=r"another job.*give another `output`"):
         infer(job, Ranks(), overwrite=True)
     with pytest.raises(InputError, match="another job"), StoreLock(store) as claim:
         find_faults(store, claim=claim)

@@ -274,7 +274,7 @@ def test_an_interrupted_overwrite_leaves_one_run_or_the_other(moment, tmp_path, 
             with pytest.raises(Stopped):
                 train(new, overwrite=True)
     else:
-        with pytest.raises((Stopped, RuntimeError), match=r"power is gone|run it without --overwrite to go on"):
+        with pytest.raises((Stopped, RuntimeError), match=r"power is gone|run it without overwriting to go on"):
             train(new, overwrite=True)
     monkeypatch.undo()
     assert not (old.folder / ".train-new").exists()

@@ -259,7 +259,7 @@ def test_a_second_run_needs_overwrite_and_a_failed_one_leaves_the_first(tmp_path
     here = study(tmp_path)
     make_phantom(here)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(InputError, match="exists already; give --overwrite"):
+    with pytest.raises(InputError, match="exists already; give `overwrite`"):
         make_phantom(here)
     monkeypatch.setattr(phantoms, "imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
@@ -301,5 +301,5 @@ def test_files_that_the_phantom_will_not_make_are_found_early(tmp_path):
         make_phantom(separate.model_copy(update={"phantom": separate.phantom.model_copy(update={"kind": "separator"})}))
     (tmp_path / "phantom").mkdir()
     (tmp_path / "phantom" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="with a phantom of hpcres only, so --overwrite will not remove it"):
+    with pytest.raises(InputError, match="with a phantom of hpcres only, so `overwrite` will not remove it"):
         make_phantom(study(tmp_path), overwrite=True)

@@ -104,7 +104,7 @@ def test_another_training_in_the_same_place_is_refused(tmp_path):
     train(study)
     before = study.checkpoint_path.read_bytes()
     changed = study_of(tmp_path, training={"steps": 1, "gradient_penalty": 5.0})
-    with pytest.raises(InputError, match=r"training.gradient_penalty 10.0.*5.0.*--overwrite"):
+    with pytest.raises(InputError, match=r"training.gradient_penalty 10.0.*5.0.*`overwrite`"):
         train(changed)
     assert study.checkpoint_path.read_bytes() == before
     assert train(changed, overwrite=True).resumed_step == 0
@@ -126,7 +126,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path):
     torch.save(content | {"study": json.dumps(settings)}, cut.checkpoint_path)
     assert load_checkpoint(cut.checkpoint_path).study.training.penalties == "slices"
     changed = study_of(tmp_path, training={"steps": 2, "real_patches": 64}, output=str(tmp_path / "cut"))
-    with pytest.raises(InputError, match=r"training.real_patches slices.*now says 64.*--overwrite"):
+    with pytest.raises(InputError, match=r"training.real_patches slices.*now says 64.*`overwrite`"):
         train(changed)
     assert train(cut).resumed_step == 1
     assert same(weights(whole), weights(cut))

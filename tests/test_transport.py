@@ -545,7 +545,7 @@ def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
     thin = tortuosity(volume, phases=("pore", "solid"), crop="0:1,:,:", directions="z")["results"]
     assert [r["D_rel"] for r in thin] == pytest.approx([0.5, 0.5])  # a column each
     for bad in ("0:8", "0:9,:,:", "a:b,:,:", "4:4,:,:"):
-        with pytest.raises(InputError, match="--crop"):
+        with pytest.raises(InputError, match="`crop`"):
             parse_crop(bad, volume.shape)
 
 
@@ -592,7 +592,7 @@ def test_labels_of_any_integer_type_keep_their_names(tmp_path):
 
 
 def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
-    with pytest.raises(InputError, match=r"20000 × 20000 × 20000 voxels: needs .* GiB of memory.*--crop"):
+    with pytest.raises(InputError, match=r"20000 × 20000 × 20000 voxels: needs .* GiB of memory.*`crop`"):
         check_memory((20000, 20000, 20000))
 
 

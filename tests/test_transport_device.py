@@ -274,5 +274,5 @@ def test_device_is_refused_on_several_ranks(tmp_path):
 
 def test_running_out_of_memory_is_one_line(monkeypatch):
     monkeypatch.setattr(DeviceSystem, "vector", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
-    with pytest.raises(InputError, match=r"cpu: out of memory at .* drop --device"):
+    with pytest.raises(InputError, match=r"cpu: out of memory at .* drop `device`"):
         solve_phase(np.ones((6, 6, 6), bool), device=torch.device("cpu"))

@@ -123,7 +123,7 @@ def test_memory_is_refused_on_several_ranks_and_odd_periodic_axes_in_one_line(vo
     done = mpirun(2, *command(volume, "tortuosity", "--memory", "1GiB"))
     assert done.returncode == 2
     assert done.stderr.count("hpcres: --memory") == 1
-    with pytest.raises(InputError, match=r"--periodic x: .*multiple of 2.*not 33.*--crop"):
+    with pytest.raises(InputError, match=r"`periodic` x: .*multiple of 2.*not 33.*`crop`"):
         tortuosity(open_volume(volume), periodic=(False, False, True), directions="z", memory=1000)
 
 
@@ -235,14 +235,14 @@ def test_memory_well_below_the_vectors_is_enough_and_kept_to(tmp_path):
 
 def test_a_full_disk_and_too_little_memory_are_one_line(solid, tmp_path, monkeypatch):
     settings = {"only": ("1",), "directions": "z", "scratch": tmp_path}
-    with pytest.raises(InputError, match=r"--memory 256MiB: levels from 2 on .* give --memory 2[0-9]+MiB"):
+    with pytest.raises(InputError, match=r"`memory` 256MiB: levels from 2 on .* give `memory` 2[0-9]+MiB"):
         tortuosity(open_volume(solid), memory=100_000, **settings)
 
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match=r"no space left for scratch storage.*--scratch"):
+    with pytest.raises(InputError, match=r"no space left for scratch storage.*`scratch`"):
         tortuosity(open_volume(solid), memory=BYTES_OF_PYTHON + 5_000_000, **settings)
 
 
