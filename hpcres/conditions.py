@@ -32,7 +32,7 @@ class Held:
 
     def read(self, box: Box, out: np.ndarray) -> None:
         """Write the conditions of a box within this one into float32 `out` (z, y, x, channel), its first channels."""
-        assert box.clipped(self.box) == box, (box, self.box)
+        assert box.clipped(self.box) == box, f"the network reads {box}, of the conditions {self.box} are held"
         inner = self.values[box.relative_to(self.box.start).slices]
         for channel in range(self.channels):  # all of them are 0 where nothing is known
             out[..., channel] = inner == channel if inner.ndim == 3 else inner[..., channel]
