@@ -628,7 +628,7 @@ def _through(flat, table):
 def add(a: Counts, b: Counts) -> Counts:
     """The counts of two disjoint parts together."""
 
-    def merged(p: dict, q: dict) -> dict:
+    def merged(p: dict[Any, Any], q: dict[Any, Any]) -> dict[Any, Any]:
         return {k: _plus(p[k], q[k]) if k in p and k in q else p.get(k, q.get(k)) for k in sorted(p.keys() | q.keys())}
 
     total = Counts(

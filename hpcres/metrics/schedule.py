@@ -56,7 +56,7 @@ def connect(
     are none for `worker_wait` seconds.
     """
     from distributed import CancelledError, KilledWorker
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
 
     for name in ("distributed", "distributed.client"):  # what ends a run is said here, in one line
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -274,7 +274,7 @@ def threads_of(client: Client) -> int:
     return max(1, sum(client.nthreads().values()))
 
 
-def submit(client: Client, task: Callable[..., Any], *columns: Sequence[Any], **fixed: Any) -> list[Future]:
+def submit(client: Client, task: Callable[..., Any], *columns: Sequence[Any], **fixed: Any) -> list[Future[Any]]:
     # The store may have changed since an equal call, so results are never shared between calls (pure=False).
     return client.map(task, *columns, pure=False, **fixed)
 
@@ -287,12 +287,12 @@ def submit_with_neighbours(
     neighbours: Sequence[Mapping[Any, int]],
     first_fixed: Mapping[str, Any],
     then_fixed: Mapping[str, Any],
-) -> list[Future]:
+) -> list[Future[Any]]:
     """One `then(own, {key: neighbour})` per item over results of `first(item)`, `neighbours` giving positions.
 
     A result of `first` is dropped as soon as the last that needs it is done, so few are held at any time.
     """
-    from dask import delayed
+    from dask.delayed import delayed
 
     # One graph, so that Dask sees at once what becomes of each result and goes through it depth first.
     leaves = [delayed(first, pure=False)(item, **first_fixed) for item in items]
@@ -331,7 +331,7 @@ def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[in
         yield show
 
 
-def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
+def finished(futures: Sequence[Future[Any]], what: str) -> Iterator[Future[Any]]:
     """Futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
     from distributed import CancelledError, as_completed
 
@@ -357,7 +357,7 @@ def finished(futures: Sequence[Future], what: str) -> Iterator[Future]:
         raise
 
 
-def follow(futures: Sequence[Future], what: str, progress: bool = True) -> None:
+def follow(futures: Sequence[Future[Any]], what: str, progress: bool = True) -> None:
     """Wait for all, showing how many are done; the first exception of a task ends the rest and is raised."""
     with shown(what, len(futures), progress) as show:
         for done, _ in enumerate(finished(futures, what), 1):

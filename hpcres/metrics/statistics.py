@@ -168,8 +168,8 @@ def statistics(
     boxes = blocks(shape, cut_into)
     grid = [-(-n // b) for n, b in zip(shape, cut_into, strict=True)]
     fixed = {"source": Source.of(volume), "labels": known, "lags": lags, "clusters": "connectivity" in which}
-    sums: list[Future] = []
-    before: list[dict[tuple[int, ...], Future]] = [{}, {}, {}]
+    sums: list[Future[Any]] = []
+    before: list[dict[tuple[int, ...], Future[Any]]] = [{}, {}, {}]
     for place, (at, box) in enumerate(zip(product(*map(range, grid)), boxes, strict=True)):
         # What is joined makes room, so it goes before any other block; left to itself Dask would first read them all.
         leaf = client.submit(_block, (place, box), **fixed, priority=-2 * place - 1, pure=False)

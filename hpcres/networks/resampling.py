@@ -85,7 +85,7 @@ def by_matrices(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 def resample(x: Tensor, taps: tuple[Taps, Taps, Taps]) -> Tensor:
     """Apply taps along the last three axes of (batch, channels, z, y, x)."""
     for axis, rows in zip((2, 3, 4), taps, strict=True):
-        if [[(i, 1)] for i in range(x.shape[axis])] == rows:
+        if [[(i, Fraction(1))] for i in range(x.shape[axis])] == rows:
             continue
         width = max(map(len, rows))
         padded = [row + [(row[-1][0], Fraction(0))] * (width - len(row)) for row in rows]

@@ -246,7 +246,7 @@ def supported(stages: Sequence[Stage]) -> bool:
         and all(
             stage.activation == "relu"
             and (
-                (stage.kernel, stage.crop, stage.scale) == (4, 1, 2)
+                stage.kernel == 4 and stage.crop == 1 and stage.scale == 2
                 if stage.kind == "transposed"
                 else stage.kind in ("convolution", "resized") and stage.kernel == 3 and stage.interpolation == "linear"
             )

@@ -184,7 +184,9 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        normalised, mean, variance = _GlobalNormalisation.apply(x, self.weight, self.bias, self.eps)
+        # torch.autograd.Function.apply has no types.
+        apply: Any = _GlobalNormalisation.apply
+        normalised, mean, variance = apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             assert self.num_batches_tracked is not None
             assert self.running_mean is not None

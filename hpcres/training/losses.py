@@ -105,7 +105,8 @@ def face_shares(probabilities: Tensor, period: int) -> Tensor:
     The expectation is over independent draws of both voxels' phases from `probabilities` (cubes, phases, z, y, x). Of a
     period beyond the cubes' edge there are the positions that they have.
     """
-    shares: Tensor = _FaceShares.apply(probabilities, period)
+    apply: Any = _FaceShares.apply  # which has no types
+    shares: Tensor = apply(probabilities, period)
     return shares
 
 

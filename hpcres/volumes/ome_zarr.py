@@ -23,7 +23,7 @@ _IMPLIED = "tczyx"
 """Axes of NGFF 0.1 and 0.2, which name none."""
 
 
-def zarr_node(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array | zarr.Group, dict[str, Any]]:
+def zarr_node(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array[Any] | zarr.Group, dict[str, Any]]:
     """The array or group at `path`, and its attributes."""
     if not any((existing(path) / name).is_file() for name in ZARR_FILES):
         raise InputError(f"{path}: is no zarr array or group ({', '.join(ZARR_FILES)} are not in it); check the path")
@@ -77,7 +77,7 @@ def chosen_image(path: str, images: Sequence[Mapping[str, Any]], chosen: str) ->
     return images[0]
 
 
-def _open_array(path: str, array: zarr.Array, attributes: Mapping[str, Any]) -> Volume:
+def _open_array(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -> Volume:
     """An array by itself; as a level of the OME-Zarr image around it where there is one."""
     place = Path(path).absolute()
     if any((place.parent / name).is_file() for name in ZARR_FILES):

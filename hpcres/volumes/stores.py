@@ -348,14 +348,14 @@ class FieldStore:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._ending.close()
 
-    def add(self, name: str, components: int | None = None) -> zarr.Array:
+    def add(self, name: str, components: int | None = None) -> zarr.Array[Any]:
         """An array to be written in slabs of whole 64 planes."""
         self._shared(lambda: self._create(name, components) and None)
         array = self._group[name]
         assert isinstance(array, zarr.Array)
         return array
 
-    def _create(self, name: str, components: int | None) -> zarr.Array:
+    def _create(self, name: str, components: int | None) -> zarr.Array[Any]:
         first: tuple[int, ...] = () if components is None else (components,)
         chunks = (*((1,) * len(first)), *(min(64, n) for n in self.shape))
         return self._group.create_array(
