@@ -32,7 +32,8 @@ def train(study: str, settings: tuple[str, ...], output: str | None, init_from: 
     hpcres train new.yaml --init-from other/checkpoint.pt
 
     Writes <output>/checkpoint.pt (all that infer needs besides the coarse volume), training.csv and training.html; with
-    training.quality_steps also quality.csv and best.pt, the generator with the best score; tensorboard/ has all curves.
+    training.quality_steps also quality.csv and best.pt, the generator with the best score; tensorboard/ has all curves
+    where TensorBoard is installed (hpcres[tensorboard]).
     """
     limit_spinning(os.environ)
     from hpcres.training.loop import train as run

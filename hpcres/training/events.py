@@ -1,79 +1,42 @@
-"""Scalars for TensorBoard, written without it: its event files are records of a few protobuf fields.
-
-A record is length (8 bytes, little-endian), masked CRC-32C of the length, the event, masked CRC-32C of the event.
-An event holds wall time (field 1), step (2) and a summary (5) of values (1) with a tag (1) and a number (2).
-"""
+"""Scalars for TensorBoard, where it is installed (`pip install hpcres[tensorboard]`)."""
 
 from __future__ import annotations
 
-import os
-import struct
-import time
 from collections.abc import Mapping
 from pathlib import Path
-
-
-def _table() -> tuple[int, ...]:
-    def entry(value: int) -> int:
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        return value
-
-    return tuple(map(entry, range(256)))
-
-
-_TABLE = _table()
-
-
-def crc32c(data: bytes) -> int:
-    """Castagnoli's checksum (RFC 3720, appendix B.4)."""
-    value = 0xFFFFFFFF
-    for byte in data:
-        value = value >> 8 ^ _TABLE[(value ^ byte) & 255]
-    return value ^ 0xFFFFFFFF
-
-
-def _masked(data: bytes) -> bytes:
-    value = crc32c(data)
-    return struct.pack("<I", ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _bytes_field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
+from typing import Any
 
 
 class Events:
-    """A new event file in `folder`; TensorBoard shows all files of a folder as one run, and drops what an earlier
-    file has after `resume_step`."""
+    """An event file in `folder`, written by TensorBoard's own writer; nothing where TensorBoard is not installed.
+
+    TensorBoard shows all files of a folder as one run, and drops what an earlier file has after `resume_step`.
+
+    Parameters
+    ----------
+    folder : Path
+        Made where it is not there.
+    resume_step : int
+        Step that the run goes on from; 0 for a new one.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        now = time.time()
-        self._file = (folder / f"events.out.tfevents.{now:.6f}.{os.getpid()}").open("wb")
-        self._write(now, _bytes_field(3, b"brain.Event:2"))
-        if resume_step:  # a session log that says start
-            self._write(now, b"\x10" + _varint(resume_step + 1) + _bytes_field(7, b"\x08\x01"))
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        summary = b"".join(
-            _bytes_field(1, _bytes_field(1, tag.encode()) + b"\x15" + struct.pack("<f", value))
-            for tag, value in values.items()
-        )
-        self._write(time.time(), b"\x10" + _varint(step) + _bytes_field(5, summary))
-
-    def _write(self, seconds: float, fields: bytes) -> None:
-        event = b"\x09" + struct.pack("<d", seconds) + fields
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked(length) + event + _masked(event))
-        self._file.flush()
+        """Write a number for each tag at a step."""
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
