@@ -2,7 +2,7 @@
 
 A volume is a path (`x.tif`, `x.npy`, `x.h5:/dataset`, `x.zarr`), what `open` returns, or any array (z, y, x) of whole
 numbers: of NumPy, Dask, Zarr or h5py. A box of it is read at a time. What a user should know goes to the logger
-`hpcres`; `train` and `infer` show their progress on stderr.
+`hpcres`; progress goes to `hpcres.train` and `hpcres.infer`.
 """
 
 from __future__ import annotations
