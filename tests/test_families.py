@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toy_families
 import yaml
-from small_painting import MPI, descendants, mpirun, store_bytes
+from small_painting import MPI, descendants, mpirun, store_bytes, truncate
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
@@ -115,6 +115,10 @@ def test_a_new_family_works_in_every_stage(tmp_path, kind):
     assert "of 12 tiles" in done.stderr
     assert store_bytes(store) == store_bytes(tmp_path / "whole/labels.zarr")  # however it is shared among ranks
     toys("verify", store)
+    truncate(next((tmp_path / "out/labels.zarr/0/c").rglob("1")))
+    assert subprocess.run([sys.executable, TOYS, "verify", store], capture_output=True).returncode == 3
+    toys("verify", store, "--repair")
+    assert store_bytes(store) == store_bytes(tmp_path / "whole/labels.zarr")
     audited = toys("verify", store, "--audit", "3").stdout
     assert "labels that differ 0 of" in audited
 
