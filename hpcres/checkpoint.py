@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Phase names in the order of the output's labels 0, 1, 2, …"""
+        """Phase names, in the order of the output's labels."""
         return self.study.phases
 
     @property

@@ -55,13 +55,13 @@ def _cache_of(function: Any) -> Any:
 def register_floats() -> int:
     """Return how many floats a vector register holds on the CPU that numba compiles for.
 
-    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are followed. The answer is taken from the registers that LLVM uses in its code
-    for a sum of 16 floats.
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are followed. The answer is taken from the registers that LLVM uses in its
+    code for a sum of 16 floats.
 
     Returns
     -------
     int
-        16 with AVX-512, else 8. The register may hold less than 8.
+        16 with AVX-512, else 8, even where a register holds fewer.
     """
     config: Any = numba.config
     name, features = config.CPU_NAME, config.CPU_FEATURES

@@ -156,8 +156,8 @@ class Conditions:
         Returns
         -------
         dict
-            `low_res` is a path, or a list of paths. `raw` is the header of a file without one of its own, or a list of headers.
-            If there is no file both are None, and `lattice` is the shape of the lattice.
+            `low_res` is a path, or a list of paths. `raw` is the header of a file without one of its own, or a list of
+            headers. If there is no file both are None, and `lattice` is the shape of the lattice.
         """
         if self.volume is None:
             return {"low_res": None, "raw": None, "lattice": list(self.shape)}

@@ -25,8 +25,8 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
     """Let OpenMP threads that wait for each other spin for about half a millisecond and then sleep.
 
     Sleeping at once costs a third of the speed of training on free cores. Spinning for as long as OpenMP does by itself
-    costs most of the speed on cores shared with other work (docs/training.md, Speed). OpenMP reads its settings when it is
-    loaded, so this must be called before torch is imported. Settings of the user are kept.
+    costs most of the speed on cores shared with other work (docs/training.md, Speed). OpenMP reads its settings when it
+    is loaded, so this must be called before torch is imported. Settings of the user are kept.
 
     Parameters
     ----------

@@ -34,8 +34,8 @@ class Family:
     rebuilds : function or str
         Takes the generator's `config` without `family` and returns the same generator.
     trains : function or str
-        Takes a study, the processes and threads that train it, and the checkpoint that it continues from, or None. Returns
-        the trainer (training.trainer.Trainer).
+        Takes a study, the processes and threads that train it, and the checkpoint that it continues from, or None.
+        Returns the trainer (training.trainer.Trainer).
     begins : function or str, optional
         Takes a study and the checkpoint of a run. Returns the study with what was chosen when that run began. None if
         training chooses nothing.

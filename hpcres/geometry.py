@@ -132,8 +132,8 @@ def following(boxes: Sequence[Box], shape: Sequence[int], periodic: Periodic) ->
     Returns
     -------
     list of dict
-        For every block, steps → position in `boxes` of the block that many blocks further along z, y, x. Each step is 0 or
-        1, and not all three are 0.
+        For every block, steps → position in `boxes` of the block that many blocks further along z, y, x. Each step is 0
+        or 1, and not all three are 0.
     """
     at = {box.start: place for place, box in enumerate(boxes)}
     found = []
@@ -210,8 +210,8 @@ class Tile:
     core : Box
         Low-res voxels that the tile owns.
     read : Box
-        Low-res voxels that the tile depends on: the core and its halo. It ends where the volume ends, and continues beyond
-        on an axis without ends.
+        Low-res voxels that the tile depends on: the core and its halo. It ends where the volume ends, and continues
+        beyond on an axis without ends.
     write : Box
         High-res voxels that the tile owns.
     """
@@ -268,9 +268,10 @@ class TilePlan:
         return sum(t.read.voxels for t in self.tiles) / prod(self.low_res_shape)
 
     def shifted(self) -> list[Tile]:
-        """Return tiles of the plan's size that start half a tile later along each axis and so straddle the plan's tile faces.
+        """Return tiles of the plan's size that start half a tile later along each axis.
 
-        The list is empty if tiles are too small for that. The tiles end where the volume ends, and do not wrap.
+        These tiles straddle the faces of the plan's tiles. The list is empty if tiles are too small for that. The tiles
+        end where the volume ends, and do not wrap.
         """
         p, q = self.scale.numerator, self.scale.denominator
         halves = [min(edge // p, n // q) // 2 * q for n, edge in zip(self.low_res_shape, self.tile_voxels, strict=True)]
@@ -328,8 +329,8 @@ def plan_tiles(
 ) -> TilePlan:
     """Cut a low-res volume into at most `tiles` tiles along each axis.
 
-    A tile is a whole number of storage chunks, so the grid can be coarser than asked for; the plan's `grid` says what it
-    is.
+    A tile is a whole number of storage chunks, so the grid can be coarser than asked for; the plan's `grid` says what
+    it is.
 
     Parameters
     ----------
