@@ -150,7 +150,10 @@ class KernelCache(caching.FunctionCache):
 
 
 def sources_digest(module: str) -> str:
-    """Return the SHA-256 of the sources of a module and of all modules of this package that it imports, directly or not."""
+    """Return the SHA-256 of the sources of a module and of all modules of this package that it imports.
+
+    Modules that are imported indirectly count too.
+    """
     digests: dict[str, bytes] = {}
     waiting = [module]
     while waiting:
