@@ -36,7 +36,7 @@ def one_hot(labels: Tensor, channels: int) -> Tensor:
     Returns
     -------
     Tensor
-        float32 (batch, channels, z, y, x).
+        (batch, channels, z, y, x), float32 for labels.
     """
     if labels.is_floating_point():
         return labels

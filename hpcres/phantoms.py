@@ -137,8 +137,8 @@ def separator(
     """Return the labels of a dry-stretched separator: 0 pore, 1 polymer.
 
     The polymer consists of lamellae about `feature_voxels` thick, stacked along x, and of fibrils half as thick, which
-    run along x between the lamellae. The porosity is exactly the given one, up to rounding to voxels. The computation
-    takes about 20 bytes per voxel of the torus.
+    run along x between the lamellae. The porosity is as asked for. The computation takes about 20 bytes per voxel of
+    the torus.
 
     Parameters
     ----------
@@ -266,7 +266,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
     The files are:
 
     - truth.zarr.
-    - low_res.zarr, the truth through the study's imaging operator. For a study of probabilities these are low_res_0.tif,
+    - low_res.zarr, the truth through the study's imaging operator. For a study of probabilities low_res_0.tif,
       low_res_1.tif, …, one for each channel.
     - Slices of another realisation, so that training never sees the truth: slices.tif of an isotropic material, else
       slices_zy.tif, slices_zx.tif and slices_yx.tif. With `slices_porosity` the slices are not typical of the truth.
@@ -280,7 +280,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
     overwrite : bool
         Replace a folder that an earlier call made.
     progress : function, optional
-        Called with the name of each file before it is made.
+        Called with the name of each part before it is made.
 
     Returns
     -------
