@@ -173,7 +173,7 @@ class Section(BaseModel):
 
 
 class RawHeader(Section):
-    """What a headerless file does not say."""
+    """What a file without a header does not say: shape, type of the values, byte order, and offset of the data."""
 
     shape: tuple[int, int, int]
     dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"] = "uint8"
@@ -415,7 +415,7 @@ class TrainingSettings(Section):
 
     @property
     def boundaries(self) -> Boundaries:
-        """What suits a network with this training beyond the faces of a volume."""
+        """Boundaries that suit a network trained with these settings, for what lies beyond the faces of a volume."""
         return REPLICATE
 
     @property
@@ -554,7 +554,7 @@ class Training(TrainingSettings):
 
     @property
     def boundaries(self) -> Boundaries:
-        """What suits a network with this training beyond the faces of a volume."""
+        """Boundaries that suit a network trained with these settings, for what lies beyond the faces of a volume."""
         return MIRROR if self.context or self.atypical_images == "correct" else REPLICATE
 
     @property
@@ -563,7 +563,7 @@ class Training(TrainingSettings):
         return super().may_change | {"compile", "match_fractions", "least_steps"}
 
     def refuse_misfit(self, study: Study) -> None:
-        """Raise ValueError if cubes, diagonal slices or context do not fit the scale factor or the images of the study."""
+        """Raise ValueError if cubes, diagonal slices or context do not fit the rest of the study."""
         low_res_edge = self.cube_voxels / study.scale_factor
         if low_res_edge.denominator != 1 or low_res_edge < _FEWEST_LOW_RES:
             every = study.scale_factor.numerator
@@ -788,12 +788,12 @@ class Study(Section):
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Phase names, in the order of the output's labels 0, 1, 2 and so on."""
+        """Phase names in the order 0, 1, 2, … of the output's labels."""
         return tuple(self.high_res.phases.values())
 
     @property
     def low_res_voxel_size(self) -> Length:
-        """Edge of a low-res voxel: that of the images times the scale factor."""
+        """Edge of a low-res voxel: the high-res voxel size times the scale factor."""
         return self.high_res.voxel_size.times(self.scale_factor)
 
     @property
