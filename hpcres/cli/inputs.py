@@ -39,7 +39,7 @@ def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | 
     Raises
     ------
     InputError
-        The study is not valid, or its copy would replace the study that is read or a file that hpcres did not write.
+        The study is not valid, or its copy cannot be saved beside the results.
     """
     study = load_study(source, settings, output)
     copy = saved_study(study, stage)

@@ -86,7 +86,7 @@ def table(heads: Iterable[str], lines: Iterable[str], style: str = "two") -> str
     lines : iterable of str
         HTML of the rows.
     style : str
-        Class of the table: `two` if its first two columns have words in them, else `one`.
+        Class of the table: `two` if its first two columns are names, `one` if only the first is.
     """
     head = "".join(f"<th class='{'left' if h == 'published' else ''}'>{escape(h)}</th>" for h in heads)
     return (
@@ -101,14 +101,17 @@ def cell(text: str, style: str = "") -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number as text with five digits or decimals; empty for None."""
+    """Return a number as text; empty for None.
+
+    The text has five decimals if the magnitude is from 0.001 to below 10, else five significant digits.
+    """
     if value is None:
         return ""
     return "0" if value == 0 else f"{value:.5f}" if 1e-3 <= abs(value) < 10 else f"{value:.5g}"
 
 
 def with_error(value: float | None, error: float | None) -> str:
-    """Return a value and its error as text, both to two digits of the error."""
+    """Return a value and its error as text, both to two digits of the error; without an error, the value alone."""
     if value is None or not error:
         return number(value) or "–"
     decimals = max(0, 1 - floor(log10(error)))
@@ -138,7 +141,10 @@ def picture(index: np.ndarray, colours: np.ndarray) -> str:
 
 
 def figure(width: float, height: float) -> Figure:
-    """Return an empty figure of a size in inches, transparent, so that it reads on light and dark pages."""
+    """Return an empty, transparent figure; width and height are in inches.
+
+    `svg` gives its axes and texts a grey that reads on light and dark pages.
+    """
     drawn = Figure(figsize=(width, height), layout="constrained")
     drawn.patch.set_alpha(0)
     return drawn

@@ -133,7 +133,10 @@ def slices_section(
 
 
 def _slice(view: View, region: Box, axis: int) -> np.ndarray:
-    """Return the labels of a high-res region, one voxel thin along `axis`, as positions (row, column) of the view's voxels."""
+    """Return the labels of a high-res region that is one voxel thin along `axis`.
+
+    The result has positions (row, column) of the view's voxels: the number of the label in `view.values`.
+    """
     start = [floor(a / view.step) for a in region.start]
     stop = [ceil(b / view.step) for b in region.stop]
     stop[axis] = start[axis] + 1
@@ -143,7 +146,7 @@ def _slice(view: View, region: Box, axis: int) -> np.ndarray:
 
 
 def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
-    """Return the middle of the first high-res image; None if the image is not there.
+    """Return the middle of the first high-res image; None if there is no image or its file does not exist.
 
     Parameters
     ----------

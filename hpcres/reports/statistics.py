@@ -24,9 +24,10 @@ _FORMS = ("inlet", "outlet", "whole")
 
 
 def statistics_section(metrics: Mapping[str, Any]) -> str:
-    """Return the section with correlations, chords, spectra, connected shares, paths, and how the spread falls with size.
+    """Return the section with the spatial statistics.
 
-    The curves of the ground truth are dashed.
+    These are correlations, chords, spectra, connected shares, paths, and how the spread falls with size. The curves of
+    the ground truth are dashed.
 
     Parameters
     ----------

@@ -30,7 +30,9 @@ from hpcres.volumes.volume import Volume
 
 
 def report_study(study: Study, volume: Volume) -> Path:
-    """Write report.html of a study from labels.zarr and those of metrics.json, transport.json and training.csv that exist.
+    """Write report.html of a study from labels.zarr and the other results.
+
+    The other results are those of metrics.json, transport.json and training.csv that exist.
 
     Parameters
     ----------
@@ -73,7 +75,7 @@ def report_study(study: Study, volume: Volume) -> Path:
 
 
 def _low_res_view(study: Study, colours: np.ndarray) -> tuple[list[View], dict[str, np.ndarray]]:
-    """Return the view of the study's low-res volume, and the legend of the colours that it has besides those of the phases.
+    """Return the view of the study's low-res volume, and the legend of its colours that are not those of phases.
 
     Both are empty if the study has no low-res volume.
     """
@@ -156,12 +158,12 @@ def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: Voxe
     Returns
     -------
     dict or None
-        Content of the file. None if the file was not named and does not exist or is not of the volume as it is now.
+        Content of the file. None if the file was not named, and it does not exist or is not of the volume as it is now.
 
     Raises
     ------
     InputError
-        The user named the file, and it is not of this volume.
+        The user named the file, and it does not exist, was not written by the command, or is not of this volume.
     """
     if not (given or path.is_file()):
         return None
