@@ -1,4 +1,4 @@
-"""The command `hpcres tortuosity`: its options, their checks, and the lines that it prints; transport/ has the solver."""
+"""The command `hpcres tortuosity`: options, their checks, and the lines that it prints; transport/ has the solver."""
 
 from __future__ import annotations
 
