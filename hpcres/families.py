@@ -32,7 +32,7 @@ class Family:
     builds : function or str
         Takes a study and returns the untrained generator (networks.generator.Generator).
     rebuilds : function or str
-        Takes the generator's `config` without `family` and returns the same generator.
+        Takes a generator's `config` without `family` and returns that generator.
     trains : function or str
         Takes a study, the processes and threads that train it, and the checkpoint that it continues from, or None.
         Returns the trainer (training.trainer.Trainer).

@@ -210,7 +210,7 @@ class Tile:
     core : Box
         Low-res voxels that the tile owns.
     read : Box
-        Low-res voxels that the tile depends on: the core and its halo. It ends where the volume ends, and continues
+        Low-res voxels that are read for the tile: the core and its halo. It ends where the volume ends, and continues
         beyond on an axis without ends.
     write : Box
         High-res voxels that the tile owns.

@@ -31,7 +31,7 @@ def one_hot(labels: Tensor, channels: int) -> Tensor:
     labels : Tensor
         Integer labels (batch, z, y, x), or probabilities in floating point.
     channels : int
-        Number of channels; a label from here on is 0 in all channels.
+        Number of channels; a label of this value or above is 0 in all channels.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def largest_channel(x: Tensor) -> Tensor:
 
 
 def likeliest(low_res: Tensor) -> Tensor:
-    """Return labels (batch, z, y, x); of probabilities, the channel with the largest.
+    """Return the labels, or for probabilities the channel with the largest one.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def likeliest(low_res: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Of probabilities the first of equal channels, and the number of channels where all are 0.
+        (batch, z, y, x). For probabilities the first of equal channels, or the number of channels where all are 0.
     """
     if not low_res.is_floating_point():
         return low_res
@@ -243,10 +243,10 @@ class ImagingOperator(nn.Module):
         return resample(x, (z, y, x_))
 
     def interpolated(self, low_res: Tensor) -> Tensor:
-        """Interpolate low-res values linearly in high-res voxels.
+        """Interpolate low-res values linearly at high-res voxels.
 
-        The values are placed where low-res voxels show the volume, so that under-sampling gives `low_res` back at
-        integer scale factors.
+        The interpolation is between the places that low-res voxels show, so that under-sampling gives `low_res` back
+        (at integer scale factors).
 
         Parameters
         ----------
