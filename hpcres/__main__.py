@@ -1,4 +1,4 @@
-"""The program: `hpcres`, and `python -m hpcres` for torchrun and mpirun."""
+"""The entry points `hpcres` and `python -m hpcres`; the latter is for torchrun and mpirun."""
 
 import sys
 
@@ -6,7 +6,7 @@ from hpcres.signals import guard_process
 
 
 def main() -> None:
-    """Handle signals before anything heavy is imported, then run the command."""
+    """Install the signal handlers before any heavy import, then run the command."""
     guard_process(next((word for word in sys.argv[1:2] if not word.startswith("-")), "hpcres"))
     from hpcres.cli import main as run
 

@@ -1,7 +1,8 @@
-"""The self-describing checkpoint: all that inference needs besides the low-res volume.
+"""Checkpoints: one file that holds all that inference needs besides the low-res volume.
 
-One file: plain tensors, numbers, strings, lists and dicts, read with weights_only=True so that a file from a
-stranger cannot run code. Written beside and renamed, so that a kill leaves the old one or the new one.
+A checkpoint holds plain tensors, numbers, strings, lists and dicts. It is read with weights_only=True, so that a file
+from a stranger cannot run code. It is written beside its destination and renamed, so that a kill leaves the old file
+or the new one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,25 @@ _FORMAT = f"{CHECKPOINT_MARK}1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A generator in eval mode and what is known about it. `sha256` covers its configuration and weights."""
+    """Generator in eval mode, and what is known about it.
+
+    Attributes
+    ----------
+    path : str
+        File that the checkpoint was read from.
+    generator : Generator
+        In eval mode, on the CPU.
+    study : Study
+        Study that the generator was trained for.
+    step : int
+        Training step at which the checkpoint was saved.
+    sha256 : str
+        Digest of the generator's configuration and weights; see `weights_sha256`.
+    versions : dict of str to str
+        Versions of hpcres, torch and Python that wrote the file.
+    training_state : dict or None
+        What a resumed run needs; inference ignores it.
+    """
 
     path: str
     generator: Generator
@@ -47,19 +66,28 @@ class Checkpoint:
 
     @property
     def scale(self) -> Fraction:
+        """Output voxels per low-res voxel along an axis."""
         return self.generator.scale
 
     @property
     def phases(self) -> tuple[str, ...]:
+        """Phase names, in the order of the output's labels."""
         return self.study.phases
 
     @property
     def family(self) -> str:
+        """Name of the generator's family, the study's `network.family`."""
         return str(self.generator.config["family"])
 
 
 def build_generator(study: Study) -> Generator:
-    """The untrained generator that a study asks for."""
+    """Build the untrained generator that a study asks for.
+
+    Raises
+    ------
+    InputError
+        The family cannot build a network with these settings.
+    """
     try:
         return family_of(study.network.family).build(study)
     except ValueError as error:
@@ -67,7 +95,7 @@ def build_generator(study: Study) -> Generator:
 
 
 def weights_sha256(generator: Generator) -> str:
-    """Digest of configuration and weights, independent of device and file."""
+    """Return the SHA-256 of a generator's configuration and weights, which does not depend on device or file."""
     digest = hashlib.sha256(json.dumps(generator.config, sort_keys=True).encode())
     for name, tensor in sorted(generator.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -84,7 +112,23 @@ def save_checkpoint(
     training_state: dict[str, Any] | None = None,
     init_from: dict[str, Any] | None = None,
 ) -> None:
-    """Write atomically; `training_state` holds what a resumed run needs and inference ignores."""
+    """Write a checkpoint atomically.
+
+    Parameters
+    ----------
+    path : path
+        File to write. Its folder is made if it does not exist.
+    generator : Generator
+        Network whose configuration and weights are saved.
+    study : Study
+        Study of the training run.
+    step : int
+        Training step that the weights belong to.
+    training_state : dict, optional
+        What a resumed run needs; inference ignores it.
+    init_from : dict, optional
+        Where training began; see `Checkpoint.init_from`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -106,7 +150,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU; InputError for a file that is missing, foreign, damaged or not finite."""
+    """Read a checkpoint onto the CPU.
+
+    Parameters
+    ----------
+    path : path
+        File that `save_checkpoint` wrote.
+
+    Returns
+    -------
+    Checkpoint
+        The generator is in eval mode and its parameters need no gradient.
+
+    Raises
+    ------
+    InputError
+        The file is missing, damaged or of another program, its weights are not finite or do not fit the network, or it
+        has a family or settings that this version does not know.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; run `hpcres train` first or give `checkpoint`")

@@ -1,8 +1,9 @@
-"""How kernels are compiled: numba's options, a cache of machine code between runs (kernel_cache), and vector registers.
+"""Compilation of kernels: options of numba, a cache of machine code between runs, and the size of vector registers.
 
-The cache lies in the first of these folders that can be written: $NUMBA_CACHE_DIR, `__pycache__` beside the source, the
-user's cache folder, a private folder in the system's temporary folder. Where none can be written each process compiles
-its kernels. The cache separates CPU names and features, so machines of several kinds can share an installation.
+The cache (kernel_cache) lies in the first of these folders that can be written: $NUMBA_CACHE_DIR, `__pycache__` beside
+the source, the user's cache folder, a private folder in the system's temporary folder. If none can be written, each
+process compiles its kernels. The cache separates CPU names and features, so that machines of several kinds can share
+an installation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ import numba
 def compiled(function: Any = None, **options: Any) -> Any:
     """Decorate a function, as numba.njit does, to be compiled at its first call and to run without the GIL.
 
-    `options` are those of numba.njit.
+    Parameters
+    ----------
+    function : function, optional
+        Kernel to compile. Without it, the call returns a decorator.
+    **options
+        Options of numba.njit.
+
+    Returns
+    -------
+    dispatcher or decorator
+        The compiled function, with a cache of machine code where a folder for it can be written.
     """
     if function is None:
         return lambda decorated: compiled(decorated, **options)
@@ -29,7 +40,7 @@ def compiled(function: Any = None, **options: Any) -> Any:
 
 
 def _cache_of(function: Any) -> Any:
-    """The cache of a kernel's machine code, or None."""
+    """Return the cache of a kernel's machine code, or None if there can be none."""
     try:
         from hpcres.kernel_cache import KernelCache
 
@@ -42,10 +53,15 @@ def _cache_of(function: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def register_floats() -> int:
-    """How many floats a vector register holds on the CPU that numba compiles for: 16 with AVX-512, else 8 (or less).
+    """Return how many floats a vector register holds on the CPU that numba compiles for.
 
-    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are followed. The answer is LLVM's: the registers of its code for a sum of 16
-    floats.
+    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are followed. The answer is taken from the registers that LLVM uses in its
+    code for a sum of 16 floats.
+
+    Returns
+    -------
+    int
+        16 with AVX-512, else 8, even where a register holds fewer.
     """
     config: Any = numba.config
     name, features = config.CPU_NAME, config.CPU_FEATURES

@@ -1,7 +1,7 @@
-"""What a generator is given of each voxel of the lattice it is computed from: labels, probabilities, or nothing.
+"""Conditions: what a generator is given at each voxel of its lattice, which is labels, probabilities or nothing.
 
-The lattice is the low-res volume, or, for a generator fed by latents alone, a grid of the shape that its output asks
-for. Training and inference read it through the same two classes.
+The lattice is the low-res volume. For a generator fed by latents alone it is a grid whose shape follows from the shape
+of the output. Training and inference read the lattice through the same two classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from hpcres.volumes.volume import Volume, read_beyond
 
 @dataclass(frozen=True)
 class Held:
-    """The conditions of a box of the lattice in memory: a byte a voxel of labels, four for each probability."""
+    """Conditions of a box of the lattice, held in memory.
+
+    A voxel takes one byte if it has a label, and four bytes for each probability.
+    """
 
     box: Box
     values: np.ndarray
@@ -31,7 +34,17 @@ class Held:
     channels: int
 
     def read(self, box: Box, out: np.ndarray) -> None:
-        """Write the conditions of a box within this one into float32 `out` (z, y, x, channel), its first channels."""
+        """Write the conditions of a box into the first channels of an array.
+
+        Labels are written one-hot. All channels of a voxel are 0 where nothing is known.
+
+        Parameters
+        ----------
+        box : Box
+            Box of the lattice that lies inside `self.box`.
+        out : ndarray
+            float32 (z, y, x, channel), with at least `channels` channels. The others are left as they are.
+        """
         assert box.clipped(self.box) == box, f"the network reads {box}, of the conditions {self.box} are held"
         inner = self.values[box.relative_to(self.box.start).slices]
         for channel in range(self.channels):  # all of them are 0 where nothing is known
@@ -39,20 +52,20 @@ class Held:
 
 
 class Conditions:
-    """What a file says of every voxel of the lattice.
+    """Conditions of every voxel of the lattice, read from a file.
 
     Parameters
     ----------
     channels : int
-        Of the generator's input; 0 where it is given nothing.
+        Channels of the generator's input; 0 if the generator is given nothing.
     shape : tuple of int
-        The lattice, (z, y, x) voxels.
+        Shape of the lattice, (z, y, x) voxels.
     volume : Volume, optional
-        Where they are read from; none for a generator that is given nothing.
+        Volume that the conditions are read from; None for a generator that is given nothing.
     phase_map : PhaseMap, optional
-        From the volume's labels to channels.
+        Map from the volume's labels to channels.
     about : object, optional
-        What the channels mean, for the digest.
+        Meaning of the channels, which is part of the digest.
 
     Examples
     --------
@@ -75,39 +88,61 @@ class Conditions:
 
     @classmethod
     def none(cls, shape: Triple) -> Conditions:
-        """Of a lattice of which nothing is known."""
+        """Return the conditions of a lattice of which nothing is known."""
         return cls(0, shape)
 
     @classmethod
     def of(cls, low_res: LowRes, volume: Volume | None = None) -> Conditions:
-        """Labels or probabilities of `volume`, by default the one that the study's section names."""
+        """Return the conditions that a study's section `low_res` describes.
+
+        Parameters
+        ----------
+        low_res : LowRes
+            Section of the study.
+        volume : Volume, optional
+            Labels or probabilities; by default the volume that the section names.
+        """
         volume = open_low_res(low_res) if volume is None else volume
         about = low_res.groups if low_res.channels else sorted(low_res.phases.items())
         return cls(len(low_res.groups), volume.shape, volume, PhaseMap.of(low_res, volume.path), about)
 
     def values(self, box: Box) -> np.ndarray:
-        """Those of a box inside the lattice, as `Held.values` has them; InputError for a label without a phase."""
+        """Read the conditions of a box inside the lattice.
+
+        Returns
+        -------
+        ndarray
+            As `Held.values`: uint8 (z, y, x), the number of the channel that is 1; or float32 (z, y, x, channel).
+
+        Raises
+        ------
+        InputError
+            A label has no phase.
+        """
         if self.volume is None:
             return np.zeros((*box.shape, 0), np.float32)
         assert self._phase_map is not None
         return self._phase_map.index(self.volume.read(box))
 
     def hold(self, box: Box, boundaries: Boundaries) -> Held:
-        """A box, which along an axis without ends may reach beyond the lattice, in memory."""
+        """Read a box into memory; along an axis without ends it may reach beyond the lattice."""
         return Held(box, read_beyond(self.values, box, self.shape, boundaries), self.channels)
 
     def read(self, box: Box) -> np.ndarray:
-        """float32 (z, y, x, channel) of a box inside the lattice."""
+        """Read a box inside the lattice as float32 (z, y, x, channel)."""
         out = np.empty((*box.shape, self.channels), np.float32)
         Held(box, self.values(box), self.channels).read(box, out)
         return out
 
     def remembering(self) -> Conditions:
-        """The same, that reads each box once: for one tile, painted with several seeds."""
+        """Return the same conditions, reading each box only once, for a tile that is painted with several seeds."""
         return _Remembering(self)
 
     def digest(self) -> str:
-        """SHA-256 of all values and what they mean; reads the whole volume once, which also finds an unknown label."""
+        """Return the SHA-256 of all values and their meaning.
+
+        This reads the whole volume once, which also finds a label without a phase.
+        """
         found = hashlib.sha256(f"{self.shape} {self._about}".encode())
         if self.volume is not None:
             slab = max(1, 2**18 // (self.shape[1] * self.shape[2]))  # small, because malloc keeps the hole
@@ -116,7 +151,14 @@ class Conditions:
         return found.hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """The files, for a store's attributes: paths, and the headers of those without one; empty without files."""
+        """Describe the files for the attributes of a store.
+
+        Returns
+        -------
+        dict
+            `low_res` is a path, or a list of paths. `raw` is the header of a file without one of its own, or a list of
+            headers. If there is no file both are None, and `lattice` is the shape of the lattice.
+        """
         if self.volume is None:
             return {"low_res": None, "raw": None, "lattice": list(self.shape)}
         files = self.volume.parts or (self.volume,)
@@ -129,16 +171,24 @@ class Conditions:
 
     @property
     def paths(self) -> list[str]:
+        """Paths of the files; empty if there is no file."""
         if self.volume is None:
             return []
         return [part.path for part in self.volume.parts or (self.volume,)]
 
     @property
     def volumes(self) -> list[Volume]:
+        """The volume as a list of one; empty if there is no volume."""
         return [] if self.volume is None else [self.volume]
 
     def stamp(self) -> Any:
-        """What changes when a file is written to; InputError where one has gone."""
+        """Return a value that changes when a file is written to; None if there is no file.
+
+        Raises
+        ------
+        InputError
+            A file no longer exists.
+        """
         return None if self.volume is None else self.volume.stamp()
 
 
@@ -157,7 +207,19 @@ class _Remembering(Conditions):
 
 
 def lattice_of(output_voxels: Triple, scale: Fraction) -> Triple:
-    """The lattice whose output has that many voxels; InputError where no whole number of its voxels fills it.
+    """Return the shape of the lattice whose output has the given number of voxels.
+
+    Parameters
+    ----------
+    output_voxels : tuple of int
+        Shape of the output, (z, y, x) high-res voxels.
+    scale : Fraction
+        High-res voxels per voxel of the lattice along an axis.
+
+    Raises
+    ------
+    InputError
+        No whole number of lattice voxels fills the output.
 
     Examples
     --------
@@ -175,14 +237,20 @@ def lattice_of(output_voxels: Triple, scale: Fraction) -> Triple:
 
 
 def conditions_volume(study: Study) -> Volume | None:
-    """The study's low-res volume, of labels or probabilities; None where it has none."""
+    """Open the study's low-res volume of labels or probabilities; None if the study has none."""
     return None if study.low_res is None else open_low_res(study.low_res)
 
 
 def conditions_of(study: Study) -> Conditions:
-    """What the study's generator is given, and on which lattice: of its low-res volume, or of the output it asks for.
+    """Return the conditions that the study's generator is given.
 
-    InputError where it says neither.
+    The lattice is that of the study's low-res volume. If there is none, it follows from the output that the study asks
+    for.
+
+    Raises
+    ------
+    InputError
+        The study has neither `low_res` nor `inference.output_voxels`.
     """
     if study.low_res is not None:
         return Conditions.of(study.low_res)

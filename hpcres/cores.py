@@ -7,23 +7,26 @@ from collections.abc import MutableMapping
 
 
 def allowed_cores() -> frozenset[int]:
-    """Numbers of the cores that this process may use; all cores of the machine on systems without affinity (macOS)."""
+    """Return the numbers of the cores that this process may use.
+
+    These are all cores of the machine on systems without affinity (macOS).
+    """
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     return len(allowed_cores())
 
 
 def limit_spinning(environment: MutableMapping[str, str]) -> None:
-    """Have OpenMP threads that wait for each other spin for about half a millisecond and then sleep.
+    """Let OpenMP threads that wait for each other spin for about half a millisecond and then sleep.
 
-    Sleeping at once costs a third of the speed of training on free cores; spinning for as long as OpenMP does by itself
-    costs most of it on cores shared with other work (docs/training.md, Speed). OpenMP reads its settings when it is
-    loaded, so this must be called before torch is imported. Settings of the user are kept.
+    Sleeping at once costs a third of the speed of training on free cores. Spinning for as long as OpenMP does by itself
+    costs most of the speed on cores shared with other work (docs/training.md, Speed). OpenMP reads its settings when it
+    is loaded, so this must be called before torch is imported. Settings of the user are kept.
 
     Parameters
     ----------

@@ -1,13 +1,22 @@
-"""How a stage ends other than well. `cli` alone turns these into exit statuses."""
+"""Errors that end a stage; only `cli` turns them into exit statuses."""
 
 
 class InputError(ValueError):
-    """The user's input is wrong: one line with the place, the value, the consequence and the remedy. Exit 2."""
+    """The user's input is wrong; exit status 2.
+
+    The message is one line with the place, the value, the consequence and the remedy.
+    """
 
 
 class Unfinished(RuntimeError):
-    """The stage ran to its end, but some tiles or chunks failed; the message lists them. Exit 3."""
+    """The stage ran to its end, but some tiles or chunks failed; exit status 3.
+
+    The message lists what failed.
+    """
 
 
 class Stopped(RuntimeError):
-    """A signal stopped the stage after it saved; the same command goes on from there. Exit 75."""
+    """A signal stopped the stage after it saved; exit status 75.
+
+    The same command continues from there.
+    """

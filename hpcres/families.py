@@ -1,4 +1,4 @@
-"""The registry of generator families: what study, checkpoint, training and inference know a family by.
+"""Registry of generator families, read by study, checkpoint, training and inference.
 
 A family is one module in `networks`, one data source in `training`, and one entry here (docs/design.md).
 """
@@ -30,15 +30,15 @@ class Family:
     network, training : type of pydantic.BaseModel
         Models of the study's sections; subclasses of study.NetworkSettings and study.TrainingSettings.
     builds : function or str
-        Of a study, the untrained generator (networks.generator.Generator).
+        Takes a study and returns the untrained generator (networks.generator.Generator).
     rebuilds : function or str
-        The same from its `config`, without `family`.
+        Takes a generator's `config` without `family` and returns that generator.
     trains : function or str
-        Of a study, the processes and threads that train it and the checkpoint that it goes on from, or None: its
-        trainer (training.trainer.Trainer).
+        Takes a study, the processes and threads that train it, and the checkpoint that it continues from, or None.
+        Returns the trainer (training.trainer.Trainer).
     begins : function or str, optional
-        Of a study and the checkpoint of a run: the study with what was chosen when that run began. Where training
-        chooses nothing there is none.
+        Takes a study and the checkpoint of a run. Returns the study with what was chosen when that run began. None if
+        training chooses nothing.
     needs_low_res, needs_images : bool
         Whether the study must have `low_res`, and `high_res.images`.
     """
@@ -54,15 +54,19 @@ class Family:
     needs_images: bool = True
 
     def build(self, study: Any) -> Any:
+        """Build the untrained generator of a study."""
         return _function(self.builds)(study)
 
     def rebuild(self, config: dict[str, Any]) -> Any:
+        """Build the generator that a `config` without `family` describes."""
         return _function(self.rebuilds)(config)
 
     def trainer(self, *given: Any) -> Any:
+        """Build the trainer from the arguments that `trains` takes."""
         return _function(self.trains)(*given)
 
     def as_begun(self, study: Any, before: Any) -> Any:
+        """Return the study with what was chosen when the run of the checkpoint `before` began."""
         return study if self.begins is None else _function(self.begins)(study, before)
 
 
@@ -70,12 +74,18 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known under its name; one that is registered again replaces the earlier one."""
+    """Make a family known under its name; it replaces an earlier family of that name."""
     FAMILIES[family.name] = family
 
 
 def family_of(name: str) -> Family:
-    """InputError for a name that no family has."""
+    """Return the family with this name.
+
+    Raises
+    ------
+    InputError
+        No family has this name.
+    """
     if name not in FAMILIES:
         raise InputError(f"network.family: {name!r} is no family of generators; use one of {', '.join(FAMILIES)}")
     return FAMILIES[name]

@@ -1,8 +1,8 @@
-"""Boxes, and the plan of tiles: integers in, boxes out. No I/O, no arrays.
+"""Boxes and the plan of tiles: integers in, boxes out, without I/O and arrays.
 
-Axes are z, y, x. A low-res voxel of scale factor p/q (lowest terms) is p/q high-res voxels wide, so q low-res
-voxels are exactly p high-res ones; tiles therefore start at multiples of q low-res voxels. On an axis without ends,
-periodic or mirror, index i of n voxels stands for another of them, so boxes there may reach below 0 and beyond n.
+Axes are z, y, x. A low-res voxel of scale factor p/q (lowest terms) is p/q high-res voxels wide, so q low-res voxels
+are exactly p high-res ones. Tiles therefore start at multiples of q low-res voxels. On an axis without ends, periodic
+or mirror, an index outside 0 … n − 1 stands for one of the n voxels, so boxes there may reach below 0 and beyond n.
 """
 
 from __future__ import annotations
@@ -29,70 +29,111 @@ AXES = "zyx"
 
 
 def triple(values: Sequence[int]) -> Triple:
+    """Return three numbers as a tuple of int."""
     z, y, x = (int(v) for v in values)
     return z, y, x
 
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """Half-open block of voxels [start, stop) per axis, in voxels of one grid."""
+    """Half-open block of voxels [start, stop) along each axis, in voxels of one grid."""
 
     start: Triple
     stop: Triple
 
     def __post_init__(self) -> None:
+        """Check that no axis stops before it starts."""
         assert all(a <= b for a, b in zip(self.start, self.stop, strict=True)), (self.start, self.stop)
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Box:
+        """Return the box of a whole volume of this shape."""
         return cls((0, 0, 0), triple(shape))
 
     @property
     def shape(self) -> Triple:
+        """Edges z, y, x in voxels."""
         return triple([b - a for a, b in zip(self.start, self.stop, strict=True)])
 
     @property
     def voxels(self) -> int:
+        """Number of voxels."""
         return prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, slice, slice]:
+        """Slices z, y, x that cut the box out of an array."""
         z, y, x = (slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
         return z, y, x
 
     def clipped(self, other: Box) -> Box:
-        """The part of this box inside `other` (empty at the nearest corner where they do not meet)."""
+        """Return the part of this box inside `other`, empty at the nearest corner if the two do not meet."""
         start = [min(max(a, c), d) for a, c, d in zip(self.start, other.start, other.stop, strict=True)]
         stop = [max(min(b, d), a) for b, a, d in zip(self.stop, start, other.stop, strict=True)]
         return Box(triple(start), triple(stop))
 
     def grown(self, before: int, after: int, within: Box | None = None) -> Box:
+        """Return the box with more voxels along each axis, clipped to the box `within` if that is given.
+
+        Parameters
+        ----------
+        before, after : int
+            Voxels added at the start and at the stop of each axis.
+        within : Box, optional
+            Box that the result may not leave.
+        """
         grown = Box(triple([a - before for a in self.start]), triple([b + after for b in self.stop]))
         return grown if within is None else grown.clipped(within)
 
     def relative_to(self, origin: Sequence[int]) -> Box:
+        """Return the box with its coordinates counted from `origin`."""
         return Box(
             triple([a - o for a, o in zip(self.start, origin, strict=True)]),
             triple([b - o for b, o in zip(self.stop, origin, strict=True)]),
         )
 
     def __str__(self) -> str:
+        """Return the ranges of the axes as text, such as `z 0:8 y 0:8 x 0:8`."""
         ends = zip(AXES, self.start, self.stop, strict=True)
         return " ".join(f"{axis} {a}:{b}" for axis, a, b in ends)
 
 
 def blocks(shape: Sequence[int], block: Sequence[int]) -> list[Box]:
-    """The blocks of a regular grid in z-major order, clipped at the volume's end; every voxel in exactly one."""
+    """Return the blocks of a regular grid in z-major order, clipped at the volume's end.
+
+    Every voxel is in exactly one block.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels of the volume, z, y, x.
+    block : sequence of int
+        Edges of a block in voxels, z, y, x.
+    """
     whole = Box.whole(shape)
     starts = product(*(range(0, n, b) for n, b in zip(shape, block, strict=True)))
     return [Box(triple(s), triple([a + b for a, b in zip(s, block, strict=True)])).clipped(whole) for s in starts]
 
 
 def following(boxes: Sequence[Box], shape: Sequence[int], periodic: Periodic) -> list[dict[Triple, int]]:
-    """Of every block of a regular grid over a volume, the positions in `boxes` of those that follow it.
+    """Find, for every block of a regular grid over a volume, the blocks that follow it.
 
-    Keys are how many blocks further along z, y, x, 0 or 1 each but not all 0; around a periodic axis the first block
-    follows the last, and beyond an open end none does.
+    Around a periodic axis the first block follows the last. Beyond an open end no block follows.
+
+    Parameters
+    ----------
+    boxes : sequence of Box
+        Blocks of the grid.
+    shape : sequence of int
+        Voxels of the volume, z, y, x.
+    periodic : tuple of bool
+        Whether the volume is periodic along z, y, x.
+
+    Returns
+    -------
+    list of dict
+        For every block, steps → position in `boxes` of the block that many blocks further along z, y, x. Each step is 0
+        or 1, and not all three are 0.
     """
     at = {box.start: place for place, box in enumerate(boxes)}
     found = []
@@ -109,8 +150,17 @@ def following(boxes: Sequence[Box], shape: Sequence[int], periodic: Periodic) ->
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a box that reaches beyond its volume: where it is inside the volume, and its place in the box, along
-    whose axes `steps` (1 or −1) it lies as it is or back to front."""
+    """Part, inside the volume, of a box that reaches beyond its volume.
+
+    Attributes
+    ----------
+    source : Box
+        Where the piece is in the volume.
+    place : Box
+        Where the piece is in the box, relative to the box's start.
+    steps : tuple of int
+        Along z, y, x: 1 if the piece lies in the box as it is in the volume, −1 if it lies back to front.
+    """
 
     source: Box
     place: Box
@@ -118,9 +168,18 @@ class Piece:
 
 
 def pieces_of(box: Box, shape: Sequence[int], boundaries: Boundaries) -> list[Piece]:
-    """A box cut where it leaves the volume or comes back to it, z-major.
+    """Cut a box where it leaves the volume or comes back to it, in z-major order.
 
-    One longer than the volume does so several times. One that lies inside is its only piece.
+    A box longer than the volume does so several times. A box inside the volume is its only piece.
+
+    Parameters
+    ----------
+    box : Box
+        May reach beyond the volume along axes whose boundary is not `replicate`.
+    shape : sequence of int
+        Voxels of the volume, z, y, x.
+    boundaries : tuple of str
+        Boundary of each axis.
     """
     runs: list[list[tuple[int, int, int, int]]] = []
     for start, stop, n, boundary in zip(box.start, box.stop, shape, boundaries, strict=True):
@@ -142,10 +201,19 @@ def _sized(start: Triple, shape: Triple) -> Box:
 
 @dataclass(frozen=True)
 class Tile:
-    """One unit of inference, of storage and of recovery: a tile is a shard is a file.
+    """One unit of inference, of storage and of recovery: a tile is a shard, and a shard is a file.
 
-    `core` and `read` are low-res boxes (`read` holds the halo; it ends where the volume ends, and goes on beyond on an
-    axis without ends), `write` is the high-res box the tile owns.
+    Attributes
+    ----------
+    index : int
+        Place of the tile in the plan.
+    core : Box
+        Low-res voxels that the tile owns.
+    read : Box
+        Low-res voxels that are read for the tile: the core and its halo. It ends where the volume ends, and continues
+        beyond on an axis without ends.
+    write : Box
+        High-res voxels that the tile owns.
     """
 
     index: int
@@ -156,7 +224,27 @@ class Tile:
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Every tile of a run. `tile_voxels` is the high-res shard shape; the last tiles may be clipped."""
+    """Every tile of a run.
+
+    Attributes
+    ----------
+    low_res_shape, shape : tuple of int
+        Voxels of the low-res volume and of the output, z, y, x.
+    scale : Fraction
+        High-res voxels per low-res voxel along an axis.
+    halo_low_res : int
+        Low-res voxels around a tile that its labels depend on.
+    chunk_voxels : int
+        Edge of a storage chunk in high-res voxels.
+    tile_voxels : tuple of int
+        Shape of a shard in high-res voxels; the last tiles may be clipped.
+    grid : tuple of int
+        Tiles along z, y, x.
+    boundaries : tuple of str
+        What lies beyond the volume along z, y, x.
+    tiles : tuple of Tile
+        The tiles in z-major order.
+    """
 
     low_res_shape: Triple
     shape: Triple
@@ -170,6 +258,7 @@ class TilePlan:
 
     @property
     def endless(self) -> tuple[bool, bool, bool]:
+        """Whether each axis, z, y, x, is without ends: periodic or mirror."""
         z, y, x = (boundary != "replicate" for boundary in self.boundaries)
         return z, y, x
 
@@ -179,9 +268,10 @@ class TilePlan:
         return sum(t.read.voxels for t in self.tiles) / prod(self.low_res_shape)
 
     def shifted(self) -> list[Tile]:
-        """Tiles of the plan's size that start half a tile later along each axis, so that they straddle its tile faces.
+        """Return tiles of the plan's size that start half a tile later along each axis.
 
-        Empty where tiles are too small for that. They end where the volume ends, and do not wrap.
+        These tiles straddle the faces of the plan's tiles. The list is empty if tiles are too small for that. The tiles
+        end where the volume ends, and do not wrap.
         """
         p, q = self.scale.numerator, self.scale.denominator
         halves = [min(edge // p, n // q) // 2 * q for n, edge in zip(self.low_res_shape, self.tile_voxels, strict=True)]
@@ -225,7 +315,7 @@ def _tile(
 
 
 def high_res_shape(low_res_shape: Sequence[int], scale: Fraction) -> Triple:
-    """Output voxels per axis: ⌊n · scale⌋."""
+    """Return the output voxels along each axis, ⌊n · scale⌋."""
     return triple([int(n * scale) for n in low_res_shape])
 
 
@@ -237,10 +327,30 @@ def plan_tiles(
     chunk_voxels: int,
     boundaries: Boundaries = REPLICATE,
 ) -> TilePlan:
-    """Cut a low-res volume into at most `tiles` tiles per axis. InputError for what cannot be cut, or not be periodic.
+    """Cut a low-res volume into at most `tiles` tiles along each axis.
 
-    A tile is a whole number of storage chunks (`chunk_voxels`, high-res voxels per edge), so the grid can come
-    out coarser than asked; the plan's `grid` says what it is.
+    A tile is a whole number of storage chunks, so the grid can be coarser than asked for; the plan's `grid` says what
+    it is.
+
+    Parameters
+    ----------
+    low_res_shape : sequence of int
+        Low-res voxels, z, y, x.
+    scale : Fraction
+        High-res voxels per low-res voxel along an axis.
+    tiles : sequence of int
+        Largest number of tiles along z, y, x.
+    halo_low_res : int
+        Low-res voxels around a tile that its labels depend on.
+    chunk_voxels : int
+        Edge of a storage chunk in high-res voxels.
+    boundaries : tuple of str
+        What lies beyond the volume along z, y, x.
+
+    Raises
+    ------
+    InputError
+        The volume cannot be cut like this, or cannot be periodic.
     """
     p, q = scale.numerator, scale.denominator
     if min(tiles) < 1:
@@ -279,7 +389,10 @@ def plan_tiles(
 
 
 def tiles_of_rank(tile_count: int, rank: int, ranks: int) -> range:
-    """The contiguous share of `rank`: sizes differ by at most one, ranks beyond the tiles get none."""
+    """Return the contiguous range of tiles of a rank.
+
+    The shares of the ranks differ by at most one tile. Ranks beyond the number of tiles get none.
+    """
     share, extra = divmod(tile_count, ranks)
     start = rank * share + min(rank, extra)
     return range(start, start + share + (rank < extra))

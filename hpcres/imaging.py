@@ -1,4 +1,4 @@
-"""The imaging operator: what the coarse instrument would have seen of a sharp volume (Dahari 2022, section 4)."""
+"""Imaging operator: what the coarse instrument shows of a sharp volume (Dahari 2022, section 4)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,27 @@ from hpcres.study import Imaging, Study
 
 
 def one_hot(labels: Tensor, channels: int) -> Tensor:
-    """(batch, z, y, x) integer labels → float32 (batch, channels, z, y, x); probabilities are that already."""
+    """Encode labels one-hot; probabilities are returned unchanged.
+
+    Parameters
+    ----------
+    labels : Tensor
+        Integer labels (batch, z, y, x), or probabilities in floating point.
+    channels : int
+        Number of channels; a label of this value or above is 0 in all channels.
+
+    Returns
+    -------
+    Tensor
+        (batch, channels, z, y, x), float32 for labels.
+    """
     if labels.is_floating_point():
         return labels
     return torch.stack([labels == channel for channel in range(channels)], dim=1).float()
 
 
 def largest_channel(x: Tensor) -> Tensor:
-    """x.argmax(1), the first of equals; several times as fast as torch's where channels are few.
+    """Return x.argmax(1), the first of equal channels, several times as fast as torch where channels are few.
 
     Examples
     --------
@@ -46,15 +59,25 @@ def largest_channel(x: Tensor) -> Tensor:
 
 
 def likeliest(low_res: Tensor) -> Tensor:
-    """Labels (batch, z, y, x): those given, or of probabilities (batch, channels, z, y, x) the largest, the first of
-    equals, and the number of channels where all are 0."""
+    """Return the labels, or for probabilities the channel with the largest one.
+
+    Parameters
+    ----------
+    low_res : Tensor
+        Integer labels (batch, z, y, x), which are returned unchanged, or probabilities (batch, channels, z, y, x).
+
+    Returns
+    -------
+    Tensor
+        (batch, z, y, x). For probabilities the first of equal channels, or the number of channels where all are 0.
+    """
     if not low_res.is_floating_point():
         return low_res
     return torch.where(low_res.amax(1) > 0, largest_channel(low_res), low_res.shape[1])
 
 
 def block_majority(counts: Tensor, labels: Tensor) -> Tensor:
-    """Group with the most high-res voxels in each low-res voxel's own block.
+    """Return the group with the most high-res voxels in each low-res voxel's own block.
 
     Parameters
     ----------
@@ -66,7 +89,7 @@ def block_majority(counts: Tensor, labels: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        int64 (batch, z, y, x). Of several largest groups the coarse label where it is one of them, else the first.
+        int64 (batch, z, y, x). Of several largest groups the coarse label if it is one of them, else the first.
     """
     own = labels.long().clamp(max=counts.shape[1] - 1)
     largest = counts.amax(1)
@@ -74,7 +97,23 @@ def block_majority(counts: Tensor, labels: Tensor) -> Tensor:
 
 
 def gaussian_kernel(scale: Fraction, settings: Imaging) -> Tensor:
-    """1D blur weights: k = ⌈s⌉ made odd downwards, σ = 0.3((k − 1)/2 − 1) + 0.8 (high-res voxels)."""
+    """Return the weights of the blur along one axis.
+
+    By default the kernel has k = ⌈s⌉ voxels, made odd downwards, and σ = 0.3((k − 1)/2 − 1) + 0.8. `settings` can set
+    both.
+
+    Parameters
+    ----------
+    scale : Fraction
+        Scale factor s.
+    settings : Imaging
+        Section `imaging` of the study, with `kernel_voxels` and `sigma_voxels` in high-res voxels.
+
+    Returns
+    -------
+    Tensor
+        float32 (k,), with the sum 1.
+    """
     size = settings.kernel_voxels or ceil(scale) - (ceil(scale) % 2 == 0)
     sigma = settings.sigma_voxels or 0.3 * ((size - 1) / 2 - 1) + 0.8
     place = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
@@ -83,14 +122,26 @@ def gaussian_kernel(scale: Fraction, settings: Imaging) -> Tensor:
 
 
 class ImagingOperator(nn.Module):
-    """Phase probabilities (batch, phases, z, y, x) → low-res (batch, groups, ⌊z/s⌋, …), near one-hot, or as they are
-    where the coarse image has `fractions` itself.
+    """Map phase probabilities at high resolution to what the coarse instrument shows.
 
-    `groups[c]` lists the phase indices behind low-res channel c: phases the coarse image cannot tell apart.
-    Under-resolved: blur, linear downsampling (or binning), softmax at low temperature but for fractions;
-    under-sampled: nearest.
-    A window of a volume gives the volume's values where it starts at a multiple of p voxels (scale p/q) and
+    The input is (batch, phases, z, y, x), the output (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋) at scale factor s. An
+    under-resolved image is blurred and downsampled linearly, or binned. An under-sampled image takes the nearest
+    voxels. The output of an under-resolved image is near one-hot, by a softmax at low temperature, except where the
+    coarse image has fractions itself.
+
+    A window of a volume gives the volume's values if it starts at a multiple of p voxels (scale factor p/q), at places
     `margin_voxels` away from its cut faces.
+
+    Parameters
+    ----------
+    scale : Fraction
+        High-res voxels per low-res voxel along an axis.
+    groups : sequence of sequence of int
+        For each low-res channel the indices of its phases: those that the coarse image cannot tell apart.
+    settings : Imaging
+        Section `imaging` of the study.
+    fractions : bool
+        Whether the coarse image has fractions of phases in place of labels.
     """
 
     kernel: Tensor
@@ -110,7 +161,7 @@ class ImagingOperator(nn.Module):
 
     @classmethod
     def of(cls, study: Study) -> ImagingOperator:
-        """What made the study's low-res volume from phases in the study's order."""
+        """Build the operator that maps phases, in the study's order, to the study's low-res volume."""
         groups = [[study.phases.index(name) for name in group] for group in study.low_res.groups]
         return cls(study.scale_factor, groups, study.imaging, bool(study.low_res.channels))
 
@@ -120,6 +171,18 @@ class ImagingOperator(nn.Module):
         return 0 if self.settings.operator == "under-sampled" else len(self.kernel) // 2 + 1
 
     def forward(self, probabilities: Tensor) -> Tensor:
+        """Apply the operator to phase probabilities.
+
+        Parameters
+        ----------
+        probabilities : Tensor
+            (batch, phases, z, y, x) at high resolution.
+
+        Returns
+        -------
+        Tensor
+            (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋).
+        """
         kind: Callable[[int, Fraction, int], Taps] = linear_taps
         blurred = False
         if self.settings.operator == "under-sampled":
@@ -134,7 +197,18 @@ class ImagingOperator(nn.Module):
         return functional.softmax(x * self.settings.temperature, dim=1)
 
     def block_fractions(self, probabilities: Tensor) -> Tensor:
-        """(batch, phases, z, y, x) → (batch, groups, ⌊z/s⌋, …): means over the block of each low-res voxel."""
+        """Return the mean of each group over the block of each low-res voxel.
+
+        Parameters
+        ----------
+        probabilities : Tensor
+            (batch, phases, z, y, x) at high resolution.
+
+        Returns
+        -------
+        Tensor
+            (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋).
+        """
         return self._downsampled(probabilities, area_taps)
 
     def block_counts(self, labels: Tensor) -> Tensor:
@@ -143,13 +217,14 @@ class ImagingOperator(nn.Module):
         Parameters
         ----------
         labels : Tensor
-            Phases (batch, z, y, x), integers, at high resolution; from a multiple of p voxels on (scale factor p/q).
+            Phases (batch, z, y, x), integers, at high resolution; they start at a multiple of p voxels (scale factor
+            p/q).
 
         Returns
         -------
         Tensor
             int32 (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋). Each high-res voxel is cut into q parts along each axis, so that
-            a block holds p³ whole parts, and a voxel on the border of two blocks counts in both by its parts.
+            a block holds p³ whole parts. A voxel on the border of two blocks counts in both by its parts.
 
         Examples
         --------
@@ -168,20 +243,33 @@ class ImagingOperator(nn.Module):
         return resample(x, (z, y, x_))
 
     def interpolated(self, low_res: Tensor) -> Tensor:
-        """(batch, groups, z, y, x) → the same in high-res voxels: linear between the places low-res voxels show, so
-        that under-sampling gives `low_res` back (at integer scale factors)."""
+        """Interpolate low-res values linearly at high-res voxels.
+
+        The interpolation is between the places that low-res voxels show, so that under-sampling gives `low_res` back
+        (at integer scale factors).
+
+        Parameters
+        ----------
+        low_res : Tensor
+            (batch, groups, z, y, x).
+
+        Returns
+        -------
+        Tensor
+            (batch, groups, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
+        """
         place = Fraction(0) if self.settings.operator == "under-sampled" else Fraction(1, 2)
         z, y, x = (linear_taps(n, 1 / self.scale, int(n * self.scale), place) for n in low_res.shape[2:])
         return resample(low_res, (z, y, x))
 
     def merged(self, probabilities: Tensor) -> Tensor:
-        """(batch, phases, z, y, x) → (batch, groups, z, y, x)."""
+        """Add the probabilities of the phases in each group: (batch, phases, z, y, x) → (batch, groups, z, y, x)."""
         return torch.einsum("gp,bpzyx->bgzyx", self.merge, probabilities)
 
     def _downsampled(
         self, probabilities: Tensor, kind: Callable[[int, Fraction, int], Taps], blurred: bool = False
     ) -> Tensor:
-        """(batch, phases, z, y, x) → (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋), after a blur if `blurred`.
+        """Downsample (batch, phases, z, y, x) to (batch, groups, ⌊z/s⌋, ⌊y/s⌋, ⌊x/s⌋), after a blur if `blurred`.
 
         If the gradient is needed, the operator is applied as a matrix along each axis, which takes a tenth of the time.
         Otherwise it is applied tap by tap, so that a window of a volume has the values of the whole bit for bit.
@@ -196,7 +284,7 @@ class ImagingOperator(nn.Module):
         return resample(x, (z, y, x_))
 
     def _matrix(self, size: int, kind: Callable[[int, Fraction, int], Taps], blurred: bool) -> Tensor:
-        """The operator along an axis of `size` voxels: float64 (⌊size/s⌋, size)."""
+        """Return the operator along an axis of `size` voxels as a matrix, float64 (⌊size/s⌋, size)."""
         if (size, kind, blurred) not in self._matrices:
             matrix = matrix_of(kind(size, self.scale, int(size / self.scale)), size)
             if blurred:

@@ -1,11 +1,12 @@
-"""A cache of the machine code of numba kernels: in a folder that can be written, one file per kernel, types and CPU.
+"""Cache of the machine code of numba kernels, one file per kernel, types and CPU, in a folder that can be written.
 
-numba's own cache is extended where it falls short: it fails where no folder can be written, or where a disk is full;
-it numbers its files, so that of two processes that compile at the same time one may later run the other's code; it
-unpickles files that were cut short; and it keeps code after a change of a source that the kernel's module imports.
+The cache of numba itself has these faults, which the classes here correct. It fails where no folder can be written, or
+where a disk is full. It numbers its files, so that of two processes that compile at the same time one may later run
+the other's code. It unpickles files that were cut short. It keeps code after a change of a source that the kernel's
+module imports.
 
-The manual of numba does not describe the classes extended here. `compiled.compiled` works without a cache where a
-release of numba has others, and tests/test_machines.py then fails.
+The manual of numba does not describe the classes extended here. `compiled.compiled` works without a cache if a release
+of numba has other classes, and tests/test_machines.py then fails.
 """
 
 from __future__ import annotations
@@ -33,16 +34,26 @@ _USER = os.getuid() if hasattr(os, "getuid") else None
 
 
 class TemporaryFolder(caching._SourceFileBackedLocatorMixin, caching._CacheLocator):
-    """The last folder that is tried. Whoever can write to it decides what runs here, so only this user may."""
+    """The private folder in the system's temporary folder, which is tried last.
+
+    Whoever can write to the folder decides what runs here, so only this user may.
+    """
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         self._py_file, self._lineno = py_file, py_func.__code__.co_firstlineno
 
     def get_cache_path(self) -> str:
+        """Return the path of the folder for the kernel's source file."""
         return str(self._own / self.get_suitable_cache_subpath(self._py_file))
 
     def ensure_cache_path(self) -> None:
-        """Make the folder; OSError where it cannot be made, or another user owns it or may write to it."""
+        """Make the folder.
+
+        Raises
+        ------
+        OSError
+            The folder cannot be made, or another user owns it or may write to it.
+        """
         own = self._own
         own.mkdir(mode=0o700, exist_ok=True)
         found = own.lstat()
@@ -57,23 +68,31 @@ class TemporaryFolder(caching._SourceFileBackedLocatorMixin, caching._CacheLocat
 
 
 class Folders(caching.CompileResultCacheImpl):
-    """numba's choice of a folder, with one more candidate at its end."""
+    """The folders that numba tries, with the temporary folder as one more candidate at the end."""
 
     _locator_classes = [*caching.CacheImpl._locator_classes, TemporaryFolder]  # noqa: RUF012
 
 
 class Files:
-    """One file of machine code per key: a SHA-256 of all that it depends on, then the pickled code.
+    """Files of machine code, one per key: a SHA-256 of all that the code depends on, then the pickled code.
 
-    `stem` begins the names of the files, `stamp` is the state of the sources and libraries that code is made from. A
-    key holds the types of the arguments, the CPU with its features, and a digest of the function's bytecode.
+    A key holds the types of the arguments, the CPU with its features, and a digest of the function's bytecode.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the files.
+    stem : str
+        Start of the names of the files.
+    stamp : str
+        State of the sources and libraries that the code is made from.
     """
 
     def __init__(self, folder: Path, stem: str, stamp: str) -> None:
         self._folder, self._stem, self._stamp = folder, stem, stamp
 
     def load(self, key: Any) -> Any:
-        """What was saved for `key` with this stamp; None where there is no such file, or it is damaged."""
+        """Return what was saved for `key` with this stamp; None if there is no such file or it is damaged."""
         try:
             content = self._path(key).read_bytes()
         except OSError:  # none was saved, or only another user may read it
@@ -84,7 +103,13 @@ class Files:
         return pickle.loads(content[size:])
 
     def save(self, key: Any, data: Any) -> None:
-        """OSError where the disk is full or the file cannot be written."""
+        """Save the code of a key.
+
+        Raises
+        ------
+        OSError
+            The disk is full or the file cannot be written.
+        """
         code, path = dumps(data), self._path(key)
         temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         try:
@@ -103,7 +128,13 @@ class Files:
 
 
 class KernelCache(caching.FunctionCache):
-    """The machine code of one function; RuntimeError (numba's) where no folder can be written."""
+    """The machine code of one function.
+
+    Raises
+    ------
+    RuntimeError
+        From numba: no folder can be written.
+    """
 
     _impl_class = Folders
 
@@ -113,12 +144,16 @@ class KernelCache(caching.FunctionCache):
         self._cache_file: Any = Files(Path(self._cache_path), self._impl.filename_base, stamp)
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        """Save the code of one signature; on a full disk nothing is saved, and the next process compiles again."""
         with suppress(OSError):  # a full disk: the next process compiles again
             super().save_overload(sig, data)
 
 
 def sources_digest(module: str) -> str:
-    """SHA-256 of the sources of a module and of all modules of this package that it imports, directly or not."""
+    """Return the SHA-256 of the sources of a module and of all modules of this package that it imports.
+
+    Modules that are imported indirectly count too.
+    """
     digests: dict[str, bytes] = {}
     waiting = [module]
     while waiting:
@@ -134,7 +169,7 @@ def sources_digest(module: str) -> str:
 
 @cache
 def _source(module: str) -> tuple[bytes, tuple[str, ...]]:
-    """SHA-256 of a module's source, and the modules of this package that its top level imports."""
+    """Return the SHA-256 of a module's source, and the modules of this package that its top level imports."""
     spec = find_spec(module)
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():  # a program given with -c, a notebook
         return b"", ()

@@ -110,9 +110,9 @@ _COMMON = ("nm", "µm", "mm", "cm", "m", "Å", "inch", "voxel")
 
 
 def unit_name(text: str) -> str | None:
-    """The OME-Zarr name of a unit: `voxel` for pixels and the like, None for text that is no unit of length.
+    """Return the OME-Zarr name of a unit: `voxel` for pixels and the like, None for text that is no unit of length.
 
-    Case matters for symbols (mm, Mm) and not for names, which may be plural or in British spelling.
+    Case matters for symbols (mm, Mm). It does not matter for names, which may be plural or in British spelling.
     """
     # ImageJ writes µ as the six characters \u00B5. Unicode has two µ and two Å.
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m.group(1), 16)), text).strip(" \t\r\n\0")
@@ -134,23 +134,31 @@ class Length(NamedTuple):
 
     @property
     def micrometers(self) -> float:
-        """The length in µm; KeyError for one in voxels."""
+        """The length in µm; KeyError for a length in voxels."""
         return self.length * MICROMETERS[self.unit]
 
     def times(self, factor: Fraction) -> Length:
+        """Return the length multiplied by a factor, in the same unit."""
         return Length(self.length * float(factor), self.unit)
 
     def __str__(self) -> str:
+        """Return the length with the symbol of its unit, such as `65 nm`."""
         return f"{self.length:.10g} {short_unit(self.unit)}"
 
 
 def short_unit(unit: str) -> str:
-    """The symbol of a unit, `nm` for nanometer; any other text unchanged."""
+    """Return the symbol of a unit, such as `nm` for nanometer; any other text is returned unchanged."""
     return next((symbol for symbol, name in _SYMBOLS.items() if name == unit and unit != RELATIVE), unit)
 
 
 def parse_length(value: object) -> Length:
-    """Parse `65 nm`. Raises ValueError, worded for the user, for a text without number or known unit."""
+    """Parse a length with its unit, such as `65 nm`.
+
+    Raises
+    ------
+    ValueError
+        The text has no positive number or no known unit. The message is worded for the user.
+    """
     if isinstance(value, Length):
         return value
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*([^\d\s.,+-][^\d,]*?)\s*", str(value))
@@ -172,8 +180,14 @@ def parse_length(value: object) -> Length:
 class VoxelEdges:
     """The edge length of a voxel along each axis, None where it is unknown.
 
-    The known edges are either all lengths, or all in `voxel`, and then only their ratio has a meaning. note: why
-    something that the file states is not used.
+    The known edges are either all lengths, or all in `voxel`, and then only their ratio has a meaning.
+
+    Attributes
+    ----------
+    z, y, x : Length or None
+        Edges along the axes.
+    note : str
+        Why something that the file states is not used.
     """
 
     z: Length | None = None
@@ -183,8 +197,11 @@ class VoxelEdges:
 
     @classmethod
     def of(cls, edges: Sequence[Length | None], note: str = "") -> VoxelEdges:
-        """Edges z, y, x, of which those without information become unknown: edges in `voxel` beside a length, equal
-        edges in `voxel` beside an unknown one, and three of 1 voxel."""
+        """Make voxel edges from the edges along z, y, x; edges without information become unknown.
+
+        These are edges in `voxel` beside a length, equal edges in `voxel` beside an unknown edge, and three edges of 1
+        voxel.
+        """
         if any(e is not None and e.unit in MICROMETERS for e in edges):
             edges = [e if e is not None and e.unit in MICROMETERS else None for e in edges]
         elif None in edges and len({e.length for e in edges if e is not None}) == 1:
@@ -196,6 +213,7 @@ class VoxelEdges:
 
     @property
     def each(self) -> tuple[Length | None, Length | None, Length | None]:
+        """The edges along z, y, x."""
         return self.z, self.y, self.x
 
     @property
@@ -210,13 +228,13 @@ class VoxelEdges:
         return all(edge is not None and edge.unit in MICROMETERS for edge in self.each)
 
     def lengths(self, where: str, remedy: str = "give all three lengths") -> tuple[Spacing, str]:
-        """Edges z, y, x in one unit.
+        """Return the edges z, y, x in one unit.
 
         Parameters
         ----------
-        where
+        where : str
             File or setting, for the message.
-        remedy
+        remedy : str
             End of the message.
 
         Returns
@@ -224,12 +242,13 @@ class VoxelEdges:
         edges : tuple of float
             (1, 1, 1) where no edge is known.
         unit : str
-            The unit that all have, else `micrometer`; `voxel` where no edge is known, `unit` where only the ratio is.
+            The unit that all edges have, else `micrometer`. It is `voxel` where no edge is known, and `unit` where only
+            the ratio is known.
 
         Raises
         ------
         InputError
-            Where only some edges are known: neither they nor cubic voxels would give a right number.
+            Only some edges are known: neither they nor cubic voxels would give a right number.
         """
         if self.missing:
             found = ", ".join(f"{a} {e}" for a, e in zip(AXES, self.each, strict=True) if e is not None)
@@ -249,8 +268,10 @@ class VoxelEdges:
         return (z, y, x), unit if unit != RELATIVE or z == y == x == 1 else "unit"
 
     def agrees_with(self, other: VoxelEdges, tolerance: float = 1e-6) -> bool:
-        """Whether the edges that both know differ by at most `tolerance`, relative to `other`. Where one or both are
-        in `voxel`, the ratios between the axes are compared."""
+        """Return whether the edges that both know differ by at most `tolerance`, relative to `other`.
+
+        If one or both are in `voxel`, the ratios between the axes are compared.
+        """
         both = [(a, b) for a, b in zip(self.each, other.each, strict=True) if a is not None and b is not None]
         ratios = [ratio(a, b) for a, b in both]
         if any(RELATIVE in (a.unit, b.unit) for a, b in both):
@@ -258,6 +279,7 @@ class VoxelEdges:
         return all(abs(one - 1) <= tolerance for one in ratios)
 
     def __str__(self) -> str:
+        """Return the edges as text: one number for a cubic voxel, else one for each axis, or `unknown`."""
         edges = [edge for edge in self.each if edge is not None]
         if not edges:
             return "unknown"
@@ -272,25 +294,25 @@ UNKNOWN = VoxelEdges()
 
 
 def ratio(a: Length, b: Length) -> float:
-    """a / b; of a length and one in voxels, the number of µm for each voxel or its inverse."""
+    """Return a / b; if only one of the two is in voxels, the number of µm for each voxel or its inverse."""
     return a.length * MICROMETERS.get(a.unit, 1.0) / (b.length * MICROMETERS.get(b.unit, 1.0))
 
 
 def cubic(edge: Length) -> VoxelEdges:
-    """Three edges of one length."""
+    """Return voxel edges that have the same length along all axes."""
     return VoxelEdges(edge, edge, edge)
 
 
 def edges_of(values: Sequence[Any], units: Sequence[str | None]) -> VoxelEdges:
-    """Voxel edges from a file's metadata.
+    """Return voxel edges from a file's metadata.
 
     Parameters
     ----------
-    values
-        For z, y, x, as the file has them. An edge is unknown where this is no positive number.
-    units
-        For z, y, x. Edges in the same unit that is no unit of length, or all without one, have a ratio; edges in
-        different ones are unknown, and so are those beside a length.
+    values : sequence
+        For z, y, x, as the file has them. An edge is unknown if this is no positive number.
+    units : sequence of str or None
+        For z, y, x. Edges in the same unit that is no unit of length, or all without one, have a ratio. Edges in
+        different such units are unknown, and so are edges in one of them beside a length.
     """
     names = [unit_name(unit or "") for unit in units]
     others = {unit for unit, name in zip(units, names, strict=True) if name not in MICROMETERS}
@@ -311,7 +333,13 @@ def _length_of(value: Any, unit: str) -> Length | None:
 
 
 def parse_voxel_edges(text: str) -> VoxelEdges:
-    """Parse `65 nm` for cubic voxels, or `2um,250nm,250nm` along z, y, x. Raises ValueError, worded for the user."""
+    """Parse `65 nm` for cubic voxels, or `2um,250nm,250nm` along z, y, x.
+
+    Raises
+    ------
+    ValueError
+        The text is not one length or three, or it mixes lengths with voxels. The message is worded for the user.
+    """
     edges = [parse_length(part) for part in text.split(",")]
     if len(edges) == 1:
         return cubic(edges[0])

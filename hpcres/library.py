@@ -1,8 +1,8 @@
 """The functions of `import hpcres`: the stages as calls, on files and on arrays.
 
 A volume is a path (`x.tif`, `x.npy`, `x.h5:/dataset`, `x.zarr`), what `open` returns, or any array (z, y, x) of whole
-numbers: of NumPy, Dask, Zarr or h5py. A box of it is read at a time. What a user should know goes to the logger
-`hpcres`; progress goes to `hpcres.train` and `hpcres.infer`.
+numbers: of NumPy, Dask, Zarr or h5py. It is read box by box. Messages for the user go to the logger `hpcres`, progress
+to `hpcres.train` and `hpcres.infer`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VoxelSize = str | Sequence[str] | None
 
 
 def open(path: str | os.PathLike[str]) -> Volume:
-    """Open a label volume of any format; nothing is read before it is asked for.
+    """Open a label volume of any format; no voxel is read before it is asked for.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def measure(
     client: Client | None = None,
     progress: bool = False,
 ) -> Measurement:
-    """Volume fractions, surface and interphase areas and TPB of a label volume (docs/metrics.md).
+    """Measure volume fractions, surface and interphase areas and TPB of a label volume (docs/metrics.md).
 
     Parameters
     ----------
@@ -83,17 +83,17 @@ def measure(
     phases : sequence of str or mapping, optional
         Names of the labels 0, 1, 2, …, or label → name. By default those that the file has, else the labels.
     voxel_size : str or three of them, optional
-        `50 nm`, or lengths along z, y and x. By default what the file says; where that is nothing, lengths are in
-        voxels.
+        `50 nm`, or lengths along z, y and x. By default the voxel size that the file states. If it states none, lengths
+        are in voxels.
     periodic : axes
-        Any of z, y, x: the volume's two sides meet there.
+        Any of z, y, x: axes along which the volume's two sides meet.
     statistics : names
         What else to measure: correlations, chords, connectivity, spectrum, representative (the standard error of each
         number), geodesic.
     subvolumes : SubVolumes, optional
         How many random cubes to measure one by one, and their edge.
     seed : int
-        Of the random places.
+        Seed of the random places.
     client : distributed.Client, optional
         Where to compute. By default on the cores of this machine.
     progress : bool
@@ -106,7 +106,7 @@ def measure(
     Raises
     ------
     InputError
-        A label without a phase, or a voxel size that is known along some axes only.
+        A label has no phase, or the voxel size is known along some axes only.
     Unfinished
         Some blocks could not be read.
 
@@ -156,12 +156,14 @@ def tortuosity(
     threads: int | None = None,
     check: Literal["taufactor"] | None = None,
 ) -> Tortuosity:
-    """Relative diffusivity and tortuosity factor of a phase along one direction, with their error (docs/transport.md).
+    """Solve for relative diffusivity and tortuosity factor of a phase along one direction (docs/transport.md).
+
+    The error of the relative diffusivity is estimated.
 
     Parameters
     ----------
     volume : path, Volume or array
-        Labels (z, y, x), held in memory while it is solved. True conducts in an array of booleans.
+        Labels (z, y, x), held in memory during the solution. In an array of booleans True conducts.
     phase : str or int, optional
         Name or label of the phase that conducts. Not needed for booleans, nor with `conductivity`.
     direction : str
@@ -169,11 +171,11 @@ def tortuosity(
     conductivity : mapping, optional
         Phase → conductivity, for several phases that conduct together.
     phases, voxel_size, periodic
-        As of `measure`. Sides that do not meet are insulated.
+        As in `measure`. Sides that do not meet are insulated.
     rtol : float
         The solver stops when the estimated error of D_rel is below this share of it.
     threads : int, optional
-        All cores by default. The result does not depend on it.
+        Threads of the solver; all cores by default. The result does not depend on it.
     check : str, optional
         `taufactor` solves with TauFactor too; cubic voxels and one phase only.
 
@@ -184,7 +186,7 @@ def tortuosity(
     Raises
     ------
     InputError
-        No such phase, or too little memory.
+        There is no such phase, or too little memory.
     Unfinished
         The solver did not reach `rtol`.
 
@@ -251,11 +253,11 @@ def train(
     study : Study, mapping or path
         A study, its content, or its file.
     settings : sequence of str
-        `section.key=value`, which go before what the file says.
+        `section.key=value`; these take precedence over the study file.
     output : path, optional
-        The study's folder of results, in place of its own.
+        Folder of results, in place of the study's own.
     overwrite : bool
-        Train anew where there is a checkpoint.
+        Train anew if there is a checkpoint.
 
     Returns
     -------
@@ -284,24 +286,26 @@ def infer(
     ensemble: int | None = None,
     overwrite: bool = False,
 ) -> Volume:
-    """Paint the high-res volume; under mpirun every rank calls this. What an earlier call has painted is kept.
+    """Paint the high-res volume; what an earlier call has painted is kept.
+
+    Under mpirun every rank calls this function.
 
     Parameters
     ----------
     study : Study, mapping or path, optional
         Not needed with `checkpoint`, `low_res` and `output`, which is then the store.
     settings, output
-        As of `train`.
+        As in `train`.
     checkpoint, low_res : path, optional
         In place of the study's own.
     tiles : str, optional
         `4x4x4`: tiles along z, y and x.
     seed : int, optional
-        Of the noise.
+        Seed of the noise.
     device : str, optional
         auto, cpu or cuda.
     ensemble : int, optional
-        Paint so many seeds.
+        Number of seeds to paint.
     overwrite : bool
         Paint anew.
 
@@ -346,7 +350,7 @@ def phantom(
     Parameters
     ----------
     study, settings, output
-        As of `train`.
+        As in `train`.
     overwrite : bool
         Make them anew.
 
@@ -383,7 +387,7 @@ def convert(
     phases : mapping, optional
         Label → name; the labels of the store are 0, 1, 2, … in this order. By default the values are kept.
     voxel_size
-        As of `measure`.
+        As in `measure`.
     overwrite : bool
         Replace a store that hpcres wrote.
 
@@ -410,12 +414,12 @@ def report(
     settings: Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write the page of a study, from what the other stages wrote.
+    """Write the HTML page of a study from what the other stages wrote.
 
     Parameters
     ----------
     study, settings, output
-        As of `train`.
+        As in `train`.
 
     Returns
     -------
@@ -441,7 +445,10 @@ def report(
 
 
 def _volume(given: AnyVolume, phases: Sequence[str] | Mapping[int, str] | None) -> Volume:
-    """A volume of what was given, with labels 0, 1, 2, … in the order of `phases` where that is a mapping."""
+    """Return the given path, volume or array as a volume.
+
+    If `phases` is a mapping, the labels of the volume are 0, 1, 2, … in its order.
+    """
     if isinstance(given, Volume):
         volume = given
     elif isinstance(given, str | os.PathLike):
@@ -467,7 +474,13 @@ def _volume(given: AnyVolume, phases: Sequence[str] | Mapping[int, str] | None) 
 
 
 def _edges(volume: Volume, given: VoxelSize) -> VoxelEdges:
-    """The voxel size given, else the file's own; InputError where that is known along some axes only."""
+    """Return the voxel size that was given, else the file's own.
+
+    Raises
+    ------
+    InputError
+        The voxel size is known along some axes only.
+    """
     edges = volume.edges
     if given is not None:
         try:
@@ -490,7 +503,7 @@ def _warn_of_absent_chunks(volume: Volume) -> None:
 def _refuse_check(
     check: str, volume: Volume, edges: VoxelEdges, sides: Periodic, conductivity: Mapping[str, float] | None
 ) -> None:
-    """InputError for a check that cannot be made, before anything is solved."""
+    """Raise InputError for a check that cannot be made, before anything is solved."""
     from hpcres.transport.second_opinion import refuse_taufactor
 
     if check != "taufactor":

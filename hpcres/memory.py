@@ -13,7 +13,9 @@ _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 
 
 def free_bytes() -> int:
-    """Memory that this process can still have: what the machine has available, or less where its container is smaller.
+    """Return how many bytes of memory this process can still have.
+
+    This is what the machine has available, or less if the container of the process is smaller.
 
     Examples
     --------
@@ -30,11 +32,17 @@ def free_bytes() -> int:
 
 
 def keep_freed_memory(shared_by_threads: bool = False, large: bool = True) -> None:
-    """Let glibc reuse freed blocks: giving them back to the kernel costs up to half of a step in page faults.
+    """Let glibc reuse freed blocks instead of giving them back to the kernel.
 
-    With `shared_by_threads`, what one thread frees another may use, so that many threads do not each keep their own.
-    Without `large`, blocks of 1 MiB and more are given back: where they are few, faults cost less than the holes that
-    they would leave.
+    Giving blocks back costs up to half of a step in page faults.
+
+    Parameters
+    ----------
+    shared_by_threads : bool
+        Let one thread use what another has freed, so that many threads do not each keep memory of their own.
+    large : bool
+        Also keep blocks of 1 MiB and more. If there are few such blocks, page faults cost less than the holes that the
+        blocks would leave.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -1,8 +1,9 @@
-"""Normals as a function of place: the value at low-res voxel (z, y, x) depends on the seed and that index alone.
+"""Normals as a function of place: the value at low-res voxel (z, y, x) depends only on the seed and on this index.
 
-Philox4x32-10 (Salmon et al. 2011) on the voxel index, sixteen bits of each word through a table of normal
-quantiles: integers and one look-up, so the same on every machine, for every tiling and in any order. Smoothed, a value
-is a sum over the same voxels in the same order wherever the box it is asked for ends.
+The voxel index is the input of Philox4x32-10 (Salmon et al. 2011). Sixteen bits of each word select an entry in a
+table of normal quantiles. This takes only integers and one look-up, so values are the same on every machine, for every
+tiling and in any order. A smoothed value is a sum over the same voxels in the same order wherever the requested box
+ends.
 """
 
 from __future__ import annotations
@@ -56,9 +57,21 @@ def _fill(out, z0, y0, x0, k0, k1, channel, quantiles):
 
 
 def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
-    """Standard normals, float32 (z, y, x), for a box of global low-res voxel indices (each below 2³²).
+    """Return standard normals for a box of low-res voxels.
 
-    `seed` is 64-bit; `channel` (below 2³²) gives independent fields of the same seed.
+    Parameters
+    ----------
+    seed : int
+        64-bit seed.
+    box : Box
+        Global indices of low-res voxels, each at least 0 and below 2³².
+    channel : int
+        Below 2³²; each channel is an independent field of the same seed.
+
+    Returns
+    -------
+    ndarray
+        float32 (z, y, x).
     """
     assert min(box.start) >= 0, box
     assert max(box.stop) <= NOISE_VOXELS, box
@@ -71,10 +84,22 @@ def normals(seed: int, box: Box, channel: int = 0) -> np.ndarray:
 
 
 def gaussian_taps(sigma_voxels: float, scale: Fraction) -> np.ndarray:
-    """Weights along one axis, float64, of an odd number of low-res voxels, that make white noise one of correlation
-    exp(−h² / 4σ²) at distance h and unit variance; σ in high-res voxels. σ = 0 gives the single weight 1.
+    """Return the weights along one axis that smooth white noise to a Gaussian correlation.
 
-    Decimal arithmetic has the same result on every machine; a library's exp differs by processor in its last bit.
+    The smoothed noise has correlation exp(−h² / 4σ²) at distance h and unit variance. Decimal arithmetic has the same
+    result on every machine; a library's exp differs by processor in its last bit.
+
+    Parameters
+    ----------
+    sigma_voxels : float
+        σ in high-res voxels. 0 gives the single weight 1.
+    scale : Fraction
+        High-res voxels per low-res voxel along an axis.
+
+    Returns
+    -------
+    ndarray
+        float64, one weight for each of an odd number of low-res voxels.
     """
     sigma = sigma_voxels / float(scale)
     reach = ceil(_REACH * sigma)
@@ -86,7 +111,20 @@ def gaussian_taps(sigma_voxels: float, scale: Fraction) -> np.ndarray:
 
 
 def smoothed(white: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """float32 (z, y, x) by the same `taps` along each axis, without the outermost len(taps) // 2 voxels."""
+    """Smooth white noise by the same weights along each axis.
+
+    Parameters
+    ----------
+    white : ndarray
+        float32 (z, y, x).
+    taps : ndarray
+        Weights of an odd number of voxels, as `gaussian_taps` gives them.
+
+    Returns
+    -------
+    ndarray
+        float32 (z, y, x), without the outermost len(taps) // 2 voxels on each side.
+    """
     from scipy.ndimage import correlate1d  # takes a second to import, and only smooth noise needs it
 
     reach = len(taps) // 2
@@ -96,9 +134,24 @@ def smoothed(white: np.ndarray, taps: np.ndarray) -> np.ndarray:
 
 
 def noise_of(seed: int, channel: int, taps: np.ndarray, box: Box, ends: Triple) -> np.ndarray:
-    """Smoothed normals, float32 (z, y, x), of a box of low-res voxels: what a volume painted with `seed` has there.
+    """Return the smoothed normals that a volume painted with `seed` has in a box of low-res voxels.
 
-    Noise begins anew after `ends` voxels: those of the volume along an axis on which it repeats, else NOISE_VOXELS.
+    Parameters
+    ----------
+    seed, channel : int
+        As in `normals`.
+    taps : ndarray
+        Weights along an axis, as `gaussian_taps` gives them.
+    box : Box
+        Low-res voxels.
+    ends : tuple of int
+        Voxels along z, y, x after which the noise starts anew: those of the volume along an axis on which it repeats,
+        else NOISE_VOXELS.
+
+    Returns
+    -------
+    ndarray
+        float32 (z, y, x).
     """
     reach = len(taps) // 2
     return smoothed(_white(seed, channel, box.grown(reach, reach), ends), taps)  # held by nobody else while it is

@@ -1,4 +1,4 @@
-"""The check that every command makes before it writes: it overwrites no input and nothing that hpcres did not write.
+"""The check that every command makes before it writes: it overwrites no input, and nothing that hpcres did not write.
 
 An output of hpcres is recognised by the content of its file or folder, never by its name.
 """
@@ -33,7 +33,7 @@ class Kind:
 
 
 def _begins(pattern: bytes) -> Callable[[Path], bool]:
-    """Recognise a file by a regular expression at the start of its first kilobyte."""
+    """Return a function that recognises a file by a regular expression at the start of its first kilobyte."""
 
     def recognise(path: Path) -> bool:
         with path.open("rb") as file:
@@ -93,20 +93,20 @@ def refuse_output(
     overwrite: bool = False,
     renewed: bool = False,
 ) -> None:
-    """Refuse an output that would destroy an input or anything that hpcres did not write. Nothing is changed.
+    """Refuse an output that would destroy an input or anything that hpcres did not write; nothing is changed.
 
     Parameters
     ----------
-    path
+    path : path
         The file or folder to be written. The nearest existing folder above it must be writable.
-    kind
+    kind : Kind
         The kind of output. An existing file or folder must be of this kind.
-    inputs
-        Files and folders that the command reads; None is skipped. One may name a part of a file, as
-        `file.h5:/dataset` does. `path` may not be an input, lie in one or hold one; links are followed.
-    overwrite
+    inputs : iterable of paths
+        Files and folders that the command reads; None is skipped. One may name a part of a file, as `file.h5:/dataset`
+        does. `path` may not be an input, lie in one or hold one; links are followed.
+    overwrite : bool
         Whether an existing output may be replaced.
-    renewed
+    renewed : bool
         Whether the command replaces or extends its own earlier result without `overwrite`.
 
     Raises
@@ -144,7 +144,7 @@ def refuse_output(
 
 
 def is_of(path: Path, kind: Kind) -> bool:
-    """Whether an existing file or folder is of this kind; False where it cannot be read."""
+    """Return whether an existing file or folder is of this kind; False if it cannot be read."""
     with suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return kind.recognise(path)
     return False
@@ -163,7 +163,7 @@ def _refuse_input(path: Path, given: str | Path) -> None:
 
 
 def _file_of(given: str | Path) -> Path | None:
-    """The file or folder of an input, without the name of a part of it; None where it does not exist."""
+    """Return the file or folder of an input, without the name of a part of it; None if it does not exist."""
     text = str(given)
     while not os.path.exists(text):
         text, colon, _ = text.rpartition(":")
@@ -173,7 +173,7 @@ def _file_of(given: str | Path) -> Path | None:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file or folder; links are followed."""
+    """Return whether two paths lead to one file or folder; links are followed."""
     try:
         return os.path.samefile(a, b)
     except OSError:

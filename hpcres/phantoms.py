@@ -1,7 +1,7 @@
 """Ground truths from Gaussian random fields: χ²-field, three-phase electrode, separator.
 
-Every field is a function of (shape, seed, parameters) alone: white noise filtered by FFT on a torus that is larger
-than the volume, so that opposite faces are independent. Lengths are voxels, arrays are (z, y, x).
+Every field depends on shape, seed and parameters alone. It is white noise, filtered by FFT on a torus that is larger
+than the volume, so that opposite faces are independent. Lengths are in voxels, arrays are (z, y, x).
 """
 
 from __future__ import annotations
@@ -43,8 +43,26 @@ _BINDER, _LEAST_ACTIVE = 0.15, 0.02
 
 
 def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosity: float) -> np.ndarray:
-    """uint8 labels 0 pore, 1 solid = {Y ≥ ν}, Y = X1² + X2² (Furat 2025): two Gaussian fields with covariance
-    exp(−γ² h) at distance h, γ² per voxel; ν from P(Y ≥ ν) = exp(−ν/2). About 20 bytes per voxel of the torus.
+    """Return the labels of a χ²-field (Furat 2025): 0 pore, 1 solid.
+
+    The solid is {Y ≥ ν} with Y = X1² + X2². X1 and X2 are two Gaussian fields with covariance exp(−γ² h) at distance h.
+    The threshold ν follows from P(Y ≥ ν) = exp(−ν/2). The computation takes about 20 bytes per voxel of the torus.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels z, y, x.
+    seed : int or sequence of int
+        Seed of the white noise.
+    gamma_squared : float
+        γ², per voxel.
+    porosity : float
+        Probability of the pore.
+
+    Returns
+    -------
+    ndarray
+        uint8 (z, y, x).
     """
     torus = _torus(shape, (6 / gamma_squared,) * 3)
     # Real and imaginary part of one complex synthesis are the two independent fields.
@@ -68,11 +86,33 @@ def chi2_field(shape: Sequence[int], seed: Seed, *, gamma_squared: float, porosi
 def three_phase(
     shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, binder: float = _BINDER
 ) -> np.ndarray:
-    """uint8 labels 0 pore, 1 active, 2 binder, in the shares asked for.
+    """Return the labels of a three-phase electrode in the given shares: 0 pore, 1 active material, 2 binder.
 
-    Active material is the excursion set of a smooth Gaussian field whose mean chord in it is `feature_voxels`
-    (Rice: √−ρ''(0) exp(−t²/2)/π crossings per length). Binder takes, of the other voxels, those nearest to the
-    particles or between two of them, patch by patch, so that all three meet. About 20 bytes per voxel of the torus.
+    Active material is the excursion set of a smooth Gaussian field whose mean chord in it is `feature_voxels` (Rice:
+    √−ρ''(0) exp(−t²/2)/π crossings per length). Of the other voxels, binder takes those nearest to the particles or
+    between two of them, patch by patch, so that all three phases meet. The computation takes about 20 bytes per voxel
+    of the torus.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels z, y, x.
+    seed : int or sequence of int
+        Seed of the fields.
+    feature_voxels : float
+        Mean chord of the active material, in voxels.
+    porosity, binder : float
+        Shares of the pore and of the binder.
+
+    Returns
+    -------
+    ndarray
+        uint8 (z, y, x).
+
+    Raises
+    ------
+    InputError
+        Too little is left for the active material.
     """
     active = 1 - porosity - binder
     if active <= _LEAST_ACTIVE:
@@ -94,9 +134,29 @@ def _no_active(key: str, porosity: float, binder: float) -> str:
 def separator(
     shape: Sequence[int], seed: Seed, *, feature_voxels: float, porosity: float = 0.4, fibrils: float = 0.3
 ) -> np.ndarray:
-    """uint8 labels 0 pore, 1 polymer, as a dry-stretched separator: lamellae about `feature_voxels` thick, stacked
-    along x, and fibrils half as thick that run along x between them and are the share `fibrils` of the polymer.
-    The porosity comes out as asked. About 20 bytes per voxel of the torus.
+    """Return the labels of a dry-stretched separator: 0 pore, 1 polymer.
+
+    The polymer consists of lamellae about `feature_voxels` thick, stacked along x, and of fibrils half as thick, which
+    run along x between the lamellae. The porosity is as asked for. The computation takes about 20 bytes per voxel of
+    the torus.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels z, y, x.
+    seed : int or sequence of int
+        Seed of the fields.
+    feature_voxels : float
+        Thickness of the lamellae, in voxels.
+    porosity : float
+        Share of the pore.
+    fibrils : float
+        Share of the polymer that is in fibrils.
+
+    Returns
+    -------
+    ndarray
+        uint8 (z, y, x).
     """
     solid = 1 - porosity
     lamellae = solid * (1 - fibrils)
@@ -109,15 +169,18 @@ def separator(
 
 
 def _correlation_length(chord: float, share: float, curvature: float) -> float:
-    """ℓ for which the excursion set of this share has this mean chord, 2·share / crossings per length, where
-    −ρ''(0) = curvature/ℓ².
+    """Return the length ℓ for which the excursion set with this share of the voxels has this mean chord.
+
+    The mean chord is 2·share / crossings per length, where −ρ''(0) = curvature/ℓ².
     """
     return chord * exp(-0.5 * ndtri(1 - share) ** 2) / pi * sqrt(curvature) / (2 * share)
 
 
 def _smooth_field(shape: Sequence[int], seed: Seed, lengths: Sequence[float], layered: bool = False) -> np.ndarray:
-    """Gaussian field of unit variance, float32, with a preferred distance and no grid in it: spectral density
-    |κ|² exp(−|κ|²/2), κ = k·ℓ per axis (−ρ'' = 5/3ℓ²), or layered along x: κx⁴ exp(−|κ|²/2) (−ρ'' = 5/ℓ²).
+    """Return a Gaussian field of unit variance, float32, with a preferred distance and no grid in it.
+
+    The spectral density is |κ|² exp(−|κ|²/2), where κ = k·ℓ per axis (−ρ'' = 5/3ℓ²). If the field is layered along x,
+    it is κx⁴ exp(−|κ|²/2) (−ρ'' = 5/ℓ²).
     """
     torus = _torus(shape, [4 * length for length in lengths])
     spectrum = fft.rfftn(_white(torus, seed, 1), overwrite_x=True, workers=cores())
@@ -140,7 +203,7 @@ def _torus(shape: Sequence[int], padding: Sequence[float]) -> Triple:
 
 
 def _white(torus: Triple, seed: Seed, parts: int) -> np.ndarray:
-    """White noise: float32 for one part, complex64 for two."""
+    """Return white noise: float32 for one part, complex64 for two."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(list(_words(seed)))))
     noise = generator.standard_normal((*torus[:2], torus[2] * parts), np.float32)
     return noise if parts == 1 else noise.view(np.complex64)
@@ -151,7 +214,7 @@ def _words(seed: Seed) -> tuple[int, ...]:
 
 
 def _distance(n: int, step: float) -> np.ndarray:
-    """Distance to voxel 0 around a ring of n voxels."""
+    """Return the distance of each voxel to voxel 0 around a ring of n voxels."""
     place = np.arange(n, dtype=np.float32)
     return np.minimum(place, n - place) * np.float32(step)
 
@@ -161,7 +224,7 @@ def _along(axis: int) -> tuple[slice | None, ...]:
 
 
 def _top_share(field: np.ndarray, share: float) -> np.ndarray:
-    """True for the share of voxels with the highest values."""
+    """Return an array that is True for the given share of voxels with the highest values."""
     count = round(share * field.size)
     if count in (0, field.size):
         return np.full(field.shape, count > 0)
@@ -173,8 +236,23 @@ def _top_share(field: np.ndarray, share: float) -> np.ndarray:
 
 
 def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.ndarray:
-    """The labels (z, y, x), uint8, of a study's phantom on any shape and seed. The study's `feature_voxels` is, for
-    the χ²-field, the distance at which its covariance has fallen to 1/e.
+    """Return the labels of a study's phantom for any shape and seed.
+
+    The study's `feature_voxels` is, for the χ²-field, the distance at which the covariance has fallen to 1/e.
+
+    Parameters
+    ----------
+    phantom : Phantom
+        Section `phantom` of the study.
+    shape : sequence of int
+        Voxels z, y, x.
+    seed : int or sequence of int
+        Seed of the fields.
+
+    Returns
+    -------
+    ndarray
+        uint8 (z, y, x).
     """
     if phantom.kind == "chi2":
         return chi2_field(shape, seed, gamma_squared=1 / phantom.feature_voxels, porosity=phantom.porosity)
@@ -183,11 +261,36 @@ def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.nda
 
 
 def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> list[Path]:
-    """Write `<output>/phantom/`: truth.zarr, low_res.zarr (the truth through the study's imaging operator; for a study
-    of probabilities low_res_0.tif, low_res_1.tif, …, one for each channel) and slices of another realisation, so that
-    training never sees the truth: slices.tif of an isotropic material, else slices_zy.tif, slices_zx.tif and
-    slices_yx.tif. With `slices_porosity` the slices are not typical of the truth. The folder appears when it is
-    complete. Returns the paths.
+    """Write the folder `<output>/phantom/` with the ground truth, the low-res volume and slices.
+
+    The files are:
+
+    - truth.zarr.
+    - low_res.zarr, the truth through the study's imaging operator. For a study of probabilities low_res_0.tif,
+      low_res_1.tif, …, one for each channel.
+    - Slices of another realisation, so that training never sees the truth: slices.tif of an isotropic material, else
+      slices_zy.tif, slices_zx.tif and slices_yx.tif. With `slices_porosity` the slices are not typical of the truth.
+
+    The folder appears when it is complete.
+
+    Parameters
+    ----------
+    study : Study
+        Study with a section `phantom`.
+    overwrite : bool
+        Replace a folder that an earlier call made.
+    progress : function, optional
+        Called with the name of each part before it is made.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    InputError
+        The study does not describe a phantom that can be made.
     """
     phantom, folder = _checked(study, overwrite)
     say = progress or (lambda _: None)
@@ -242,12 +345,12 @@ def _low_res_files(study: Study) -> list[str]:
 
 
 def _slice_files(study: Study) -> dict[int, str]:
-    """Normal axis of the plane → file."""
+    """Return the files of the slices by the normal axis of their plane."""
     return {0: "slices.tif"} if study.high_res.isotropic else {a: f"slices_{p}.tif" for a, p in _PLANES.items()}
 
 
 def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
-    """The phantom's section and folder, after every fault of the study that would show later."""
+    """Return the phantom's section and folder, after a check for every fault of the study that would show later."""
     phantom, folder = study.phantom, study.folder / "phantom"
     if phantom is None:
         raise InputError(
@@ -307,7 +410,7 @@ def _shapes(study: Study, phantom: Phantom) -> list[Triple]:
 
 
 def _slice_distance(phantom: Phantom) -> int:
-    """Voxels between slices of one stack, far enough to be independent."""
+    """Return the voxels between slices of one stack, far enough apart to be independent."""
     return int(5 * phantom.feature_voxels) + 1
 
 
@@ -320,7 +423,7 @@ def _slab_shape(phantom: Phantom, axis: int) -> Triple:
 
 
 def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
-    """Slices normal to `axis` (slice, row, column) of a realisation made for them alone."""
+    """Return slices normal to `axis` (slice, row, column), cut from a realisation made for them alone."""
     if phantom.slices_porosity is not None:
         phantom = phantom.model_copy(update={"porosity": phantom.slices_porosity})
     slab = phantom_labels(phantom, _slab_shape(phantom, axis), (seed, 1 + axis))
@@ -328,8 +431,20 @@ def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
 
 
 def imaged(truth: np.ndarray, study: Study) -> np.ndarray:
-    """Low-res labels of the truth (z, y, x), uint8, or fractions (channel, z, y, x), float32, block by block: only a
-    block is ever one-hot."""
+    """Apply the study's imaging operator to the truth, block by block, so that only one block at a time is one-hot.
+
+    Parameters
+    ----------
+    truth : ndarray
+        Labels (z, y, x).
+    study : Study
+        Study with the phases, the scale factor and the imaging operator.
+
+    Returns
+    -------
+    ndarray
+        Low-res labels (z, y, x), uint8, or fractions (channel, z, y, x), float32.
+    """
     import torch
 
     from hpcres.imaging import ImagingOperator, one_hot
@@ -357,7 +472,7 @@ def imaged(truth: np.ndarray, study: Study) -> np.ndarray:
 
 
 def _memory_bytes() -> float:
-    """Free memory, with what the system would give back; infinite where it does not say."""
+    """Return the free memory in bytes, with what the system would give back; infinite if the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

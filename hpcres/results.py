@@ -1,4 +1,4 @@
-"""What the library returns: numbers under the names that metrics.json and transport.json have for them."""
+"""The results that the library returns, with the numbers under their names in metrics.json and transport.json."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class SurfaceArea:
     Attributes
     ----------
     unit : str
-        Of the values, such as `1/micrometer`.
+        Unit of the values, such as `1/micrometer`.
     faces : dict of str to float
-        Phase → area of its voxel faces over the volume. That of a sphere is 3/2 of the smooth surface.
+        Phase → area of its voxel faces over the volume. For a sphere this is 3/2 of the smooth surface.
     crofton : dict of str to float
         Phase → 2/3 of `faces`, an estimate of the smooth surface of an isotropic material.
     """
@@ -41,7 +41,7 @@ class TriplePhaseBoundary:
     Attributes
     ----------
     unit : str
-        Of the densities, such as `1/micrometer^2`.
+        Unit of the densities, such as `1/micrometer^2`.
     density : float
         Length over volume.
     normalised : float
@@ -67,17 +67,19 @@ class Measurement:
     voxel_size : tuple of float
         Voxel edges z, y, x in `voxel_unit`.
     voxel_unit, length_unit : str
-        `micrometer` wherever the voxel size is known; `voxel` where it is not.
+        `micrometer` if the voxel size is known, else `voxel`.
     phases : tuple of str
         Names, in the order of the labels.
     volume_fraction : dict of str to float
         Phase → share of the voxels.
     specific_surface_area : SurfaceArea
+        Specific surface area of each phase.
     interphase_area : dict of str to float
-        `a|b` → share of all interior voxel faces that part these two phases.
+        `a|b` → share of all interior voxel faces that separate these two phases.
     tpb : TriplePhaseBoundary
+        Length of the triple-phase boundary.
     subvolumes, statistics : dict or None
-        As in metrics.json (docs/metrics.md); None where they were not asked for.
+        As in metrics.json (docs/metrics.md); None if they were not asked for.
     """
 
     shape: tuple[int, int, int]
@@ -95,7 +97,7 @@ class Measurement:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Measurement:
-        """From the entry `volume` of a metrics.json."""
+        """Make the measurement from the entry `volume` of a metrics.json."""
         z, y, x = entry["shape"]
         dz, dy, dx = entry["voxel_size"]
         return cls(
@@ -114,17 +116,24 @@ class Measurement:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry `volume` of a metrics.json."""
+        """Return the entry `volume` of a metrics.json."""
         return dict(self._entry)
 
     def to_frame(self) -> Any:
-        """A pandas.DataFrame with the columns metric, of, unit, value and standard_error."""
+        """Return a pandas.DataFrame with the columns metric, of, unit, value and standard_error.
+
+        Raises
+        ------
+        InputError
+            pandas is not installed.
+        """
         return _frame(_COLUMNS, self._rows())
 
     def _rows(self) -> list[tuple[Any, ...]]:
         return [(row.metric, row.of, row.unit, row.value, row.error) for row in metric_rows(self._entry)]
 
     def __str__(self) -> str:
+        """Return the numbers as a table of text."""
         return metrics_text(self._entry)
 
     def _repr_html_(self) -> str:
@@ -136,27 +145,28 @@ _COLUMNS = ("metric", "of", "unit", "value", "standard_error")
 
 @dataclass(frozen=True)
 class Tortuosity:
-    """Transport through one phase, or several that conduct together, along one direction.
+    """Transport along one direction through one phase, or through several phases that conduct together.
 
     Attributes
     ----------
     phase, direction : str
-        What was solved.
+        Phase and direction of the solution.
     D_rel : float
-        Effective over bulk diffusivity; an upper bound of the exact value of the discrete problem. 0 where the phase
-        does not percolate.
+        Effective over bulk diffusivity; an upper bound of the exact value of the discrete problem. 0 if the phase does
+        not percolate.
     error : float
         Estimate of how much `D_rel` is too high, as a share of it.
     tau : float
-        Tortuosity factor, volume fraction / D_rel (with conductivities mean conductivity / D_rel). Infinite where the
+        Tortuosity factor, volume fraction / D_rel (with conductivities mean conductivity / D_rel). Infinite if the
         phase does not percolate.
     tau_percolating : float
-        The same with the volume fraction of what percolates.
+        The same with the volume fraction of the percolating part.
     volume_fraction, percolating_fraction : float
         Shares of the voxels.
     iterations : int
+        Iterations of the solver.
     check : Check or None
-        What another solver found, if asked for.
+        Result of another solver, if asked for.
     """
 
     phase: str
@@ -173,7 +183,7 @@ class Tortuosity:
 
     @classmethod
     def of(cls, result: Mapping[str, Any], check: Check | None = None) -> Tortuosity:
-        """From one of the `results` of a transport.json that is converged or does not percolate."""
+        """Make the result from one of the `results` of a transport.json that is converged or does not percolate."""
         tau, tau_percolating = (inf if result[name] is None else result[name] for name in ("tau", "tau_percolating"))
         return cls(
             result["phase"],
@@ -190,11 +200,17 @@ class Tortuosity:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """One of the `results` of a transport.json."""
+        """Return the result as one of the `results` of a transport.json."""
         return dict(self._result)
 
     def to_frame(self) -> Any:
-        """A pandas.DataFrame of one row."""
+        """Return a pandas.DataFrame of one row.
+
+        Raises
+        ------
+        InputError
+            pandas is not installed.
+        """
         return _frame(*self._row())
 
     def _row(self) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
@@ -202,6 +218,7 @@ class Tortuosity:
         return columns, [tuple(getattr(self, name) for name in columns)]
 
     def __str__(self) -> str:
+        """Return the result as text, with the result of the check on a line of its own if there is one."""
         lines = [transport_text(self._result), *([str(self.check)] if self.check else [])]
         return "\n".join(lines)
 
@@ -218,7 +235,7 @@ def _frame(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
 
 
 def _html(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table for notebooks."""
+    """Return the rows as an HTML table for notebooks."""
 
     def cell(value: Any) -> str:
         text = "" if value is None else plain(value) if isinstance(value, float) else str(value)

@@ -1,8 +1,8 @@
 """Signals that end a command: a handler only notes the signal, and the work checks for it between its pieces.
 
 SIGINT, SIGTERM and SIGHUP end a command within ten seconds. SIGUSR1, the early warning of a batch system, ends it when
-the current piece of work is done. Handlers raise no exception, because Python drops one that is raised inside a
-callback of the garbage collector; `end_if_signalled` raises Stopped where the work calls it.
+the current piece of work is done. Handlers raise no exception, because Python drops an exception that is raised inside
+a callback of the garbage collector. `end_if_signalled` raises Stopped where the work calls it.
 
 `guard_process` adds a thread to the process of a command. The thread receives signals also while the main thread
 imports a library or runs a long kernel, and ends the process if the work does not.
@@ -36,7 +36,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class _Notes:
-    """The signals that came to a stage, and what its last line says is saved."""
+    """The signals that came to a stage, and the text on what is saved for the stage's last line."""
 
     def __init__(self, stage: str, saved: str) -> None:
         self.stage, self.saved = stage, saved
@@ -58,7 +58,7 @@ _renaming = threading.Lock()
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 by the launcher's environment variables; True where nothing launched it."""
+    """Return whether this process is rank 0 by the launcher's environment variables; True if nothing launched it."""
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
@@ -67,14 +67,14 @@ def handling_signals(stage: str, saved: str = NOTHING_WRITTEN) -> Iterator[list[
     """Note signals inside the block instead of ending the process.
 
     Inside another such block only `stage` and `saved` change. In a library call, without `guard_process`, a second
-    SIGINT raises KeyboardInterrupt. In a thread other than the main one Python cannot set handlers: the block then
-    runs without them.
+    SIGINT raises KeyboardInterrupt. Python cannot set handlers in a thread other than the main one; the block then runs
+    without them.
 
     Parameters
     ----------
-    stage
+    stage : str
         Name of the command or function, the first word of the message.
-    saved
+    saved : str
         What is saved if the stage is stopped now and how to resume, the end of the message. See `set_saved`.
 
     Yields
@@ -118,24 +118,27 @@ def handling_signals(stage: str, saved: str = NOTHING_WRITTEN) -> Iterator[list[
 
 
 def set_saved(saved: str) -> None:
-    """Replace the text on what is saved and how to resume in the message of a stop from now on."""
+    """Replace, from now on, the text on what is saved and how to resume in the message of a stop."""
     if _notes is not None:
         _notes.saved = saved
 
 
 def signals_received() -> list[int]:
-    """Numbers of the signals that have come, in their order."""
+    """Return the numbers of the signals that have come, in their order."""
     return [] if _notes is None else list(_notes.received)
 
 
 def stopped_by(number: int) -> Stopped:
-    """The error that ends a stage on a signal to this process or to another one of its job."""
+    """Return the error that ends a stage on a signal to this process or to another process of its job."""
     notes = _notes or _Notes("hpcres", NOTHING_WRITTEN)
     return Stopped(notes.line(number))
 
 
 def end_if_signalled() -> None:
-    """Raise Stopped if a signal has come. For long loops, at places where nothing more can be saved."""
+    """Raise Stopped if a signal has come.
+
+    This is for long loops, at places where nothing more can be saved.
+    """
     if _notes is not None and _notes.received:
         raise stopped_by(_notes.received[0])
 
@@ -152,10 +155,10 @@ def half_made(*paths: Path) -> Iterator[None]:
 
 @contextmanager
 def renaming() -> Iterator[None]:
-    """Renames that belong together: `guard_process` waits up to two seconds for the end of the block.
+    """Protect renames that belong together: `guard_process` waits up to two seconds for the end of the block.
 
-    If it must end the process inside a longer block, it removes nothing, because a half-made folder may then be the
-    only copy of a result.
+    If `guard_process` must end the process inside a longer block, it removes nothing, because a half-made folder may
+    then be the only copy of a result.
     """
     with _renaming:
         yield
@@ -165,10 +168,16 @@ def renaming() -> Iterator[None]:
 
 
 def guard_process(stage: str) -> None:
-    """Note signals until the process ends, and end it within ten seconds of one. Call once, before heavy imports.
+    """Note signals until the process ends, and end the process within ten seconds of a signal.
 
-    If the work has not ended PATIENCE_SECONDS after a SIGINT, SIGTERM or SIGHUP, a thread removes half-made files,
-    prints one line, and ends the process with status 75. On a second SIGINT it does so at once, with status 130.
+    Call this once, before heavy imports. If the work has not ended PATIENCE_SECONDS after a SIGINT, SIGTERM or SIGHUP,
+    a thread removes half-made files, prints one line, and ends the process with status 75. On a second SIGINT it does
+    so at once, with status 130.
+
+    Parameters
+    ----------
+    stage : str
+        Name of the command, the first word of the message.
     """
     global _notes
     notes = _notes = _Notes(stage, NOTHING_WRITTEN)
@@ -183,7 +192,10 @@ def guard_process(stage: str) -> None:
 
 
 def set_exit_status(status: int) -> None:
-    """The command has printed its last line: from now on a signal ends the process with this status and no line."""
+    """Set the status with which a signal ends the process from now on, without another line.
+
+    The command calls this when it has printed its last line.
+    """
     if _notes is not None:
         _notes.status = status
 
@@ -228,7 +240,7 @@ def _end(notes: _Notes, status: int, line: str) -> None:
 
 
 def _not_ignored() -> list[int]:
-    """The signals that the process was not started to ignore, as nohup makes it ignore SIGHUP."""
+    """Return the signals that the process was not started to ignore, as nohup makes it ignore SIGHUP."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 

@@ -1,6 +1,6 @@
-"""The study: everything a run needs, each setting with its unit, default and limits, and where every result goes.
+"""The study: everything a run needs, each setting with its unit, default and limits, and the places of all results.
 
-Lengths carry their unit (`65 nm`). How it is read from a file is in `study_file`.
+Lengths carry their unit (`65 nm`). The module `study_file` reads a study from a file.
 """
 
 from __future__ import annotations
@@ -69,7 +69,13 @@ PhaseName = Annotated[str, AfterValidator(lambda v: checked_phase_name(v))]
 
 
 def checked_phase_name(name: str) -> str:
-    """The name if it is valid in tables, in keys such as pore|nickel and in paths; else ValueError."""
+    """Return the name of a phase if it is valid in tables, in keys such as pore|nickel and in paths.
+
+    Raises
+    ------
+    ValueError
+        The name is not valid. The message is worded for the user.
+    """
     remedy = "write letters, digits, blanks, - and _"
     if not name or name != name.strip():
         raise ValueError(f"phase name {name!r} is empty, or begins or ends with a blank; {remedy}")
@@ -82,7 +88,13 @@ def checked_phase_name(name: str) -> str:
 
 
 def parse_grid(value: Any) -> tuple[int, int, int]:
-    """`8x8x8` (z x y x x) as three integers of at least 1."""
+    """Parse `8x8x8`, numbers along z, y and x, or a sequence of three numbers, as three integers.
+
+    Raises
+    ------
+    ValueError
+        These are not three numbers of at least 1. The message is worded for the user.
+    """
     parts = re.split(r"[x×]", value) if isinstance(value, str) else value
     try:
         z, y, x = (int(part) for part in parts)
@@ -94,7 +106,18 @@ def parse_grid(value: Any) -> tuple[int, int, int]:
 
 
 def parse_boundary(value: Any) -> Boundaries:
-    """`periodic` for all axes, `{z: periodic}` with replicate for the others, or three words for z, y, x."""
+    """Parse what lies beyond the volume along z, y and x.
+
+    Parameters
+    ----------
+    value : str, mapping or sequence
+        `periodic` for all axes, `{z: periodic}` with replicate for the other axes, or three words for z, y, x.
+
+    Raises
+    ------
+    ValueError
+        A word is no boundary, or a key is no axis. The message is worded for the user.
+    """
     words: Any = (value,) * 3 if isinstance(value, str) else value
     if isinstance(value, dict):
         if unknown := [key for key in value if key not in ("z", "y", "x")]:
@@ -114,8 +137,23 @@ RENAMED = {"training": {"surroundings": "context", "settling_cubes": "recalibrat
 
 
 def rename_old_keys(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Give settings that have an old name their new one, in place; the pairs of dotted names. InputError where both are
-    there."""
+    """Rename settings that have an old name, in place.
+
+    Parameters
+    ----------
+    settings : dict
+        Sections of a study; changed in place.
+
+    Returns
+    -------
+    list of pairs of str
+        Old and new dotted name of each setting that was renamed.
+
+    Raises
+    ------
+    InputError
+        The old and the new name of a setting are both there.
+    """
     found = []
     for section, names in RENAMED.items():
         given = settings.get(section)
@@ -129,11 +167,13 @@ def rename_old_keys(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 class Section(BaseModel):
+    """A section of the study, which is immutable and refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RawHeader(Section):
-    """What a headerless file does not say."""
+    """What a file without a header does not say: shape, type of the values, byte order, and offset of the data."""
 
     shape: tuple[int, int, int]
     dtype: Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"] = "uint8"
@@ -153,6 +193,8 @@ class HighResImage(Section):
 
 
 class HighRes(Section):
+    """The sharp images: phases, voxel size, isotropy, and the files."""
+
     phases: dict[int, PhaseName]
     """Label in the images → phase; the order is that of the output's labels 0, 1, 2, …"""
     voxel_size: Voxel
@@ -180,7 +222,7 @@ class HighRes(Section):
 
 
 class LowResChannel(Section):
-    """The probability of a phase, or of phases the coarse image cannot tell apart, in every low-res voxel."""
+    """The probability, in every low-res voxel, of a phase or of phases that the coarse image cannot tell apart."""
 
     path: str
     """As of labels; floats 0 … 1, uint8 0 … 255 or uint16 0 … 65535."""
@@ -189,7 +231,7 @@ class LowResChannel(Section):
 
 
 class LowRes(Section):
-    """A volume of labels, `path` and `phases`, or `channels` of probabilities."""
+    """The low-res volume: labels (`path` and `phases`) or probabilities (`channels`)."""
 
     path: str | None = None
     """TIFF, .npy, .h5:/dataset, raw (with `raw`), or OME-Zarr."""
@@ -249,19 +291,34 @@ class LowRes(Section):
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Of each group, in the volume; of probabilities its place."""
+        """Label of each group in the volume; for probabilities the number of its channel."""
         return tuple(range(len(self.channels))) or tuple(self.phases)
 
     @property
     def holds(self) -> str:
+        """What the volume holds, `probabilities` or `labels`."""
         return "probabilities" if self.channels else "labels"
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """Paths of the files: one of labels, or one for each channel of probabilities."""
         return tuple(channel.path for channel in self.channels) or (str(self.path),)
 
     def at(self, paths: Sequence[str], raw: Sequence[RawHeader | None]) -> LowRes:
-        """The same of other files; InputError where there must be more or fewer of them."""
+        """Return the same section for other files.
+
+        Parameters
+        ----------
+        paths : sequence of str
+            One file of labels, or one for each channel.
+        raw : sequence of RawHeader or None
+            Header of each file, None for a file that has one.
+
+        Raises
+        ------
+        InputError
+            There must be more or fewer files.
+        """
         if len(paths) != len(self.paths):
             groups = "; ".join(" + ".join(group) for group in self.groups)
             each = f"a file for each of {len(self.channels)} channels ({groups})"
@@ -282,7 +339,7 @@ def _refuse_repeated(names: Sequence[str]) -> None:
 
 
 class Imaging(Section):
-    """How the coarse image came about (definitions.md, Downsampling)."""
+    """How the coarse image was formed from the sharp structure (definitions.md, Downsampling)."""
 
     operator: Literal["under-resolved", "under-sampled"] = "under-resolved"
     kernel_voxels: Annotated[int, Field(ge=1)] | None = None
@@ -294,7 +351,7 @@ class Imaging(Section):
 
 
 class NetworkSettings(Section):
-    """What every family's section `network` has."""
+    """Settings that the section `network` of every family has."""
 
     family: str
 
@@ -323,11 +380,12 @@ class Network(NetworkSettings):
 
     @property
     def may_change(self) -> frozenset[str]:
+        """Settings that a resumed run may have different from the run it continues."""
         return frozenset(("least_width",))
 
 
 class TrainingSettings(Section):
-    """What every family's section `training` has."""
+    """Settings that the section `training` of every family has."""
 
     init_from: str | None = None
     """Another training's checkpoint.pt or best.pt whose weights a new run begins from; none by default, as published.
@@ -357,7 +415,7 @@ class TrainingSettings(Section):
 
     @property
     def boundaries(self) -> Boundaries:
-        """What suits a network trained so beyond the faces of a volume."""
+        """Boundaries that suit a network trained with these settings, for what lies beyond the faces of a volume."""
         return REPLICATE
 
     @property
@@ -368,7 +426,7 @@ class TrainingSettings(Section):
         ) | {"init_from"}
 
     def refuse_misfit(self, study: Study) -> None:
-        """ValueError where these settings do not fit the rest of the study."""
+        """Raise ValueError if these settings do not fit the rest of the study."""
 
 
 class Training(TrainingSettings):
@@ -486,24 +544,26 @@ class Training(TrainingSettings):
 
     @property
     def slice_voxels(self) -> int:
-        """Edge of the slices that the critics see."""
+        """Edge, in voxels, of the slices that the critics see."""
         return self.cube_voxels - 2 * self.crop_voxels
 
     @property
     def padded_voxels(self) -> int:
-        """High-res voxels at a cube's faces that padding may have changed, and that are left out of what is judged."""
+        """High-res voxels at a cube's faces that padding may have changed, and that are left out of judgements."""
         return 0 if self.context else self.crop_voxels
 
     @property
     def boundaries(self) -> Boundaries:
-        """What suits a network trained so beyond the faces of a volume."""
+        """Boundaries that suit a network trained with these settings, for what lies beyond the faces of a volume."""
         return MIRROR if self.context or self.atypical_images == "correct" else REPLICATE
 
     @property
     def may_change(self) -> frozenset[str]:
+        """Settings that a resumed run may have different from the run it continues."""
         return super().may_change | {"compile", "match_fractions", "least_steps"}
 
     def refuse_misfit(self, study: Study) -> None:
+        """Raise ValueError if cubes, diagonal slices or context do not fit the rest of the study."""
         low_res_edge = self.cube_voxels / study.scale_factor
         if low_res_edge.denominator != 1 or low_res_edge < _FEWEST_LOW_RES:
             every = study.scale_factor.numerator
@@ -524,6 +584,8 @@ class Training(TrainingSettings):
 
 
 class Inference(Section):
+    """How the volume is painted: tiles, storage, boundaries, precision, and the number of seeds."""
+
     output_voxels: Grid | None = None
     """Shape of the output, z, y, x, where no low-res volume gives it: of a generator fed by latents alone."""
     tiles: Grid = (2, 2, 2)
@@ -573,6 +635,8 @@ Statistic = Literal["correlations", "chords", "connectivity", "spectrum", "repre
 
 
 class Metrics(Section):
+    """What is measured of a volume, and with which options."""
+
     subvolumes: SubVolumes = SubVolumes()
     statistics: tuple[Statistic, ...] = ("correlations", "chords", "connectivity", "spectrum", "representative")
     """What is measured beside the counts; geodesic costs as much as all else many times over."""
@@ -585,7 +649,7 @@ class Metrics(Section):
 
 
 class Published(Section):
-    """A figure from the literature that the report shows beside ours."""
+    """A value from the literature that the report shows beside the measured one."""
 
     metric: Literal[
         "volume_fraction", "specific_surface_area", "interphase_area", "tpb_density", "normalised_tpb", "tau", "D_rel"
@@ -598,6 +662,8 @@ class Published(Section):
 
 
 class Reference(Section):
+    """References that the result is compared with."""
+
     volume: str | None = None
     """Ground truth of the same region, labels as in `high_res.phases`' order; never used for training."""
     published: tuple[Published, ...] = ()
@@ -620,7 +686,7 @@ class Phantom(Section):
 
 
 class Cluster(Section):
-    """What to ask Slurm for; `hpcres plan` turns it into the sbatch lines."""
+    """Resources to ask Slurm for; `hpcres plan` turns them into the sbatch lines."""
 
     partition: str | None = None
     train_nodes: Annotated[int, Field(ge=1)] = 1
@@ -632,8 +698,11 @@ class Cluster(Section):
 
 
 class Study(Section):
-    """Of the family superres; `study_model` gives the model of another family, which is this one with other sections
-    `network` and `training`, and with `low_res` None and no images where it needs none."""
+    """A study of the family superres.
+
+    `study_model` gives the model of another family. It is this one with other sections `network` and `training`. If the
+    family needs no low-res volume, `low_res` may be None. If it needs no images, there may be none.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
@@ -666,7 +735,7 @@ class Study(Section):
         return self
 
     def _refuse_other_phases(self, low_res: LowRes) -> None:
-        """ValueError where the low-res volume has a phase that the images have not, or lacks one of theirs."""
+        """Raise ValueError if the low-res volume has a phase that the images lack, or lacks one of theirs."""
         known = set(self.high_res.phases.values())
         named = [name for group in low_res.groups for name in group]
         for name in named:
@@ -684,20 +753,31 @@ class Study(Section):
                 )
 
     def plain(self, **options: Any) -> dict[str, Any]:
-        """All settings as plain dicts, lists and numbers for JSON and YAML; options as of pydantic's model_dump.
+        """Return all settings as plain dicts, lists and numbers for JSON and YAML.
 
         pydantic's own JSON mode refuses file names that are not UTF-8.
+
+        Parameters
+        ----------
+        **options
+            Options of pydantic's model_dump.
         """
         return _plain(self.model_dump(**options))
 
     def as_json(self) -> str:
+        """Return all settings that are not None as JSON text."""
         return json.dumps(self.plain(exclude_none=True))
 
     @staticmethod
     def of_json(text: str) -> Study:
-        """The study that `as_json` wrote; pydantic's ValidationError if it is not valid.
+        """Return the study that `as_json` wrote.
 
-        Settings that an earlier version did not have get the value that says what it did.
+        A setting that an earlier version did not have gets the value that describes what that version did.
+
+        Raises
+        ------
+        pydantic.ValidationError
+            The text is not a valid study.
         """
         settings = json.loads(text)
         rename_old_keys(settings)
@@ -708,47 +788,54 @@ class Study(Section):
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Phase names in the order of the output's labels 0, 1, 2, …"""
+        """Phase names in the order 0, 1, 2, … of the output's labels."""
         return tuple(self.high_res.phases.values())
 
     @property
     def low_res_voxel_size(self) -> Length:
+        """Edge of a low-res voxel: the high-res voxel size times the scale factor."""
         return self.high_res.voxel_size.times(self.scale_factor)
 
     @property
     def folder(self) -> Path:
+        """Folder for everything the stages write."""
         return Path(self.output)
 
     @property
     def inputs(self) -> list[str]:
-        """All input files that the study names."""
+        """Paths of all input files that the study names."""
         named = [image.path for image in self.high_res.images], () if self.low_res is None else self.low_res.paths
         single = self.reference.volume, self.training.init_from
         return [*(path for paths in named for path in paths), *(path for path in single if path is not None)]
 
     @property
     def checkpoint_path(self) -> Path:
+        """Path of checkpoint.pt, which training writes and inference reads."""
         return self.folder / "checkpoint.pt"
 
     @property
     def best_path(self) -> Path:
-        """The generator with the best score so far, where training judges them."""
+        """Path of the generator with the best score so far, if training judges generators."""
         return self.folder / "best.pt"
 
     @property
     def labels_path(self) -> Path:
+        """Path of the painted volume, labels.zarr."""
         return self.folder / "labels.zarr"
 
     @property
     def metrics_path(self) -> Path:
+        """Path of metrics.json."""
         return self.folder / "metrics.json"
 
     @property
     def transport_path(self) -> Path:
+        """Path of transport.json."""
         return self.folder / "transport.json"
 
     @property
     def report_path(self) -> Path:
+        """Path of the page, report.html."""
         return self.folder / "report.html"
 
 
@@ -772,7 +859,18 @@ def _model_of(family: Family) -> type[Study]:
 
 
 def study_model(settings: Any) -> type[Study]:
-    """The model that validates these settings, by their network.family; InputError where no family has that name."""
+    """Return the model that validates these settings, by their network.family.
+
+    Parameters
+    ----------
+    settings : object
+        Content of a study file.
+
+    Raises
+    ------
+    InputError
+        No family has this name.
+    """
     network = settings.get("network") if isinstance(settings, dict) else None
     return _model_of(family_of(network.get("family", "superres") if isinstance(network, dict) else "superres"))
 

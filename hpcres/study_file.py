@@ -1,7 +1,7 @@
 """The study file: read over its bases, overridden, checked before anything starts, and saved beside its results.
 
-Relative paths are relative to the study file; `${NAME}` is an environment variable and `${output}` the study's own
-output folder. An unknown key is an error that names the file, the key and the nearest known one.
+Relative paths are relative to the study file. `${NAME}` is an environment variable, and `${output}` is the study's own
+output folder. An unknown key is an error that names the file, the key and the nearest known key.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice: plain YAML would silently keep the last."""
+    """Safe YAML loader that refuses a key given twice, of which plain YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -41,10 +41,24 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_study(path: str | Path, settings: Sequence[str] = (), output: str | None = None) -> Study:
-    """Read, override (`section.key=value`) and check a study file; raises InputError in one line.
+    """Read a study file, override settings, and check the result.
 
-    A study may name another, or several, as its `base` and then holds only what differs; later ones win. `hpcres:fast`,
-    `hpcres:long` and `hpcres:long-white` are the recipes that hpcres ships.
+    A study may name another study, or several, as its `base` and then holds only what differs; later bases take
+    precedence. `hpcres:fast`, `hpcres:long` and `hpcres:long-white` are the recipes that hpcres ships.
+
+    Parameters
+    ----------
+    path : path
+        Study file.
+    settings : sequence of str
+        `section.key=value`; these take precedence over the file.
+    output : str, optional
+        Folder of results, in place of the study's own.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read or is not valid. The message is one line.
     """
     path = Path(path)
     raw = _read(path, ())
@@ -58,7 +72,7 @@ def load_study(path: str | Path, settings: Sequence[str] = (), output: str | Non
 
 
 def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
-    """The settings of a file over those of its base, with every relative path made absolute."""
+    """Return the settings of a file over those of its base, with every relative path made absolute."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -87,13 +101,13 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _bases(raw: dict[str, Any], folder: Path) -> list[Path]:
-    """Paths of the studies that a study in `folder` names as its base."""
+    """Return the paths of the studies that a study in `folder` names as its base."""
     names = raw.get("base", [])
     return [_base(str(name), folder) for name in ([names] if isinstance(names, str) else names)]
 
 
 def _base(name: str, folder: Path) -> Path:
-    """`hpcres:NAME` is a recipe that hpcres ships; any other name is a path."""
+    """Return the path of a base: `hpcres:NAME` is a recipe that hpcres ships, any other name is a path."""
     if not name.startswith(_SHIPPED):
         return Path(_place(name, folder))
     path = _RECIPES / f"{name.removeprefix(_SHIPPED)}.yaml"
@@ -104,7 +118,7 @@ def _base(name: str, folder: Path) -> Path:
 
 
 def recipe_settings(name: str) -> dict[str, dict[str, Any]]:
-    """The `network` and `training` settings of a recipe that hpcres ships.
+    """Return the `network` and `training` settings of a recipe that hpcres ships.
 
     Parameters
     ----------
@@ -121,7 +135,7 @@ def recipe_settings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def files_of(path: str | Path) -> list[str]:
-    """Paths of a study file and of its bases; the bases of a file that cannot be read are left out."""
+    """Return the paths of a study file and of its bases; the bases of a file that cannot be read are left out."""
     found, waiting = list[str](), [Path(path)]
     while waiting:
         file = waiting.pop()
@@ -136,8 +150,11 @@ def files_of(path: str | Path) -> list[str]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key, except maps of labels to phases, which belong together; labels and
-    probabilities as the low-res volume take each other's place."""
+    """Return the settings `base` with the settings `over` put over them.
+
+    Sections are merged key by key. Maps of labels to phases are not merged, because their entries belong together. A
+    low-res volume of labels replaces one of probabilities, and the reverse.
+    """
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict) and key != "phases":
@@ -212,7 +229,7 @@ _PATH_KEYS = {
 
 
 def _over_paths(value: Any, change: Callable[[str, str], str], place: tuple[str, ...] = ()) -> Any:
-    """The same settings with `change(text, key)` applied to every path that names an input."""
+    """Return the same settings with `change(text, key)` applied to every path that names an input."""
     if isinstance(value, dict):
         return {k: _over_paths(v, change, (*place, str(k))) for k, v in value.items()}
     if isinstance(value, list):
@@ -231,7 +248,7 @@ def _expand(text: str, key: str, file: Path, extra: dict[str, str]) -> str:
 
 
 def _place(path: str, folder: Path) -> str:
-    """An absolute path; one that starts with a variable is left for _expand."""
+    """Return an absolute path; a path that starts with a variable is left for _expand."""
     expanded = Path(path).expanduser()
     if expanded.is_absolute() or path.startswith("${"):
         return str(expanded)
@@ -239,12 +256,32 @@ def _place(path: str, folder: Path) -> str:
 
 
 def saved_study(study: Study, stage: str, folder: Path | None = None) -> Path:
-    """The path that `save_study` writes to."""
+    """Return the path that `save_study` writes to."""
     return (folder or study.folder) / f"study-{stage}.yaml"
 
 
 def save_study(study: Study, stage: str, folder: Path | None = None) -> Path:
-    """Write the resolved study beside the results of `stage`, as `study-<stage>.yaml`, or into `folder`."""
+    """Write the resolved study beside the results of `stage`, as `study-<stage>.yaml`, or into `folder`.
+
+    Parameters
+    ----------
+    study : Study
+        Study to write.
+    stage : str
+        Name of the command.
+    folder : Path, optional
+        Folder to write into, by default the study's folder of results.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    InputError
+        The file exists and is not a study that hpcres saved, or the folder cannot be written.
+    """
     path = saved_study(study, stage, folder)
     refuse_output(path, STUDY, renewed=True)
     path.parent.mkdir(parents=True, exist_ok=True)

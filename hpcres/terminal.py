@@ -47,7 +47,10 @@ _REPLACEMENTS = {
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler of a codec: a replacement for one character, or the original byte of an undecodable file name."""
+    """Return a replacement for one character, or the original byte of an undecodable file name.
+
+    This is the error handler of a codec.
+    """
     assert isinstance(error, UnicodeEncodeError)
     character = error.object[error.start]
     if 0xDC80 <= ord(character) <= 0xDCFF:

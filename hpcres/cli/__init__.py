@@ -1,8 +1,8 @@
 """The commands of `hpcres`: they turn a study and options into one library call, and its errors into exit statuses.
 
-Exit status: 0 done; 2 the input is wrong; 3 finished, but some tiles, chunks or solves failed; 75 stopped by a signal
-after saving; 130 ended by a second SIGINT; anything else is a bug. Commands import heavy libraries inside their
-functions, so that `--help` stays quick.
+The exit statuses are 0 done; 2 the input is wrong; 3 finished, but some tiles, chunks or solves failed; 75 stopped by
+a signal after saving; 130 ended by a second SIGINT; anything else is a bug. Commands import heavy libraries inside
+their functions, so that `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ _NOT_ON_WINDOWS = ("train", "plan", "infer", "verify")
 
 
 def main() -> None:
-    """Run a command and exit with its status. Of several ranks only rank 0 prints an error that all of them raise."""
+    """Run a command and exit with its status.
+
+    If several ranks raise the same error, only rank 0 prints it.
+    """
     # Without a writable home, matplotlib warns that it keeps its font cache in a temporary folder.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     replace_unencodable()

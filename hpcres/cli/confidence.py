@@ -1,4 +1,4 @@
-"""`hpcres confidence`."""
+"""The command `hpcres confidence`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines, progress and warnings of the commands. Results go to stdout, everything else to stderr."""
+"""Lines, progress and warnings of the commands; results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -47,23 +47,30 @@ def show_log() -> None:
 
 
 def echo(text: object, err: bool = False) -> None:
-    """Print and flush. click.echo would write UTF-8 to a terminal whose encoding is ASCII."""
+    """Print and flush a line on stdout, or on stderr if `err` is set.
+
+    click.echo would write UTF-8 to a terminal whose encoding is ASCII.
+    """
     print(text, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def echo_notes(lines: Iterable[object]) -> None:
+    """Print each line on stderr."""
     for line in lines:
         echo(line, err=True)
 
 
 def warn(lines: Iterable[object]) -> None:
-    """Print warnings; of several ranks only rank 0 does."""
+    """Print warnings on stderr; of several ranks only rank 0 does."""
     if is_first_rank():
         echo_notes(f"warning: {line}" for line in lines)
 
 
 def every(seconds: float) -> Callable[[], bool]:
-    """A function that returns whether so many seconds have passed since it last returned True."""
+    """Return a function that says whether `seconds` have passed since it last returned True.
+
+    The first period starts when `every` is called.
+    """
     last = time.monotonic()
 
     def due() -> bool:
@@ -78,9 +85,17 @@ def every(seconds: float) -> Callable[[], bool]:
 
 @contextmanager
 def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
-    """A function of done and total that shows the progress of a stage.
+    """Show the progress of a stage: a bar on a terminal, else a line every few seconds and at the end.
 
-    Shows a bar on a terminal, else a line every few seconds and at the end.
+    Parameters
+    ----------
+    stage : str
+        Name of the stage.
+
+    Yields
+    ------
+    function
+        To be called with the number of pieces of work that are done and their total number.
     """
     if sys.stderr.isatty():
         from rich.console import Console
@@ -95,11 +110,11 @@ def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def progress_lines() -> Callable[[str], None]:
-    """A function that prints a line where none was printed in the last few seconds."""
+    """Return a function that prints a line if none was printed in the last few seconds."""
     due = every(_LINE_SECONDS)
     return lambda line: echo(line, err=True) if due() else None
 
 
 def command_line() -> str:
-    """The command as the user gave it, for the provenance of results."""
+    """Return the command as the user gave it, for the provenance of results."""
     return " ".join(["hpcres", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""`hpcres convert`."""
+"""The command `hpcres convert`."""
 
 from __future__ import annotations
 

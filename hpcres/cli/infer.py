@@ -1,4 +1,4 @@
-"""`hpcres infer`."""
+"""The command `hpcres infer`."""
 
 from __future__ import annotations
 

@@ -16,11 +16,31 @@ if TYPE_CHECKING:
 
 
 def is_study(source: str) -> bool:
+    """Return whether the name of an input ends like a study file: .yaml or .yml."""
     return Path(source).suffix in (".yaml", ".yml")
 
 
 def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | None) -> Study:
-    """The study, with a check before hours of work that the stage can save its copy beside the results."""
+    """Load the study, after a check that the stage can save its copy beside the results.
+
+    The check is made before hours of work.
+
+    Parameters
+    ----------
+    stage : str
+        Name of the command.
+    source : str
+        Path of the study file.
+    settings : tuple of str
+        Values of --set.
+    output : str or None
+        Value of --output.
+
+    Raises
+    ------
+    InputError
+        The study is not valid, or its copy cannot be saved beside the results.
+    """
     study = load_study(source, settings, output)
     copy = saved_study(study, stage)
     if copy.exists() and copy.samefile(source):
@@ -35,17 +55,25 @@ def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | 
 
 
 def refuse_settings(source: str, settings: tuple[str, ...]) -> None:
+    """Raise InputError if --set is given with a volume."""
     if settings:
         raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
 
 
 def refuse_voxel_size(source: str, voxel_size: str | None) -> None:
+    """Raise InputError if --voxel-size is given with a study."""
     if voxel_size:
         raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
 
 
 def painted_volume(study: Study) -> Volume:
-    """The study's labels.zarr."""
+    """Open the study's labels.zarr.
+
+    Raises
+    ------
+    InputError
+        The store does not exist yet.
+    """
     from hpcres.volumes.formats import open_volume
 
     if not study.labels_path.exists():
@@ -54,9 +82,28 @@ def painted_volume(study: Study) -> Volume:
 
 
 def voxel_edges_of(volume: Volume, text: str | None) -> tuple[VoxelEdges, list[str]]:
-    """The voxel size from --voxel-size, else from the file, and notes on an unknown or overridden size.
+    """Return the voxel size from --voxel-size, else from the file, and notes on an unknown or overridden size.
 
     The notes are printed beside a result only: an error is one line.
+
+    Parameters
+    ----------
+    volume : Volume
+        The input.
+    text : str or None
+        Value of --voxel-size.
+
+    Returns
+    -------
+    edges : VoxelEdges
+        Edges of a voxel.
+    notes : list of str
+        Lines for the user.
+
+    Raises
+    ------
+    InputError
+        --voxel-size cannot be parsed, or the file gives the voxel size along some axes only.
     """
     own = volume.edges
     try:

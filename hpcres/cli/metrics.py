@@ -1,4 +1,4 @@
-"""`hpcres metrics`."""
+"""The command `hpcres metrics`."""
 
 from __future__ import annotations
 
@@ -121,6 +121,6 @@ def metrics(
 
 
 def _chosen(own: Metrics, added: Sequence[str], left_out: Sequence[str], lags: int | None) -> Metrics:
-    """The metrics settings `own` with what --with, --without and --lags change of them."""
+    """Return the metrics settings `own` with the changes of --with, --without and --lags."""
     which = [name for name in dict.fromkeys([*own.statistics, *added]) if name not in left_out]
     return own.model_copy(update={"statistics": tuple(which), "lags": lags or own.lags})

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the values of options that are more than a string."""
+"""Options that several commands share, and parsers of options whose value is more than a string."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ class Stage(click.Command):
     """A command that notes signals under its own name."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command with handlers that note signals."""
         with handling_signals(self.name or "hpcres"):
             return super().invoke(ctx)
 
 
 def study_options(command: _Command) -> _Command:
+    """Add the options --set and --output to a command."""
     command = click.option("--output", metavar="PATH", help="Write here instead of where the study says.")(command)
     return click.option(
         "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable."
@@ -57,7 +59,13 @@ axis_choice = click.Choice(("z", "y", "x"))
 
 
 def parse_bytes(option: str, text: str | None) -> int | None:
-    """`4GiB` as a number of bytes; InputError that names the option."""
+    """Parse a size such as `4GiB` as a number of bytes; None stays None.
+
+    Raises
+    ------
+    InputError
+        The text is not a size. The message names the option.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B|[KMGT])", text, re.IGNORECASE)
@@ -68,7 +76,13 @@ def parse_bytes(option: str, text: str | None) -> int | None:
 
 
 def parse_phases(text: str | None) -> dict[int, str] | None:
-    """`0=pore,128=active` as label → name."""
+    """Parse `0=pore,128=active` as label → name; None for no text.
+
+    Raises
+    ------
+    InputError
+        A part is not LABEL=NAME, a name is not valid, or a label or a name is repeated.
+    """
     if not text:
         return None
     phases: dict[int, str] = {}
@@ -87,7 +101,13 @@ def parse_phases(text: str | None) -> dict[int, str] | None:
 
 
 def parse_conductivities(texts: tuple[str, ...]) -> dict[str, float] | None:
-    """`pore=1` and `gel=0.1` as name → conductivity."""
+    """Parse `pore=1` and `gel=0.1` as name → conductivity; None for no texts.
+
+    Raises
+    ------
+    InputError
+        A text is not NAME=VALUE with a value from 0 on, a name is repeated, or nothing conducts.
+    """
     found: dict[str, float] = {}
     for text in texts:
         match = re.fullmatch(r"(\S.*?)=([0-9.eE+-]+)", text)

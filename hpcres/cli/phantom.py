@@ -1,4 +1,4 @@
-"""`hpcres phantom`."""
+"""The command `hpcres phantom`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hpcres plan`."""
+"""The command `hpcres plan`."""
 
 from __future__ import annotations
 

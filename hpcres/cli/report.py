@@ -1,4 +1,4 @@
-"""`hpcres report`."""
+"""The command `hpcres report`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,10 @@ def _page_of_volume(
     scheduler: str | None,
     worker_wait: float,
 ) -> tuple[Path, list[str]]:
-    """The page of a bare volume, measured where no metrics.json is found, and notes on its voxel size."""
+    """Write the page of a bare volume, and return its path and notes on the voxel size.
+
+    The volume is measured if no metrics.json is found.
+    """
     from hpcres.metrics.measure import header, measure
     from hpcres.metrics.schedule import connect
     from hpcres.reports.write import find_result, report_volume

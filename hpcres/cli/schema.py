@@ -1,4 +1,4 @@
-"""`hpcres schema`."""
+"""The command `hpcres schema`."""
 
 from __future__ import annotations
 

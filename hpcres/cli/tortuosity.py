@@ -1,4 +1,4 @@
-"""`hpcres tortuosity`: options, their checks, and the lines that are printed; the solver is in transport/."""
+"""The command `hpcres tortuosity`: options, their checks, and the lines that it prints; transport/ has the solver."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _checked(options: _Options) -> _Task:
 
 
 def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Path]:
-    """Bytes to hold at most, None without --memory, and the folder for scratch storage."""
+    """Return how many bytes to hold at most, None without --memory, and the folder for scratch storage."""
     memory = parse_bytes("--memory", options.memory)
     refused = {
         "--memory": options.memory,
@@ -225,9 +225,9 @@ def _out_of_core(options: _Options, target: Path | None) -> tuple[int | None, Pa
 
 
 def _refuse_check(options: _Options, volumes: Sequence[Volume], edges: VoxelEdges) -> None:
-    """InputError for --check where TauFactor cannot solve the volumes, before anything is solved.
+    """Raise InputError for --check if TauFactor cannot solve the volumes, before anything is solved.
 
-    It solves one phase of cubic voxels with insulated sides, the whole volume in memory.
+    TauFactor solves one phase of cubic voxels with insulated sides, with the whole volume in memory.
     """
     from hpcres.transport import parse_crop
     from hpcres.transport.second_opinion import refuse_taufactor
@@ -264,7 +264,10 @@ def _periodic(options: _Options) -> tuple[bool, bool, bool]:
 def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -> list[str]:
     """Solve the results that transport.json lacks, of the volume and of the study's reference.
 
-    Returns phase and direction of each solve that did not converge.
+    Returns
+    -------
+    list of str
+        Phase and direction of each solve that did not converge.
     """
     from hpcres.transport import BLOCK_VOXELS
     from hpcres.transport.results import solve_missing
@@ -320,7 +323,10 @@ def _solve(options: _Options, task: _Task, results: ResultsFile, ranks: Ranks) -
 
 
 def _reporter(alone: bool) -> Callable[[str, str, int, float, float], None]:
-    """A function that is called after each iteration: shows it now and then, and ends one process on a signal."""
+    """Return a function that is called after each iteration.
+
+    It shows the iteration every few seconds. If the job has only one process, it ends the process on a signal.
+    """
     show = progress_lines()
 
     def report(phase: str, direction: str, iterations: int, d_rel: float, error: float) -> None:
@@ -333,7 +339,10 @@ def _reporter(alone: bool) -> Callable[[str, str, int, float, float], None]:
 
 @dataclass
 class _Printer:
-    """Prints a result on one line, and before the first one the solver and notes on the voxel size."""
+    """Printer of results, one on each line.
+
+    Before the first result it prints the solver and notes on the voxel size.
+    """
 
     task: _Task
     as_json: bool

@@ -1,4 +1,4 @@
-"""`hpcres train`."""
+"""The command `hpcres train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hpcres verify`."""
+"""The command `hpcres verify`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""One self-contained HTML page from the files that the stages wrote: is the result good, and how was it made?"""
+"""Reports: one self-contained HTML page from the files that the stages wrote.
+
+The page shows whether the result is good, and how it was made.
+"""

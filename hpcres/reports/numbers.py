@@ -1,4 +1,7 @@
-"""The numbers of metrics.json and transport.json beside their references: verdict, tables, distributions."""
+"""Sections of the page with the numbers of metrics.json and transport.json beside their references.
+
+These are the verdict, the tables and the distributions.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,22 @@ _LARGEST_BY_CHANCE = 1.0, 2.0
 
 
 def verdict(metrics: Mapping[str, Any] | None, study: Study) -> str:
-    """The few numbers that decide, against the truth where there is one, else against the training images."""
+    """Return the section with the few numbers that decide.
+
+    The numbers are compared with the truth if there is one, else with the training images.
+
+    Parameters
+    ----------
+    metrics : mapping or None
+        Content of metrics.json.
+    study : Study
+        Study of the page.
+
+    Returns
+    -------
+    str
+        HTML; empty without metrics, or if there is nothing to compare with.
+    """
     if metrics is None:
         return ""
     rows = metric_rows(metrics)
@@ -86,7 +104,7 @@ def verdict(metrics: Mapping[str, Any] | None, study: Study) -> str:
 
 
 def _worst(rows: Sequence[Row], truth: bool, in_points: bool) -> tuple[float, Row] | None:
-    """The largest error and its row; pairs that hardly touch would only show noise."""
+    """Return the largest error and its row, without pairs that hardly touch, which would only show noise."""
     found = []
     targets = [(row.reference if truth else row.images, row) for row in rows]
     largest = max((t for t, _ in targets if t), default=0.0)
@@ -97,7 +115,20 @@ def _worst(rows: Sequence[Row], truth: bool, in_points: bool) -> tuple[float, Ro
 
 
 def metrics_sections(metrics: Mapping[str, Any] | None, command: str) -> list[str]:
-    """All that metrics.json says, section by section; without it, the `command` that makes it."""
+    """Return the sections with all that metrics.json says.
+
+    Parameters
+    ----------
+    metrics : mapping or None
+        Content of metrics.json.
+    command : str
+        Command that makes metrics.json, which is named if there is none.
+
+    Returns
+    -------
+    list of str
+        HTML of each section.
+    """
     if metrics is None:
         return [page.missing("Metrics", "metrics.json", command)]
     return [
@@ -203,7 +234,10 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
 
 
 def _box_table(low_res: Mapping[str, Any]) -> str:
-    """What the blocks of low-res voxels hold, all high-res voxels counted alike; of files that have it."""
+    """Return the table of what the blocks of low-res voxels hold, with all high-res voxels counted alike.
+
+    The table is empty for files that lack these numbers.
+    """
     if "box_agreement" not in low_res:
         return ""
     lines, differ, outside = [], [], []
@@ -246,7 +280,7 @@ def _box_table(low_res: Mapping[str, Any]) -> str:
 
 
 def _imprint(low_res: Mapping[str, Any]) -> str:
-    """Where phases part, by position in the low-res lattice, relative to the axis's mean."""
+    """Return the figure of where phases part, by position in the low-res lattice, relative to the axis's mean."""
     shares = {axis: np.array(low_res["changed_faces"][axis]) for axis in AXES}
     means = {axis: float(one.mean()) for axis, one in shares.items()}
     text = (
@@ -272,7 +306,10 @@ def _imprint(low_res: Mapping[str, Any]) -> str:
 
 
 def _appearance(metrics: Mapping[str, Any]) -> str:
-    """How much slices differ from the training images, beside what a quarter of these differs from the whole."""
+    """Return the section that says how much slices differ from the training images.
+
+    The differences stand beside those of a quarter of the images from all of them.
+    """
     images = (metrics.get("images") or {}).get("planes") or {}
     own, truth = (((metrics.get(of) or {}).get("appearance") or {}).get("planes") for of in ("volume", "reference"))
     if not own or not images:
@@ -379,6 +416,20 @@ def _plot_fractions(metrics: Mapping[str, Any]) -> str:
 
 
 def transport_section(transport: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None, command: str) -> str:
+    """Return the section with the results of transport.json and the transport through the sub-volumes of metrics.json.
+
+    Parameters
+    ----------
+    transport, metrics : mapping or None
+        Content of transport.json and of metrics.json.
+    command : str
+        Command that makes transport.json, which is named if there is none.
+
+    Returns
+    -------
+    str
+        HTML of the section.
+    """
     parts = [page.missing_text("transport.json", command) if transport is None else _transport_table(transport)]
     ours = _cube_transport(metrics, "volume")
     if ours:
@@ -462,7 +513,7 @@ def _transport_table(transport: Mapping[str, Any]) -> str:
 
 
 def _solved(result: Mapping[str, Any]) -> str:
-    """What was solved, but for the size of the volume's own voxels and the part of it."""
+    """Return a key of what was solved, without the size of the volume's own voxels and the part of it."""
     settings = {k: v for k, v in result.get("settings", {}).items() if k in ("periodic", "rtol", "blocks")}
     return json.dumps([result["phase"], result["direction"], result.get("conductivity"), settings], sort_keys=True)
 

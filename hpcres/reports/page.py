@@ -1,6 +1,6 @@
-"""How the page looks: HTML of tables and cards, numbers as text, figures as SVG, pictures as PNG, all inlined.
+"""HTML of the page: tables and cards, numbers as text, figures as SVG and pictures as PNG, all inlined.
 
-Nothing is loaded from elsewhere, no JavaScript.
+The page loads nothing from elsewhere, and has no JavaScript.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ SERIES = (OURS, TRUTH, IMAGES, "#b0487c", "#8064a2", "#4aa0a0")
 
 
 def write(target: Path, title: str, body: Iterable[str]) -> Path:
-    """The page of these sections at `target`, whole or not at all."""
+    """Write the page of these sections to `target` atomically, and return `target`.
+
+    Parameters
+    ----------
+    target : Path
+        File to write. Its folder is made if it does not exist.
+    title : str
+        Title of the page.
+    body : iterable of str
+        HTML of the sections.
+    """
     html = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -39,22 +49,27 @@ def write(target: Path, title: str, body: Iterable[str]) -> Path:
 
 
 def header(title: str, subtitle: str) -> str:
+    """Return the HTML of the page's title and subtitle."""
     return f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>"
 
 
 def warning(text: str) -> str:
+    """Return the HTML of a warning."""
     return f"<p class='warning'>{escape(text)}</p>"
 
 
 def missing(title: str, file: str, command: str) -> str:
+    """Return a section that names a missing file and the command that makes it."""
     return f"<section><h2>{title}</h2>{missing_text(file, command)}</section>"
 
 
 def missing_text(file: str, command: str) -> str:
+    """Return a paragraph that names a missing file and the command that makes it."""
     return f"<p class='missing'>No {escape(file)} yet: run <code>{escape(command)}</code>, then this report again.</p>"
 
 
 def card(title: str, value: str, what: str, grade: str) -> str:
+    """Return the HTML of a card: a title, a value, what it means, and a grade (good, fair or poor) as its colour."""
     return (
         f'<div class="card {grade}"><div class="title">{escape(title)}</div><div class="value">{escape(value)}</div>'
         f'<div class="what">{escape(what)}</div></div>'
@@ -62,6 +77,17 @@ def card(title: str, value: str, what: str, grade: str) -> str:
 
 
 def table(heads: Iterable[str], lines: Iterable[str], style: str = "two") -> str:
+    """Return the HTML of a table.
+
+    Parameters
+    ----------
+    heads : iterable of str
+        Texts of the columns' heads, which are escaped.
+    lines : iterable of str
+        HTML of the rows.
+    style : str
+        Class of the table: `two` if its first two columns are names, `one` if only the first is.
+    """
     head = "".join(f"<th class='{'left' if h == 'published' else ''}'>{escape(h)}</th>" for h in heads)
     return (
         f"<div class='wide'><table class='{style}'><thead><tr>{head}</tr></thead>"
@@ -70,17 +96,22 @@ def table(heads: Iterable[str], lines: Iterable[str], style: str = "two") -> str
 
 
 def cell(text: str, style: str = "") -> str:
+    """Return the HTML of a table cell; `text` is HTML, and `style` its class."""
     return f"<td class='{style}'>{text}</td>" if style else f"<td>{text}</td>"
 
 
 def number(value: float | None) -> str:
+    """Return a number as text; empty for None.
+
+    The text has five decimals if the magnitude is from 0.001 to below 10, else five significant digits.
+    """
     if value is None:
         return ""
     return "0" if value == 0 else f"{value:.5f}" if 1e-3 <= abs(value) < 10 else f"{value:.5g}"
 
 
 def with_error(value: float | None, error: float | None) -> str:
-    """To two digits of the error."""
+    """Return a value and its error as text, both to two digits of the error; without an error, the value alone."""
     if value is None or not error:
         return number(value) or "–"
     decimals = max(0, 1 - floor(log10(error)))
@@ -88,11 +119,20 @@ def with_error(value: float | None, error: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
+    """Return a number as text with its sign; empty for None."""
     return "" if value is None else "0" if value == 0 else f"{value:+.2g}" if abs(value) < 1e-3 else f"{value:+.5f}"
 
 
 def picture(index: np.ndarray, colours: np.ndarray) -> str:
-    """A palette PNG of positions (row, column), as a data URI."""
+    """Return a palette PNG as a data URI.
+
+    Parameters
+    ----------
+    index : ndarray
+        Positions (row, column) in the palette, each of one byte.
+    colours : ndarray
+        Colours of the palette, one row of red, green and blue (0 to 255) for each.
+    """
     image = Image.fromarray(np.ascontiguousarray(index, np.uint8), mode="P")
     image.putpalette(colours.round().astype(np.uint8).tobytes())
     buffer = io.BytesIO()
@@ -101,13 +141,27 @@ def picture(index: np.ndarray, colours: np.ndarray) -> str:
 
 
 def figure(width: float, height: float) -> Figure:
-    """Transparent, with grey ink that reads on light and dark."""
+    """Return an empty, transparent figure; width and height are in inches.
+
+    `svg` gives its axes and texts a grey that reads on light and dark pages.
+    """
     drawn = Figure(figsize=(width, height), layout="constrained")
     drawn.patch.set_alpha(0)
     return drawn
 
 
 def svg(figure: Figure, alt: str) -> str:
+    """Return the figure as an HTML image with the SVG in it.
+
+    Axes and texts get a grey that reads on light and dark pages. The same numbers give the same page.
+
+    Parameters
+    ----------
+    figure : Figure
+        Figure that is drawn; the colours of its axes and texts are changed.
+    alt : str
+        Description for readers who do not see the image.
+    """
     for axes in figure.axes:
         axes.patch.set_alpha(0)
         for side, spine in axes.spines.items():

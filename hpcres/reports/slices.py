@@ -26,7 +26,23 @@ UNKNOWN_COLOUR = np.full(3, 255.0)
 
 @dataclass(frozen=True)
 class View:
-    """A volume as the slices show it: how to name it, its voxel edge in high-res voxels, colours of its labels."""
+    """A volume as the slices show it.
+
+    Attributes
+    ----------
+    title : str
+        Name of the volume on the page.
+    volume : Volume
+        Labels or probabilities.
+    step : Fraction
+        Edge of the volume's voxels in high-res voxels.
+    colours : ndarray
+        Colours of the volume's labels.
+    values : tuple of int
+        Labels, in the order of the colours.
+    unknown : tuple of int
+        Labels of voxels that are unknown.
+    """
 
     title: str
     volume: Volume
@@ -43,8 +59,28 @@ def slices_section(
     unit: str,
     crop: tuple[str, str, int] | None,
 ) -> str:
-    """A grid of images: a row per plane, a column per volume, all of the same physical region; then the crop,
-    as picture, caption and columns. voxel: edges z, y, x in `unit`."""
+    """Return the section with a grid of images, a row for each plane and a column for each volume.
+
+    All images show the same physical region. A training image follows.
+
+    Parameters
+    ----------
+    views : sequence of View
+        The volumes.
+    legend : mapping
+        Name → colour.
+    voxel : tuple of float
+        Edges z, y, x of a high-res voxel, in `unit`.
+    unit : str
+        Symbol of the unit, for the scale bars.
+    crop : tuple or None
+        Picture, caption and columns of a training image, as `training_crop` gives them.
+
+    Returns
+    -------
+    str
+        HTML of the section.
+    """
     main = next(s for s in views if s.step == 1)
     middle = [n // 2 for n in main.volume.shape]
     planes, pictures, shown_edge = [], [], 0
@@ -97,7 +133,10 @@ def slices_section(
 
 
 def _slice(view: View, region: Box, axis: int) -> np.ndarray:
-    """The labels of a high-res region one voxel thin along `axis`, as positions (row, column) of the view's voxels."""
+    """Return the labels of a high-res region that is one voxel thin along `axis`.
+
+    The result has positions (row, column) of the view's voxels: the number of the label in `view.values`.
+    """
     start = [floor(a / view.step) for a in region.start]
     stop = [ceil(b / view.step) for b in region.stop]
     stop[axis] = start[axis] + 1
@@ -107,7 +146,22 @@ def _slice(view: View, region: Box, axis: int) -> np.ndarray:
 
 
 def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
-    """Picture, caption and columns of the middle of the first high-res image; None where it is not there."""
+    """Return the middle of the first high-res image; None if there is no image or its file does not exist.
+
+    Parameters
+    ----------
+    study : Study
+        Study that names the images.
+    colours : ndarray
+        Colours of the phases.
+    shape : tuple of int
+        Voxels z, y, x of the painted volume; the largest limits the size of the crop.
+
+    Returns
+    -------
+    tuple or None
+        Picture as a data URI, caption as HTML, and number of columns.
+    """
     if not study.high_res.images or not exists(study.high_res.images[0].path):
         return None
     image = study.high_res.images[0]
@@ -124,11 +178,12 @@ def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str
 
 
 def palette(count: int) -> np.ndarray:
+    """Return the colours of the first `count` phases, float64 (count, 3); they repeat if there are too few."""
     return np.array([PHASE_COLOURS[i % len(PHASE_COLOURS)] for i in range(count)], float)
 
 
 def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
-    """A bar of a round length, at most a third of the image."""
+    """Return the HTML of a scale bar of a round length, at most a third of the image."""
     longest = shown_voxels * voxel / 3
     power = 10.0 ** floor(log10(longest))
     length = max(step * power for step in (1, 2, 5) if step * power <= longest * (1 + 1e-9))
@@ -139,4 +194,5 @@ def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
 
 
 def exists(path: str) -> bool:
+    """Return whether the file of an input exists."""
     return file_of(path).exists()

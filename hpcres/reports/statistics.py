@@ -1,4 +1,7 @@
-"""Spatial statistics of metrics.json: curves by distance, length, frequency and size; connected shares and paths."""
+"""Section of the page with the spatial statistics of metrics.json.
+
+These are curves by distance, length, frequency and size, connected shares, and paths.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,21 @@ _FORMS = ("inlet", "outlet", "whole")
 
 
 def statistics_section(metrics: Mapping[str, Any]) -> str:
-    """Correlations, chords, spectra, connected shares, paths, and how the spread falls with size; truth dashed."""
+    """Return the section with the spatial statistics.
+
+    These are correlations, chords, spectra, connected shares, paths, and how the spread falls with size. The curves of
+    the ground truth are dashed.
+
+    Parameters
+    ----------
+    metrics : mapping
+        Content of metrics.json.
+
+    Returns
+    -------
+    str
+        HTML of the section; empty if no statistics were measured.
+    """
     ours = metrics["volume"].get("statistics") or {}
     theirs = (metrics.get("reference") or {}).get("statistics") or {}
     if not ours:
@@ -47,7 +64,7 @@ def statistics_section(metrics: Mapping[str, Any]) -> str:
 
 
 def _correlations(both: _Shown) -> str:
-    """S2 of every phase with itself, then between phases, a panel each with the three axes."""
+    """Plot S2 of every phase with itself, then between phases, in a panel each with the three axes."""
     names = [phase["name"] for phase in both[0][1]["phases"]]
     keys = [f"{name}|{name}" for name in names] + [f"{a}|{b}" for a, b in combinations(names, 2)]
     keys = keys[:9]
@@ -79,7 +96,7 @@ def _correlations(both: _Shown) -> str:
 
 
 def _chords(both: _Shown) -> str:
-    """Share of a phase's whole-chord voxels by chord length, and the mean lengths."""
+    """Plot the share of a phase's whole-chord voxels by chord length, and tabulate the mean lengths."""
     phases = list(both[0][0]["chords"]["z"])
     figure, columns = _panels(len(phases))
     for place, phase in enumerate(phases, 1):
@@ -179,7 +196,7 @@ def _geodesic(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
 
 
 def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
-    """Spread against size, relative to the mean, with the fitted line up to the whole volume."""
+    """Plot the spread against the size, relative to the mean, with the fitted line up to the whole volume."""
     sizes = np.array([one["voxels"] for one in found["sizes"]], float)
     if len(sizes) < 2:
         return ""
@@ -227,7 +244,7 @@ def _representative(found: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
 
 
 def _edges(volume: Mapping[str, Any]) -> tuple[float, ...]:
-    """Voxel edges z, y, x in the length unit of the numbers."""
+    """Return the voxel edges z, y, x in the length unit of the numbers."""
     named = Named({}, tuple(volume["voxel_size"]), volume["voxel_unit"])
     return named.lengths
 

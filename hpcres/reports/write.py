@@ -1,5 +1,7 @@
-"""The page of a study or of a bare volume, put together; what a stage has not made yet is said in words, with the
-command that makes it."""
+"""Pages of a study and of a bare volume, put together from their sections.
+
+If a stage has not made its results yet, the page says so and names the command that makes them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,22 @@ from hpcres.volumes.volume import Volume
 
 
 def report_study(study: Study, volume: Volume) -> Path:
-    """report.html of a study, from labels.zarr and whatever metrics.json, transport.json, training.csv there is."""
+    """Write report.html of a study from labels.zarr and the other results.
+
+    The other results are those of metrics.json, transport.json and training.csv that exist.
+
+    Parameters
+    ----------
+    study : Study
+        Study of the page.
+    volume : Volume
+        The painted volume.
+
+    Returns
+    -------
+    Path
+        The page.
+    """
     metrics, transport = _read_json(study.metrics_path), _read_json(study.transport_path)
     notes = compare_sizes(study, high_res=[volume])
     colours = palette(len(study.phases))
@@ -58,7 +75,10 @@ def report_study(study: Study, volume: Volume) -> Path:
 
 
 def _low_res_view(study: Study, colours: np.ndarray) -> tuple[list[View], dict[str, np.ndarray]]:
-    """The low-res volume, where the study has one, and the legend of the colours that it has besides the phases'."""
+    """Return the view of the study's low-res volume, and the legend of its colours that are not those of phases.
+
+    Both are empty if the study has no low-res volume.
+    """
     if study.low_res is None:
         return [], {}
     low_res = open_low_res(study.low_res)
@@ -81,8 +101,24 @@ def _low_res_view(study: Study, colours: np.ndarray) -> tuple[list[View], dict[s
 def report_volume(
     volume: Volume, metrics: Mapping[str, Any], target: str | Path, transport: Mapping[str, Any] | None = None
 ) -> Path:
-    """The page of a bare volume from its metrics.json, and its transport.json if there is one; there is nothing to
-    compare it with."""
+    """Write the page of a bare volume, which is compared with nothing.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels.
+    metrics : mapping
+        Content of the volume's metrics.json.
+    target : path
+        The page to write.
+    transport : mapping, optional
+        Content of the volume's transport.json.
+
+    Returns
+    -------
+    Path
+        The page.
+    """
     entry = metrics["volume"]
     labels = tuple(int(phase["label"]) for phase in entry["phases"])
     colours = palette(len(labels))
@@ -102,10 +138,32 @@ def report_volume(
 
 
 def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: VoxelEdges | None) -> dict[str, Any] | None:
-    """What `hpcres metrics` or `hpcres tortuosity` (the stage: metrics, transport) wrote of a bare volume to `path`.
+    """Return what `hpcres metrics` or `hpcres tortuosity` wrote of a bare volume to a file.
 
-    A file that was not `given` but lies there is taken only if it is of this very volume as it is now, else None;
-    of one that was, InputError. edges: of a voxel, if the user named them.
+    A file that the user did not name is taken only if it is of this very volume as it is now.
+
+    Parameters
+    ----------
+    volume : Volume
+        The bare volume.
+    stage : str
+        `metrics` or `transport`.
+    path : Path
+        File of the result.
+    given : bool
+        Whether the user named the file.
+    edges : VoxelEdges or None
+        Edges of a voxel, if the user named them.
+
+    Returns
+    -------
+    dict or None
+        Content of the file. None if the file was not named, and it does not exist or is not of the volume as it is now.
+
+    Raises
+    ------
+    InputError
+        The user named the file, and it does not exist, was not written by the command, or is not of this volume.
     """
     if not (given or path.is_file()):
         return None
@@ -135,7 +193,7 @@ def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: Voxe
 
 
 def _training(path: Path) -> str:
-    """Curves of whatever columns training.csv has."""
+    """Return the section with curves of the columns that training.csv has."""
     if not path.is_file():
         return page.missing("Training", path.name, "hpcres train")
     with path.open(newline="", encoding="utf-8") as file:
@@ -182,7 +240,7 @@ def _training(path: Path) -> str:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over a thirtieth of the run."""
+    """Return the running mean over a thirtieth of the run."""
     width = max(3, len(values) // 30)
     padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
     return np.convolve(padded, np.full(width, 1 / width), mode="valid")

@@ -10,12 +10,13 @@ from hpcres.study import Study
 
 
 def schema_of(file: Literal["study", "metrics", "transport"] | str) -> dict[str, Any]:
-    """The schema of a kind of file.
+    """Return the JSON schema of a kind of file.
 
     Parameters
     ----------
     file : str
-        study, metrics or transport. Of a study, only of its own content: what its `base` says may be left out.
+        study, metrics or transport. The schema of a study is of its own content only: keys that its `base` gives may be
+        left out.
 
     Returns
     -------
