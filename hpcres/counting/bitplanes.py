@@ -58,7 +58,7 @@ def pack(index: np.ndarray, phases: int, words: int | None = None) -> np.ndarray
 
 @compiled
 def _transpose(square):
-    """Bit k of word i becomes bit i of word k, of 64 words."""
+    """Transpose 64 words in place: bit k of word i becomes bit i of word k."""
     half, low = 32, np.uint64(0xFFFFFFFF)
     while half:
         shift = np.uint64(half)
@@ -88,7 +88,7 @@ def _transpose_rows(planes, out):
 
 
 def transposed(planes: np.ndarray, columns: int) -> np.ndarray:
-    """Bit planes (p, z, y, word of x) of as many columns as uint64 (p, z, x, word of y)."""
+    """Turn bit planes (p, z, y, word of x) of `columns` columns into uint64 (p, z, x, word of y)."""
     out = np.empty((*planes.shape[:2], columns, -(-planes.shape[2] // 64)), np.uint64)
     _transpose_rows(planes, out)
     return out
