@@ -243,8 +243,8 @@ def _stitch(open_phase, open_length, first_phase, first, last_phase, last, posit
 class Carry:
     """State of a column of blocks along an axis: the open run of every line, and the chords closed so far.
 
-    `position` is the number of voxels covered along the axis. `phase` (uint8) and `length` (int32) are per line. `whole`
-    and `cut` are int64 (phase, length 0 … axis length).
+    `position` is the number of voxels covered along the axis. `phase` (uint8) and `length` (int32) are per line.
+    `whole` and `cut` are int64 (phase, length 0 … axis length).
     """
 
     position: int

@@ -34,10 +34,11 @@ _FIRST_LABELS = [tuple(range(n)) for n in (1, 2, 3, 4)]
 class Counts:
     """Integer counts, keyed by label; triples are per axis z, y, x.
 
-    A face counts along its normal, an edge along its direction. `faces` holds pairs of different labels (smaller first).
-    `edges` holds the edges whose four voxels show three or four different labels, by the exact set of labels. An edge with
-    four labels is listed under its four and under none of their triples, so that the sum over `edges` is the number of TPB
-    edges. `all_faces` and `all_edges` count the interior faces and edges, whatever labels they separate.
+    A face counts along its normal, an edge along its direction. `faces` holds pairs of different labels (smaller
+    first). `edges` holds the edges whose four voxels show three or four different labels, by the exact set of labels.
+    An edge with four labels is listed under its four and under none of their triples, so that the sum over `edges` is
+    the number of TPB edges. `all_faces` and `all_edges` count the interior faces and edges, whatever labels they
+    separate.
     """
 
     voxels: dict[int, int] = field(default_factory=dict)
@@ -157,8 +158,8 @@ def pack_phases(row, planes, first, n):
 def _pack_slice(labels, owned, followed, voxels, beside, pairs, n):
     """Pack a slice into bit planes (n, words): its voxels, the voxels one further along x, and either of the two.
 
-    Only voxels that are owned along x have bits. `owned` has a bit for every owned voxel, and `followed` for every owned
-    voxel that has a next one along x. The result is False where a voxel is none of the n phases.
+    Only voxels that are owned along x have bits. `owned` has a bit for every owned voxel, and `followed` for every
+    owned voxel that has a next one along x. The result is False where a voxel is none of the n phases.
     """
     rows, length = labels.shape
     words, one, rest = (length + 63) // 64, np.uint64(1), np.uint64(63)
@@ -234,9 +235,9 @@ def _add_edges(a, b, shift, words, n, edges):
 def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
     """Count up to four phases, 64 voxels at a time.
 
-    A slice is one bit plane per phase, and counts are population counts. The owned shape is (nz, ny, nx). `voxels` is (n),
-    `faces` (3, n·n) by pair, and `edges` (3, 2ⁿ) by set of phases. The result is False where a voxel is none of
-    0 … n - 1; the counts are then of no use.
+    A slice is one bit plane per phase, and counts are population counts. The owned shape is (nz, ny, nx). `voxels` is
+    (n), `faces` (3, n·n) by pair, and `edges` (3, 2ⁿ) by set of phases. The result is False where a voxel is none of 0
+    … n - 1; the counts are then of no use.
     """
     rows, words = block.shape[1], (block.shape[2] + 63) // 64
     # Beyond its end a row, a slice and the volume have no phase at all (the last row and slice of zeros), so nothing
@@ -335,7 +336,7 @@ def _crossings(a, b, c, d, out):
 
 @compiled
 def _places(found, owned, length, places):
-    """List the positions in a flat slice, in rows of `length`, where `found` and `owned` have a bit; return how many."""
+    """List the positions in a flat slice (rows of `length`) where `found` and `owned` have a bit; return how many."""
     words, one, n = (length + 63) // 64, np.uint64(1), 0
     for y in range(owned.shape[0] // words):
         for word in range(words):
@@ -462,8 +463,8 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
     block : np.ndarray
         Integer labels (z, y, x).
     owned : sequence of int, optional
-        How many of the first voxels per axis to count; by default all. Along each axis the block has either `owned` voxels
-        (the volume ends there) or one more.
+        How many of the first voxels per axis to count; by default all. Along each axis the block has either `owned`
+        voxels (the volume ends there) or one more.
     labels : sequence of int, optional
         Labels that may occur; by default those that are found.
 
@@ -511,7 +512,10 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
 
 @dataclass(frozen=True)
 class Rim:
-    """Outermost planes of a block of `shape`, normal to z, y, x; the axes of a plane are the two others, in their order."""
+    """Outermost planes of a block of `shape`, normal to z, y, x.
+
+    The axes of each plane are the two remaining ones, in their order.
+    """
 
     shape: Triple
     first: tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -1,4 +1,7 @@
-"""Faces between phases by their position on the low-res lattice, which show what the lattice left in a high-res volume."""
+"""Faces between phases by their position on the low-res lattice.
+
+They show what the lattice left in a high-res volume.
+"""
 
 from __future__ import annotations
 

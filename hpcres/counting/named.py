@@ -40,7 +40,10 @@ class Named:
         return "|".join(self.phases[i] for i in labels)
 
     def values(self, by_metric: Mapping[str, Mapping[tuple[int, ...], Any]]) -> dict[str, Any]:
-        """Name the labels of values per metric and labels (`counts.by_metric`); a value without labels stands by itself."""
+        """Replace labels by names in values per metric and labels (`counts.by_metric`).
+
+        A value that has no labels stands by itself.
+        """
         return {
             metric: by_labels[()] if () in by_labels else {self.join(key): value for key, value in by_labels.items()}
             for metric, by_labels in by_metric.items()

@@ -1,7 +1,7 @@
-"""Statistics of slices, which volumes and high-res images have alike, so that they can be compared without a true volume.
+"""Statistics of slices, by which volumes and high-res images are compared without a true volume.
 
-The statistics are fractions, faces, triple points, two-point correlations and the patterns of 3 × 3 pixels, as integer
-counts that add.
+Volumes and images have them alike. They are fractions, faces, triple points, two-point correlations and the patterns of
+3 × 3 pixels, as integer counts that add.
 """
 
 from __future__ import annotations
@@ -156,9 +156,9 @@ def errors_between(ours: SliceStatistics, images: SliceStatistics, isotropic: bo
     Returns
     -------
     dict
-        fraction_error: largest difference. area_error: relative, of the worst pair. tpb_error: relative; left out where the
-        images have no TPB. correlation_error: root mean square. tv1, tv4: total-variation distance of the patterns at
-        spacing 1 and 4.
+        fraction_error: largest difference. area_error: relative, of the worst pair. tpb_error: relative; left out where
+        the images have no TPB. correlation_error: root mean square. tv1, tv4: total-variation distance of the patterns
+        at spacing 1 and 4.
     """
 
     def over_directions(values: np.ndarray) -> np.ndarray:
@@ -183,7 +183,8 @@ def errors_between(ours: SliceStatistics, images: SliceStatistics, isotropic: bo
 def _symmetric(histogram: np.ndarray) -> np.ndarray:
     """Average a histogram of windows over its mirrors and rotations.
 
-    The histogram of isotropic matter does not change under these. Averaging leaves about a third of the error by chance.
+    The histogram of isotropic matter does not change under these. The average reduces the influence of
+    chance to a third.
     """
     phases = round(len(histogram) ** (1 / 9))
     by_pixel, pixels = histogram.reshape((phases,) * 9), np.arange(9).reshape(3, 3)
