@@ -1,9 +1,9 @@
 """Comparison of slices of a volume with the high-res images, for volumes whose truth is not known.
 
-The statistics are phase fractions, interphase areas per direction, triple-phase points, two-point correlations up to
-16 voxels, and the patterns of 3 × 3 pixels at spacing 1 and 4. tv1 and tv4 are the total-variation distances of the
-histograms of these patterns; no lesser statistic tells a network from interpolation. Slices are compared in the same
-plane, or in all planes together where the material is isotropic.
+The statistics are phase fractions, interphase areas per direction, triple-phase points, two-point correlations up to 16
+voxels, and the patterns of 3 × 3 pixels at spacing 1 and 4. tv1 and tv4 are the total-variation distances of the
+histograms of these patterns; they are the simplest statistics that tell a network from interpolation. Slices are
+compared in the same plane, or in all planes together where the material is isotropic.
 
 In metrics.json a study's volume, and its reference, have `appearance`: cubes (how many were looked at), edge (of
 these, voxels) and planes {"all" where isotropic, else "yx", "zx" and "zy": {volume_fraction {phase: share},

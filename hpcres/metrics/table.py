@@ -264,7 +264,7 @@ def plain(value: float) -> str:
 
 
 def with_error(value: float, error: float) -> str:
-    """Format a number to one digit beyond the leading one of its absolute error, at most 15 digits: 0.21663 for ± 2e-4."""
+    """Format a number to one digit beyond the leading one of its absolute error, at most 15: 0.21663 for ± 2e-4."""
     if not 0 < error < abs(value):
         return f"{value:.6g}"
     digits = floor(log10(abs(value))) - floor(log10(error)) + 2
