@@ -1,6 +1,7 @@
-"""The Dask side of measuring: a client, tasks by place, and their progress. Kernels do not depend on it.
+"""The Dask side of measuring: a client, tasks by place, and their progress.
 
-Dask is imported by the functions that use it. Training counts slices without it, and the import takes about a second.
+Kernels do not depend on it. Dask is imported by the functions that use it, since training counts slices without it and
+the import takes about a second.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ class Level:
     factors: Any = None  # LU factors of the last level's matrix, where `inverse` is None
 
     def __post_init__(self) -> None:
+        """Allocate b and x and, for a mixed level, spare."""
         sizes = (self.parts, self.parts, self.parts * self.mixed)
         self.b, self.x, self.spare = (np.zeros(n, self.diagonal.dtype) for n in sizes)
 
@@ -149,9 +150,9 @@ def restrict(
 ):
     """Set `coarse` to the residual of `colours` colours, summed over each part of the next level.
 
-    `colours` is 1 for red alone, the only residual there is after a sweep. The kernel works on the rows row0 … row1 - 1
-    of the next level's cells, which no other thread writes. Where to_faces is not None, the residual is a sum of
-    currents, which is exactly 0 inside a particle of constant potential.
+    `colours` is 1 for red alone, the only colour with a residual after a sweep. The kernel works on the rows row0 …
+    row1 - 1 of the next level's cells, which no other thread writes. Where to_faces is not None, the residual is a sum
+    of currents, which is exactly 0 inside a particle of constant potential.
     """
     for row in range(row0, row1):
         for colour in range(2):

@@ -516,7 +516,10 @@ class _Level:
         return s
 
     def residual(self, end: int) -> torch.Tensor:
-        """Return the residual of the first `end` parts; of a robust level as the sum of currents (see `coarse.restrict`)."""
+        """Return the residual of the first `end` parts.
+
+        That of a robust level is a sum of currents (see `coarse.restrict`).
+        """
         if self.to_faces is None:
             return self.around(0, end).addcmul_(self.diagonal[:end], self.x[:end], value=-1)
         s, own = self.b[:end].addcmul(self.to_faces[:end], self.x[:end], value=-1), self.x[:end]

@@ -264,7 +264,10 @@ def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, 
 
 @compiled
 def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scratch, c):
-    """Set `coarse` to what a red then black Gauss–Seidel sweep from zero leaves of the residual r, summed over each part."""
+    """Sweep from zero and set `coarse` to the rest of the residual r, summed over each part.
+
+    The sweep is Gauss–Seidel, red then black. The rest is what it leaves of r.
+    """
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0

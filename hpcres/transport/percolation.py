@@ -1,4 +1,7 @@
-"""Percolation: the clusters of conducting voxels that touch both faces. They are found before any solve."""
+"""Percolation: the clusters of conducting voxels that touch both faces.
+
+They are found before any solve.
+"""
 
 from __future__ import annotations
 

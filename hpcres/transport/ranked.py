@@ -1,4 +1,7 @@
-"""One slab on each rank; vectors are exchanged plane by plane. No MPI is imported: a communicator is an argument."""
+"""One slab on each rank; vectors are exchanged plane by plane.
+
+No MPI is imported: a communicator is an argument.
+"""
 
 from __future__ import annotations
 

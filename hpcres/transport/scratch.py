@@ -48,7 +48,11 @@ class ScratchPlace(Place):
         self._more = self._wide = 1.0  # memory of a slab and of a part, over that of the plain form
 
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
-        """Run each stage on every slab, one slab behind the stage before it."""
+        """Run each stage on every slab.
+
+        Each stage is one slab behind the stage before it. Where the first and the last slab meet, it begins after the
+        stage before it has ended.
+        """
         if self._around:
             # The last slab is a neighbour of the first one.
             for stage in stages:

@@ -1,4 +1,4 @@
-"""The same transport by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
+"""Transport solved by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONVERGENCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """The same transport by another solver.
+    """Transport of the same system by another solver.
 
     Attributes
     ----------
@@ -70,7 +70,6 @@ def refuse_taufactor(path: str, shape: Sequence[int], voxel_size: Sequence[float
     InputError
         Voxels are not cubic, sides are periodic, or there is too little memory.
     """
-
     if len(set(voxel_size)) > 1:
         raise InputError(f"{path}: TauFactor's solver takes cubic voxels only; drop the check")
     if any(periodic):

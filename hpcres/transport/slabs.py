@@ -57,7 +57,7 @@ class Extent:
 def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
     """Cut a volume into at most `number` slabs, as even as whole units of `deep` planes allow.
 
-    No slab of several has fewer than 8 planes.
+    Where there are several slabs, none has fewer than 8 planes.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class Slab(Voxels):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Labels of the planes that the slab knows, read again each time; None where they are not needed."""
+        """Labels of the planes that the slab knows, from `read_labels`; None without it."""
         return None if self._read_labels is None else self._read_labels()
 
     @labels.setter

@@ -34,10 +34,11 @@ class Solved:
 
 
 class Solver(ABC):
-    """Conjugate gradients. A subclass says what a vector is and what is done with it.
+    """Conjugate gradients for one system.
 
-    In the robust form the solution is the sum of two float32 vectors, or all vectors are float64. Residuals are sums of
-    currents between neighbours. The residual of the solution is computed anew before an error is claimed.
+    A subclass says what a vector is and what is done with it. In the robust form the solution is the sum of two float32
+    vectors, or all vectors are float64. Residuals are sums of currents between neighbours. The residual of the solution
+    is computed anew before an error is claimed.
     """
 
     to_d_rel: float
@@ -74,7 +75,10 @@ class Solver(ABC):
 
     @abstractmethod
     def energy(self, x: Any, end: float) -> float:
-        """Return the energy that x dissipates with the far face at the potential `end`, in units of one face's conductance."""
+        """Return the energy that x dissipates with the far face at the potential `end`.
+
+        The unit is the conductance of one face.
+        """
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Kernels that release the GIL, over units of work that do not depend on the number of threads."""
+"""Threads for kernels that release the GIL, over units of work that do not depend on the number of threads."""
 
 from __future__ import annotations
 

@@ -141,7 +141,6 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 @intrinsic
 def spread(typing: Any, array: Any, index: Any, mask: Any) -> Any:
     """Load array[index], array[index + 1], … into the lanes of the mask, 0 into the others."""
-
     result = _register(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -257,7 +256,7 @@ def add(typing: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def subtract(typing: Any, a: Any, b: Any) -> Any:
-    """Subtract a register from another."""
+    """Subtract register b from register a."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fsub(*arguments)
 
 
@@ -269,7 +268,7 @@ def multiply(typing: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def divide(typing: Any, a: Any, b: Any) -> Any:
-    """Divide a register by another."""
+    """Divide register a by register b."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fdiv(*arguments)
 
 
