@@ -251,7 +251,7 @@ def _diagonal(bits, z, y, k, here, front, geometry, g, labels, resistance, width
 
 @inlined
 def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, size, few, here, front, R, D):
-    """Spread a row of r, and the inverse of its diagonal."""
+    """Spread a row of r into R, and write the inverse of its diagonal to D."""
     at = rows[z * geometry[1] + y]
     for k in range(geometry[3]):
         d, own = _diagonal(

@@ -32,7 +32,7 @@ BYTES_PER_AGGREGATE = 108
 
 @dataclass(frozen=True)
 class Form:
-    """How a system is solved.
+    """Form in which a system is solved.
 
     Attributes
     ----------

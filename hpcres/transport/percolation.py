@@ -112,7 +112,7 @@ def _join_sides(cells, starts, up, shape, axis):
 
 @compiled
 def _flatten(up, begin, end):
-    """Point every part at its root; parts before their roots never occur."""
+    """Point every part at its root; the number of a root is never above those of its parts."""
     for i in range(begin, end):
         up[i] = root(up, i)
 

@@ -176,7 +176,7 @@ def solve_missing(
     resume_with: str,
     **settings: Any,
 ) -> list[str]:
-    """Solve what the file lacks of one volume and save the file after each solve.
+    """Solve the systems of one volume that the file lacks, and save the file after each solve.
 
     Parameters
     ----------

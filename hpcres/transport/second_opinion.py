@@ -83,7 +83,7 @@ def refuse_taufactor(path: str, shape: Sequence[int], voxel_size: Sequence[float
 
 
 def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
-    """Solve with TauFactor what `result`, one of those of transport.json, has solved.
+    """Solve with TauFactor the system of `result`, one of the results of transport.json.
 
     Parameters
     ----------
