@@ -1,1 +1,1 @@
-"""Integer kernels on blocks of labels: counts that add, and what they say."""
+"""Integer kernels on blocks of labels: counts that add, and the numbers derived from them."""

@@ -1,4 +1,4 @@
-"""Labels as bit planes, 64 voxels a word: what correlations, chords and clusters are counted from."""
+"""Labels as bit planes, 64 voxels a word, from which correlations, chords and clusters are counted."""
 
 from __future__ import annotations
 
@@ -31,9 +31,21 @@ def _pack_block(block, planes):
 
 
 def pack(index: np.ndarray, phases: int, words: int | None = None) -> np.ndarray:
-    """uint64 (p, z, y, word): bit x of a row tells whether the voxel is phase p, for all but the last of `phases`.
+    """Pack labels into one bit plane for each phase but the last.
 
-    index: uint8 (z, y, x), every value below `phases` ≤ 16. words: per row, by default as many as x needs.
+    Parameters
+    ----------
+    index : np.ndarray
+        uint8 (z, y, x), C-contiguous, every value below `phases`.
+    phases : int
+        Number of phases, from 1 to 16.
+    words : int, optional
+        Words per row; by default as many as x needs.
+
+    Returns
+    -------
+    np.ndarray
+        uint64 (p, z, y, word). Bit x of a row tells whether the voxel is phase p. There is always at least one plane.
     """
     assert index.dtype == np.uint8, index.dtype
     assert index.flags.c_contiguous
@@ -46,7 +58,7 @@ def pack(index: np.ndarray, phases: int, words: int | None = None) -> np.ndarray
 
 @compiled
 def _transpose(square):
-    """Bit k of word i becomes bit i of word k, of 64 words."""
+    """Transpose 64 words in place: bit k of word i becomes bit i of word k."""
     half, low = 32, np.uint64(0xFFFFFFFF)
     while half:
         shift = np.uint64(half)
@@ -76,7 +88,7 @@ def _transpose_rows(planes, out):
 
 
 def transposed(planes: np.ndarray, columns: int) -> np.ndarray:
-    """Bit planes (p, z, y, word of x) of as many columns as uint64 (p, z, x, word of y)."""
+    """Turn bit planes (p, z, y, word of x) of `columns` columns into uint64 (p, z, x, word of y)."""
     out = np.empty((*planes.shape[:2], columns, -(-planes.shape[2] // 64)), np.uint64)
     _transpose_rows(planes, out)
     return out

@@ -17,8 +17,10 @@ from hpcres.counting.counts import popcount, trailing_zeros
 
 
 class Ends(NamedTuple):
-    """The first and last run of every line of a block along an axis: phase (uint8) and length (int32), each of the
-    shape of the block's face."""
+    """First and last run of every line of a block along an axis.
+
+    The phases are uint8 and the lengths int32. Each array has the shape of the block's face.
+    """
 
     first_phase: np.ndarray
     first: np.ndarray
@@ -28,8 +30,11 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Runs along x: row r = z · rows + y holds runs index[r] … index[r + 1] − 1, each of a phase (uint8) and from its
-    start (int32) on. changed: uint64 (z, y, word), where a run begins that is not a row's first."""
+    """Runs along x.
+
+    Row r = z · rows + y holds the runs index[r] … index[r + 1] − 1. Each run has a phase (uint8) and a start (int32).
+    `changed`, uint64 (z, y, word), has a bit where a run begins that is not the first of its row.
+    """
 
     start: np.ndarray
     index: np.ndarray
@@ -39,7 +44,7 @@ class Rows:
 
 @compiled
 def _changes(planes, z, y, before_z, before_y, w):
-    """Voxels of a word whose phase is not that of the voxel beside them in another row."""
+    """Find the voxels of a word whose phase differs from that of the voxel beside them in another row."""
     found = np.uint64(0)
     for p in range(planes.shape[0]):
         found |= planes[p, z, y, w] ^ planes[p, before_z, before_y, w]
@@ -48,7 +53,10 @@ def _changes(planes, z, y, before_z, before_y, w):
 
 @compiled
 def _down(block, planes, axis, chords, first, last):
-    """Chords (phase, length) inside the block along z (axis 0) or y (1); first and last (line) are their open ends."""
+    """Count the chords (phase, length) inside a block along z (axis 0) or y (axis 1).
+
+    `first` and `last` (line) receive the lengths of the open ends.
+    """
     slices, rows, words = block.shape[0], block.shape[1], planes.shape[3]
     columns = block.shape[2]
     begun = np.zeros((rows if axis == 0 else 1, columns), np.int32)
@@ -86,7 +94,10 @@ def _down(block, planes, axis, chords, first, last):
 
 @compiled
 def _count_runs(planes, columns):
-    """Changes along the rows, and their number row by row (the first run of a row not counted)."""
+    """Find the changes of phase along the rows, and count the runs of each row.
+
+    The changes leave out the first run of a row. Element r + 1 of the count is the number of runs in row r.
+    """
     n, slices, rows, words = planes.shape
     changed, count = np.zeros((slices, rows, words), np.uint64), np.zeros(slices * rows + 1, np.int64)
     rest = np.uint64(columns % 64)
@@ -135,10 +146,25 @@ def _row_runs(block, changed, index, start, phase, chords, first, last):
 
 
 def runs_of(block: np.ndarray, planes: np.ndarray, phases: int) -> tuple[list[np.ndarray], list[Ends], Rows]:
-    """Per axis int64 (phase, length) chords that begin and end inside a block and touch none of its faces, and the
-    ends of every line; then the runs along x.
+    """Find the runs of a block, and count the chords that touch none of its faces.
 
-    block: uint8 (z, y, x) below `phases`; planes: what `bitplanes.pack` makes of it.
+    Parameters
+    ----------
+    block : np.ndarray
+        uint8 (z, y, x), every value below `phases`.
+    planes : np.ndarray
+        What `bitplanes.pack` makes of the block.
+    phases : int
+        Number of phases.
+
+    Returns
+    -------
+    inside : list of np.ndarray
+        Per axis, int64 (phase, length): chords that begin and end inside the block and touch none of its faces.
+    ends : list of Ends
+        Per axis, the first and the last run of every line.
+    rows : Rows
+        The runs along x.
     """
     inside = [np.zeros((phases, n + 1), np.int64) for n in block.shape]
     first, last = ([np.zeros(np.delete(block.shape, axis), np.int32) for axis in range(3)] for _ in range(2))
@@ -166,9 +192,21 @@ def _add_rows(planes, in_z, in_y):
 
 
 def in_planes(block: np.ndarray, planes: np.ndarray, turned: np.ndarray, phases: int) -> list[np.ndarray]:
-    """Voxels of each phase in the planes normal to z, y and x of a block: int64 (phase, plane) each.
+    """Count the voxels of each phase in the planes of a block normal to z, y and x.
 
-    planes, turned: what `bitplanes.pack` and `bitplanes.transposed` make of it.
+    Parameters
+    ----------
+    block : np.ndarray
+        Labels (z, y, x); only its shape and size are used.
+    planes, turned : np.ndarray
+        What `bitplanes.pack` and `bitplanes.transposed` make of the block.
+    phases : int
+        Number of phases.
+
+    Returns
+    -------
+    list of np.ndarray
+        Per axis, int64 (phase, plane).
     """
     found = [np.zeros((phases, n), np.int64) for n in block.shape]
     _add_rows(planes[: phases - 1], found[0], found[1])
@@ -203,9 +241,10 @@ def _stitch(open_phase, open_length, first_phase, first, last_phase, last, posit
 
 @dataclass(frozen=True)
 class Carry:
-    """Where a column of blocks has got to along an axis: the open run of every line, and the chords closed so far.
+    """State of a column of blocks along an axis: the open run of every line, and the chords closed so far.
 
-    phase (uint8) and length (int32) per line; whole, cut: int64 (phase, length 0 … axis length).
+    `position` is the number of voxels covered along the axis. `phase` (uint8) and `length` (int32) are per line.
+    `whole` and `cut` are int64 (phase, length 0 … axis length).
     """
 
     position: int
@@ -216,7 +255,28 @@ class Carry:
 
 
 def stitch(before: Carry | None, ends: Ends, inside: np.ndarray, thickness: int, axis_length: int) -> Carry:
-    """`before` (None at the volume's face) with the next block of the column; at the far face its runs are cut."""
+    """Append the next block of a column to `before`.
+
+    At the far face of the volume, the open runs are counted as cut.
+
+    Parameters
+    ----------
+    before : Carry or None
+        The column so far; None at the volume's first face.
+    ends : Ends
+        First and last runs of the next block along the axis.
+    inside : np.ndarray
+        int64 (phase, length): chords inside the next block.
+    thickness : int
+        Voxels of the next block along the axis.
+    axis_length : int
+        Voxels of the volume along the axis.
+
+    Returns
+    -------
+    Carry
+        The column with the next block; `before` is not changed.
+    """
     phases = inside.shape[0]
     if before is None:
         lines = ends.first.size

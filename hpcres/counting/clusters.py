@@ -1,6 +1,6 @@
 """Clusters of each phase: voxels joined by faces (6-neighbours), found run by run and joined across blocks.
 
-`clusters_of` labels a block; `touching` says which of its clusters meet those of the next block; `join` is the
+`clusters_of` labels a block. `touching` says which of its clusters meet those of the next block. `join` is the
 union–find over the whole volume. Numbers of voxels and clusters have 64 bits.
 """
 
@@ -23,11 +23,11 @@ _BLOCK = np.int64(2**32)
 
 @dataclass(frozen=True)
 class Clusters:
-    """Clusters of a block that reach one of its faces; of the others only how many, and the largest, per phase.
+    """Clusters of a block that reach one of its faces; of the others only their number and the largest, per phase.
 
-    name int64, number of the block × 2³² + number in the block; phase uint8; voxels int64; faces uint8, outer
-    faces of the volume that they touch. last: per axis the numbers in the block's last plane (int32), which are
-    looked for in the next block's `first`.
+    `name` is int64: number of the block × 2³² + number in the block. `phase` is uint8 and `voxels` is int64. `faces`
+    (uint8) has a bit for each outer face of the volume that the cluster touches. `first` and `last` hold, per axis, the
+    numbers in the block's first and last plane (int32). Those of `last` are compared with the next block's `first`.
     """
 
     name: np.ndarray
@@ -42,7 +42,10 @@ class Clusters:
 
 @dataclass(frozen=True)
 class Connected:
-    """Of one phase: clusters, voxels of the largest, and per axis z, y, x of all that reach from face to face."""
+    """Connectivity of one phase: its voxels, its clusters, and the voxels of the largest cluster.
+
+    `percolating` holds, per axis z, y, x, the voxels of all clusters that reach from face to face.
+    """
 
     voxels: int
     clusters: int
@@ -52,7 +55,10 @@ class Connected:
 
 @compiled
 def _join_rows(planes, row, other, changed, index, number, parent):
-    """Give the runs of a row the numbers of those of the same phase beside them in an `other`, which become one."""
+    """Give the runs of a row the numbers of the runs of the same phase beside them in the row `other`.
+
+    Where a run lies beside several runs of its phase, their numbers are merged in `parent`.
+    """
     n, words, one = planes.shape[0], planes.shape[2], np.uint64(1)
     run, beside = index[row], index[other]
     for w in range(words):
@@ -77,9 +83,10 @@ def _join_rows(planes, row, other, changed, index, number, parent):
 
 @compiled
 def _label(planes, rows, index, changed, number, parent):
-    """`number` becomes that of each run's cluster, in the order of their first runs; how many there are.
+    """Set `number` to the number of each run's cluster, and return how many clusters there are.
 
-    planes: (p, row, word); rows: of them, in a slice; parent: as long as there are runs.
+    Clusters are numbered in the order of their first runs. `planes` is (p, row, word), `rows` is the number of its rows
+    in a slice, and `parent` has as many elements as there are runs.
     """
     given = 0
     for row in range(planes.shape[1]):
@@ -118,7 +125,7 @@ def _measure(columns, start, index, phase, number, voxels, of_phase):
 
 @compiled
 def _paint(start, index, number, first_row, step, plane):
-    """Numbers of every voxel of the rows first_row, first_row + step, …"""
+    """Write the number of every voxel of the rows first_row, first_row + step, … into `plane`."""
     columns = plane.shape[1]
     for k in range(plane.shape[0]):
         row = first_row + k * step
@@ -130,8 +137,27 @@ def _paint(start, index, number, first_row, step, plane):
 def clusters_of(
     runs: Rows, planes: np.ndarray, shape: Sequence[int], phases: int, place: int, outer: Sequence[tuple[bool, bool]]
 ) -> Clusters:
-    """Clusters of a block of `shape` from its runs and what `bitplanes.pack` makes of it; `place` is its number in the
-    volume, `outer` says per axis whether its first and its last plane are the volume's."""
+    """Find the clusters of a block from its runs.
+
+    Parameters
+    ----------
+    runs : Rows
+        The runs of the block along x.
+    planes : np.ndarray
+        What `bitplanes.pack` makes of the block.
+    shape : sequence of int
+        Shape of the block (z, y, x).
+    phases : int
+        Number of phases.
+    place : int
+        Number of the block in the volume.
+    outer : sequence of (bool, bool)
+        Per axis, whether the block's first and its last plane are those of the volume.
+
+    Returns
+    -------
+    Clusters
+    """
     slices, rows, columns = shape
     assert runs.start.size < 2**31
     number = np.empty(runs.start.size, np.int32)
@@ -174,8 +200,22 @@ def clusters_of(
 def touching(
     phases: tuple[np.ndarray, np.ndarray], numbers: tuple[np.ndarray, np.ndarray], places: tuple[int, int]
 ) -> np.ndarray:
-    """int64 (pairs, 2): names of clusters that meet where a block ends and the next begins; each given as the phases
-    and numbers of its plane there."""
+    """Find the clusters that meet where one block ends and the next begins.
+
+    Parameters
+    ----------
+    phases : tuple of np.ndarray
+        Phases of the last plane of the first block, and of the first plane of the second block.
+    numbers : tuple of np.ndarray
+        Numbers of the clusters in the same two planes.
+    places : tuple of int
+        Numbers of the two blocks in the volume.
+
+    Returns
+    -------
+    np.ndarray
+        int64 (pairs, 2): names of clusters of the same phase that meet.
+    """
     same = phases[0] == phases[1]
     # A pair of numbers below 2³¹ in one word sorts faster than rows do.
     both = np.unique(numbers[0][same].astype(np.int64) * _BLOCK + numbers[1][same])
@@ -191,9 +231,21 @@ def _join(parent, pairs):
 
 
 def join(blocks: Sequence[Clusters], pairs: Sequence[np.ndarray], voxels: np.ndarray) -> list[Connected]:
-    """What the clusters of all blocks are once those that meet are one; `voxels` of each phase in the volume.
+    """Unite the clusters of all blocks that meet, and describe the connectivity of each phase.
 
-    Only name, phase, voxels, faces and what lies inside of each block is looked at.
+    Parameters
+    ----------
+    blocks : sequence of Clusters
+        The clusters of each block. Only `name`, `phase`, `voxels`, `faces`, `inside` and `largest_inside` are used.
+    pairs : sequence of np.ndarray
+        int64 (pairs, 2) each: names of clusters that meet, as `touching` returns them.
+    voxels : np.ndarray
+        Voxels of each phase in the volume.
+
+    Returns
+    -------
+    list of Connected
+        One for each phase.
     """
     phases = len(voxels)
     name, phase, size, faces = (

@@ -1,9 +1,10 @@
 """Two-point correlations along the axes as exact pair counts (Lu & Torquato 1990; Dahari 2022, fig. 10).
 
 S2_ij(r) = P(x in i and x + r in j): pairs of voxels r apart along an axis of which the first is phase i and the second
-phase j, over all pairs that fit into the volume. Those inside a block are counted with it, those between blocks where
-the last planes of one meet the first of the next; the sum over any partition is that of the whole. Pairs are counted 64
-at a time for all phases but the last, whose own follow from how many voxels of each phase stand in each plane.
+phase j, over all pairs that fit into the volume. Pairs inside a block are counted with the block. Pairs between blocks
+are counted where the last planes of one meet the first planes of the next. The sum over any partition is that of the
+whole. Pairs are counted 64 at a time for all phases but the last. The pairs of the last phase follow from the number of
+voxels of each phase in each plane.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _STRIP = 512
 
 @compiled
 def _add_together(a, at, b, to, words, found):
-    """found[i, j] += bits set in both of `words` words of a[i] from `at` on and of b[j] from `to` on."""
+    """Add to found[i, j] the bits set both in a[i] and in b[j], over `words` words.
+
+    The words of a[i] start at `at`, and those of b[j] at `to`.
+    """
     if a.shape[0] == 2:  # three phases: every word is fetched once
         a0, a1, b0, b1 = a[0, at : at + words], a[1, at : at + words], b[0, to : to + words], b[1, to : to + words]
         c00, c01, c10, c11 = np.uint64(0), np.uint64(0), np.uint64(0), np.uint64(0)
@@ -45,7 +49,10 @@ def _add_together(a, at, b, to, words, found):
 
 @compiled
 def _inside(planes, outer, words, pairs):
-    """planes (p, `outer` sets of rows of `words`): pairs of rows of a set."""
+    """Count the pairs of rows within each set of rows.
+
+    `planes` is (p, word) and holds `outer` sets of rows, each row of `words` words.
+    """
     size = planes.shape[1] // outer
     rows, step = size // words, max(_STRIP // words, 1)
     for start in range(0, planes.shape[1], size):
@@ -60,7 +67,7 @@ def _inside(planes, outer, words, pairs):
 
 @compiled
 def _across(tail, head, outer, words, pairs):
-    """Pairs of a row of `tail` and one of `head`, which follows it; both as in `_inside`."""
+    """Count the pairs of a row of `tail` and a row of `head`, which follows it; both are laid out as in `_inside`."""
     before, after = tail.shape[1] // outer // words, head.shape[1] // outer // words
     step = max(_STRIP // words, 1)
     for k in range(outer):
@@ -76,17 +83,41 @@ def _across(tail, head, outer, words, pairs):
 
 
 def rows_along(planes: np.ndarray, turned: np.ndarray) -> list[np.ndarray]:
-    """For z, y, x a view (p, set, row, word): the planes normal to the axis are rows, those of other sets not paired.
+    """View bit planes as sets of rows along each axis.
 
-    planes: of `bitplanes.pack`; turned: of `bitplanes.transposed`.
+    Rows are paired only within their set.
+
+    Parameters
+    ----------
+    planes : np.ndarray
+        Bit planes of `bitplanes.pack`.
+    turned : np.ndarray
+        Bit planes of `bitplanes.transposed`.
+
+    Returns
+    -------
+    list of np.ndarray
+        For z, y and x, a view (p, set, row, word). The planes normal to the axis are the rows.
     """
     n, slices = planes.shape[:2]
     return [planes.reshape(n, 1, slices, -1), planes, turned]
 
 
 def pairs_inside(rows: Sequence[np.ndarray], lags: int) -> np.ndarray:
-    """int64 (axis, lag 0 … lags, i, j): pairs inside a block given by `rows_along`, for all phases but the last; lag 0
-    is left at 0."""
+    """Count the pairs inside a block, for all phases but the last.
+
+    Parameters
+    ----------
+    rows : sequence of np.ndarray
+        The block as `rows_along` gives it.
+    lags : int
+        Largest distance of a pair, in voxels.
+
+    Returns
+    -------
+    np.ndarray
+        int64 (axis, lag 0 … lags, i, j). Lag 0 is left at 0.
+    """
     n = len(rows[0])
     pairs = np.zeros((3, lags + 1, n, n), np.int64)
     for of, found in zip(rows, pairs, strict=True):
@@ -95,8 +126,20 @@ def pairs_inside(rows: Sequence[np.ndarray], lags: int) -> np.ndarray:
 
 
 def pairs_across(tail: np.ndarray, head: np.ndarray, lags: int) -> np.ndarray:
-    """int64 (lag 0 … lags, i, j): pairs whose first voxel is in `tail` and whose second is in `head`, the rows next to
-    it along an axis."""
+    """Count the pairs whose first voxel is in `tail` and whose second voxel is in `head`.
+
+    Parameters
+    ----------
+    tail, head : np.ndarray
+        Rows (p, set, row, word) on the two sides of a boundary between blocks; `head` follows `tail` along the axis.
+    lags : int
+        Largest distance of a pair, in voxels.
+
+    Returns
+    -------
+    np.ndarray
+        int64 (lag 0 … lags, i, j), for all phases but the last.
+    """
     n, outer, _, words = tail.shape
     pairs = np.zeros((lags + 1, n, n), np.int64)
     _across(tail.reshape(n, -1), head.reshape(n, -1), outer, words, pairs)
@@ -104,17 +147,28 @@ def pairs_across(tail: np.ndarray, head: np.ndarray, lags: int) -> np.ndarray:
 
 
 def tail_of(before: np.ndarray | None, own: np.ndarray, lags: int) -> np.ndarray:
-    """The last rows, up to as many as there are lags, of a block `own` and of the `before` it."""
+    """Return the last rows, at most `lags` of them, of the block `own` and of the rows `before` it."""
     if before is not None and own.shape[2] < lags:
         own = np.concatenate([before, own], axis=2)
     return np.ascontiguousarray(own[:, :, max(0, own.shape[2] - lags) :])
 
 
 def complete(pairs: np.ndarray, in_planes: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """All of S2: int64 counts (axis, lag, i, j) for every phase, and how many pairs fit (axis, lag).
+    """Complete S2 for every phase.
 
-    pairs: the sum of `pairs_inside` and `pairs_across` over all blocks; in_planes: per axis, int64 (phase, plane)
-    voxels.
+    Parameters
+    ----------
+    pairs : np.ndarray
+        int64 (axis, lag, i, j): the sum of `pairs_inside` and `pairs_across` over all blocks.
+    in_planes : sequence of np.ndarray
+        Per axis, int64 (phase, plane): voxels of each phase in each plane of the volume.
+
+    Returns
+    -------
+    counts : np.ndarray
+        int64 (axis, lag, i, j): pairs of every two phases.
+    fitting : np.ndarray
+        int64 (axis, lag): how many pairs fit into the volume.
     """
     lags, phases = pairs.shape[1] - 1, in_planes[0].shape[0]
     counts, fitting = np.zeros((3, lags + 1, phases, phases), np.int64), np.zeros((3, lags + 1), np.int64)

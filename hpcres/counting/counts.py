@@ -1,11 +1,12 @@
 """Voxels, faces and edges of a label volume in one pass, as integers that add up however the volume is cut.
 
-`count(block)`, `add(a, b)`, `finalize(total, voxel_size)`. A block owns its voxels and the faces and edges on
-their + side. It counts them given one more voxel at the end of each axis where the volume goes on, or by itself up to
-its last planes (`count_inner`), which are counted when the first planes of the blocks beyond are known (`count_rim`):
-then every voxel is read once. Either way the sum over any partition is `count(whole)`. Definitions in
-docs/metrics.md: volume fraction, specific surface and TPB density after Gayon-Lombardo et al. 2020 (eqs. S6, S7,
-D.1), interphase area and normalised TPB after Dahari et al. 2022 (fig. 2, section 2.3).
+The steps are `count(block)`, `add(a, b)` and `finalize(total, voxel_size)`. A block owns its voxels and the faces and
+edges on their + side. It counts them in one of two ways. Either it is given one more voxel at the end of each axis
+where the volume goes on. Or it is counted by itself up to its last planes (`count_inner`), and these are counted when
+the first planes of the blocks beyond are known (`count_rim`); then every voxel is read once. Either way the sum over
+any partition is `count(whole)`. Definitions in docs/metrics.md: volume fraction, specific surface and TPB density after
+Gayon-Lombardo et al. 2020 (eqs. S6, S7, D.1), interphase area and normalised TPB after Dahari et al. 2022 (fig. 2,
+section 2.3).
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ _FIRST_LABELS = [tuple(range(n)) for n in (1, 2, 3, 4)]
 class Counts:
     """Integer counts, keyed by label; triples are per axis z, y, x.
 
-    A face counts along its normal, an edge along its direction. `faces` holds pairs of different labels
-    (smaller first). `edges` holds the edges whose four voxels show three or four different labels, by the exact
-    set of labels: one with four is listed under its four and under none of their triples, so that the sum over
-    `edges` is the number of TPB edges. `all_faces` and `all_edges` are the interior ones, whatever they part.
+    A face counts along its normal, an edge along its direction. `faces` holds pairs of different labels (smaller
+    first). `edges` holds the edges whose four voxels show three or four different labels, by the exact set of labels.
+    An edge with four labels is listed under its four and under none of their triples, so that the sum over `edges` is
+    the number of TPB edges. `all_faces` and `all_edges` count the interior faces and edges, whatever labels they
+    separate.
     """
 
     voxels: dict[int, int] = field(default_factory=dict)
@@ -47,17 +49,19 @@ class Counts:
 
     @property
     def labels(self) -> tuple[int, ...]:
+        """Labels that occur, sorted."""
         return tuple(sorted(self.voxels))
 
 
 @dataclass(frozen=True)
 class Densities:
-    """What the counts say of a material; lengths in the unit of the voxel size, keys as in `Counts`.
+    """Numbers derived from counts; lengths in the unit of the voxel size, keys as in `Counts`.
 
-    `specific_surface_faces` (1/length) is the area of all voxel faces between a phase and any other / volume,
-    `specific_surface_crofton` two thirds of it (isotropic Cauchy–Crofton). `interphase_area` is dimensionless:
-    faces between two phases / all interior faces. `tpb_density` (1/length²) is the length of edges that touch
-    three or more phases / volume, `tpb_normalised` such edges / all interior edges; both also by set of phases.
+    `specific_surface_faces` (1/length) is the area of all voxel faces between a phase and any other / volume.
+    `specific_surface_crofton` is two thirds of it (isotropic Cauchy–Crofton). `interphase_area` is dimensionless: faces
+    between two phases / all interior faces. `tpb_density` (1/length²) is the length of edges that touch three or more
+    phases / volume. `tpb_normalised` is the number of such edges / all interior edges. Both are also given by set of
+    phases.
     """
 
     volume_fraction: dict[int, float]
@@ -86,7 +90,10 @@ trailing_zeros: Any = intrinsic(_trailing_zeros_instruction)
 
 
 def _of_64_bytes(test: Callable[[Any, Any], Any]) -> Any:
-    """A function of `row` and `first`: one bit for each of the 64 bytes from `first` on, the first byte's lowest."""
+    """Make a compiled function of `row` and `first` that gives one bit for each of the 64 bytes from `first` on.
+
+    The lowest bit is that of the first byte.
+    """
 
     def instructions(typing_context, row, first):
         def generate(context, builder, signature, args):
@@ -115,7 +122,10 @@ _above_three = _of_64_bytes(lambda builder, v: builder.icmp_unsigned(">", v, _co
 
 @compiled
 def pack_phases(row, planes, first, n):
-    """Bit x of the words planes[p, first:] tells whether row[x] is phase p < n, n up to four. Not 0 if any is none."""
+    """Set bit x of the words planes[p, first:] where row[x] is phase p < n, for n up to four.
+
+    The result is not 0 if a voxel is none of the n phases.
+    """
     whole, strange = row.shape[0] // 64, np.uint64(0)
     for word in range(whole):
         low, high = _low_bits(row, 64 * word), _high_bits(row, 64 * word)
@@ -146,10 +156,10 @@ def pack_phases(row, planes, first, n):
 
 @compiled
 def _pack_slice(labels, owned, followed, voxels, beside, pairs, n):
-    """Bit planes (n, words) of a slice: its voxels, those one further along x, and either; only the owned along x.
+    """Pack a slice into bit planes (n, words): its voxels, the voxels one further along x, and either of the two.
 
-    `owned` and `followed` have a bit for every voxel that is owned, and that is and has a next one, along x. False
-    where a voxel is none of n.
+    Only voxels that are owned along x have bits. `owned` has a bit for every owned voxel, and `followed` for every
+    owned voxel that has a next one along x. The result is False where a voxel is none of the n phases.
     """
     rows, length = labels.shape
     words, one, rest = (length + 63) // 64, np.uint64(1), np.uint64(63)
@@ -180,7 +190,7 @@ def _either(a, b, out, n):
 
 @compiled
 def _add_faces(a, b, shift, words, n, faces):
-    """Of `words` words: faces between the phases of `a` and those of `b`, `shift` words further on."""
+    """Add the faces between the phases of `words` words of `a` and those of `b`, `shift` words further on."""
     for i in range(n):
         for j in range(i + 1, n):
             ai, aj, bi, bj = a[i, :words], a[j, :words], b[i, shift : shift + words], b[j, shift : shift + words]
@@ -192,7 +202,10 @@ def _add_faces(a, b, shift, words, n, faces):
 
 @compiled
 def _add_edges(a, b, shift, words, n, edges):
-    """The same for edges whose four voxels are two pairs; `a` and `b` hold the phases of either pair together."""
+    """Add the edges whose four voxels are a pair in `a` and a pair in `b`, `shift` words further on.
+
+    `a` and `b` hold the phases of the two voxels of a pair together.
+    """
     a0, a1, a2 = a[0, :words], a[1, :words], a[2, :words]
     end = shift + words
     b0, b1, b2 = b[0, shift:end], b[1, shift:end], b[2, shift:end]
@@ -220,10 +233,11 @@ def _add_edges(a, b, shift, words, n, edges):
 
 @compiled
 def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
-    """Up to four phases, 64 voxels at a time: a slice is one bit plane per phase, counts are population counts.
+    """Count up to four phases, 64 voxels at a time.
 
-    Owned shape (nz, ny, nx); `voxels` (n), `faces` (3, n·n) by pair, `edges` (3, 2ⁿ) by set of phases. False, and
-    counts of no use, where a voxel is none of 0 … n - 1.
+    A slice is one bit plane per phase, and counts are population counts. The owned shape is (nz, ny, nx). `voxels` is
+    (n), `faces` (3, n·n) by pair, and `edges` (3, 2ⁿ) by set of phases. The result is False where a voxel is none of 0
+    … n - 1; the counts are then of no use.
     """
     rows, words = block.shape[1], (block.shape[2] + 63) // 64
     # Beyond its end a row, a slice and the volume have no phase at all (the last row and slice of zeros), so nothing
@@ -267,7 +281,7 @@ def _count_few(block, nz, ny, nx, n, voxels, faces, edges):
 
 @compiled
 def pack_bits(row, planes, first):
-    """Bit x of the words planes[k, first:] is bit k of row[x], k below 4."""
+    """Set bit x of the words planes[k, first:] to bit k of row[x], for k below 4."""
     whole = row.shape[0] // 64
     for word in range(whole):
         planes[0, first + word] = _low_bits(row, 64 * word)
@@ -284,7 +298,7 @@ def pack_bits(row, planes, first):
 
 @compiled
 def _unequal(a, b, shift, out):
-    """Which voxels of `out`'s words are of different phases in `a` and, `shift` words further on, in `b`."""
+    """Mark in `out` the voxels whose phase in `a` differs from that in `b`, `shift` words further on."""
     a0, a1, a2, a3 = a[0], a[1], a[2], a[3]
     b0, b1, b2, b3 = b[0, shift:], b[1, shift:], b[2, shift:], b[3, shift:]
     for w in range(out.shape[0]):
@@ -293,7 +307,7 @@ def _unequal(a, b, shift, out):
 
 @compiled
 def _unequal_in_slice(labels, followed, planes, along_x, along_y):
-    """Bits of a slice's phases, and where a voxel's phase is not that of the next along x and along y."""
+    """Pack the bits of a slice's phases, and mark where a voxel's phase differs from the next along x and along y."""
     rows, length = labels.shape
     words, one, rest = (length + 63) // 64, np.uint64(1), np.uint64(63)
     if length % 64:
@@ -312,9 +326,9 @@ def _unequal_in_slice(labels, followed, planes, along_x, along_y):
 
 @compiled
 def _crossings(a, b, c, d, out):
-    """Where three of the four steps around an edge, from voxel to voxel, change the phase.
+    """Mark where three of the four steps around an edge, from voxel to voxel, change the phase.
 
-    Fewer than three do not show three phases. Of a, b the one is opposite the other, and so of c, d.
+    Fewer than three changes do not show three phases. Steps a and b are opposite each other, and so are c and d.
     """
     for w in range(out.shape[0]):
         out[w] = (a[w] & b[w] & (c[w] | d[w])) | (c[w] & d[w] & (a[w] | b[w]))
@@ -322,7 +336,7 @@ def _crossings(a, b, c, d, out):
 
 @compiled
 def _places(found, owned, length, places):
-    """Positions in a flat slice, rows of `length`, where `found` and `owned` have a bit; how many."""
+    """List the positions in a flat slice (rows of `length`) where `found` and `owned` have a bit; return how many."""
     words, one, n = (length + 63) // 64, np.uint64(1), 0
     for y in range(owned.shape[0] // words):
         for word in range(words):
@@ -343,7 +357,10 @@ def _places(found, owned, length, places):
 
 @compiled
 def _add_faces_at(places, found, near, far, shift, n, faces):
-    """Faces between the voxels of the flat slice `near` at the first `found` places and those `shift` on in `far`."""
+    """Add the faces between voxels of the flat slices `near` and `far` at the first `found` places.
+
+    The voxel of `far` lies `shift` further on than that of `near`.
+    """
     further, phases = np.uint64(shift), np.uint64(n)
     for k in range(found):
         at = places[k]
@@ -352,7 +369,7 @@ def _add_faces_at(places, found, near, far, shift, n, faces):
 
 @compiled
 def _add_edges_at(places, found, near, far, shift, edges):
-    """Edges between two voxels of `near` and two of `far`, `shift` apart in either."""
+    """Add the edges between two voxels of `near` and two of `far`, `shift` apart in either."""
     phase, further = np.uint64(1), np.uint64(shift)
     for k in range(found):
         at, beside = places[k], places[k] + further
@@ -362,9 +379,10 @@ def _add_edges_at(places, found, near, far, shift, edges):
 
 @compiled
 def _count_many(block, nz, ny, nx, n, voxels, faces, edges):
-    """Up to sixteen phases: 64 voxels at a time where nothing changes, one by one where something does.
+    """Count up to sixteen phases: 64 voxels at a time where no phase changes, one by one where one does.
 
-    Owned shape (nz, ny, nx); `voxels` (n), `faces` (3, n·n) by ordered pair, `edges` (3, 2ⁿ) by set of phases.
+    The owned shape is (nz, ny, nx). `voxels` is (n), `faces` (3, n·n) by ordered pair, and `edges` (3, 2ⁿ) by set of
+    phases.
     """
     rows, length = block.shape[1], block.shape[2]
     words = (length + 63) // 64
@@ -438,10 +456,26 @@ def _add_voxels(planes, owned, n, voxels):
 
 
 def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> Counts:
-    """Counts of the first `owned` voxels per axis of an integer block (z, y, x); of all of it by default.
+    """Count the voxels, faces and edges of an integer block.
 
-    Along each axis the block has either `owned` voxels (the volume ends there) or one more. `labels` are those
-    that may occur (by default whatever is found); any other value, or more than 16 of them, is an InputError.
+    Parameters
+    ----------
+    block : np.ndarray
+        Integer labels (z, y, x).
+    owned : sequence of int, optional
+        How many of the first voxels per axis to count; by default all. Along each axis the block has either `owned`
+        voxels (the volume ends there) or one more.
+    labels : sequence of int, optional
+        Labels that may occur; by default those that are found.
+
+    Returns
+    -------
+    Counts
+
+    Raises
+    ------
+    InputError
+        A label is not among `labels`, or there are more than 16 labels.
     """
     shape = tuple(block.shape) if owned is None else tuple(owned)
     assert all(0 <= b - o <= 1 for b, o in zip(block.shape, shape, strict=True)), (block.shape, shape)
@@ -478,7 +512,10 @@ def count(block: np.ndarray, owned: Sequence[int] | None = None, labels: Sequenc
 
 @dataclass(frozen=True)
 class Rim:
-    """The outermost planes of a block of `shape`, normal to z, y, x, in the order of the remaining axes."""
+    """Outermost planes of a block of `shape`, normal to z, y, x.
+
+    The axes of each plane are the two remaining ones, in their order.
+    """
 
     shape: Triple
     first: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -486,6 +523,8 @@ class Rim:
 
     @classmethod
     def of(cls, block: np.ndarray) -> Rim:
+        """Copy the outermost planes of a block (z, y, x)."""
+
         def planes(place: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             return block[place].copy(), block[:, place].copy(), block[:, :, place].copy()
 
@@ -493,7 +532,7 @@ class Rim:
 
     @classmethod
     def stacked(cls, parts: Sequence[Rim]) -> Rim:
-        """Of a block read in slabs along z, from theirs."""
+        """Combine the rims of slabs along z into the rim of the block that they make."""
         head, tail = parts[0], parts[-1]
         first, last = (
             [np.concatenate([getattr(part, side)[axis] for part in parts]) for axis in (1, 2)]
@@ -504,9 +543,21 @@ class Rim:
 
 
 def count_inner(slabs: Iterable[np.ndarray], labels: Sequence[int] | None = None) -> tuple[Counts, Rim]:
-    """What `count` finds of a block without its last plane along each axis, and its rim.
+    """Count a block without its last plane along each axis, and keep its rim.
 
-    The block comes as slabs along z, one after the other, so that no more than one need be held.
+    Parameters
+    ----------
+    slabs : iterable of np.ndarray
+        The block as slabs (z, y, x) along z, one after the other, so that no more than one need be held.
+    labels : sequence of int, optional
+        As in `count`.
+
+    Returns
+    -------
+    counts : Counts
+        What `count` finds of the block without its last plane along each axis.
+    rim : Rim
+        The outermost planes of the block.
     """
     total, rims = Counts(), list[Rim]()
     for slab in slabs:
@@ -520,10 +571,23 @@ def count_inner(slabs: Iterable[np.ndarray], labels: Sequence[int] | None = None
 
 
 def count_rim(rim: Rim, beyond: Mapping[Triple, Rim], labels: Sequence[int] | None = None) -> Counts:
-    """What the last planes of a block own, so that `count_inner` and this are `count` of the block.
+    """Count what the last planes of a block own.
 
-    `beyond` holds the blocks that follow, by how many blocks further they are along z, y, x (0 or 1 each): all
-    seven, save those beyond an end of the volume. Around a periodic axis the first block follows the last.
+    The sum of `count_inner` and this is `count` of the block.
+
+    Parameters
+    ----------
+    rim : Rim
+        The outermost planes of the block.
+    beyond : mapping
+        The rims of the blocks that follow, by how many blocks further they are along z, y, x (0 or 1 each): all seven,
+        except those beyond an end of the volume. Around a periodic axis the first block follows the last.
+    labels : sequence of int, optional
+        As in `count`.
+
+    Returns
+    -------
+    Counts
     """
     around = {(0, 0, 0): rim, **beyond}
     total = Counts()
@@ -554,7 +618,7 @@ def count_rim(rim: Rim, beyond: Mapping[Triple, Rim], labels: Sequence[int] | No
 
 
 def _turned(total: Counts, axis: int) -> Counts:
-    """Counts of a block whose first axis is `axis` of the volume, the others following in their order."""
+    """Reorder the counts of a block whose first axis is `axis` of the volume, the others following in their order."""
 
     def turn(n: Triple) -> Triple:
         rest = iter(n[1:])
@@ -582,7 +646,27 @@ def _ints(values: Sequence[int] | np.ndarray) -> Triple:
 
 
 def indexed(block: np.ndarray, labels: Sequence[int] | None) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Positions in the sorted labels, uint8, and those labels."""
+    """Replace labels by their positions in the sorted labels.
+
+    Parameters
+    ----------
+    block : np.ndarray
+        Integer labels.
+    labels : sequence of int or None
+        Labels that may occur; None for those that are found.
+
+    Returns
+    -------
+    index : np.ndarray
+        Positions, uint8, of the shape of the block.
+    labels : tuple of int
+        The sorted labels.
+
+    Raises
+    ------
+    InputError
+        A label is not among `labels`, or there are more than 16 labels.
+    """
     assert block.dtype.kind in "iu", block.dtype
     if labels is not None and tuple(labels) == tuple(range(len(labels))) and block.dtype == np.uint8:
         if block.max() < len(labels):
@@ -626,7 +710,22 @@ def _through(flat, table):
 
 
 def add(a: Counts, b: Counts) -> Counts:
-    """The counts of two disjoint parts together."""
+    """Add the counts of two disjoint parts.
+
+    Parameters
+    ----------
+    a, b : Counts
+        Counts of the two parts.
+
+    Returns
+    -------
+    Counts
+
+    Raises
+    ------
+    InputError
+        There are more than 16 labels in total.
+    """
 
     def merged(p: dict[Any, Any], q: dict[Any, Any]) -> dict[Any, Any]:
         return {k: _plus(p[k], q[k]) if k in p and k in q else p.get(k, q.get(k)) for k in sorted(p.keys() | q.keys())}
@@ -647,7 +746,7 @@ def add(a: Counts, b: Counts) -> Counts:
 
 
 def to_json(total: Counts) -> dict[str, Any]:
-    """Counts as JSON has them: labels, and sets of labels as `0|1|2`, for keys."""
+    """Convert counts to a JSON tree whose keys are labels, and sets of labels as `0|1|2`."""
     return {
         "voxels": {str(label): n for label, n in total.voxels.items()},
         "faces": {"|".join(map(str, pair)): list(n) for pair, n in total.faces.items()},
@@ -658,7 +757,22 @@ def to_json(total: Counts) -> dict[str, Any]:
 
 
 def from_json(tree: Mapping[str, Any]) -> Counts:
-    """What `to_json` gave; KeyError, TypeError or ValueError for anything else."""
+    """Read counts from the tree that `to_json` makes.
+
+    Parameters
+    ----------
+    tree : mapping
+        A tree as `to_json` makes it.
+
+    Returns
+    -------
+    Counts
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        The tree is anything else.
+    """
 
     def labels(key: str) -> tuple[int, ...]:
         return tuple(int(label) for label in key.split("|"))
@@ -678,12 +792,27 @@ def _plus(p, q):
 
 
 def add_all(parts: Sequence[Counts]) -> Counts:
+    """Add the counts of any number of disjoint parts."""
     return reduce(add, parts, Counts())
 
 
 def finalize(total: Counts, voxel_size: Sequence[float], labels: Sequence[int] | None = None) -> Densities:
-    """Lengths, areas and fractions from counts; `voxel_size` is the edge lengths z, y, x, `labels` the phases to
-    list (those found, by default)."""
+    """Derive lengths, areas and fractions from counts.
+
+    Parameters
+    ----------
+    total : Counts
+        Counts of at least one voxel.
+    voxel_size : sequence of float
+        Edge lengths z, y, x of a voxel.
+    labels : sequence of int, optional
+        The phases to list; by default those found.
+
+    Returns
+    -------
+    Densities
+        Lengths in the unit of `voxel_size`.
+    """
     hz, hy, hx = voxel_size
     n = sum(total.voxels.values())
     assert n > 0
@@ -718,7 +847,7 @@ def finalize(total: Counts, voxel_size: Sequence[float], labels: Sequence[int] |
 
 
 def by_metric(found: Densities) -> dict[str, dict[tuple[int, ...], float]]:
-    """The numbers that are followed over sub-volumes: by metric, then by phase, pair, or () for the whole."""
+    """Return the numbers that are followed over sub-volumes: by metric, then by phase, pair, or () for the whole."""
     return {
         "volume_fraction": {(i,): v for i, v in found.volume_fraction.items()},
         "specific_surface_faces": {(i,): v for i, v in found.specific_surface_faces.items()},

@@ -10,7 +10,7 @@ from hpcres.compiled import compiled
 
 @compiled
 def root(parent, i):
-    """The root of the set of i; shortens the path to it."""
+    """Find the root of the set of i, and shorten the path to it."""
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]

@@ -1,6 +1,6 @@
-"""What counts say of a material, by the names of its phases and with units: the layout of metrics.json, and its spread.
+"""Numbers derived from counts, by phase name and with units, as in metrics.json, and their spread over volumes.
 
-Beside `counts` because painting needs both, and nothing of Dask.
+The module lies beside `counts` because painting needs both, and nothing of Dask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hpcres.lengths import MICROMETERS
 
 @dataclass(frozen=True)
 class Named:
-    """How a volume's labels are called and how long its voxels are."""
+    """Names of a volume's labels, and the size of its voxels (edges z, y, x in `unit`)."""
 
     phases: dict[int, str]
     voxel_size: tuple[float, float, float]
@@ -26,6 +26,7 @@ class Named:
 
     @property
     def length_unit(self) -> str:
+        """Unit of lengths: micrometer where `unit` converts to it, else `unit`."""
         return "micrometer" if self.unit in MICROMETERS else self.unit
 
     @property
@@ -35,10 +36,14 @@ class Named:
         return z, y, x
 
     def join(self, labels: Sequence[int]) -> str:
+        """Join the names of labels with `|`."""
         return "|".join(self.phases[i] for i in labels)
 
     def values(self, by_metric: Mapping[str, Mapping[tuple[int, ...], Any]]) -> dict[str, Any]:
-        """Whatever is known per metric and labels (`counts.by_metric`) by name, what has no labels by itself."""
+        """Replace labels by names in values per metric and labels (`counts.by_metric`).
+
+        A value that has no labels stands by itself.
+        """
         return {
             metric: by_labels[()] if () in by_labels else {self.join(key): value for key, value in by_labels.items()}
             for metric, by_labels in by_metric.items()
@@ -46,7 +51,20 @@ class Named:
 
 
 def described(total: Counts, named: Named) -> dict[str, Any]:
-    """Counts and the numbers derived from them, keyed by phase name, with units."""
+    """Return counts and the numbers derived from them, keyed by phase name, with units.
+
+    Parameters
+    ----------
+    total : Counts
+        Counts of a volume.
+    named : Named
+        Names of its labels, and its voxel size.
+
+    Returns
+    -------
+    dict
+        The entries `voxel_size` to `tpb` of a volume in metrics.json.
+    """
     found = counts.finalize(total, named.lengths, tuple(named.phases))
     per_length = f"1/{named.length_unit}"
     return {
@@ -87,7 +105,7 @@ def _named_densities(found: Densities, named: Named, per_length: str) -> dict[st
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation and the values; null where there are none."""
+    """Return mean, sample standard deviation and the values; mean and deviation are null where they do not exist."""
     array = np.asarray(values, float)
     return {
         "mean": float(array.mean()) if array.size else None,
@@ -97,9 +115,19 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def spread(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The `summary` of every number derived from counts over several `described` volumes of the same phases.
+    """Return the `summary` of every number derived from counts over several volumes.
 
-    A set of phases that meets in some of them only counts as 0 in the others.
+    A set of phases that meets only in some of the volumes counts as 0 in the others.
+
+    Parameters
+    ----------
+    several : sequence of mapping
+        The volumes as `described` gives them, all of the same phases.
+
+    Returns
+    -------
+    dict
+        The tree of volume_fraction, specific_surface_area, interphase_area and tpb, with a `summary` for each number.
     """
 
     def over(found: Sequence[Any]) -> Any:

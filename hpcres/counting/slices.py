@@ -1,6 +1,7 @@
-"""Statistics of slices, which a volume and high-res images have alike, so that they can be compared without a truth.
+"""Statistics of slices, by which volumes and high-res images are compared without a true volume.
 
-Fractions, faces, triple points, two-point correlations and the patterns of 3 × 3 pixels, as integer counts that add.
+Volumes and images have them alike. They are fractions, faces, triple points, two-point correlations and the patterns of
+3 × 3 pixels, as integer counts that add.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ _SPACINGS = (1, 4)
 
 @dataclass(frozen=True)
 class SliceStatistics:
-    """Counts in a set of 2D label images, which add. Directions are along rows' index (down) and along columns' index
-    (across)."""
+    """Counts in a set of 2D label images, which add.
+
+    Directions are along the rows' index (down) and along the columns' index (across).
+    """
 
     pixels: np.ndarray
     """(phase,)"""
@@ -41,22 +44,24 @@ class SliceStatistics:
     """Spacing → (phases⁹,) windows of 3 × 3 pixels by their labels, the first pixel of nine the highest digit."""
 
     def __add__(self, other: SliceStatistics) -> SliceStatistics:
+        """Add the counts of two sets of images."""
         mine, theirs = vars(self), vars(other)
         windows = {spacing: found + other.windows[spacing] for spacing, found in self.windows.items()}
         return SliceStatistics(**{key: mine[key] + theirs[key] for key in mine if key != "windows"}, windows=windows)
 
     @property
     def fractions(self) -> np.ndarray:
+        """Share of the pixels of each phase, (phase,)."""
         return self.pixels / self.pixels.sum()
 
     @property
     def areas(self) -> np.ndarray:
-        """(direction, pair): faces between two phases / all faces of that direction."""
+        """Faces between two phases / all faces of that direction, (direction, pair)."""
         return self.faces / np.maximum(self.all_faces, 1)[:, None]
 
     @property
     def correlations(self) -> np.ndarray:
-        """(direction, phase, lag): P(both pixels a lag apart are of the phase)."""
+        """P(both pixels a lag apart are of the phase), (direction, phase, lag)."""
         return self.together / np.maximum(self.all_pairs, 1)[:, None]
 
     @property
@@ -66,6 +71,7 @@ class SliceStatistics:
 
     @property
     def patterns(self) -> dict[int, np.ndarray]:
+        """Spacing → share of each pattern of 3 × 3 pixels, (phases⁹,)."""
         return {spacing: found / max(1, found.sum()) for spacing, found in self.windows.items()}
 
 
@@ -84,7 +90,7 @@ def _count_windows(stack, phases, spacing, found):
 
 @compiled
 def _count_together(lines, together):
-    """lines (line, place); together (phase, lag from 1 on)."""
+    """Add the pairs of equal labels on `lines` (line, place) to `together` (phase, lag from 1 on)."""
     for line in lines:
         for lag in range(1, min(together.shape[1], len(line) - 1) + 1):
             for place in range(len(line) - lag):
@@ -93,8 +99,19 @@ def _count_together(lines, together):
 
 
 def slice_statistics(stacks: Iterable[np.ndarray], phases: int) -> SliceStatistics:
-    """What stacks (slice, row, column) of uint8 labels below `phases` show; every pixel, face and pair counts the
-    same."""
+    """Count the statistics of stacks of slices; every pixel, face and pair counts the same.
+
+    Parameters
+    ----------
+    stacks : iterable of np.ndarray
+        Labels (slice, row, column), uint8, below `phases`.
+    phases : int
+        Number of phases.
+
+    Returns
+    -------
+    SliceStatistics
+    """
     pairs = list(combinations(range(phases), 2))
     pixels = np.zeros(phases, np.int64)
     faces, all_faces = np.zeros((2, len(pairs)), np.int64), np.zeros(2, np.int64)
@@ -125,8 +142,24 @@ def slice_statistics(stacks: Iterable[np.ndarray], phases: int) -> SliceStatisti
 
 
 def errors_between(ours: SliceStatistics, images: SliceStatistics, isotropic: bool) -> dict[str, float]:
-    """Fractions: largest difference; areas and TPB: relative, the worst pair; correlations: root mean square; tv1 and
-    tv4. Of isotropic matter the directions are taken together, and windows with their mirrors and rotations."""
+    """Compare the statistics of a volume's slices with those of images.
+
+    Parameters
+    ----------
+    ours : SliceStatistics
+        Statistics of the volume.
+    images : SliceStatistics
+        Statistics of the images.
+    isotropic : bool
+        Whether the material is isotropic. Then directions are averaged, and windows with their mirrors and rotations.
+
+    Returns
+    -------
+    dict
+        fraction_error: largest difference. area_error: relative, of the worst pair. tpb_error: relative; left out where
+        the images have no TPB. correlation_error: root mean square. tv1, tv4: total-variation distance of the patterns
+        at spacing 1 and 4.
+    """
 
     def over_directions(values: np.ndarray) -> np.ndarray:
         return values.mean(axis=0, keepdims=True) if isotropic else values
@@ -148,8 +181,11 @@ def errors_between(ours: SliceStatistics, images: SliceStatistics, isotropic: bo
 
 
 def _symmetric(histogram: np.ndarray) -> np.ndarray:
-    """The mean of a histogram of windows and of those of its mirrors and rotations: isotropic matter has no other, and
-    chance is left a third of its say."""
+    """Average a histogram of windows over its mirrors and rotations.
+
+    The histogram of isotropic matter does not change under these. The average reduces the influence of
+    chance to a third.
+    """
     phases = round(len(histogram) ** (1 / 9))
     by_pixel, pixels = histogram.reshape((phases,) * 9), np.arange(9).reshape(3, 3)
     turns = [np.rot90(side, k).ravel() for side in (pixels, pixels.T) for k in range(4)]
@@ -157,12 +193,28 @@ def _symmetric(histogram: np.ndarray) -> np.ndarray:
 
 
 def planes_of(high_res: HighRes) -> tuple[str, ...]:
-    """What is compared with the images by itself, in the order of the axes normal to it: z, y, x."""
+    """Return the groups of planes that are compared with the images, in the order of the normal axes z, y, x.
+
+    The group is `all` for an isotropic material.
+    """
     return ("all",) if high_res.isotropic else ("yx", "zx", "zy")
 
 
 def plane_statistics(cubes: Iterable[np.ndarray], high_res: HighRes) -> dict[str, SliceStatistics]:
-    """What the slices of cubes (z, y, x) show, by plane."""
+    """Count the statistics of the slices of cubes (z, y, x), by plane.
+
+    Parameters
+    ----------
+    cubes : iterable of np.ndarray
+        Labels (z, y, x) below the number of phases.
+    high_res : HighRes
+        The study's description of the phases, and whether they are isotropic.
+
+    Returns
+    -------
+    dict
+        SliceStatistics for each of `planes_of`.
+    """
     phases = len(high_res.phases)
     by_axis = [slice_statistics((np.moveaxis(cube, axis, 0),), phases) for cube in cubes for axis in range(3)]
     if high_res.isotropic:

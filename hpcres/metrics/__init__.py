@@ -1,1 +1,1 @@
-"""Measuring label volumes: integer counts that add, scheduled with Dask, and transport."""
+"""Measurement of label volumes: integer counts that add, scheduled with Dask, and transport."""

@@ -1,15 +1,20 @@
-"""Does the sharp volume look, through the coarse instrument, like the coarse image it was made from?
+"""Agreement of a high-res volume, seen through the coarse instrument, with the low-res volume it was made from.
 
-`low_res` of metrics.json: path, shape, voxels_compared, `unknown` (share of low-res voxels that low_res.unknown leaves
-out of all that compares), phases (names of its labels, merged ones with ` + `),
-volume_fraction {group: share} of the low-res volume and of the super-resolved one (`of_volume`), `agreement`
-(share of low-res voxels equal to the imaging operator applied to the volume), `confusion`
-{low-res group: {group seen in the volume: voxels}}. Of probabilities, labels are the likeliest groups and
-fractions the means, and there is `fraction_difference` {group: mean over low-res voxels of |probability − what the
-operator sees|}.
+`low_res` of metrics.json holds:
 
-The operator does not weigh all voxels of a low-res voxel's own block of high-res voxels alike, so a volume can agree
-and hold too much of a phase where it is hardly seen. Five entries count the voxels of each block alike:
+- `path`, `shape`, `voxels_compared`
+- `unknown`: share of low-res voxels that low_res.unknown leaves out of all comparisons
+- `phases`: names of its labels, merged ones with ` + `
+- `volume_fraction`: {group: share} of the low-res volume
+- `of_volume`: {group: share} of the super-resolved volume
+- `agreement`: share of low-res voxels equal to the imaging operator applied to the volume
+- `confusion`: {low-res group: {group seen in the volume: voxels}}
+
+Where the low-res volume holds probabilities, its labels are the likeliest groups and its fractions are the means. Then
+there also is `fraction_difference` {group: mean over low-res voxels of |probability − what the operator sees|}.
+
+The operator does not weigh all voxels of a low-res voxel's own block of high-res voxels alike. So a volume can agree
+and still hold too much of a phase where the operator hardly sees it. Five entries count the voxels of each block alike:
 
 - `box_agreement`: share of known low-res voxels whose label is the group with the most high-res voxels in their block,
   or one of several such groups
@@ -25,10 +30,13 @@ and hold too much of a phase where it is hardly seen. Five entries count the vox
 neighbours. They are null where there is no such low-res voxel. A high-res voxel that lies in several blocks (scale
 factor p/q) counts in each by its share, in whole parts of 1/q³.
 
-And what the low-res lattice left in the volume: `changed_faces`
-{axis: [share of faces along it that part two phases, by their position modulo p]} at scale factor p/q, position 0
-where a group of q low-res voxels begins, and `lattice_imprint`, the largest departure of one from its axis's mean,
-as a share of that mean. Matter knows nothing of the lattice, so these are flat but for chance.
+Two entries tell what the low-res lattice left in the volume, at scale factor p/q:
+
+- `changed_faces`: {axis: [share of faces along it that part two phases, by their position modulo p]}, position 0 where
+  a group of q low-res voxels begins
+- `lattice_imprint`: the largest departure of one of these shares from its axis's mean, as a share of that mean
+
+Matter does not depend on the lattice, so these shares are equal but for chance.
 """
 
 from __future__ import annotations
@@ -64,13 +72,13 @@ def _operator(study_json: str) -> ImagingOperator:
 
 
 def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
-    """Low-res voxels that lie wholly inside the high-res volume."""
+    """Return how many low-res voxels lie wholly inside the high-res volume along z, y, x."""
     return triple([int(n / study.scale_factor) for n in high_res_shape(low_res_shape, study.scale_factor)])
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """What is counted in the blocks of some low-res voxels; sums over all low-res voxels are those of the volume."""
+    """Counts in the blocks of some low-res voxels; the sums over all low-res voxels are the counts of the volume."""
 
     confusion: np.ndarray
     """int64 (label in the low-res volume, label of the imaged volume): known low-res voxels."""
@@ -120,13 +128,16 @@ def away_from_boundary(labels: np.ndarray, own: Box, groups: int) -> np.ndarray:
 
 
 def _confusion(given: np.ndarray, found: np.ndarray, groups: int) -> np.ndarray:
-    """int64 (label given, label found): voxels. What is unknown is the row after the last, and left out."""
+    """Count the voxels as int64 (label given, label found).
+
+    Unknown voxels have a given label after the last and are left out.
+    """
     pairs = given.ravel().astype(np.int64) * groups + found.ravel()
     return np.bincount(pairs, minlength=groups * groups)[: groups * groups].reshape(groups, groups)
 
 
 def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> _Compared:
-    """Count the blocks of a low-res box, which starts at multiples of q (scale factor p/q)."""
+    """Compare the blocks of a low-res box, which starts at multiples of q (scale factor p/q)."""
     study = Study.of_json(study_json)
     operator, sharp, coarse = _operator(study_json), volume.open(), low_res.open()
     p, q = study.scale_factor.numerator, study.scale_factor.denominator
@@ -170,7 +181,32 @@ def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> _Com
 def agreement(
     study: Study, low_res: Volume, volume: Volume, *, client: Client, progress: bool = True
 ) -> dict[str, Any]:
-    """The `low_res` entry of metrics.json."""
+    """Compute the `low_res` entry of metrics.json.
+
+    Parameters
+    ----------
+    study : Study
+        The study, with its scale factor and the groups of the low-res labels.
+    low_res : Volume
+        The low-res volume, labels or probabilities.
+    volume : Volume
+        The high-res volume that was made from it.
+    client : Client
+        Dask client.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    dict
+        The entry, as the module describes it.
+
+    Raises
+    ------
+    InputError
+        The volume has another shape than the low-res volume makes at the scale factor, or every low-res voxel is
+        unknown.
+    """
     due = high_res_shape(low_res.shape, study.scale_factor)
     if volume.shape != due:
         raise InputError(
@@ -226,7 +262,10 @@ def _by_name(names: Sequence[str], confusion: np.ndarray) -> dict[str, dict[str,
 def _shares(
     names: Sequence[str], voxels: int, block: int, found: Sequence[_Compared]
 ) -> dict[str, dict[str, float | None]]:
-    """`visible_fraction`, `inside` and `outside`, of `voxels` known low-res voxels; `block` parts make a block."""
+    """Compute `visible_fraction`, `inside` and `outside`.
+
+    `voxels` is the number of known low-res voxels, and `block` the number of parts in a block.
+    """
     visible = np.sum([one.visible for one in found], axis=0)
     low_res_voxels, parts = np.sum([one.away for one in found], axis=0).tolist()
     shares: dict[str, dict[str, float | None]] = {

@@ -1,15 +1,16 @@
-"""How slices of a volume look beside the high-res images, when no true volume is known.
+"""Comparison of slices of a volume with the high-res images, for volumes whose truth is not known.
 
-Phase fractions, interphase areas per direction, triple-phase points, two-point correlations up to 16 voxels, and the
-patterns of 3 × 3 pixels at spacing 1 and 4: the total-variation distance of their histograms, tv1 and tv4, is the
-least that tells a network from interpolation. In the same plane, or in all together where the material is isotropic.
+The statistics are phase fractions, interphase areas per direction, triple-phase points, two-point correlations up to 16
+voxels, and the patterns of 3 × 3 pixels at spacing 1 and 4. tv1 and tv4 are the total-variation distances of the
+histograms of these patterns; they are the simplest statistics that tell a network from interpolation. Slices are
+compared in the same plane, or in all planes together where the material is isotropic.
 
 In metrics.json a study's volume, and its reference, have `appearance`: cubes (how many were looked at), edge (of
 these, voxels) and planes {"all" where isotropic, else "yx", "zx" and "zy": {volume_fraction {phase: share},
 interphase_area {"a|b": [faces across rows / all of these, across columns]}, tpb, errors}}. The images have the same
-`planes` without errors but with `quarters`, the errors of each quarter of all images against the whole: what chance
-alone makes of a piece that small. errors: fraction_error, area_error, correlation_error, tpb_error, tv1, tv4, as in
-`errors_between`.
+`planes` without errors but with `quarters`, the errors of each quarter of all images against the whole. They show how
+large the errors of a piece that small are by chance alone. errors: fraction_error, area_error, correlation_error,
+tpb_error, tv1, tv4, as in `errors_between`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,18 @@ _EDGE, _CUBES = 128, 64
 
 
 def appearance_of_images(high_res: HighRes) -> dict[str, Any]:
-    """The `planes` of the images."""
+    """Compute the `planes` of the images.
+
+    Parameters
+    ----------
+    high_res : HighRes
+        The study's high-res images and their phases.
+
+    Returns
+    -------
+    dict
+        For each plane the statistics by phase name, and `quarters`.
+    """
     result, phases = {}, len(high_res.phases)
     for plane, stacks in images_by_plane(high_res).items():
         whole = slice_statistics(stacks, phases)
@@ -75,7 +87,26 @@ def _statistics_of(box: Box, source: Source, high_res: HighRes) -> dict[str, Sli
 def appearance(
     volume: Volume, high_res: HighRes, images: Mapping[str, SliceStatistics], *, client: Client, progress: bool = True
 ) -> dict[str, Any]:
-    """The `appearance` of a volume of labels 0, 1, 2, … in the order of the phases; `images` by plane."""
+    """Compute the `appearance` of a volume.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels 0, 1, 2, … in the order of the phases.
+    high_res : HighRes
+        The study's high-res images and their phases.
+    images : mapping
+        Statistics of the images by plane.
+    client : Client
+        Dask client.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    dict
+        cubes, edge and planes.
+    """
     every = blocks(volume.shape, (_EDGE,) * 3)
     count = min(_CUBES, len(every))
     boxes = [every[(2 * k + 1) * len(every) // (2 * count)] for k in range(count)]

@@ -1,4 +1,4 @@
-"""With what confidence a number of a super-resolved volume may be trusted: intervals from repeated runs.
+"""Confidence of the numbers of a super-resolved volume: intervals from repeated runs.
 
 A run is a training, and the volume that its generator paints. Runs of the same images and the same low-res volume with
 different seeds differ by their training and by their noise, that is by all that images and low-res volume leave open.
@@ -7,8 +7,9 @@ deviation s the interval that holds the next draw with probability p is m ± t(k
 (prediction interval of a normal distribution). Phase fractions are taken as they are, all other numbers by their
 logarithm, since their errors are relative.
 
-What all runs have wrong together is not in it: an imaging operator that is not the instrument's, images that are not
-typical, a recipe that is too short. `bench/confidence.py` counts how often the interval holds the truth of phantoms.
+The interval does not contain errors that all runs have in common: an imaging operator that is not the instrument's,
+images that are not typical, a recipe that is too short. `bench/confidence.py` counts how often the interval holds the
+truth of phantoms.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Interval:
 def prediction_interval(
     values: Sequence[float], level: float = LEVEL, logarithmic: bool = True
 ) -> tuple[float, float, float]:
-    """Mean of some values, and the ends of the interval that holds one more with probability `level`.
+    """Compute the mean of some values, and the interval that holds one more value with probability `level`.
 
     Parameters
     ----------
@@ -101,7 +102,7 @@ def prediction_interval(
 
 
 def intervals(folders: Sequence[str | Path], level: float = LEVEL) -> list[Interval]:
-    """The intervals of all numbers that runs have in common.
+    """Compute the intervals of all numbers that runs have in common.
 
     Parameters
     ----------
@@ -211,7 +212,7 @@ def _of_transport(runs: Sequence[_Run], level: float) -> Iterator[Interval]:
 
 
 def _d_rel(transport: Mapping[str, Any] | None, which: str) -> dict[str, tuple[str, float]]:
-    """Name and D_rel of each solve that came to its end, by what was solved; 0 where there is no path."""
+    """Return name and D_rel of each finished solve, by what was solved; D_rel is 0 where there is no path."""
     found = {}
     for one in ((transport or {}).get(which) or {}).get("results", ()):
         settings = {key: value for key, value in one["settings"].items() if key not in ("profile", "blocks")}
@@ -235,7 +236,7 @@ def _interval(
 
 
 def confidence_text(found: Sequence[Interval], level: float) -> str:
-    """A table of plain text: what a user may trust, and what the truth is where it is known."""
+    """Format the intervals as a table of plain text, with the true values where they are known."""
     known = any(one.reference is not None for one in found)
     truth_heads = ["reference", "within"] if known else []
     lines = [["number", "mean", f"{level:.0%} interval", "±", "unit", "runs", *truth_heads]]
@@ -260,11 +261,11 @@ def confidence_text(found: Sequence[Interval], level: float) -> str:
 
 
 def _digits(width: float) -> int:
-    """Decimals that show a number to a twentieth of `width`."""
+    """Return the number of decimals that show a number to a twentieth of `width`."""
     return 6 if width <= 0 else int(np.clip(np.ceil(1.3 - np.log10(width)), 0, 9))
 
 
 def confidence_json(found: Sequence[Interval], folders: Sequence[str | Path], level: float) -> dict[str, Any]:
-    """What `hpcres confidence --json` prints."""
+    """Return what `hpcres confidence --json` prints."""
     each = [vars(one) | {"values": list(one.values), "holds_reference": one.holds_reference} for one in found]
     return {"schema": SCHEMA, "level": level, "runs": [str(folder) for folder in folders], "intervals": each}

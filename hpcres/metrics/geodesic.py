@@ -1,9 +1,9 @@
 """Mean geodesic tortuosity: the shortest paths inside a phase from one face of the volume to the other.
 
 d(v) is the length of the shortest path through voxels of one phase from a voxel to a face of the volume, from centre to
-centre: by steps through faces (6 neighbours), or also through edges and corners (26), each as long as it is, rounded to
-1/4096 of the shortest voxel edge (at most 1.2e-4 of a step). The thickness is that of the straight path, (n − 1) h, so
-that a straight channel has exactly 1.
+centre. Steps go through faces (6 neighbours), or also through edges and corners (26). Each step has its Euclidean
+length, rounded to 1/4096 of the shortest voxel edge (at most 1.2e-4 of a step). The thickness is that of the straight
+path, (n − 1) h, so that a straight channel has exactly 1.
 
     inlet   mean over the phase's voxels in the first plane of d to the last plane / thickness (Furat 2025, 2.3.3)
     outlet  the same from the last plane to the first
@@ -11,13 +11,13 @@ that a straight channel has exactly 1.
 
 Voxels without a path to the face, or to both, are in no mean and are counted.
 
-Distances are integers: every block is swept by Dijkstra's method from what its neighbours know, and again whenever
-they learn of shorter paths, until nothing changes; then they are those of the whole volume, whatever the blocks. They
-lie block by block in a scratch folder that all workers see, 8 bytes a voxel; a worker holds one block and the outer
-planes of its neighbours.
+Distances are integers. Every block is swept by Dijkstra's method from the distances that its neighbours know. It is
+swept again whenever they learn of shorter paths, until nothing changes. The distances then are those of the whole
+volume for any partition into blocks. They lie block by block in a scratch folder that all workers see, 8 bytes a voxel;
+a worker holds one block and the outer planes of its neighbours.
 
-metrics.json holds it under `statistics.geodesic`: neighbours, and by axis and phase {inlet, outlet, whole}, each
-{tau (null where no path is), voxels, unreachable}.
+metrics.json holds the result under `statistics.geodesic`: neighbours, and by axis and phase {inlet, outlet, whole},
+each {tau (null where no path is), voxels, unreachable}.
 """
 
 from __future__ import annotations
@@ -62,20 +62,24 @@ _AROUND = [step for step in product((-1, 0, 1), repeat=3) if any(step)]
 
 @dataclass(frozen=True)
 class Paths:
-    """Voxels that a mean is over, the sum of their path lengths in units of the shortest voxel edge / UNIT, and the
-    voxels without a path."""
+    """Sum of path lengths over the voxels of a mean.
+
+    `voxels` is the number of voxels in the mean. `total` is the sum of their path lengths in units of the shortest
+    voxel edge / UNIT. `unreachable` is the number of voxels without a path.
+    """
 
     voxels: int
     total: int
     unreachable: int
 
     def __add__(self, other: Paths) -> Paths:
+        """Add the sums of two sets of voxels."""
         return Paths(self.voxels + other.voxels, self.total + other.total, self.unreachable + other.unreachable)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What all tasks of an axis share. Blocks are named by their place in the grid."""
+    """Settings that all tasks of an axis share; blocks are named by their place in the grid."""
 
     source: Source
     labels: tuple[int, ...]
@@ -96,7 +100,7 @@ class _Job:
         return [triple(at) for at in product(*(range(-(-n // b)) for n, b in zip(self.shape, self.block, strict=True)))]
 
     def beside(self, at: Triple) -> list[tuple[Triple, Triple]]:
-        """Directions in which a step can leave a block, and the block that it meets."""
+        """Return the directions in which a step can leave a block, and the block that it meets."""
         grid = [-(-n // b) for n, b in zip(self.shape, self.block, strict=True)]
         near = [(step, triple([k + s for k, s in zip(at, step, strict=True)])) for step in _AROUND]
         return [
@@ -110,7 +114,22 @@ class _Job:
 
 
 def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[Triple, ...], tuple[int, ...]]:
-    """Steps to the 6 or 26 neighbours and their lengths in units of the shortest voxel edge / UNIT."""
+    """Return the steps to the neighbours, and their lengths.
+
+    Parameters
+    ----------
+    neighbours : int
+        6 or 26.
+    spacing : sequence of float
+        Voxel edges z, y, x.
+
+    Returns
+    -------
+    steps : tuple of Triple
+        Steps z, y, x of -1, 0 or 1 voxel.
+    weights : tuple of int
+        Their lengths in units of the shortest voxel edge / UNIT.
+    """
     steps = [s for s in _AROUND if neighbours == 26 or sum(map(abs, s)) == 1]
     shortest = min(spacing)
     weights = [round(UNIT * sqrt(sum((k * h / shortest) ** 2 for k, h in zip(s, spacing, strict=True)))) for s in steps]
@@ -119,7 +138,7 @@ def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[T
 
 @compiled
 def _enter(halo_label, halo_distance, label, distance, places, offsets, weights):
-    """Steps from halo voxels (`places`) into the block where they shorten a path; the voxels that they reach."""
+    """Take the steps from halo voxels (`places`) into the block that shorten a path; return the voxels they reach."""
     reached = np.empty(max(places.size, 16), np.int64)
     count = 0
     for place in places:
@@ -140,10 +159,11 @@ def _enter(halo_label, halo_distance, label, distance, places, offsets, weights)
 
 @compiled
 def _spread(label, distance, seeds, offsets, weights, queue_of, queues, onward):
-    """Dijkstra from `seeds` (places in order of their distance) inside each phase; the longest path found.
+    """Run Dijkstra's method from `seeds` inside each phase, and return the length of the longest path.
 
-    One first-in-first-out queue for each length of step: what enters a queue is never shorter than what entered it
-    before, so the nearest voxel is at the head of some queue. onward: see `_onward`.
+    `seeds` are places in the order of their distance. There is one first-in-first-out queue for each length of step.
+    What enters a queue is never shorter than what entered it before, so the nearest voxel is at the head of some queue.
+    `onward` is the table of `_onward`.
     """
     # An entry is a place × 32 + the step that led there.
     size, last, first = 1024, np.int64(31), np.int64(offsets.size)
@@ -194,9 +214,10 @@ def _spread(label, distance, seeds, offsets, weights, queue_of, queues, onward):
 
 
 def _onward(steps: Sequence[Triple], weights: Sequence[int]) -> np.ndarray:
-    """By the step that led to a voxel (the last row: none did) how many steps are worth trying from it, and which.
+    """Tabulate how many steps are worth trying from a voxel, and which, by the step that led to it.
 
-    What the voxel before can reach in one step that is no longer than both together, it has reached already.
+    The last row is for voxels that no step led to. A step is left out where the voxel before can reach its end in one
+    step that is no longer than both together.
     """
     length = dict(zip(steps, weights, strict=True))
     table = np.zeros((len(steps) + 1, len(steps) + 1), np.int64)
@@ -220,10 +241,24 @@ def sweep(
     steps: Sequence[Triple],
     weights: Sequence[int],
 ) -> None:
-    """Shorten `distance` (uint32) inside a block until no step from within it or its halo does.
+    """Shorten `distance` inside a block until no step from within it or its halo shortens it further.
 
-    All arrays have a margin of one voxel: label is 255 there, the halo's hold what is known of it (and nothing
-    within). seeds: places (flat) whose distance was set by the caller.
+    All arrays have a margin of one voxel.
+
+    Parameters
+    ----------
+    label : np.ndarray
+        Labels of the block; 255 in the margin.
+    distance : np.ndarray
+        uint32, changed in place.
+    halo_label, halo_distance : np.ndarray
+        What is known of the margin, and nothing within.
+    seeds : np.ndarray
+        Places (flat) whose distance was set by the caller.
+    steps : sequence of Triple
+        Steps to the neighbours.
+    weights : sequence of int
+        Their lengths.
     """
     strides = np.array([label.shape[1] * label.shape[2], label.shape[2], 1])
     offsets, lengths = np.array(steps, np.int64) @ strides, np.array(weights, np.int64)
@@ -238,18 +273,20 @@ def sweep(
 
 
 def _place(step: Triple) -> tuple[int | slice, ...]:
-    """Where the neighbour in a direction lies in an array with a margin of one voxel."""
+    """Index the neighbour in a direction in an array with a margin of one voxel."""
     return tuple(0 if s < 0 else -1 if s > 0 else slice(1, -1) for s in step)
 
 
 def _facing(step: Triple) -> tuple[int | slice, ...]:
-    """What a block shows to its neighbour in a direction."""
+    """Index the part of a block that its neighbour in a direction sees."""
     return tuple(0 if s < 0 else -1 if s > 0 else slice(None) for s in step)
 
 
 def _relax(at: Triple, job: _Job, side: int) -> tuple[int, dict[Triple, bytes]]:
-    """Sweep one block: how many of its voxels have a path, and for each neighbour what says whether it has to look
-    again (empty while it sees no path)."""
+    """Sweep one block, and return how many of its voxels have a path, and a digest for each neighbour.
+
+    A neighbour has to look again where its digest changes. The digest is empty while the neighbour sees no path.
+    """
     box = job.box(at)
     index, _ = counts.indexed(job.source.open().read(box), job.labels)
     inner, padded = (slice(1, -1),) * 3, [n + 2 for n in box.shape]
@@ -294,7 +331,7 @@ def _save(target: Path, write: Any) -> None:
 
 
 def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:
-    """Of one block, by phase: paths of its voxels in the first and the last plane, and of all."""
+    """Sum the paths of one block by phase: of its voxels in the first plane, in the last plane, and of all."""
     box, axis = job.box(at), job.axis
     index, _ = counts.indexed(job.source.open().read(box), job.labels)
     to = []
@@ -350,7 +387,10 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
 
 @contextmanager
 def _scratch(where: Path) -> Iterator[str]:
-    """A folder that is gone afterwards, also where a signal ends the run while tasks write to it or it is removed."""
+    """Make a folder that is removed afterwards.
+
+    It is removed also where a signal ends the run while tasks write to it or while it is being removed.
+    """
     folder = str(where / f"hpcres-geodesic-{secrets.token_hex(6)}")
     with half_made(Path(folder)):
         try:
@@ -380,9 +420,38 @@ def geodesic(
     scratch: Path | None = None,
     progress: bool = True,
 ) -> dict[str, list[dict[str, Paths]]]:
-    """{axis: per phase {inlet, outlet, whole}}, the same for any `block`; `lengths` are the voxel edges.
+    """Find the shortest paths from face to face inside each phase, along each axis.
 
-    scratch: an existing folder for the distances, seen by all workers (the system's temporary one by default).
+    The result is the same for any `block`.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    labels : sequence of int
+        Labels of the phases.
+    neighbours : int
+        6 or 26.
+    lengths : tuple of float
+        Voxel edges z, y, x.
+    block : Triple, optional
+        Shape of a block; by default one that follows from chunks and threads.
+    scratch : Path, optional
+        An existing folder for the distances, seen by all workers; by default the system's temporary one.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    dict
+        {axis: per phase {inlet, outlet, whole}}.
+
+    Raises
+    ------
+    InputError
+        The scratch folder has less free space than the distances need, 8 bytes a voxel.
     """
     limit = min(BLOCK_VOXELS, block_voxels(volume.shape, volume.dtype.itemsize, threads_of(client)))
     shape, cut_into = volume.shape, block or block_shape(volume.shape, volume.chunks, limit)
@@ -420,7 +489,26 @@ def described(
     lengths: Sequence[float],
     neighbours: int,
 ) -> dict[str, Any]:
-    """As metrics.json has it."""
+    """Return the paths as metrics.json has them.
+
+    Parameters
+    ----------
+    found : mapping
+        What `geodesic` returns.
+    names : sequence of str
+        Names of the phases.
+    shape : sequence of int
+        Shape of the volume.
+    lengths : sequence of float
+        Voxel edges z, y, x.
+    neighbours : int
+        6 or 26.
+
+    Returns
+    -------
+    dict
+        The entry `statistics.geodesic`.
+    """
     result: dict[str, Any] = {"neighbours": neighbours}
     for axis, (key, phases) in enumerate(found.items()):
         thickness = (shape[axis] - 1) * lengths[axis] / min(lengths) * UNIT

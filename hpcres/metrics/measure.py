@@ -76,7 +76,7 @@ Leaf = tuple[Counts, Rim] | Failure
 
 
 class _Unreadable(Exception):
-    """Carries why a slab could not be read past the kernel that asked for it."""
+    """Signal that a slab could not be read, past the kernel that asked for it; the message says why."""
 
 
 def _slabs(volume: Volume, box: Box, read: Callable[[Box], np.ndarray]) -> Iterator[np.ndarray]:
@@ -134,10 +134,36 @@ def count_volume(
     block: Triple | None = None,
     progress: bool = True,
 ) -> Counts:
-    """All counts of a volume, read once block by block and added up in a tree; the same for any `block`.
+    """Count a whole volume.
 
-    Along a `periodic` axis (z, y, x) the faces and edges between the last plane and the first count too.
-    Unfinished, with the blocks named, where some could not be read.
+    Each block is read once, and the counts are added up in a tree. The result is the same for any `block`.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    labels : sequence of int, optional
+        Labels that may occur; by default those that are found.
+    periodic : tuple of bool
+        Axes z, y, x whose two sides meet. Along such an axis the faces and edges between the last plane and the first
+        count too.
+    block : Triple, optional
+        Shape of a block; by default one that follows from chunks and threads.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    Counts
+
+    Raises
+    ------
+    Unfinished
+        Some blocks could not be read; the message names them.
+    InputError
+        A label is not among `labels`, or there are too many labels.
     """
     limit = block_voxels(volume.shape, volume.dtype.itemsize, threads_of(client))
     boxes = blocks(volume.shape, block or block_shape(volume.shape, volume.chunks, limit))
@@ -180,14 +206,46 @@ def measure(
     scratch: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Everything metrics.json says of one volume (its `volume` entry).
+    """Measure one volume: everything that metrics.json holds in its `volume` entry.
 
-    phases: names of labels 0, 1, 2, … (default: what the file knows, else the labels as they are found).
-    voxel_size: default what the file says, else one voxel; InputError where that is some of the edges.
-    settings: the random sub-volumes, or none.
-    within: draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
-    periodic: axes z, y, x whose two sides meet; sub-volumes and statistics stay inside the volume whatever it says.
-    statistics: which of them, and how, or none; scratch: a folder for them that all workers see.
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    phases : sequence of str, optional
+        Names of labels 0, 1, 2, …; by default what the file knows, else the labels as they are found.
+    voxel_size : VoxelEdges, optional
+        By default what the file says, else one voxel.
+    settings : SubVolumes, optional
+        The random sub-volumes; None for none.
+    seed : int
+        Seed of the sub-volumes and of the representative-volume curve.
+    within : sequence of int, optional
+        Draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
+    periodic : tuple of bool
+        Axes z, y, x whose two sides meet. Sub-volumes and statistics stay inside the volume in any case.
+    block : Triple, optional
+        Shape of a block; by default one that follows from chunks and threads.
+    statistics : Metrics, optional
+        Which statistics to compute, and how; None for none.
+    scratch : Path, optional
+        A folder for the statistics that all workers see.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    dict
+        The `volume` entry.
+
+    Raises
+    ------
+    InputError
+        The voxel size has only some of the edges, or a label has no phase.
+    Unfinished
+        Some blocks could not be read.
     """
     size, unit = (voxel_size or volume.edges).lengths(volume.path)
     names = tuple(phases) if phases is not None else volume.phases
@@ -250,8 +308,33 @@ def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
 def measure_study(
     study: Study, volume: Volume, *, client: Client, periodic: Periodic = OPEN, progress: bool = True, command: str = ""
 ) -> dict[str, Any]:
-    """metrics.json of a study: the volume (its `periodic` axes z, y, x), its reference, the training images and the
-    low-res agreement."""
+    """Measure a study: the volume, its reference, the training images and the low-res agreement.
+
+    Parameters
+    ----------
+    study : Study
+        The study.
+    volume : Volume
+        The volume that was made with the study.
+    client : Client
+        Dask client.
+    periodic : tuple of bool
+        Axes z, y, x of the volume whose two sides meet.
+    progress : bool
+        Whether to show progress.
+    command : str
+        The command line, for the header.
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    Raises
+    ------
+    InputError
+        The phases of the volume are not those of the study.
+    """
     reference = None if study.reference.volume is None else open_volume(study.reference.volume)
     low_res = None if study.low_res is None else open_low_res(study.low_res)
     within = None
@@ -308,10 +391,20 @@ def measure_study(
 
 
 def measure_images(high_res: HighRes) -> dict[str, Any]:
-    """The training images with the same kernels, slice by slice, in 2D.
+    """Measure the training images with the same kernels, slice by slice, in 2D.
 
-    Interphase areas and normalised TPB are shares of the in-plane faces and of the edges normal to the plane,
-    which for an isotropic material are those of the volume; so is 3/2 of the in-plane surface.
+    Interphase areas and normalised TPB are shares of the in-plane faces and of the edges normal to the plane. For an
+    isotropic material they are those of the volume, and so is 3/2 of the in-plane surface.
+
+    Parameters
+    ----------
+    high_res : HighRes
+        The study's high-res images and their phases.
+
+    Returns
+    -------
+    dict
+        The `images` entry of metrics.json without `planes`.
     """
     names = tuple(high_res.phases.values())
     phase_map = PhaseMap(tuple(high_res.phases), "")
@@ -338,11 +431,12 @@ def measure_images(high_res: HighRes) -> dict[str, Any]:
 
 
 def header(command: str = "") -> dict[str, Any]:
+    """Return the head of a metrics.json: schema, version of hpcres and command."""
     return {"schema": SCHEMA, "hpcres": __version__, "command": command}
 
 
 def is_of(file: Path, volume: Volume) -> bool:
-    """Whether a metrics.json is of this volume, by its path; False for what cannot be read."""
+    """Tell whether a metrics.json is of this volume, by its path; False for a file that cannot be read."""
     if not file.is_file():  # to read from a pipe would be to wait
         return False
     try:

@@ -1,15 +1,15 @@
 """The representative-volume curve: how the spread of each metric falls with the size of a sub-volume (Kanit 2003).
 
 Cubes of several edges are drawn from a grid of cells, so that those of one edge never overlap and their scatter is
-that of nearly independent samples; they are counted with the faces and edges of their + sides, so that small cubes
-lose none and their mean is that of the volume. The variance over the cubes is fitted by D² (V₁/V)^α, and the fit at
-the whole volume's size is the variance, and its root the standard error, that the whole volume's own value has as a
-sample of the material.
+that of nearly independent samples. They are counted with the faces and edges of their + sides, so that small cubes
+lose none and their mean is that of the volume. The variance over the cubes is fitted by D² (V₁/V)^α. The fit at the
+whole volume's size is the variance, and its root the standard error, that the whole volume's own value has as a sample
+of the material.
 
 α = 1 holds far above the correlation length. A fit over smaller cubes finds less than 1 where larger cubes still gain
-less than independent samples would, so both are given: with α fitted, with the range over one standard error of the
-fit, and with α = 1 through the largest cubes. What varies over lengths beyond the volume itself no cube inside it can
-show.
+less than independent samples would. So both are given: with α fitted, with the range over one standard error of the
+fit, and with α = 1 through the largest cubes. Cubes inside the volume cannot show variations over lengths beyond the
+volume itself.
 
 metrics.json holds under `statistics.representative`: seed, sizes [{voxels (edge), cubes}], and per metric (named as
 in `subvolumes`) {std [per size], mean [per size], exponent, exponent_error, standard_error, range [low, high],
@@ -43,8 +43,11 @@ LEAST_CUBES = 8
 
 @dataclass(frozen=True)
 class Fit:
-    """std² = D² (V₁/V)^exponent; the standard error of the whole volume by it, with the range that one standard error
-    of the fit leaves, and by exponent 1 through the largest cubes."""
+    """Fit of std² = D² (V₁/V)^exponent.
+
+    `standard_error` is that of the whole volume by the fit, and `range` is what one standard error of the fit leaves
+    for it. `standard_error_1` is that of the whole volume with exponent 1 through the largest cubes.
+    """
 
     exponent: float
     exponent_error: float
@@ -55,18 +58,40 @@ class Fit:
 
 @dataclass(frozen=True)
 class Curve:
-    """cubes: edge → how many; values: metric → phases → per edge the array of its values; voxels of the volume."""
+    """Values of the metrics in cubes of several edges.
+
+    `cubes` maps an edge to the number of cubes. `values` maps metric and phases to an array of values per edge.
+    `voxels` is the number of voxels of the volume.
+    """
 
     cubes: Mapping[int, int]
     values: Mapping[str, Mapping[tuple[int, ...], list[np.ndarray]]]
     voxels: int
 
     def fit(self, values: Sequence[np.ndarray]) -> Fit | None:
+        """Fit the variance of `values`, an array per edge, with the size of the cubes (see `fitted`)."""
         return fitted([edge**3 for edge in self.cubes], values, self.voxels)
 
 
 def cells(seed: int, shape: Sequence[int], edge: int, count: int) -> tuple[Triple, ...]:
-    """First voxels of at most `count` different cells of a grid of cubes, the grid laid at random."""
+    """Draw at most `count` different cells of a grid of cubes that is laid at random.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the random numbers, together with `edge`.
+    shape : sequence of int
+        Shape of the volume (z, y, x).
+    edge : int
+        Edge of a cube in voxels.
+    count : int
+        Largest number of cells.
+
+    Returns
+    -------
+    tuple of Triple
+        First voxel of each cell.
+    """
     random = np.random.default_rng([seed, edge])
     grid = [n // edge for n in shape]
     offset = [int(random.integers(n - g * edge + 1)) for n, g in zip(shape, grid, strict=True)]
@@ -75,8 +100,24 @@ def cells(seed: int, shape: Sequence[int], edge: int, count: int) -> tuple[Tripl
 
 
 def fitted(voxels: Sequence[int], values: Sequence[np.ndarray], whole: int) -> Fit | None:
-    """A line through ln variance against ln voxels, each weighted by how well so many cubes know a variance; None
-    where fewer than two sizes vary. `whole` is the number of voxels that the standard error is for."""
+    """Fit a line through ln variance against ln voxels.
+
+    Each size is weighted by how well a variance is known from its number of cubes.
+
+    Parameters
+    ----------
+    voxels : sequence of int
+        Voxels of a cube of each size.
+    values : sequence of np.ndarray
+        Values of the cubes of each size.
+    whole : int
+        Number of voxels that the standard error is for.
+
+    Returns
+    -------
+    Fit or None
+        None where fewer than two sizes vary.
+    """
     usable = [(v, np.var(x, ddof=1), len(x)) for v, x in zip(voxels, values, strict=True) if len(x) > 1]
     usable = [one for one in usable if one[1] > 0]
     if len(usable) < 2:
@@ -122,7 +163,29 @@ def representative(
     lengths: tuple[float, float, float] = (1.0, 1.0, 1.0),
     progress: bool = True,
 ) -> Curve:
-    """The metrics of cubes of every edge of which at least LEAST_CUBES fit side by side; `lengths` as in counts."""
+    """Measure cubes of every edge of which at least LEAST_CUBES fit side by side.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    labels : sequence of int
+        Labels of the phases.
+    settings : Representative
+        Edges of the cubes, and how many of each.
+    seed : int
+        Seed of the random places.
+    lengths : tuple of float
+        Voxel edges z, y, x.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    Curve
+    """
     edges = tuple(e for e in sorted(set(settings.edges)) if prod(n // e for n in volume.shape) >= LEAST_CUBES)
     items = [(edge, start) for edge in edges for start in cells(seed, volume.shape, edge, settings.count)]
     # The largest first, so that no thread is left with one at the end.

@@ -1,6 +1,7 @@
-"""The Dask side of measuring: a client, tasks by place, their progress. Kernels know nothing of it.
+"""The Dask side of measuring: a client, tasks by place, and their progress.
 
-Dask is imported by the functions that use it, since training counts slices without it and would wait a second for it.
+Kernels do not depend on it. Dask is imported by the functions that use it, since training counts slices without it and
+the import takes about a second.
 """
 
 from __future__ import annotations
@@ -49,11 +50,28 @@ WORKER_WAIT_SECONDS = 900.0
 def connect(
     scheduler: str | None = None, threads: int | None = None, worker_wait: float = WORKER_WAIT_SECONDS
 ) -> Iterator[Client]:
-    """A Dask client: threads of this process by default (the kernels release the GIL), else a running scheduler.
+    """Connect to Dask: threads of this process by default (the kernels release the GIL), else a running scheduler.
 
-    `scheduler` is an address (tcp://host:port) or a scheduler file; InputError where nobody answers or works.
-    Unfinished where it is lost on the way, where workers die of one and the same task again and again, or where there
-    are none for `worker_wait` seconds.
+    Parameters
+    ----------
+    scheduler : str, optional
+        An address (tcp://host:port) or a scheduler file.
+    threads : int, optional
+        Threads of this process; by default all cores.
+    worker_wait : float
+        Seconds to wait for a worker once none is left.
+
+    Yields
+    ------
+    Client
+
+    Raises
+    ------
+    InputError
+        No scheduler answers, or it has no workers.
+    Unfinished
+        The scheduler is lost during the run, workers die of one and the same task again and again, or there are none
+        for `worker_wait` seconds.
     """
     from distributed import CancelledError, KilledWorker
     from distributed.comm.core import CommClosedError
@@ -85,7 +103,7 @@ def connect(
 
 @contextmanager
 def local_client(threads: int | None = None) -> Iterator[Client]:
-    """A Dask client of threads of this process, all cores by default."""
+    """Start a Dask client of threads of this process, all cores by default."""
     import dask.config
     from distributed import Client, LocalCluster
 
@@ -212,6 +230,7 @@ class Source:
 
     @classmethod
     def of(cls, volume: Volume) -> Source:
+        """Name a volume; one in memory is held for the tasks of this process while it exists."""
         if volume.in_memory:
             source = cls(volume.path, in_memory=True)
             _HELD[source.token] = volume
@@ -220,7 +239,13 @@ class Source:
         return cls(path, volume.raw, tuple(cls.of(part) for part in volume.parts))
 
     def open(self) -> Volume:
-        """InputError for a volume in the memory of another process."""
+        """Open the volume, or return it where it is in memory.
+
+        Raises
+        ------
+        InputError
+            The volume is in the memory of another process.
+        """
         if not self.in_memory:
             return _opened(self)
         held = _HELD.get(self.token)
@@ -241,7 +266,23 @@ def _opened(source: Source) -> Volume:
 
 
 def block_shape(shape: Sequence[int], chunks: Sequence[int], voxels: int) -> Triple:
-    """Whole chunks, as near a cube as they allow, of at most `voxels` (or one chunk, halved until it fits)."""
+    """Choose a block of whole chunks, as near a cube as they allow, of at most `voxels` voxels.
+
+    Where one chunk has more voxels, the block is a chunk that is halved until it fits.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the volume.
+    chunks : sequence of int
+        Shape of a chunk.
+    voxels : int
+        Largest number of voxels.
+
+    Returns
+    -------
+    Triple
+    """
     edges = [min(c, n) for c, n in zip(chunks, shape, strict=True)]
     while prod(edges) > max(voxels, 1):
         axis = edges.index(max(edges))
@@ -255,12 +296,12 @@ def block_shape(shape: Sequence[int], chunks: Sequence[int], voxels: int) -> Tri
 
 
 def block_voxels(shape: Sequence[int], itemsize: int, threads: int) -> int:
-    """Voxels per block: bounded bytes, and a few blocks for every thread."""
+    """Choose the number of voxels per block: bounded bytes, and a few blocks for every thread."""
     return max(1, min(BLOCK_BYTES // itemsize, max(2**23, prod(shape) // (4 * threads))))
 
 
 def slabs(box: Box, chunks: Sequence[int], itemsize: int) -> list[Box]:
-    """A block cut along z into slabs of whole chunks that are read one after the other."""
+    """Cut a block along z into slabs of whole chunks that are read one after the other."""
     _, y, x = box.shape
     layer = min(chunks[0], box.shape[0])
     thickness = layer * max(1, _SLAB_BYTES // (layer * y * x * itemsize))
@@ -271,10 +312,12 @@ def slabs(box: Box, chunks: Sequence[int], itemsize: int) -> list[Box]:
 
 
 def threads_of(client: Client) -> int:
+    """Count the threads of all workers of a client; at least 1."""
     return max(1, sum(client.nthreads().values()))
 
 
 def submit(client: Client, task: Callable[..., Any], *columns: Sequence[Any], **fixed: Any) -> list[Future[Any]]:
+    """Submit one task for each item of the columns; results are never shared between calls."""
     # The store may have changed since an equal call, so results are never shared between calls (pure=False).
     return client.map(task, *columns, pure=False, **fixed)
 
@@ -288,9 +331,27 @@ def submit_with_neighbours(
     first_fixed: Mapping[str, Any],
     then_fixed: Mapping[str, Any],
 ) -> list[Future[Any]]:
-    """One `then(own, {key: neighbour})` per item over results of `first(item)`, `neighbours` giving positions.
+    """Submit `then(own, {key: neighbour})` for each item, over results of `first(item)`.
 
-    A result of `first` is dropped as soon as the last that needs it is done, so few are held at any time.
+    A result of `first` is dropped as soon as the last task that needs it is done, so few are held at any time.
+
+    Parameters
+    ----------
+    client : Client
+        Dask client.
+    first, then : callable
+        The two functions.
+    items : sequence
+        Arguments of `first`.
+    neighbours : sequence of mapping
+        For each item the positions of its neighbours in `items`, by key.
+    first_fixed, then_fixed : mapping
+        More keyword arguments of the two functions.
+
+    Returns
+    -------
+    list of Future
+        Results of `then`, in the order of the items.
     """
     from dask.delayed import delayed
 
@@ -305,8 +366,22 @@ def submit_with_neighbours(
 
 @contextmanager
 def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[int, str], None]]:
-    """A function that shows how much of `total` is done, in the words given with it: a bar on a terminal, else a line
-    every few seconds."""
+    """Show how much of `total` is done: a bar on a terminal, else a line every few seconds.
+
+    Parameters
+    ----------
+    what : str
+        Name of the work.
+    total : int
+        Amount of the work.
+    progress : bool
+        False to show nothing.
+
+    Yields
+    ------
+    callable
+        show(done, words): shows that `done` is done, in these words.
+    """
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -332,7 +407,7 @@ def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[in
 
 
 def finished(futures: Sequence[Future[Any]], what: str) -> Iterator[Future[Any]]:
-    """Futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
+    """Yield futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
     from distributed import CancelledError, as_completed
 
     waiting = as_completed(futures)
@@ -358,7 +433,7 @@ def finished(futures: Sequence[Future[Any]], what: str) -> Iterator[Future[Any]]
 
 
 def follow(futures: Sequence[Future[Any]], what: str, progress: bool = True) -> None:
-    """Wait for all, showing how many are done; the first exception of a task ends the rest and is raised."""
+    """Wait for all futures and show how many are done; the first exception of a task ends the rest and is raised."""
     with shown(what, len(futures), progress) as show:
         for done, _ in enumerate(finished(futures, what), 1):
             show(done, f"{done} of {len(futures)}")

@@ -1,9 +1,9 @@
 """Radial FFT magnitude of slices (Dahari 2022, fig. 18).
 
-Of a slice, the 0/1 map of every phase is Fourier transformed (numpy's, no window, no division), and ln(1 + |F|) of the
-centred transform averaged over rings of spatial frequency and over the maps. Slices are cut to the same middle square,
-so that volumes of different size compare. Where the two edges of a pixel differ, rings are rings of true frequency,
-as wide as one step of the finer resolved axis and up to the smaller Nyquist frequency.
+The 0/1 map of every phase in a slice is Fourier transformed (numpy's, no window, no division). ln(1 + |F|) of the
+centred transform is averaged over rings of spatial frequency and over the maps. Slices are cut to the same middle
+square, so that volumes of different size compare. Where the two edges of a pixel differ, rings are rings of true
+frequency, as wide as one step of the finer resolved axis and up to the smaller Nyquist frequency.
 
 metrics.json holds it under `statistics.spectrum`: slices and, by the axis that they are normal to, pixels [rows,
 columns], frequency [middle of each ring, in 1/length_unit], magnitude [mean over the slices] and standard_error [of
@@ -28,9 +28,25 @@ if TYPE_CHECKING:
 
 
 def radial_magnitude(labels: np.ndarray, phases: int, spacing: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies (cycles per unit of `spacing`) and ring means of ln(1 + |F|) of one slice of labels below `phases`.
+    """Average ln(1 + |F|) of one slice over rings of spatial frequency.
 
     The mean of the slice (frequency 0) is left out.
+
+    Parameters
+    ----------
+    labels : np.ndarray
+        Labels (row, column) below `phases`.
+    phases : int
+        Number of phases.
+    spacing : tuple of float
+        Pixel edges along rows' and columns' index.
+
+    Returns
+    -------
+    frequency : np.ndarray
+        Middle of each ring, cycles per unit of `spacing`.
+    magnitude : np.ndarray
+        Mean over each ring and over the phases.
     """
     along = [np.fft.fftfreq(n, h) for n, h in zip(labels.shape, spacing, strict=True)]
     width = 1 / max(n * h for n, h in zip(labels.shape, spacing, strict=True))
@@ -68,8 +84,30 @@ def spectrum(
     edge: int,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The middle `edge` × `edge` voxels of at most `slices` evenly spaced slices normal to each axis; `lengths` are
-    the voxel edges."""
+    """Compute the radial FFT magnitude of evenly spaced slices normal to each axis.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    labels : sequence of int
+        Labels of the phases.
+    lengths : tuple of float
+        Voxel edges z, y, x.
+    slices : int
+        Largest number of slices normal to each axis.
+    edge : int
+        Edge of the middle square in voxels; slices are cut to at most `edge` × `edge`.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    dict
+        The entry `statistics.spectrum` by axis.
+    """
     items, result = [], {}
     for axis, n in enumerate(volume.shape):
         count = min(slices, n)

@@ -1,9 +1,9 @@
 """Correlations, chords and clusters of a whole volume in one pass of Dask over its blocks, exact for any blocks.
 
-A block is read once. What waits between blocks is, in each direction, one plane with the open run of every line and the
-cluster that its last voxel belongs to, and the bits of as many planes as there are lags.
+A block is read once. In each direction the following waits between blocks: one plane with the open run of every line
+and the cluster that its last voxel belongs to, and the bits of as many planes as there are lags.
 
-In metrics.json a volume's `statistics` hold what was asked for of:
+In metrics.json a volume's `statistics` hold those of the following that were asked for:
 
     correlations  lags [0 … n] voxels, pairs {axis: [pairs that fit]}, counts {axis: {"a|b": [pairs]}}: S2_ab(r), the
                   share of pairs with x in a and x + r in b, is counts / pairs; r in voxels along the axis
@@ -48,10 +48,11 @@ BLOCK_VOXELS = 2**23
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the phases in the order they were asked for, p of them; None what was not.
+    """Statistics of p phases in the order they were asked for; None for what was not asked for.
 
-    s2: int64 (axis, lag, i, j) pairs of voxels, fitting: (axis, lag) pairs there are. whole, cut: per axis int64
-    (phase, length) chords, those that touch an outer face apart. connected: by phase.
+    `s2` is int64 (axis, lag, i, j), pairs of voxels. `fitting` is (axis, lag), the pairs that fit into the volume.
+    `whole` and `cut` are, per axis, int64 (phase, length): chords, with those that touch an outer face in `cut`.
+    `connected` is by phase.
     """
 
     s2: np.ndarray | None = None
@@ -63,7 +64,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """What one block gives: sums, and per axis what the next block must know."""
+    """Results of one block: sums, and per axis what the next block must know."""
 
     box: Box
     place: int
@@ -78,7 +79,7 @@ class _Leaf:
 
 @dataclass(frozen=True)
 class _Seam:
-    """A column of blocks up to some block along an axis; its last plane waits for the next one's first."""
+    """A column of blocks up to some block along an axis; its last plane waits for the first plane of the next block."""
 
     place: int
     phase: np.ndarray
@@ -137,7 +138,7 @@ def _seam(before: _Seam | None, leaf: _Leaf, axis: int, axis_length: int, lags: 
 
 
 def _sums(leaf: _Leaf) -> _Leaf:
-    """Of a block what the whole volume's numbers need, without its planes."""
+    """Keep of a block what the whole volume's numbers need, without its planes."""
     own = leaf.clusters
     if own is not None:
         own = Clusters(own.name, own.phase, own.voxels, own.faces, own.inside, own.largest_inside, (), ())
@@ -158,7 +159,29 @@ def statistics(
     block: Triple | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """`which` of correlations (up to `lags` voxels), chords and connectivity; the same for any `block`."""
+    """Count correlations, chords and connectivity of a volume; the result is the same for any `block`.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    labels : sequence of int
+        Labels of the phases.
+    which : collection of str
+        Any of "correlations", "chords" and "connectivity".
+    lags : int
+        Largest distance of correlations in voxels.
+    block : Triple, optional
+        Shape of a block; by default one that follows from chunks and threads.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    Statistics
+    """
     lags = lags if "correlations" in which else 0
     if not {"correlations", "chords", "connectivity"} & set(which):
         return Statistics()
@@ -221,7 +244,32 @@ def measure_statistics(
     scratch: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The `statistics` of metrics.json that the settings ask for; scratch: a folder that all workers see."""
+    """Compute the `statistics` of metrics.json that the settings ask for.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    named : Named
+        Names of the labels, and the voxel size.
+    settings : Metrics
+        Which statistics to compute, and their settings.
+    client : Client
+        Dask client.
+    seed : int
+        Seed of the representative-volume curve.
+    block : Triple, optional
+        Shape of a block; by default one that follows from chunks and threads.
+    scratch : Path, optional
+        A folder that all workers see.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    dict
+        The entry `statistics`.
+    """
     which, labels = settings.statistics, tuple(named.phases)
     found = statistics(
         volume, client=client, labels=labels, which=which, lags=settings.lags, block=block, progress=progress
@@ -263,7 +311,7 @@ def _curve(curve: Curve, named: Named) -> dict[str, Any]:
 
 
 def described(found: Statistics, named: Named) -> dict[str, Any]:
-    """As metrics.json has it, phases by name."""
+    """Return correlations, chords and connectivity as metrics.json has them, phases by name."""
     names, result = list(named.phases.values()), {}
     if found.s2 is not None and found.fitting is not None:
         pairs = list(product(range(len(names)), repeat=2))
@@ -304,7 +352,11 @@ def _mean(whole: np.ndarray) -> float:
 
 
 def _chords(whole: np.ndarray, cut: np.ndarray, length: float, across: float) -> dict[str, Any]:
-    """across: voxels of the cross-section in which chords know of each other, since they cut the same grain."""
+    """Describe the chords of a phase along an axis, as metrics.json has them.
+
+    `across` is the number of voxels of the cross-section in which chords depend on each other, since they cut the same
+    grain.
+    """
     sizes = np.arange(len(whole))
     number, in_whole, in_cut = int(whole.sum()), int(whole @ sizes), int(cut @ sizes)
     mean, error = _mean(whole), None

@@ -3,7 +3,7 @@
 metrics.json holds under `subvolumes`: voxels (edge of a cube), count, seed, starts [[z, y, x]], and per metric
 {mean, std, values}: volume_fraction and specific_surface_faces per phase, interphase_area per pair, tpb_density,
 tpb_normalised; under `transport` {phase: {direction: {D_rel, tau, percolating, count}}} over the first cubes,
-where tau is over the percolating ones. Or `skipped`, with the reason.
+where tau is over the percolating ones. Where no sub-volumes are drawn, it holds `skipped`, with the reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,25 @@ class Distributions:
 
 
 def positions(seed: int, shape: Sequence[int], count: int, edge: int) -> tuple[Triple, ...]:
-    """First voxels of `count` cubes of `edge` voxels anywhere in `shape`, the first k being those of any count ≥ k."""
+    """Draw the first voxels of `count` cubes anywhere in `shape`.
+
+    The first k cubes are the same for any count ≥ k.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the random numbers.
+    shape : sequence of int
+        Shape of the volume (z, y, x), at least `edge` along each axis.
+    count : int
+        Number of cubes.
+    edge : int
+        Edge of a cube in voxels.
+
+    Returns
+    -------
+    tuple of Triple
+    """
     room = [n - edge + 1 for n in shape]
     assert min(room) >= 1, (shape, edge)
     drawn = np.random.default_rng(seed).random((count, 3))
@@ -73,7 +91,32 @@ def subvolumes(
     lengths: tuple[float, float, float] = (1.0, 1.0, 1.0),
     progress: bool = True,
 ) -> Distributions:
-    """Metrics of random cubes of a volume; `lengths` are the voxel edges z, y, x, `within` a shape to stay inside."""
+    """Measure random cubes of a volume.
+
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    client : Client
+        Dask client.
+    labels : sequence of int
+        Labels of the phases.
+    settings : SubVolumes
+        Edge and number of the cubes, and how many of them are solved for transport.
+    seed : int
+        Seed of the random places.
+    within : sequence of int, optional
+        A shape to stay inside; by default that of the volume.
+    lengths : tuple of float
+        Voxel edges z, y, x.
+    progress : bool
+        Whether to show progress.
+
+    Returns
+    -------
+    Distributions
+        With the reason in `skipped` where the cubes do not fit.
+    """
     shape, edge = tuple(within or volume.shape), settings.voxels
     if min(shape) < edge:
         size = " × ".join(map(str, shape))

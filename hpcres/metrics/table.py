@@ -1,4 +1,4 @@
-"""The rows that the terminal and the report show: each number with its unit and what it is compared with."""
+"""Rows of the tables that the terminal and the report show: each number with its unit and what it is compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHORT_UNITS = {"1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel":
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one phase, pair or set: ours, the ground truth's, the training images' and published ones."""
+    """One metric of one phase, pair or set: our value, the ground truth's, the training images' and published ones."""
 
     metric: str
     of: str
@@ -31,6 +31,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
+        """Our value − the reference; None without a reference."""
         return None if self.reference is None else self.value - self.reference
 
     @property
@@ -40,20 +41,22 @@ class Row:
 
     @property
     def name(self) -> str:
+        """Metric and what it is of."""
         return f"{self.metric} {self.of}".strip()
 
 
 def short_unit(unit: str) -> str:
+    """Abbreviate a unit for display, for example `1/micrometer` as `1/µm`."""
     return _SHORT_UNITS.get(unit) or short_length(unit)
 
 
 def pair_name(key: str) -> str:
-    """`pore|nickel` as it is read."""
+    """Return the name of a pair for display: `pore|nickel` with a dash."""
     return key.replace("|", " – ")
 
 
 def metric_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Rows of a metrics.json (with `volume`) or of its `volume` entry alone."""
+    """Return the rows of a metrics.json (with `volume`) or of its `volume` entry alone."""
     volume = result.get("volume", result)
     others = [result.get("reference"), result.get("images")]
     published = result.get("published") or ()
@@ -92,7 +95,7 @@ _PUBLISHED = {
 
 
 def _paths(volume: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...] | None, str]]:
-    """Metric, phase or set, where it stands in a volume entry, where among the sub-volumes, unit."""
+    """Yield metric, phase or set, its place in a volume entry, its place among the sub-volumes, and unit."""
     surface, tpb = volume["specific_surface_area"], volume["tpb"]
     for phase in volume["volume_fraction"]:
         yield "volume fraction", phase, ("volume_fraction", phase), ("volume_fraction", phase), ""
@@ -124,7 +127,7 @@ def _same(of: str, key: str) -> bool:
 
 
 def metrics_text(result: Mapping[str, Any]) -> str:
-    """The rows as a table of plain text."""
+    """Format a metrics.json, or its `volume` entry alone, as a table of plain text with further lines below."""
     rows = metric_rows(result)
     volume = result.get("volume", result)
     columns = [["metric", *(row.name for row in rows)], ["value", *(plain(row.value) for row in rows)]]
@@ -177,7 +180,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
 
 
 def _box_lines(low_res: Mapping[str, Any]) -> Iterator[str]:
-    """Fractions of the visible groups beside the low-res volume's, and away from their boundaries."""
+    """Yield fractions of the visible groups beside the low-res volume's, and away from their boundaries."""
     for name in low_res["phases"]:
         inside, outside = (low_res[kind][name] for kind in ("inside", "outside"))
         yield (
@@ -201,7 +204,7 @@ _APPEARANCE = {
 
 
 def _appearance_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """How slices of ours and of the reference differ from the images, and the images' quarters among themselves."""
+    """Yield how slices of ours and of the reference differ from the images, and the images' quarters from the whole."""
     shown = {name: _at(result.get(entry), ("appearance", "planes")) for name, entry in _SHOWN.items()}
     for plane, image in ((result.get("images") or {}).get("planes") or {}).items():
         errors = {name: planes[plane]["errors"] for name, planes in shown.items() if planes}
@@ -241,6 +244,7 @@ def _statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def size_text(volume: Mapping[str, Any]) -> str:
+    """Format the shape and the voxel size of a volume."""
     shape = " × ".join(map(str, volume["shape"]))
     sizes = volume["voxel_size"]
     edges = " × ".join(f"{h:g}" for h in (sizes[:1] if len(set(sizes)) == 1 else sizes))
@@ -255,12 +259,12 @@ def _plus_minus(summary: Mapping[str, Any] | None) -> str:
 
 
 def plain(value: float) -> str:
-    """An exact number: six decimal places, or six significant digits where it is below 1e-3."""
+    """Format an exact number: six decimal places, or six significant digits where it is below 1e-3."""
     return f"{value:.6f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.6g}"
 
 
 def with_error(value: float, error: float) -> str:
-    """A number to one digit beyond the leading one of its absolute error, at most 15 digits: 0.21663 for ± 2e-4."""
+    """Format a number to one digit beyond the leading one of its absolute error, at most 15: 0.21663 for ± 2e-4."""
     if not 0 < error < abs(value):
         return f"{value:.6g}"
     digits = floor(log10(abs(value))) - floor(log10(error)) + 2
@@ -268,7 +272,7 @@ def with_error(value: float, error: float) -> str:
 
 
 def transport_text(result: Mapping[str, Any]) -> str:
-    """One line of a tortuosity result."""
+    """Format a tortuosity result as one line."""
     what = f"{result['phase']}, {result['direction']}: volume fraction {result['volume_fraction']:.6g}, "
     left_out = ""
     if result["voxels_left_out"]:

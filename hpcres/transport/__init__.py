@@ -1,9 +1,9 @@
 """Transport through phases: relative diffusivity D_rel, tortuosity factor tau, the whole volume at once.
 
-Steady diffusion, 7-point finite volumes with harmonic face conductances, the two outer faces along a direction at
-potentials 0 and 1, half a voxel from the first and last voxel centres; sides insulated or periodic. With several
-conducting phases D_rel is relative to conductivity 1, and tau = mean conductivity of the volume / D_rel; for one phase
-of conductivity 1 that is volume fraction / D_rel.
+The model is steady diffusion, 7-point finite volumes with harmonic face conductances. The two outer faces along a
+direction are at potentials 0 and 1, half a voxel from the first and last voxel centres; sides are insulated or
+periodic. With several conducting phases D_rel is relative to conductivity 1, and tau = mean conductivity of the
+volume / D_rel; for one phase of conductivity 1 that is volume fraction / D_rel.
 
 transport.json (schema "hpcres transport 2"):
 
@@ -72,14 +72,17 @@ class Solution:
 
     @property
     def percolates(self) -> bool:
+        """False where the state is "not percolating"."""
         return self.state != "not percolating"
 
     @property
     def tau(self) -> float | None:
+        """Mean conductivity of the volume / D_rel; inf where D_rel is 0, None where it is not known."""
         return self._tau(self.conductivity)
 
     @property
     def tau_percolating(self) -> float | None:
+        """Mean conductivity of what percolates / D_rel; inf where D_rel is 0, None where it is not known."""
         return self._tau(self.percolating_conductivity)
 
     def _tau(self, conductivity: float | None) -> float | None:
@@ -88,7 +91,10 @@ class Solution:
         return conductivity / self.d_rel if self.d_rel > 0 else inf
 
     def as_json(self) -> dict[str, Any]:
-        """JSON has no infinity: tau is null where the state says "not percolating"."""
+        """Return the entries of a result in transport.json.
+
+        JSON has no infinity: tau is null where the state says "not percolating".
+        """
         tau, tau_percolating = (None if t in (None, inf) else t for t in (self.tau, self.tau_percolating))
         return {
             "state": self.state,
@@ -108,7 +114,7 @@ class Solution:
 
 
 def solve_phase(mask: np.ndarray, **settings: Any) -> dict[str, Solution]:
-    """Transport through a mask (z, y, x), for each direction; settings as of `solve`."""
+    """Solve transport through a mask (z, y, x), for each direction; settings as of `solve`."""
     return solve(np.asarray(mask, bool).view(np.uint8), {1: 1.0}, **settings)
 
 
@@ -126,12 +132,44 @@ def solve(
     keep: Callable[[str, Any, np.ndarray, Mapping[int, float]], None] | None = None,
     device: Any = None,
 ) -> dict[str, Solution]:
-    """Transport through labels (z, y, x), uint8, of which those in `conductivity` conduct, for each direction.
+    """Solve transport through labels, for each direction.
 
-    spacing: voxel edges z, y, x. periodic: axes z, y, x whose two sides meet, where they are not the direction's own.
-    keep(direction, system, potential, conductivity) gets what was solved. InputError where it would not fit in memory.
-    All cores unless `threads` says otherwise; the result is the same bits for any number. On a torch `device` where
-    one is given, after set-up on the cores.
+    The result is the same bits for any number of threads.
+
+    Parameters
+    ----------
+    labels : np.ndarray
+        uint8 (z, y, x).
+    conductivity : mapping
+        Positive conductivities of the labels that conduct.
+    directions : sequence of str
+        Any of z, y, x.
+    spacing : sequence of float
+        Voxel edges z, y, x.
+    periodic : sequence of bool
+        Axes z, y, x whose two sides meet, where they are not the direction's own.
+    rtol : float
+        Estimated relative error of D_rel at which a solve stops.
+    threads : int, optional
+        By default all cores.
+    profile : bool
+        Whether to compute tau of each layer.
+    report : callable, optional
+        Called after every iteration (see `Report`).
+    keep : callable, optional
+        keep(direction, system, potential, conductivity) gets what was solved.
+    device : torch.device, optional
+        Device to solve on, after set-up on the cores.
+
+    Returns
+    -------
+    dict
+        A `Solution` for each direction.
+
+    Raises
+    ------
+    InputError
+        The solve would not fit in memory.
     """
     # Compiled kernels; not needed to read a result.
     from hpcres.transport.percolation import Clusters
@@ -211,7 +249,10 @@ def _system(
     device: Any,
     in_float64: bool,
 ) -> Any:
-    """The system of the conducting voxels in `bits`, a `share` of all; InputError where it would not fit in memory."""
+    """Make the system of the conducting voxels in `bits`, a `share` of all.
+
+    InputError is raised where the system would not fit in memory.
+    """
     from hpcres.transport.form import Form
     from hpcres.transport.multigrid import System
     from hpcres.transport.voxels import pack, unpacked
@@ -242,7 +283,22 @@ def _scaled(report: Report, direction: str, unit: float, iterations: int, d_rel:
 
 
 def describe(rtol: float, periodic: Sequence[bool] = INSULATED, estimate: int | None = None) -> dict[str, Any]:
-    """estimate: edge of the blocks that are solved alone."""
+    """Describe the solver, as the entry `solver` of transport.json.
+
+    Parameters
+    ----------
+    rtol : float
+        Estimated relative error of D_rel at which a solve stops.
+    periodic : sequence of bool
+        Axes z, y, x whose two sides meet.
+    estimate : int, optional
+        Edge of the blocks that are solved alone; None for a solution of the volume.
+
+    Returns
+    -------
+    dict
+        name, method, stop, rtol and periodic.
+    """
     if estimate is not None:
         from hpcres.transport.estimate import UNRELIABILITY
 
@@ -278,11 +334,25 @@ def check_memory(
     on_node: int = 1,
     held: tuple[float, float] = BYTES_OF_CUBIC,
 ) -> None:
-    """InputError where the solve would not fit, with the numbers and what to do.
+    """Raise InputError where the solve would not fit in memory, with the numbers and what to do.
 
-    conducting: share of the voxels once it is known, with labels in memory; until then 0.4 is assumed. doubled: axes
-    along which the volume is solved twice over. on_node: processes that each need as much on this node. held: bytes of
-    vectors and of coarse levels for a conducting voxel (see `form.Form`).
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels z, y, x.
+    conducting : float, optional
+        Share of the voxels that conduct, once it is known, with labels in memory; until then 0.4 is assumed.
+    doubled : sequence of int
+        Axes along which the volume is solved twice over.
+    on_node : int
+        Processes that each need as much on this node.
+    held : tuple of float
+        Bytes of vectors and of coarse levels for a conducting voxel (see `form.Form`).
+
+    Raises
+    ------
+    InputError
+        The solve needs more memory than is free.
     """
     share = 0.4 if conducting is None else conducting
     per_voxel = BYTES_PER_VOXEL + sum(held) * share
@@ -300,7 +370,24 @@ def check_memory(
 
 
 def parse_crop(text: str, shape: Sequence[int]) -> Box:
-    """`z0:z1,y0:y1,x0:x1` inside `shape`; an empty side (`:`) is the whole axis."""
+    """Parse `z0:z1,y0:y1,x0:x1` inside `shape`; an empty side (`:`) is the whole axis.
+
+    Parameters
+    ----------
+    text : str
+        The crop as the user writes it.
+    shape : sequence of int
+        Shape of the volume (z, y, x).
+
+    Returns
+    -------
+    Box
+
+    Raises
+    ------
+    InputError
+        The text is not three ranges, or a range is empty or not inside the volume.
+    """
     parts = text.split(",")
     try:
         sides = [part.split(":") for part in parts]
@@ -339,19 +426,73 @@ def tortuosity(
     estimate: int | None = None,
     device: Any = None,
 ) -> dict[str, Any]:
-    """Transport of whole phases of a volume: an entry of transport.json.
+    """Solve transport of whole phases of a volume.
 
-    Held in memory; or by the ranks of `comm`, an mpi4py communicator with `on_node` ranks on this node; or out of core
-    where the process would hold more than `memory` bytes, with files in `scratch`, and say(line) of what that takes;
-    or, with none of these, on a torch `device` where one is given. With `estimate`, blocks of that edge alone, which is
-    no solution of the volume (see `estimate`).
+    The volume is solved in one of four ways. With `comm` its ranks hold the volume. With `memory` it is solved out of
+    core where the process would hold more than so many bytes. With `device`, and neither of these, it is solved on that
+    device. Else it is held in memory. With `estimate` blocks are solved alone, which is no solution of the volume (see
+    `estimate`).
 
-    phases: names of labels 0, 1, 2, …; `only`: those to solve, one by one (all by default). With `conductivity` the
-    phases it names conduct together, and nothing else. report(phase, direction, iterations, D_rel, estimated error)
-    while solving, finished(result) after each. solved(what): an earlier result of the same phase, labels, conductivity,
-    direction and settings, which is then not solved again, or None; the same on every rank. spacing: voxel edges z, y,
-    x; by default what the file says, cubic where it says nothing, InputError where it says some. field: a store for
-    potential and flux density (see `fields`).
+    Parameters
+    ----------
+    volume : Volume
+        Labels (z, y, x).
+    phases : sequence of str, optional
+        Names of labels 0, 1, 2, …; by default what the file knows, else the labels as they are found.
+    only : sequence of str
+        The phases to solve, one by one; by default all.
+    conductivity : mapping, optional
+        Conductivities by phase. The phases it names conduct together, and nothing else does.
+    directions : sequence of str
+        Any of z, y, x.
+    spacing : sequence of float, optional
+        Voxel edges z, y, x; by default what the file says, cubic where it says nothing.
+    periodic : sequence of bool
+        Axes z, y, x whose two sides meet.
+    crop : str, optional
+        Part of the volume, as of `parse_crop`.
+    rtol : float
+        Estimated relative error of D_rel at which a solve stops.
+    threads : int, optional
+        By default all cores.
+    profile : bool
+        Whether to compute tau of each layer.
+    report : callable, optional
+        report(phase, direction, iterations, D_rel, estimated error), called while solving.
+    finished : callable, optional
+        finished(result), called after each solve.
+    solved : callable, optional
+        solved(what) returns an earlier result of the same phase, labels, conductivity, direction and settings, which is
+        then not solved again, or None. It must return the same on every rank.
+    field : str, optional
+        A store for potential and flux density (see `fields`).
+    overwrite : bool
+        Passed on to the store.
+    comm : optional
+        An mpi4py communicator.
+    on_node : int
+        Number of ranks of `comm` on this node.
+    memory : int, optional
+        Bytes of memory that the process may hold.
+    scratch : Path, optional
+        Folder of the scratch files of a solve out of core.
+    say : callable, optional
+        say(line), called with what a solve out of core takes.
+    estimate : int, optional
+        Edge of the blocks in voxels.
+    device : torch.device, optional
+        Device to solve on.
+
+    Returns
+    -------
+    dict
+        An entry of transport.json.
+
+    Raises
+    ------
+    InputError
+        The crop, a phase or a label is not valid; the file gives some of the voxel edges only; or the solve would not
+        fit in memory.
     """
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
     threads = threads or cores()
@@ -450,7 +591,7 @@ def tortuosity(
 
 
 def _small_labels(labels: np.ndarray, path: str) -> tuple[np.ndarray, dict[int, int]]:
-    """Labels as uint8, and the number that each label has there."""
+    """Return labels as uint8, and the number that each label has there."""
     if labels.dtype == np.uint8:
         return labels, {int(v): int(v) for v in np.flatnonzero(np.bincount(labels.reshape(-1), minlength=256))}
     values = np.unique(labels)

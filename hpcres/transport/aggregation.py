@@ -1,4 +1,4 @@
-"""From a level to the next: which parts are joined to one, and the conductances between what they become.
+"""From one level to the next: which parts are joined to one, and the conductances between the joined parts.
 
 In the robust form two parts are joined only by a strong edge: one whose conductance is not below STRONG times the
 largest conductance of either part. Two particles in one cell that are separated by a poor conductor so keep a potential
@@ -21,7 +21,7 @@ STRONG = 0.1  # of the largest conductance of a part
 
 @compiled
 def count_members(numbers, cells_next, step, row0, row1):
-    """The largest number of parts in one cell of the next level."""
+    """Return the largest number of parts in one cell of the next level."""
     most = 0
     for row in range(row0, row1):
         z, y = row // cells_next[1], row % cells_next[1]
@@ -37,7 +37,7 @@ def count_members(numbers, cells_next, step, row0, row1):
 
 @compiled
 def _gather_members(numbers, rows, step, place, z, y, x, members):
-    """Parts of the cells below; `place` (4, 2) moves on along the rows."""
+    """List the parts of the cells below one cell of the next level; `place` (4, 2) moves on along the rows."""
     n = 0
     for d in range(4):
         zz, yy = step[0] * z + (d >> 1), step[1] * y + (d & 1)
@@ -63,7 +63,7 @@ def _start_rows(rows, cells, step, z, y, place):
 
 @compiled
 def find_largest(starts, values, to_faces, largest, begin, end):
-    """largest[i]: the largest conductance of part i, that to the outer faces included."""
+    """Set largest[i] to the largest conductance of part i, including that to the outer faces."""
     for i in range(begin, end):
         largest[i] = to_faces[i]
         for k in range(starts[i], starts[i + 1]):
@@ -75,8 +75,11 @@ COUPLED, FACE_DOMINATED = 1, 2  # bits of a part's kind
 
 @compiled
 def find_kinds(starts, places, values, to_faces, largest, kinds, begin, end):
-    """kinds[i]: COUPLED | FACE_DOMINATED where all edges of part i are weak beside its conductance to the outer faces;
-    COUPLED where part i has an edge that is strong for both of its parts; else 0."""
+    """Set kinds[i] to the kind of part i.
+
+    The kind is COUPLED | FACE_DOMINATED where all edges of the part are weak compared with its conductance to the outer
+    faces. It is COUPLED where the part has an edge that is strong for both of its parts. Else it is 0.
+    """
     for i in range(begin, end):
         most = values.dtype.type(0)
         coupled = 0
@@ -105,13 +108,15 @@ def join_parts(
     numbers_next,
     counts,
 ):
-    """parent = number within its next cell (0, 1, …) of the part that each part is joined to; numbers_next, how many
-    parts each next cell has.
+    """Join the parts of a level within each cell of the next level.
 
-    Plain form, largest None: all that is connected within the next cell becomes one part. Robust form: what strong
-    edges connect becomes one part; all face-dominated parts of the next cell become one, since relaxation alone finds
-    their potentials; and a part of kind 0, such as a pocket of a poor conductor in a good one, is joined to the
-    neighbour of its strongest edge, since it would otherwise remain on every level.
+    `parent` receives, for each part, the number within its next cell (0, 1, …) of the part that it is joined to.
+    `numbers_next` receives the number of parts of each next cell.
+
+    In the plain form `largest` is None, and all that is connected within the next cell becomes one part. In the robust
+    form, parts that strong edges connect become one part. All face-dominated parts of the next cell become one, since
+    relaxation alone finds their potentials. A part of kind 0, such as a pocket of a poor conductor in a good one, is
+    joined to the neighbour of its strongest edge, since it would otherwise remain on every level.
     """
     members, up = np.empty(most, np.int64), np.empty(most, np.int64)
     place = np.zeros((4, 2), np.int64)
@@ -171,7 +176,7 @@ def join_parts(
 
 @compiled
 def number_parts(numbers, rows, step, rows_next, numbers_next, most, row0, row1, parent):
-    """parent: from the number within a cell to the number within the level."""
+    """Change `parent` from the number within a cell to the number within the level."""
     members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
     for row in range(row0, row1):
         z, y = row // numbers_next.shape[1], row % numbers_next.shape[1]
@@ -202,9 +207,11 @@ def connect(
     degrees,
     to_faces_next,
 ):
-    """Neighbours of the next level's parts in some rows of cells, by colour: places and sums of conductances.
+    """Find the neighbours of the next level's parts in some rows of cells.
 
-    degrees[i + 1] = the number of neighbours of part i.
+    Returns, for red and for black parts, the places of the neighbours and the sums of conductances to them. Sets
+    degrees[i + 1] to the number of neighbours of part i, and adds the conductances to the outer faces to
+    `to_faces_next`.
     """
     members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
     room = np.zeros(2, np.int64)
@@ -254,7 +261,7 @@ def connect(
 
 
 def couplings_of(graph: Graph, form: Form, each: Each) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Arguments `largest` and `kinds` of `join_parts`; None, None in the plain form."""
+    """Compute the arguments `largest` and `kinds` of `join_parts`; None, None in the plain form."""
     if not form.robust:
         return None, None
     parts = len(graph.to_faces)
@@ -266,7 +273,28 @@ def couplings_of(graph: Graph, form: Form, each: Each) -> tuple[np.ndarray | Non
 
 
 def coarser(level: Level, graph: Graph, form: Form, each: Each) -> tuple[Graph, Any]:
-    """The graph of the next level, and its rows; sets `parent` and `step` of this one. form: of this level."""
+    """Make the graph of the next level.
+
+    `parent` and `step` of `level` are set.
+
+    Parameters
+    ----------
+    level : Level
+        A level.
+    graph : Graph
+        The graph of the level.
+    form : Form
+        The form on the level.
+    each : Each
+        Runs kernels in parallel.
+
+    Returns
+    -------
+    graph : Graph
+        The graph of the next level.
+    rows : np.ndarray
+        Where the parts of each row of cells of the next level begin, as `Level.rows`.
+    """
     step = form.step(level.cells)
     numbers = graph.numbers.astype(np.int32, copy=False)
     below: Any = tuple(-(-n // s) for n, s in zip(level.cells, step, strict=True))

@@ -20,7 +20,7 @@ from hpcres.transport.vectors import add, compiled, inlined, load, popcount, sto
 
 @compiled
 def _components() -> tuple[np.ndarray, np.ndarray]:
-    """For each of the 256 blocks of 2×2×2 voxels: how many connected parts, and the part of each voxel."""
+    """Find the connected parts of each of the 256 blocks of 2×2×2 voxels: their number, and the part of each voxel."""
     number, part = np.zeros(256, np.uint8), np.zeros((256, 8), np.uint8)
     for mask in range(256):
         left, found = mask, 0
@@ -52,7 +52,10 @@ TABLES = (PARTS, PART, np.arange(256, dtype=np.uint8))
 
 @compiled
 def _completions():
-    """[k, m]: the number of ways to partition k more places where m parts exist; insulating places are one more."""
+    """Tabulate the number of ways to partition k more places where m parts exist, as [k, m].
+
+    A place may also insulate, which is one more choice.
+    """
     number = np.ones((9, 10), np.int64)
     for k in range(1, 9):
         for m in range(9 - k, -1, -1):
@@ -80,7 +83,7 @@ def _fill_partitions(completions, numbers, part, mask):
 
 @cache
 def partition_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The tables of all 21147 partitions of the conducting places of a cell, by rank.
+    """Return the tables of all 21147 partitions of the conducting places of a cell, by rank.
 
     Returns
     -------
@@ -99,7 +102,7 @@ def partition_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @inlined
 def wrapped(i, n, periodic):
-    """The index that stands for i, or -1."""
+    """Return the index that stands for i, or -1 where i is outside and the axis is not periodic."""
     if 0 <= i < n:
         return i
     return (i + n) % n if periodic else -1
@@ -107,7 +110,7 @@ def wrapped(i, n, periodic):
 
 @inlined
 def _mask_of_cell(bits, z, y, x, step):
-    """The mask of the conducting places of a cell."""
+    """Return the mask of the conducting places of a cell."""
     first = step[2] * x
     k, i, columns = (first >> 4) + 1, first & 15, (1 << step[2]) - 1
     mask = np.int64(0)
@@ -120,7 +123,7 @@ def _mask_of_cell(bits, z, y, x, step):
 
 @compiled
 def find_cells(bits, step, cells, z0, z1):
-    """cells (z, y, x): the mask of each in planes z0 … z1 - 1 of cells. Returns the number of conducting voxels."""
+    """Set `cells` (z, y, x) to the mask of each cell in planes z0 … z1 - 1; return the number of conducting voxels."""
     voxels = 0
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
@@ -133,7 +136,7 @@ def find_cells(bits, step, cells, z0, z1):
 
 @compiled
 def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
-    """cells (z, y, x): the rank of each cell's partition in planes z0 … z1 - 1 of cells.
+    """Set `cells` (z, y, x) to the rank of each cell's partition in planes z0 … z1 - 1 of cells.
 
     Two neighbouring voxels are in one part only where strong[axis, label, label]. Returns the number of conducting
     voxels.
@@ -176,7 +179,7 @@ def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
 
 @compiled
 def count_parts(cells, tables, counts, z0, z1):
-    """counts (2, planes, rows of cells): parts of red and black cells of each row of cells."""
+    """Count the parts of red and black cells of each row of cells into `counts` (2, planes, rows of cells)."""
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
             both = np.zeros(2, np.int64)
@@ -187,7 +190,10 @@ def count_parts(cells, tables, counts, z0, z1):
 
 @compiled
 def restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
-    """coarse = the sums over the parts of a row of cells; back and here are where its rows begin in S."""
+    """Set `coarse` to the sums over the parts of a row of cells.
+
+    `back` and `here` are the places in S where the rows of voxels of the row of cells begin.
+    """
     if step == CUBE:
         _restrict_row(cells, tables, CUBE, parts, z, y, S, back, here, width, coarse, pair)
     else:
@@ -236,7 +242,10 @@ def _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse
 
 @compiled
 def prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few):
-    """The rows of a row of cells: scale × the values of the parts; insulating voxels of a cell hold anything."""
+    """Set the rows of voxels of a row of cells to scale × the values of the parts.
+
+    The values at insulating voxels of a cell have no meaning.
+    """
     if step == CUBE:
         _prolong_row(cells, tables, CUBE, parts, z, y, coarse, scale, E, back, here, width, few)
     else:
@@ -288,7 +297,7 @@ _TOWARDS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
 
 @compiled
 def _half_at(labels, resistance, step, z, y, x, i):
-    """Half the resistance of the voxel at place i of a cell."""
+    """Return half the resistance of the voxel at place i of a cell."""
     if labels is None:
         return np.float64(0.5)
     return np.float64(resistance[labels[step[0] * z + (i >> 2), step[1] * y + (i >> 1 & 1), step[2] * x + (i & 1)]])
@@ -298,10 +307,11 @@ def _half_at(labels, resistance, step, z, y, x, i):
 def connect_parts(
     cells, tables, step, parts, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill
 ):
-    """Conductances between parts of neighbouring cells, and of one cell, rows of cells row0 … row1 - 1 (z × rows + y).
+    """Find the conductances between parts of neighbouring cells, and of one cell.
 
-    First, not `fill`: starts[i + 1] = the number of neighbours of part i. Then, with starts the running sum: places
-    and values of the neighbours of each, and to_faces, the conductance to the two outer faces.
+    The kernel works on the rows of cells row0 … row1 - 1 (z × rows + y). It is run twice. First, without `fill`, it
+    sets starts[i + 1] to the number of neighbours of part i. Then, with `starts` the running sum, it sets `places` and
+    `values` of the neighbours of each part, and `to_faces`, the conductance to the two outer faces.
     """
     deep, rows, columns = cells.shape
     numbers, part, mask = tables

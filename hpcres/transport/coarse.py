@@ -27,7 +27,10 @@ CHUNK = 1 << 14  # parts that one thread takes at a time
 
 @dataclass
 class Graph:
-    """Part i has neighbours places[starts[i] … starts[i + 1]] over conductances values."""
+    """Graph of the parts of a level.
+
+    Part i has the neighbours places[starts[i] … starts[i + 1] - 1], over the conductances `values` at the same indices.
+    """
 
     starts: np.ndarray
     places: np.ndarray
@@ -38,8 +41,11 @@ class Graph:
 
 @dataclass
 class Level:
-    """The same graph as cycles read it: six neighbours of every part (with value 0 where there are fewer), then the
-    rest, in the order of parts."""
+    """A level: the graph of its parts as cycles read it.
+
+    `places` and `values` hold six neighbours of every part, with value 0 where there are fewer. `more` holds the
+    remaining neighbours, in the order of parts.
+    """
 
     rows: np.ndarray  # (2, rows of cells + 1), int64: where the parts of a row begin, red and black
     cells: tuple[int, int, int]
@@ -56,19 +62,23 @@ class Level:
     factors: Any = None  # LU factors of the last level's matrix, where `inverse` is None
 
     def __post_init__(self) -> None:
+        """Allocate b and x and, for a mixed level, spare."""
         sizes = (self.parts, self.parts, self.parts * self.mixed)
         self.b, self.x, self.spare = (np.zeros(n, self.diagonal.dtype) for n in sizes)
 
     @property
     def parts(self) -> int:
+        """Number of parts."""
         return len(self.diagonal)
 
     @property
     def red(self) -> int:
+        """Number of red parts."""
         return int(self.rows[1, 0])
 
     @property
     def bytes(self) -> int:
+        """Bytes of all arrays."""
         arrays = [self.rows, self.diagonal, self.places, self.values, *self.more, self.b, self.x, self.spare]
         return sum(a.nbytes for a in (*arrays, self.to_faces, self.parent, self.inverse) if a is not None)
 
@@ -78,13 +88,14 @@ class Level:
 
 @compiled
 def relax_from_zero(b, diagonal, x, begin, end):
+    """Relax parts begin … end - 1 from x = 0."""
     for i in range(begin, end):
         x[i] = b[i] / diagonal[i]
 
 
 @inlined
 def _first_after(numbers, i):
-    """The first place in sorted numbers whose number is not below i."""
+    """Return the first place in sorted numbers whose number is not below i."""
     low, high = 0, len(numbers)
     while low < high:
         middle = (low + high) >> 1
@@ -105,7 +116,7 @@ def _neighbours(places, values, x, i):
 
 @compiled
 def relax(places, values, more_of, more_places, more_values, diagonal, b, x, out, begin, end):
-    """One colour from the other."""
+    """Relax the parts begin … end - 1 of one colour from the values of the other."""
     for i in range(begin, end):
         out[i] = (b[i] + _neighbours(places, values, x, i)) / diagonal[i]
     k = _first_after(more_of, begin)
@@ -137,10 +148,11 @@ def restrict(
     row1,
     coarse,
 ):
-    """coarse = the residual of `colours` colours (1: red, which is all there is after a sweep), summed over each part.
+    """Set `coarse` to the residual of `colours` colours, summed over each part of the next level.
 
-    For the rows row0 … row1 - 1 of the next level's cells, which no other thread writes. Where to_faces is not None,
-    the residual is a sum of currents, which is exactly 0 inside a particle of constant potential.
+    `colours` is 1 for red alone, the only colour with a residual after a sweep. The kernel works on the rows row0 …
+    row1 - 1 of the next level's cells, which no other thread writes. Where to_faces is not None, the residual is a sum
+    of currents, which is exactly 0 inside a particle of constant potential.
     """
     for row in range(row0, row1):
         for colour in range(2):
@@ -174,12 +186,14 @@ def restrict(
 
 @compiled
 def prolong(coarse, parent, x, scale, begin, end):
+    """Add scale × the value of each part's parent to x, for parts begin … end - 1."""
     for i in range(begin, end):
         x[i] += scale * coarse[parent[i]]
 
 
 @compiled
 def multiply_dense(matrix, b, x):
+    """Set x to the product of a dense matrix and b."""
     for i in range(len(x)):
         s = matrix.dtype.type(0)
         for j in range(len(b)):
@@ -189,10 +203,11 @@ def multiply_dense(matrix, b, x):
 
 @compiled
 def fill_slots(starts, places, values, to_faces, red, mixed, diagonal, slots, slot_values, begin, end):
-    """The first six neighbours of each part, and the sum of all its conductances; returns how many more there are.
+    """Fill the first six neighbours of each part, and the sum of all its conductances; return how many more there are.
 
-    mixed: a part with neighbours of its own colour is made a neighbour of itself, with the sum of the conductances to
-    these. The sum is added to the diagonal too, so that the product of matrix and vector does not change.
+    With `mixed` a part with neighbours of its own colour is made a neighbour of itself, with the sum of the
+    conductances to these. The sum is added to the diagonal too, so that the product of matrix and vector does not
+    change.
     """
     more = 0
     for i in range(begin, end):
@@ -216,6 +231,7 @@ def fill_slots(starts, places, values, to_faces, red, mixed, diagonal, slots, sl
 
 @compiled
 def fill_more(starts, places, values, red, mixed, more_of, more_places, more_values, at, begin, end):
+    """Fill the neighbours of the parts begin … end - 1 beyond their first six, from place `at` on."""
     for i in range(begin, end):
         own = np.float64(0)
         for k in range(starts[i], starts[i + 1]):
@@ -231,7 +247,7 @@ def fill_more(starts, places, values, red, mixed, more_of, more_places, more_val
 
 @compiled
 def count_of_one_colour(starts, places, red, begin, end):
-    """Edges between parts of one colour."""
+    """Count the edges between parts of one colour."""
     n = 0
     for i in range(begin, end):
         for k in range(starts[i], starts[i + 1]):
@@ -244,7 +260,20 @@ Each = Callable[[Callable[..., Any], int, int], list[Any]]
 
 
 def accumulated(counts: np.ndarray) -> tuple[np.ndarray, int]:
-    """(2, rows) counts as where each row begins, red before black: (2, rows + 1) and the total."""
+    """Turn (2, rows) counts into where each row begins, red before black.
+
+    Parameters
+    ----------
+    counts : np.ndarray
+        Integers (2, rows).
+
+    Returns
+    -------
+    starts : np.ndarray
+        int64 (2, rows + 1).
+    total : int
+        Sum of all counts.
+    """
     ends = np.cumsum(counts.reshape(-1), dtype=np.int64)
     starts = np.concatenate([[0], ends])
     rows = counts.shape[1]
@@ -252,11 +281,12 @@ def accumulated(counts: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def index_type(number: int) -> Any:
+    """Return the integer type of indices below `number`: int32 where they fit, else int64."""
     return np.int32 if number < 2**31 else np.int64
 
 
 def running(starts: np.ndarray) -> np.ndarray:
-    """Counts in starts[1:] summed up, as 32-bit numbers where they fit."""
+    """Sum up the counts in starts[1:], as 32-bit numbers where they fit."""
     sums = np.cumsum(starts, dtype=np.int64)
     return sums.astype(np.int32) if sums[-1] < 2**31 else sums
 
@@ -264,9 +294,26 @@ def running(starts: np.ndarray) -> np.ndarray:
 def as_level(
     graph: Graph, rows: np.ndarray, periodic: Sequence[bool], form: Form, each: Each, mixed: bool | None = None
 ) -> Level:
-    """The form of a graph that cycles read.
+    """Make the form of a graph that cycles read.
 
-    mixed: whether edges may join parts of one cell; None: find out.
+    Parameters
+    ----------
+    graph : Graph
+        The graph of the level.
+    rows : np.ndarray
+        int64 (2, rows of cells + 1), where the parts of a row begin, red and black.
+    periodic : sequence of bool
+        Axes z, y, x whose sides meet.
+    form : Form
+        The form on the level.
+    each : Each
+        Runs kernels in parallel.
+    mixed : bool, optional
+        Whether edges may join parts of one cell; None to find out.
+
+    Returns
+    -------
+    Level
     """
     parts, kind, red = len(graph.to_faces), graph.places.dtype, int(rows[1, 0])
     diagonal = np.empty(parts, form.dtype)
@@ -286,7 +333,21 @@ def as_level(
 
 
 def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
-    """levels[at].x ≈ A⁻¹ b by `visits` W-cycles from zero, each symmetric: red, black, the coarse part, black, red."""
+    """Set levels[at].x ≈ A⁻¹ b by `visits` W-cycles from zero.
+
+    Each cycle is symmetric: red, black, the coarse part, black, red.
+
+    Parameters
+    ----------
+    levels : list of Level
+        The hierarchy, the finest level first.
+    at : int
+        Position of the level to solve.
+    each : Each
+        Runs kernels in parallel.
+    visits : int
+        Number of cycles.
+    """
     level = levels[at]
     if at + 1 == len(levels):
         if level.factors is not None:

@@ -1,9 +1,9 @@
-"""The same conjugate gradients and the same cycle on a torch device, which is to say a GPU.
+"""The conjugate gradients and the cycle of the CPU on a torch device, that is, a GPU.
 
 Vectors hold the conducting voxels in the order z, y, x, float32, as on the CPU, and one element more that is zero and
 stands for every insulating voxel. A pass works on pieces of the volume, whole rows of a range of z and y, one after the
-other: bits become a mask, a running sum along x the place of each voxel in the vectors (64 bits), and the rest is
-plain arithmetic on dense arrays. No index of a voxel is stored. Nothing comes back to the host but sums.
+other. In a piece, bits become a mask, and a running sum along x gives the place of each voxel in the vectors (64 bits).
+The rest is plain arithmetic on dense arrays. No index of a voxel is stored. Only sums come back to the host.
 
 Percolation and the hierarchy are set up on the host by the kernels of `percolation`, `fine` and `coarse`.
 """
@@ -35,7 +35,22 @@ Piece = tuple[int, int, int, int]
 
 
 def find_device(name: str) -> torch.device:
-    """`cuda` or `cuda:1`; InputError where there is none."""
+    """Return the torch device `cuda` or `cuda:1`.
+
+    Parameters
+    ----------
+    name : str
+        `cuda`, or `cuda:` and a number.
+
+    Returns
+    -------
+    torch.device
+
+    Raises
+    ------
+    InputError
+        The name is not that of a GPU, or there is no such device.
+    """
     if not re.fullmatch(r"cuda(:(0|[1-9]\d?))?", name):
         raise InputError(f"`device` {name}: not a GPU; write cuda, or cuda:1 for the second one")
     number = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -48,9 +63,25 @@ def find_device(name: str) -> torch.device:
 def check_device_memory(
     device: torch.device, shape: Sequence[int], voxels: int, several: bool, per_voxel: float
 ) -> None:
-    """InputError where a solve with so many conducting voxels, of `per_voxel` bytes each, would not fit on a GPU.
+    """Raise InputError where a solve would not fit on a GPU.
 
-    several: conductivities.
+    Parameters
+    ----------
+    device : torch.device
+        Devices that are no GPU are not checked.
+    shape : sequence of int
+        Voxels z, y, x.
+    voxels : int
+        Number of conducting voxels.
+    several : bool
+        Whether there are several conductivities.
+    per_voxel : float
+        Bytes for each conducting voxel.
+
+    Raises
+    ------
+    InputError
+        The solve needs more memory than is free on the GPU.
     """
     if device.type != "cuda":
         return
@@ -69,7 +100,7 @@ class DeviceSystem(System):
     """A `System` whose vectors and levels are on a device; its potential comes back as an array."""
 
     def __init__(self, device: torch.device, *arguments: Any, in_float64: bool = False) -> None:
-        """arguments: as of `System`."""
+        """Set up the system on the host and copy it to the device; `arguments` are those of `System`."""
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -124,7 +155,7 @@ class DeviceSystem(System):
 
     @property
     def bytes(self) -> int:
-        """At the most: as torch counted on a GPU, else what is held and what a piece may take."""
+        """Largest number of bytes: as torch counted on a GPU, else what is held and what a piece may take."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return self.held + self._most * (WORK_BYTES if self._labels is None else WORK_BYTES_SEVERAL)
@@ -132,6 +163,13 @@ class DeviceSystem(System):
     def solve(
         self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
     ) -> tuple[Solved, Any]:
+        """Solve as `Solver.solve`, with the potential as an array on the host.
+
+        Raises
+        ------
+        InputError
+            The device runs out of memory.
+        """
         try:
             solved, x = super().solve(rtol, limit=limit, report=report)
         except torch.OutOfMemoryError:
@@ -142,14 +180,16 @@ class DeviceSystem(System):
         return solved, x[:-1].cpu().numpy()
 
     def vector(self) -> Any:
+        """Make a vector of zeros on the device."""
         return torch.zeros(self.voxels + 1, dtype=self.dtype, device=self.device)
 
     def solution(self) -> Any:
-        """In the robust form float64, which a GPU has, instead of two float32 vectors."""
+        """Make zeros for x; in the robust form float64, which a GPU has, instead of two float32 vectors."""
         kind = torch.float64 if self.form.robust else self.dtype
         return torch.zeros(self.voxels + 1, dtype=kind, device=self.device)
 
     def start(self, x: Any) -> None:
+        """Set x to the potential of a uniform volume."""
         axis, (first, last) = self.geometry[7], self.geometry[8:10]
         for piece in self._pieces:
             w = _Window(self, piece, 0)
@@ -159,20 +199,24 @@ class DeviceSystem(System):
             x[w.places] = w.mask * ramp
 
     def find_residual(self, x: Any, r: Any) -> None:
+        """Set r = sources - A x."""
         r.zero_()
         for piece in self._pieces:
             self._subtract_applied(piece, x, 1.0, 1.0, r)
 
     def turn(self, p: Any, z: Any, beta: float) -> float:
+        """Set p = z + β p, and return its energy."""
         p.mul_(beta).add_(z)
         return self.energy(p, 0.0)
 
     def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
+        """Set x += α p and r -= α A p."""
         x.add_(p, alpha=alpha)
         for piece in self._pieces:
             self._subtract_applied(piece, p, alpha, 0.0, r)
 
     def precondition(self, r: Any, z: Any) -> float:
+        """Set z = M⁻¹ r, and return r · z."""
         self._cycle.b.zero_()
         for piece in self._pieces:
             self._sweep_down(piece, r)
@@ -180,6 +224,7 @@ class DeviceSystem(System):
         return float(torch.stack([self._sweep_up(piece, r, z) for piece in self._pieces]).sum())
 
     def energy(self, x: Any, end: float) -> float:
+        """Return the energy that x dissipates, with the far face at the potential `end`."""
         return float(torch.cat([self._heats(piece, x, end) for piece in self._pieces]).sum())
 
     # What one piece takes is dropped on return, before the next one.
@@ -195,7 +240,7 @@ class DeviceSystem(System):
         self._cycle.b.index_add_(0, w.parts_of_places(0).view(-1), of_places.view(-1))
 
     def _sweep_up(self, piece: Piece, r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """z of the piece; its part of r · z."""
+        """Set z of the piece, and return its part of r · z."""
         w = _Window(self, piece, 3)
         R, D = r[w.inner(w.places, 1)], w.inverse_diagonal()
         A = R * D
@@ -212,7 +257,7 @@ class DeviceSystem(System):
         return _total(Z.mul_(R))
 
     def _heats(self, piece: Piece, x: torch.Tensor, end: float) -> torch.Tensor:
-        """Dissipated in the piece and the faces on its + sides, in parts."""
+        """Return the energy dissipated in the piece and the faces on its + sides, in parts."""
         w = _Window(self, piece, 1)
         V, here, after = x[w.places], slice(1, -1), slice(2, None)
         sums = [w.heat(V, (here, here), beyond, axis) for axis, beyond in enumerate(((after, here), (here, after)))]
@@ -245,7 +290,7 @@ def _inner(t: torch.Tensor) -> torch.Tensor:
 
 
 def _total(t: torch.Tensor) -> torch.Tensor:
-    """Rows in float32, their sums in float64: all in float64 would need a copy of t."""
+    """Sum rows in float32, and their sums in float64: all in float64 would need a copy of t."""
     return t.sum(-1).sum(dtype=torch.float64)
 
 
@@ -297,22 +342,23 @@ class _Window:
             )
 
     def _wrapped(self, begin: int, end: int, number: int, periodic: int) -> tuple[torch.Tensor, slice]:
-        """Indices that stand for begin … end - 1, and those of them that stand for themselves or wrap."""
+        """Return the indices that stand for begin … end - 1, and which of them stand for themselves or wrap."""
         at = torch.arange(begin, end, device=self._system.device)
         if periodic:
             return at.remainder_(number), slice(0, end - begin)
         return at.clamp_(0, number - 1), slice(max(0, -begin), min(end, number) - begin)
 
     def inner(self, t: torch.Tensor, by: int) -> torch.Tensor:
+        """Return t without `by` planes and rows of its margin."""
         return t[by : t.shape[0] - by, by : t.shape[1] - by]
 
     def red(self, like: torch.Tensor) -> torch.Tensor:
-        """Voxels with even z + y + x; a window's z and y begin both even or both odd."""
+        """Mark the voxels with even z + y + x; a window's z and y begin both even or both odd."""
         z, y, x = (torch.arange(n, device=self._system.device) & 1 for n in like.shape)
         return (z[:, None] ^ y).unsqueeze(-1) == x
 
     def around(self, v: torch.Tensor) -> torch.Tensor:
-        """Sum over the six neighbours of conductance × v; one plane and row of margin less."""
+        """Sum conductance × v over the six neighbours; the result has one plane and row of margin less."""
         system, own = self._system, _inner(v)
         if self._between is None:
             gz, gy, gx = map(float, system.g)
@@ -337,7 +383,7 @@ class _Window:
         return s
 
     def outflow(self, v: torch.Tensor) -> torch.Tensor:
-        """Sum of the currents to the six neighbours; one plane and row of margin less."""
+        """Sum the currents to the six neighbours; the result has one plane and row of margin less."""
         system, own, less = self._system, _inner(v), (len(self.mask) - len(v)) // 2
         mask = self.inner(self.mask, less)
         s, here = torch.zeros_like(own), slice(1, -1)
@@ -363,18 +409,25 @@ class _Window:
         return s
 
     def diagonal(self) -> torch.Tensor:
-        """Sum of the conductances, those to the faces included; anything where nothing conducts."""
+        """Sum the conductances of each voxel, those to the faces included.
+
+        The values where nothing conducts have no meaning.
+        """
         d = self.around(self.mask.to(self._system.dtype))
         for place, conductance, _ in self.faces(1, 0.0):
             d[place] += conductance
         return d
 
     def inverse_diagonal(self) -> torch.Tensor:
+        """Return 1 / `diagonal`, 0 where nothing conducts."""
         return self.diagonal().reciprocal_().masked_fill_(~_inner(self.mask), 0.0)
 
     def faces(self, cut: int, end: float) -> list[tuple[Any, Any, float]]:
-        """Of the two outer faces, where they are in the window less `cut` of its margin: the place of their voxels,
-        the conductance to them, and their potentials, 0 and `end`."""
+        """Find the two outer faces in the window less `cut` of its margin.
+
+        Returns, for each face that is there, the place of its voxels, the conductance to them, and its potential, 0 or
+        `end`.
+        """
         system, found = self._system, []
         axis, g = system.geometry[7], float(system.g[system.geometry[7]])
         begin = self._piece[2 * axis] - self._margin + cut if axis < 2 else 0
@@ -387,7 +440,10 @@ class _Window:
         return found
 
     def heat(self, v: torch.Tensor, voxels: Any, neighbours: Any, axis: int) -> torch.Tensor:
-        """Dissipated over the faces between some voxels and their neighbours along an axis; 3: across the sides, x."""
+        """Return the energy dissipated over the faces between some voxels and their neighbours along an axis.
+
+        Axis 3 stands for the faces across the sides along x.
+        """
         drop = (v[neighbours] - v[voxels]).mul_(self.mask[neighbours]).mul_(self.mask[voxels]).square_()
         if self._between is None:
             return _total(drop).mul_(float(self._system.g[min(axis, 2)]))
@@ -396,9 +452,9 @@ class _Window:
         return _total(drop.mul_(between.view(drop.shape) if axis == 3 else between))
 
     def parts_of_places(self, margin: int) -> torch.Tensor:
-        """(place, z, y, x of cells): the part of each voxel at the system's places; anything where nothing conducts.
+        """Return the part of each voxel at the system's places, (place, z, y, x of cells).
 
-        margin: an even one.
+        The values where nothing conducts have no meaning. `margin` must be even.
         """
         system, by, step = self._system, self._margin - margin, self._system.step
         mask = self.inner(self.mask, by)
@@ -443,11 +499,12 @@ class _Level:
 
     @property
     def bytes(self) -> int:
+        """Bytes on the device."""
         arrays = (self.diagonal, self.places, self.values, *self.more, self.to_faces, self.parent, self.b, self.x)
         return sum(t.nbytes for t in arrays if t is not None)
 
     def around(self, begin: int, end: int) -> torch.Tensor:
-        """b + the sum over neighbours of conductance × x, of red parts (from 0 to `red`), black ones or all."""
+        """Return b + the sum over neighbours of conductance × x, of red parts (from 0 to `red`), black ones or all."""
         s = self.b[begin:end].clone()
         for places, values in zip(self.places, self.values, strict=True):
             s.addcmul_(values[begin:end], self.x.index_select(0, places[begin:end]))
@@ -459,7 +516,10 @@ class _Level:
         return s
 
     def residual(self, end: int) -> torch.Tensor:
-        """Of the first parts; of a robust level as the sum of currents (see `coarse.restrict`)."""
+        """Return the residual of the first `end` parts.
+
+        That of a robust level is a sum of currents (see `coarse.restrict`).
+        """
         if self.to_faces is None:
             return self.around(0, end).addcmul_(self.diagonal[:end], self.x[:end], value=-1)
         s, own = self.b[:end].addcmul(self.to_faces[:end], self.x[:end], value=-1), self.x[:end]
@@ -472,6 +532,7 @@ class _Level:
         return s
 
     def sweep(self, begin: int, end: int) -> None:
+        """Relax the parts begin … end - 1: red ones, black ones or all."""
         if end > begin:
             torch.div(self.around(begin, end), self.diagonal[begin:end], out=self.x[begin:end])
 
@@ -480,7 +541,7 @@ class _Cycle:
     """The coarse levels and their W-cycle (`coarse.cycle`), the lowest of them as one matrix."""
 
     def __init__(self, levels: list[Level], threads: Threads, device: torch.device) -> None:
-        """Empties `levels`."""
+        """Move the levels to the device; `levels` is emptied."""
         at = next((i for i, level in enumerate(levels) if level.parts <= MATRIX), len(levels) - 1)
         lowest = levels[at]
         self._matrix: torch.Tensor | None = None
@@ -500,10 +561,11 @@ class _Cycle:
 
     @property
     def bytes(self) -> int:
+        """Bytes on the device."""
         return sum(level.bytes for level in self._levels) + (0 if self._matrix is None else self._matrix.nbytes)
 
     def run(self, at: int = 0) -> None:
-        """x ≈ A⁻¹ b of a level."""
+        """Set x ≈ A⁻¹ b on a level."""
         level = self._levels[at]
         red, parts, x, b = level.red, level.parts, level.x, level.b
         if at + 1 == len(self._levels):

@@ -1,7 +1,7 @@
 """Blocks solved alone and put together: an estimate without a bound, for comparison with others who do so.
 
-Cut at its faces, a pore that winds through several blocks is lost, and one that ends within a block counts as through.
-`bench/transport.py --blocks` measures how far off that is, and docs/transport.md has the table.
+Blocks are cut at their faces. A pore that winds through several blocks is lost, and one that ends within a block counts
+as through. `bench/transport.py --blocks` measures how far off that is, and docs/transport.md has the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ UNRELIABILITY = (
 
 @dataclass(frozen=True)
 class Blocks:
-    """D_rel of every block along each axis, (axis, z, y, x), and lengths of the blocks along each axis in voxels."""
+    """Results of all blocks of a volume.
+
+    `d_rel` is D_rel of every block along each axis, (axis, z, y, x). `lengths` are those of the blocks along each axis,
+    in voxels.
+    """
 
     d_rel: np.ndarray
     lengths: tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -34,13 +38,26 @@ class Blocks:
     converged: bool
 
     def mean(self, axis: int) -> float:
-        """Of all blocks by volume."""
+        """Return the mean of D_rel over all blocks, by volume."""
         z, y, x = self.lengths
         volume = z[:, None, None] * y[:, None] * x
         return float((self.d_rel[axis] * volume).sum() / volume.sum())
 
     def network(self, axis: int, spacing: Sequence[float]) -> float:
-        """D_rel of the blocks as resistors between their centres, outer faces as of the whole volume."""
+        """Return D_rel of the blocks as resistors between their centres, outer faces as of the whole volume.
+
+        Parameters
+        ----------
+        axis : int
+            Axis of the transport.
+        spacing : sequence of float
+            Voxel edges z, y, x.
+
+        Returns
+        -------
+        float
+            0 where no path of blocks leads from face to face.
+        """
         shape = self.d_rel.shape[1:]
         edges = [np.asarray(n, float) * h for n, h in zip(self.lengths, spacing, strict=True)]
         index, halves = np.arange(np.prod(shape)).reshape(shape), []
@@ -84,7 +101,25 @@ def solve_blocks(
     conductivity: Mapping[int, float],
     **settings: Any,
 ) -> Blocks:
-    """Every block of edge³ voxels alone, along all three axes; settings as of `solve`."""
+    """Solve every block of edge³ voxels alone, along all three axes.
+
+    Parameters
+    ----------
+    read : callable
+        read(box) returns labels (z, y, x), uint8.
+    shape : sequence of int
+        Voxels of the volume z, y, x.
+    edge : int
+        Edge of a block in voxels.
+    conductivity : mapping
+        Positive conductivities of the labels that conduct.
+    settings
+        As of `solve`.
+
+    Returns
+    -------
+    Blocks
+    """
     ends = [[*range(0, n, edge), n] for n in shape]
     # A last block of one voxel has no direction through it.
     ends = [[*e[:-2], e[-1]] if len(e) > 2 and e[-1] - e[-2] < 2 else e for e in ends]

@@ -1,8 +1,8 @@
 """The finest level: voxels, of which vectors hold only the conducting ones, in the order z, y, x.
 
-Bits say which voxels conduct. A kernel works on a unit, a box of whole z and y ranges: it marches along z with a few
+Bits say which voxels conduct. A kernel works on a unit, a box of whole z and y ranges. It marches along z with a few
 planes of its rows spread out into scratch memory, where a row is a plain array with zeros at insulating voxels.
-Red voxels are those with even z + y + x; a sweep updates one colour from the other, so no order of units can change a
+Red voxels are those with even z + y + x. A sweep updates one colour from the other, so no order of units can change a
 bit of the result. A sweep from zero and its reverse need no vector between them: what lies in between follows from the
 residual and the coarse correction.
 
@@ -49,13 +49,16 @@ EVEN, ODD = 0x5555, 0xAAAA
 
 
 def scratch_floats(rows: int, words: int) -> int:
-    """Scratch memory of one array of a unit of so many rows; a kernel has five, and three for conductances."""
+    """Return the elements of one scratch array of a unit of so many rows.
+
+    A kernel has five such arrays, and three more for conductances.
+    """
     return (rows + 2 * MARGIN) * (2 * PAD + 16 * words) * RING
 
 
 @compiled
 def pack(labels, conducts, bits, z0, z1):
-    """bits of the planes z0 … z1 - 1 of labels (z, y, x): those voxels whose label `conducts`."""
+    """Set the bits of the planes z0 … z1 - 1 of labels (z, y, x) where `conducts` holds for a voxel's label."""
     rows, columns = labels.shape[1:]
     for z in range(z0, z1):
         for y in range(rows):
@@ -68,7 +71,7 @@ def pack(labels, conducts, bits, z0, z1):
 
 @compiled
 def count_rows(bits, counts, z0, z1):
-    """counts (planes, rows): conducting voxels of each row."""
+    """Count the conducting voxels of each row into `counts` (planes, rows)."""
     for z in range(z0, z1):
         for y in range(counts.shape[1]):
             n = 0
@@ -90,7 +93,7 @@ def _zero_row(buffer, at, words):
 
 @inlined
 def _close_row(buffer, at, columns, periodic):
-    """The voxels before the first and after the last."""
+    """Set the voxels before the first and after the last: those of the opposite end, or 0."""
     buffer[at - 1] = buffer[at + columns - 1] if periodic else np.float32(0)
     buffer[at + columns] = buffer[at] if periodic else np.float32(0)
 
@@ -107,8 +110,10 @@ def _spread_row(vector, rows, bits, z, y, geometry, buffer, at):
 
 @inlined
 def _spread_plane(v, low, rows, bits, z, y0, below, height, geometry, V, L, plane, width):
-    """Plane z of v, and of low where it is not None, into the rings V and L: `below` rows before the unit's own rows,
-    these, and one row after."""
+    """Spread plane z of v into the ring V, and that of `low`, where it is not None, into the ring L.
+
+    The rows are `below` rows before the unit's own rows, these, and one row after.
+    """
     zz = wrapped(z, geometry[0], geometry[4])
     for j in range(MARGIN - below, height + MARGIN + 1):
         y, o = wrapped(y0 + j - MARGIN, geometry[1], geometry[5]), (z & 3) * plane + j * width + PAD
@@ -124,7 +129,7 @@ def _spread_plane(v, low, rows, bits, z, y0, below, height, geometry, V, L, plan
 
 @inlined
 def _masks(bits, z, y, k, geometry):
-    """Which of 16 voxels conduct, and which conduct and have a conducting neighbour at x - 1 and x + 1."""
+    """Return which of 16 voxels conduct, and which conduct and have a conducting neighbour at x - 1 and at x + 1."""
     own = np.int64(bits[z + 1, y + 1, k + 1])
     left = (own << 1 | np.int64(bits[z + 1, y + 1, k]) >> 15) & own
     right = (own >> 1 | (np.int64(bits[z + 1, y + 1, k + 2]) & 1) << 15) & own
@@ -139,7 +144,7 @@ def _masks(bits, z, y, k, geometry):
 
 @inlined
 def _faces(z, y, k, geometry):
-    """Which of 16 voxels lie at the face of potential 0, and of potential 1."""
+    """Return which of 16 voxels lie at the face of potential 0, and which at that of potential 1."""
     axis, first, last = geometry[7], geometry[8], geometry[9]
     if axis == 0:
         return (0xFFFF if z == first else 0), (0xFFFF if z == last else 0)
@@ -150,7 +155,7 @@ def _faces(z, y, k, geometry):
 
 @compiled
 def _face_conductance(z, y, k, geometry, g, labels, resistance, buffer):
-    """From 16 voxel centres to a face half a voxel away."""
+    """Return the conductances from 16 voxel centres to a face half a voxel away."""
     if labels is None:
         return splat(g[geometry[7]] + g[geometry[7]])
     for i in range(16):
@@ -162,7 +167,10 @@ def _face_conductance(z, y, k, geometry, g, labels, resistance, buffer):
 
 @compiled
 def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, width):
-    """With several conductivities: of the faces towards x - 1, y - 1 and z - 1 of plane z, three rings of `buffer`."""
+    """Fill three rings of `buffer` with conductances of plane z, for several conductivities.
+
+    The rings hold those of the faces towards x - 1, y - 1 and z - 1.
+    """
     columns, infinite = geometry[2], resistance.dtype.type(np.inf)
     here, below = wrapped(z, labels.shape[0], geometry[4]), wrapped(z - 1, labels.shape[0], geometry[4])
     for j in range(rows + 2 * MARGIN):
@@ -200,7 +208,10 @@ def _conductances(z, y0, rows, geometry, g, labels, resistance, buffer, size, wi
 
 @inlined
 def _around(v, back, here, front, width, g, c, size):
-    """Sum over the six neighbours of conductance × v, at 16 voxels; offsets of the three planes in the ring."""
+    """Sum conductance × v over the six neighbours, at 16 voxels.
+
+    `back`, `here` and `front` are offsets of the three planes in the ring.
+    """
     if c is None:
         x = add(load(v, here - 1), load(v, here + 1))
         y = add(load(v, here - width), load(v, here + width))
@@ -215,7 +226,7 @@ def _around(v, back, here, front, width, g, c, size):
 
 @inlined
 def _diagonal(bits, z, y, k, here, front, geometry, g, labels, resistance, width, c, size, few):
-    """Sum of the conductances at 16 voxels, those to the faces included, and which of them conduct."""
+    """Sum the conductances at 16 voxels, those to the faces included, and return which of the voxels conduct."""
     own, left, right = _masks(bits, z, y, k, geometry)
     if c is None:
         d = add(keep(splat(g[2]), left), keep(splat(g[2]), right))
@@ -240,7 +251,7 @@ def _diagonal(bits, z, y, k, here, front, geometry, g, labels, resistance, width
 
 @inlined
 def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, size, few, here, front, R, D):
-    """Spread a row of r, and the inverse of its diagonal."""
+    """Spread a row of r into R, and write the inverse of its diagonal to D."""
     at = rows[z * geometry[1] + y]
     for k in range(geometry[3]):
         d, own = _diagonal(
@@ -253,7 +264,10 @@ def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, 
 
 @compiled
 def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scratch, c):
-    """coarse = what a red then black Gauss–Seidel sweep from zero leaves of the residual r, summed over each part."""
+    """Sweep from zero and set `coarse` to the rest of the residual r, summed over each part.
+
+    The sweep is Gauss–Seidel, red then black. The rest is what it leaves of r.
+    """
     z0, z1, y0, y1 = unit
     planes, rows_all, columns, words = geometry[:4]
     width, height = 2 * PAD + 16 * words, y1 - y0
@@ -329,7 +343,7 @@ def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels
 def sweep_up(
     unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scale, z_out, scratch, c
 ):
-    """z_out = the sweep of `sweep_down` plus scale × the coarse correction, then the reverse sweep.
+    """Set z_out to the sweep of `sweep_down` plus scale × the coarse correction, then the reverse sweep.
 
     Returns the sum of r · z_out.
     """
@@ -429,17 +443,21 @@ def sweep_up(
 
 @inlined
 def _drop(V, L, low, to, from_):
-    """Difference of the potentials V + L, or V where low is None, of 16 voxels at `to` and those at `from_`."""
+    """Return the differences of the potentials of 16 voxels at `to` and those at `from_`.
+
+    The potential is V + L, or V where `low` is None.
+    """
     drop = subtract(load(V, to), load(V, from_))
     return drop if low is None else add(drop, subtract(load(L, to), load(L, from_)))
 
 
 @compiled
 def energy(unit, geometry, g, bits, rows, labels, resistance, v, low, end, scratch, c):
-    """Dissipated by v in the unit's voxels and the faces on their + sides, with the last face at potential `end`.
+    """Return the energy that v dissipates in the unit's voxels and the faces on their + sides.
 
-    low: None, or the second of two float32 vectors whose sum is the potential. float32 subtracts two nearly equal
-    numbers without error, so a difference of v plus a difference of low has seven digits.
+    The last face is at potential `end`. `low` is None, or the second of two float32 vectors whose sum is the potential.
+    float32 subtracts two nearly equal numbers without error, so a difference of v plus a difference of low has seven
+    digits.
     """
     z0, z1, y0, y1 = unit
     words = geometry[3]
@@ -490,7 +508,7 @@ def energy(unit, geometry, g, bits, rows, labels, resistance, v, low, end, scrat
 
 @compiled
 def unpack(geometry, bits, rows, v, z0, out):
-    """Planes z0 … of v as out (z, y, x), insulating voxels left as they are."""
+    """Write planes z0 … of v to `out` (z, y, x), with insulating voxels left as they are."""
     for z in range(z0, z0 + out.shape[0]):
         for y in range(out.shape[1]):
             at = rows[z * geometry[1] + y]
@@ -504,7 +522,7 @@ def unpack(geometry, bits, rows, v, z0, out):
 
 @compiled
 def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha, end, r, scratch, c):
-    """r -= alpha × (A p - b), where b is what the last face at potential `end` sends in."""
+    """Set r -= alpha × (A p - b), where b is what the last face at potential `end` sends in."""
     z0, z1, y0, y1 = unit
     rows_all, words = geometry[1], geometry[3]
     width, height = 2 * PAD + 16 * words, y1 - y0
@@ -544,7 +562,7 @@ def subtract_applied(unit, geometry, g, bits, rows, labels, resistance, p, alpha
 
 @compiled
 def subtract_outflow(unit, geometry, g, bits, rows, labels, resistance, p, low, alpha, end, r, scratch, c):
-    """As `subtract_applied`, from differences of potentials; of p, or p + low where low is not None.
+    """Compute as `subtract_applied`, from differences of potentials; of p, or p + low where low is not None.
 
     Where conductances differ by many orders of magnitude, diagonal × p minus the sum over neighbours has no correct
     digit. The sum of the currents to the neighbours has the precision of the largest current.
@@ -602,7 +620,7 @@ def subtract_outflow(unit, geometry, g, bits, rows, labels, resistance, p, low, 
 
 @compiled
 def add_two_floats(high, low, p, alpha, begin, end):
-    """high + low += alpha · p, elements begin … end - 1; high holds the sum as float32, low the remainder."""
+    """Add alpha · p to high + low, elements begin … end - 1; high holds the sum as float32, low the remainder."""
     for i in range(begin, end):
         value = np.float64(high[i]) + np.float64(low[i]) + alpha * np.float64(p[i])
         high[i] = value
@@ -611,7 +629,7 @@ def add_two_floats(high, low, p, alpha, begin, end):
 
 @compiled
 def fill_ramp(geometry, bits, rows, v, z0, z1):
-    """The potential of a uniform volume, voxels of planes z0 … z1 - 1."""
+    """Set v to the potential of a uniform volume, voxels of planes z0 … z1 - 1."""
     axis, first, last = geometry[7], geometry[8], geometry[9]
     for z in range(z0, z1):
         for y in range(geometry[1]):
@@ -627,6 +645,6 @@ def fill_ramp(geometry, bits, rows, v, z0, z1):
 
 @compiled
 def add_scaled(y, x, scale_y, scale_x, begin, end):
-    """y = scale_y · y + scale_x · x, elements begin … end - 1."""
+    """Set y = scale_y · y + scale_x · x, elements begin … end - 1."""
     for i in range(begin, end):
         y[i] = scale_y * y[i] + scale_x * x[i]

@@ -32,7 +32,7 @@ BYTES_PER_AGGREGATE = 108
 
 @dataclass(frozen=True)
 class Form:
-    """How a system is solved.
+    """Form in which a system is solved.
 
     Attributes
     ----------
@@ -60,7 +60,7 @@ class Form:
         resistance: np.ndarray | None = None,
         in_float64: bool = False,
     ) -> Form:
-        """The form for a volume.
+        """Choose the form for a volume.
 
         Parameters
         ----------
@@ -72,6 +72,10 @@ class Form:
             Half a voxel's resistance by label, inf where a label does not conduct. None for one conductivity.
         in_float64 : bool
             Use the robust form in float64 whatever voxels and conductivities are.
+
+        Returns
+        -------
+        Form
         """
         z, y, x = map(float, spacing)
         several = [h for h, n in zip((z, y, x), shape, strict=True) if n > 1] or [1.0]
@@ -81,7 +85,17 @@ class Form:
         return cls((z, y, x), robust, np.float64 if wide else np.float32, resistance is not None)
 
     def step(self, cells: Sequence[int]) -> tuple[int, int, int]:
-        """How many cells of this level make one of the next along z, y, x: 1 or 2. cells: number along each axis."""
+        """Return how many cells of this level make one of the next along z, y, x: 1 or 2 each.
+
+        Parameters
+        ----------
+        cells : sequence of int
+            Number of cells along each axis.
+
+        Returns
+        -------
+        tuple of int
+        """
         if not self.robust:
             return 2, 2, 2
         left = [h for h, n in zip(self.pitch, cells, strict=True) if n > 1]
@@ -90,12 +104,13 @@ class Form:
         return z, y, x
 
     def after(self, step: Sequence[int]) -> Form:
-        """The form on the next level."""
+        """Return the form on the next level."""
         z, y, x = (h * s for h, s in zip(self.pitch, step, strict=True))
         return Form((z, y, x), self.robust, self.dtype, self.several)
 
     @property
     def correction(self) -> float:
+        """Factor of a coarse correction."""
         return ROBUST_CORRECTION if self.robust else PLAIN_CORRECTION
 
     @property
@@ -109,7 +124,7 @@ class Form:
         return 32 if self.dtype is np.float64 else 20 if self.robust else 16
 
     def bytes_of_levels(self, shape: Sequence[int]) -> float:
-        """Bytes of all coarse levels and their set-up for a conducting voxel of a volume, at most.
+        """Return the bytes of all coarse levels and their set-up for a conducting voxel of a volume, at most.
 
         A cell of v voxels holds about 1.25 aggregates; with several conductivities in the robust form, twice as many.
         """
@@ -125,7 +140,7 @@ class Form:
 
 
 def contrast(resistance: np.ndarray | None) -> float:
-    """The lowest conductivity over the highest."""
+    """Return the lowest conductivity over the highest."""
     if resistance is None:
         return 1.0
     finite = resistance[np.isfinite(resistance)]

@@ -35,52 +35,77 @@ class System(Voxels, Solver):
 
     @property
     def bytes(self) -> int:
+        """Bytes held for a solve, vectors included."""
         own = (self.bits, self.cells, self.rows)
         levels = sum(level.bytes for level in self.levels)
         return sum(a.nbytes for a in own) + levels + self.form.bytes_of_vectors * self.voxels
 
     def vector(self) -> np.ndarray:
+        """Make a vector of zeros."""
         return np.zeros(self.voxels, self.form.dtype)
 
     def solution(self) -> Any:
+        """Make zeros for x: one vector, or two where `form.two_floats`."""
         return (self.vector(), self.vector()) if self.form.two_floats else self.vector()
 
     def start(self, x: Any) -> None:
+        """Set x to the potential of a uniform volume."""
         self.fill_ramp(x)
 
     def find_residual(self, x: Any, r: np.ndarray) -> None:
+        """Set r = sources - A x."""
         r[:] = 0
         self.subtract_applied(x, 1.0, 1.0, r)
 
     def energy(self, x: Any, end: float) -> float:
+        """Return the energy that x dissipates, with the far face at the potential `end`."""
         return sum(self.energies(x, end))
 
     def precondition(self, r: np.ndarray, z: np.ndarray) -> float:
+        """Set z = M⁻¹ r, and return r · z."""
         first = self.levels[0]
         self.sweep_down(r, first.b)
         coarse.cycle(self.levels, 0, self.threads.each)
         return sum(self.sweep_up(r, first.x, z))
 
     def turn(self, p: np.ndarray, z: np.ndarray, beta: float) -> float:
+        """Set p = z + β p, and return its energy."""
         self.add_scaled(p, z, beta, 1.0)
         return self.energy(p, 0.0)
 
     def advance(self, x: Any, r: np.ndarray, p: np.ndarray, alpha: float) -> None:
+        """Set x += α p and r -= α A p."""
         self.add_to_solution(x, p, alpha)
         self.subtract_applied(p, alpha, 0.0, r)
 
     def mean_conductivity(self, of_label: np.ndarray) -> float:
-        """Over the volume, of the voxels that take part."""
+        """Return the mean conductivity over the volume, of the voxels that take part."""
         return self.conductivity(of_label) / prod(self.shape)
 
     def profile(self, x: Any, of_label: np.ndarray) -> np.ndarray:
+        """Return tau of each layer along the axis (see `voxels.tau_of_layers`)."""
         return tau_of_layers(*self.layers(x, of_label))
 
 
 def hierarchy(level: Level, graph: Graph, form: Form, periodic: Sequence[bool], threads: Threads) -> list[Level]:
-    """Levels from a first one down to one that is small enough for its inverse, or its LU factors.
+    """Make the levels from a first one down to one that is small enough for its inverse, or its LU factors.
 
-    graph, form: of the first level.
+    Parameters
+    ----------
+    level : Level
+        The first level.
+    graph : Graph
+        The graph of the first level.
+    form : Form
+        The form on the first level.
+    periodic : sequence of bool
+        Axes z, y, x whose sides meet.
+    threads : Threads
+        Runs the kernels.
+
+    Returns
+    -------
+    list of Level
     """
     levels, robust = [level], form.robust
     while levels[-1].parts > DENSE:

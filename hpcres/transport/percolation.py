@@ -1,4 +1,7 @@
-"""Which voxels conduct at all: the clusters that touch both faces. Settled before any solve."""
+"""Percolation: the clusters of conducting voxels that touch both faces.
+
+They are found before any solve.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ def _count(cells, counts, z0, z1):
 
 @compiled
 def _join_cells(up, cell, own, other, beyond, bit, near):
-    """Two neighbouring cells whose parts begin at `own` and `beyond`; `other` lies in + direction."""
+    """Join the parts of two neighbouring cells that touch.
+
+    The parts begin at `own` and `beyond`; `other` lies in + direction.
+    """
     touching = cell >> bit & other & near
     if PARTS[cell] == 1 and PARTS[other] == 1:
         if touching:
@@ -72,7 +78,7 @@ def _join_rows(cells, starts, up, z0, z1, only_across):
 
 @compiled
 def _line(cells, starts, z, y, columns, parts):
-    """The parts of a row of voxels, -1 where they insulate."""
+    """Set `parts` to the parts of a row of voxels, -1 where they insulate."""
     at = starts[(z >> 1) * cells.shape[1] + (y >> 1)]
     for x in range(columns):
         cell = cells[z >> 1, y >> 1, x >> 1]
@@ -84,7 +90,7 @@ def _line(cells, starts, z, y, columns, parts):
 
 @compiled
 def _join_sides(cells, starts, up, shape, axis):
-    """Join what meets across the two sides normal to `axis`."""
+    """Join the parts that meet across the two sides normal to `axis`."""
     a, b = np.empty(shape[2], np.int64), np.empty(shape[2], np.int64)
     for i in range(shape[1 if axis == 0 else 0]):
         if axis == 2:
@@ -106,14 +112,14 @@ def _join_sides(cells, starts, up, shape, axis):
 
 @compiled
 def _flatten(up, begin, end):
-    """Point every part at its root; parts before their roots never occur."""
+    """Point every part at its root; the number of a root is never above those of its parts."""
     for i in range(begin, end):
         up[i] = root(up, i)
 
 
 @compiled
 def _mark_faces(cells, starts, up, shape, touches):
-    """touches[root]: bit 2 a for the first face normal to axis a, bit 2 a + 1 for the last."""
+    """Set the bits of touches[root]: bit 2 a for the first face normal to axis a, bit 2 a + 1 for the last."""
     line, rows, columns = np.empty(shape[2], np.int64), cells.shape[1], cells.shape[2]
     for z in range(shape[0]):
         for y in range(shape[1]):
@@ -142,7 +148,7 @@ def _mark_faces(cells, starts, up, shape, touches):
 
 @compiled
 def _select(cells, starts, up, touches, both, bits, z0, z1):
-    """bits of the clusters that touch both faces; returns voxels of the others."""
+    """Set the bits of the clusters that touch both faces; return the number of voxels of the others."""
     left_out = 0
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
@@ -165,7 +171,7 @@ def _select(cells, starts, up, touches, both, bits, z0, z1):
 
 @compiled
 def _count_roots(up, touches, both, begin, end):
-    """Clusters that do not touch both faces."""
+    """Count the clusters that do not touch both faces."""
     n = 0
     for i in range(begin, end):
         n += up[i] == i and touches[i] & both != both
@@ -174,7 +180,7 @@ def _count_roots(up, touches, both, begin, end):
 
 @compiled
 def _name(cells, starts, up, z, numbers):
-    """numbers (y, x): the root of each voxel of plane z, -1 where nothing conducts."""
+    """Set `numbers` (y, x) to the root of each voxel of plane z, -1 where nothing conducts."""
     line = np.empty(numbers.shape[1], np.int64)
     for y in range(numbers.shape[0]):
         _line(cells, starts, z, y, numbers.shape[1], line)
@@ -184,7 +190,7 @@ def _name(cells, starts, up, z, numbers):
 
 @dataclass(frozen=True)
 class Through:
-    """The voxels whose clusters touch both faces, and what was left out."""
+    """The voxels whose clusters touch both faces, and the number of clusters and voxels left out."""
 
     bits: np.ndarray
     voxels: int
@@ -229,20 +235,21 @@ class Clusters:
 
     @property
     def planes(self) -> int:
+        """Number of planes of voxels."""
         return self._size[0]
 
     def plane(self, z: int) -> np.ndarray:
-        """The number of the cluster of each voxel of a plane (y, x), -1 where nothing conducts."""
+        """Return the number of the cluster of each voxel of a plane (y, x), -1 where nothing conducts."""
         numbers = np.empty(self._size[1:], np.int64)
         _name(self._cells, self._starts, self._up, z, numbers)
         return numbers
 
     def is_slab(self, first: bool, last: bool) -> None:
-        """The planes at its ends are faces of the volume only where it says so."""
+        """Say whether the first and the last plane are faces of the volume; by default both are."""
         self._touches &= np.uint8(60 | first | 2 * last)
 
     def through(self, axis: int) -> Through:
-        """What conducts from one face normal to `axis` to the other."""
+        """Find what conducts from one face normal to `axis` to the other."""
         both = 3 << 2 * axis
         bits = np.zeros(self._shape, np.uint16)
         deep, each = self._cells.shape[0], self._threads.each
@@ -257,7 +264,7 @@ class Clusters:
 
 @compiled
 def _groups(a, b, up):
-    """up: the first member of every node's group, where a[i] and b[i] are in one group."""
+    """Set `up` to the first member of every node's group, where a[i] and b[i] are in one group."""
     for i in range(len(up)):
         up[i] = i
     for i in range(len(a)):
@@ -272,8 +279,19 @@ _SLAB = 1 << 44  # above any number of parts of one slab
 def join_clusters(place: Any, found: list[Clusters], periodic: bool) -> list[int]:
     """Mark which faces of the volume the clusters of each slab touch through other slabs.
 
-    place: a `slabs.Place`. Returns, for each axis, how many clusters were counted in more than one slab, of those that
-    do not touch both faces.
+    Parameters
+    ----------
+    place : slabs.Place
+        Where the slabs are.
+    found : list of Clusters
+        The clusters of each slab here.
+    periodic : bool
+        Whether the first and the last slab meet.
+
+    Returns
+    -------
+    list of int
+        For each axis, how many clusters were counted in more than one slab, of those that do not touch both faces.
     """
     last = [one.plane(one.planes - 1) for one in found]
     pairs, flags = [], []

@@ -1,4 +1,7 @@
-"""One slab on each rank; vectors are exchanged plane by plane. No MPI is imported: a communicator is an argument."""
+"""One slab on each rank; vectors are exchanged plane by plane.
+
+No MPI is imported: a communicator is an argument.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _MESSAGE = 1 << 30  # bytes; MPI counts with 31 bits
 
 
 class RankPlace(Place):
-    """`comm`: an mpi4py communicator with one rank a slab."""
+    """One slab on each rank of `comm`, an mpi4py communicator."""
 
     def __init__(self, comm: Any, extents: list[Extent]) -> None:
         assert comm.Get_size() == len(extents)
@@ -30,14 +33,17 @@ class RankPlace(Place):
         self._level: Level | None = None
 
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
+        """Run each stage on the slab of this rank."""
         for stage in stages:
             for slab in slabs:
                 stage(slab)
 
     def everyone(self, values: list[Any]) -> list[Any]:
+        """Return the values of all ranks."""
         return self.comm.allgather(values[0])
 
     def to_first(self, values: list[Any]) -> list[Any] | None:
+        """Return the values of all ranks on the first one, and None on the others."""
         # A gather of pickles ends at 2 GiB in all, so that arrays go by themselves, rank after rank.
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(values[0], protocol=5, buffer_callback=buffers.append)
@@ -58,12 +64,15 @@ class RankPlace(Place):
         return found
 
     def vector(self, slabs: Sequence[Slab], kind: int) -> RankVector:
+        """Make a vector of zeros."""
         return RankVector(self, slabs[0], kind)
 
     def hold(self, bits: list[np.ndarray]) -> None:
+        """Hold the bits of the own planes."""
         self._bits = bits[0]
 
     def with_neighbours(self, number: int) -> np.ndarray:
+        """Return the slab's bits with those of its neighbours, received from their ranks."""
         extent, own = self.extents[number], self._bits
         bits = np.zeros((extent.planes + 2, *own.shape[1:]), own.dtype)
         deep = extent.end - extent.begin
@@ -74,6 +83,7 @@ class RankPlace(Place):
         return bits
 
     def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
+        """Send the planes to the next rank, and return what the rank before sent."""
         requests = [] if self.after is None else [self.comm.Isend(planes[0], self.after, _UP)]
         got = None
         if self.before is not None:
@@ -86,21 +96,27 @@ class RankPlace(Place):
     # Whether a slab fits was settled before any was read (`check_memory`), and nothing outlives the process.
 
     def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
+        """Do nothing: whether a slab fits was settled before any was read."""
         return
 
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
+        """Do nothing: whether a slab fits was settled before any was read."""
         return
 
     def finish(self) -> None:
+        """Do nothing: nothing outlives the process."""
         return
 
     def keep_labels(self, number: int, labels: np.ndarray) -> Callable[[], np.ndarray]:
+        """Keep the labels in memory."""
         return lambda: labels
 
     def keep_level(self, slab: Slab, level: Level) -> None:
+        """Keep level 1 in memory."""
         self._level = level
 
     def level(self, slab: Slab) -> Level:
+        """Return the level that was kept."""
         assert self._level is not None
         return self._level
 
@@ -121,9 +137,11 @@ class RankPlace(Place):
             request.Wait()
 
     def collect(self, vector: RankVector, slabs: Sequence[Slab], whole: np.ndarray | None, starts: np.ndarray) -> None:
+        """Gather the own parts of a vector at level 2 in `whole` on the first rank."""
         self._move(vector, slabs[0], whole, starts, False)
 
     def spread(self, whole: np.ndarray | None, vector: RankVector, slabs: Sequence[Slab], starts: np.ndarray) -> None:
+        """Distribute `whole` from the first rank to the own parts of a vector at level 2."""
         self._move(vector, slabs[0], whole, starts, True)
 
     def _move(self, vector: RankVector, slab: Slab, whole: np.ndarray | None, starts: np.ndarray, out: bool) -> None:
@@ -140,6 +158,7 @@ class RankPlace(Place):
             request.Wait()
 
     def bytes(self, slabs: Sequence[Slab]) -> int:
+        """Return the bytes that this rank holds, vectors included."""
         slab, level = slabs[0], self.level(slabs[0])
         size = np.dtype(slab.form.dtype).itemsize
         vectors = slab.form.bytes_of_vectors * slab.voxels
@@ -149,7 +168,7 @@ class RankPlace(Place):
 
 
 class RankVector:
-    """This rank's planes of a vector, and its neighbours'."""
+    """Planes of a vector of this rank, and those of its neighbours."""
 
     def __init__(self, place: RankPlace, slab: Slab, kind: int) -> None:
         self._place, self._starts = place, slab.starts(kind)
@@ -157,9 +176,11 @@ class RankVector:
         self.array = np.zeros(int(self._starts[-1, -1]), slab.form.dtype)
 
     def of(self, slab: Slab, planes: int = 0, colours: Sequence[int] = (0,)) -> np.ndarray:
+        """Return the array, with `planes` planes of the neighbours refreshed."""
         if planes:
             self._place.exchange(self.array, self._starts, *self._own, planes, colours)
         return self.array
 
     def put(self, slab: Slab, array: np.ndarray) -> None:
+        """Keep the own part; the array is the vector's own, so nothing is copied."""
         assert array is self.array

@@ -32,15 +32,21 @@ class Ranks(Protocol):
     on_node: int
 
     @property
-    def communicator(self) -> Any: ...
+    def communicator(self) -> Any:
+        """The communicator of the processes, for `hpcres.transport.tortuosity`."""
+        ...
 
-    def from_first(self, work: Callable[[], _Result]) -> _Result: ...
+    def from_first(self, work: Callable[[], _Result]) -> _Result:
+        """Return on every rank what `work` gives on the first one."""
+        ...
 
-    def everyone(self, value: _Result) -> list[_Result]: ...
+    def everyone(self, value: _Result) -> list[_Result]:
+        """Return the values of all ranks."""
+        ...
 
 
 def digest_of(volume: Volume) -> str:
-    """A digest of path, size and modification time of a volume's files, and of its shape. No voxel is read."""
+    """Compute a digest of path, size and modification time of a volume's files, and of its shape; read no voxel."""
     file, _, part = volume.path.partition(":/")
     place, digest = Path(file), hashlib.sha256(f"{part} {list(volume.shape)}".encode(errors="backslashreplace"))
     if place.is_dir():
@@ -69,7 +75,7 @@ class ResultsFile:
         self.content: dict[str, Any] = {**header, "volume": None, "reference": None, "published": []}
 
     def read(self) -> dict[str, Any]:
-        """The entries `volume` and `reference` of the file with their results; empty where there is no file.
+        """Return the entries `volume` and `reference` of the file with their results; empty where there is no file.
 
         Raises
         ------
@@ -97,7 +103,13 @@ class ResultsFile:
         self.content.update(entries)
 
     def digest_for(self, which: str, volume: Volume) -> str:
-        """`digest_of` the volume; InputError where the results in the file are of another one."""
+        """Return `digest_of` the volume.
+
+        Raises
+        ------
+        InputError
+            The results in the file are of another volume, or of this one before it changed.
+        """
         digest, before = digest_of(volume), self.content[which]
         path, shape = os.path.abspath(volume.path), list(volume.shape)
         if before is not None and before["digest"] != digest:
@@ -109,12 +121,13 @@ class ResultsFile:
         return digest
 
     def entry(self, which: str, volume: Volume, digest: str) -> Entry:
-        """The results of one volume; every rank makes its own from the same digest."""
+        """Return the results of one volume; every rank makes its own from the same digest."""
         about = {"path": os.path.abspath(volume.path), "shape": list(volume.shape), "digest": digest}
         before = self.content[which]
         return Entry(self, which, about, [] if before is None else before["results"])
 
     def save(self) -> None:
+        """Write the file, where there is a path."""
         if self.path is not None:
             write_json(self.path, self.content)
 
@@ -126,9 +139,9 @@ class Entry:
         self._file, self._which, self._about, self._results = file, which, about, results
 
     def solved(self, system: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The earlier result of a system (phase, labels, conductivity, direction, settings), or None.
+        """Return the earlier result of a system (phase, labels, conductivity, direction, settings), or None.
 
-        None also where that solve did not converge, so that it is tried again.
+        The result also is None where that solve did not converge, so that it is tried again.
         """
         one = next((one for one in self._results if _identity(one) == _identity(system)), None)
         return one if one is not None and one["state"] in _DONE else None
@@ -163,7 +176,7 @@ def solve_missing(
     resume_with: str,
     **settings: Any,
 ) -> list[str]:
-    """Solve what the file lacks of one volume and save the file after each solve.
+    """Solve the systems of one volume that the file lacks, and save the file after each solve.
 
     Parameters
     ----------
@@ -223,12 +236,15 @@ def solve_missing(
 
 
 def common(results: list[dict[str, Any]], setting: str) -> Any:
-    """The value of a setting where all results have the same one, else None."""
+    """Return the value of a setting where all results have the same one, else None."""
     values = [one.get("settings", {}).get(setting) for one in results]
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
 def _identity(result: Mapping[str, Any], of_estimate: bool = True) -> str:
-    """What makes two results the same; without `of_estimate` a solution and an estimate of a system may be."""
+    """Return a key that is equal for results of the same system.
+
+    Without `of_estimate` a solution and an estimate of a system have the same key.
+    """
     settings = {k: v for k, v in result["settings"].items() if of_estimate or k not in ("blocks", "profile")}
     return json.dumps([*(result[name] for name in _IDENTITY), settings], sort_keys=True)

@@ -32,7 +32,10 @@ BYTES_PER_SLAB_VOXEL = 60  # conducting ones of a slab: three of level 1, vector
 
 
 class ScratchPlace(Place):
-    """`folder`: where scratch files go; limit: bytes of memory besides Python's own; say(line): what it will take."""
+    """All slabs in one process, with scratch files in `folder`.
+
+    `limit` is the number of bytes of memory besides Python's own. say(line) is called with what a solve will take.
+    """
 
     def __init__(self, folder: Path, limit: int, extents: list[Extent], say: Callable[[str], None]) -> None:
         self.extents, self.here, self.folder, self.limit = extents, range(len(extents)), folder, limit
@@ -45,6 +48,11 @@ class ScratchPlace(Place):
         self._more = self._wide = 1.0  # memory of a slab and of a part, over that of the plain form
 
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
+        """Run each stage on every slab.
+
+        Each stage is one slab behind the stage before it. Where the first and the last slab meet, it begins after the
+        stage before it has ended.
+        """
         if self._around:
             # The last slab is a neighbour of the first one.
             for stage in stages:
@@ -58,18 +66,23 @@ class ScratchPlace(Place):
                     stage(slabs[s - late])
 
     def everyone(self, values: list[Any]) -> list[Any]:
+        """Return the values: all slabs are here."""
         return values
 
     def to_first(self, values: list[Any]) -> list[Any] | None:
+        """Return the values: all slabs are here."""
         return values
 
     def vector(self, slabs: Sequence[Slab], kind: int) -> ScratchVector:
+        """Make a vector of zeros."""
         return ScratchVector(self, slabs, kind)
 
     def hold(self, bits: list[np.ndarray]) -> None:
+        """Hold the bits of the own planes."""
         self._bits = bits
 
     def with_neighbours(self, number: int) -> np.ndarray:
+        """Return a slab's bits with those of its neighbours; after the last slab the held bits are dropped."""
         extent, own = self.extents[number], self._bits[number]
         deep = extent.end - extent.begin
         bits = np.zeros((extent.planes + 2, *own.shape[1:]), own.dtype)
@@ -85,9 +98,11 @@ class ScratchPlace(Place):
         return bits
 
     def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
+        """Return for every slab what the slab before it gave."""
         return [planes[-1] if periodic else None, *planes[:-1]]
 
     def keep_labels(self, number: int, labels: np.ndarray) -> Callable[[], np.ndarray]:
+        """Write labels to a scratch file, and return a function that reads them."""
         file = _File(self, labels.nbytes)
         file.write(0, labels)
         shape = labels.shape
@@ -103,6 +118,7 @@ class ScratchPlace(Place):
         return read
 
     def keep_level(self, slab: Slab, level: Level) -> None:
+        """Write level 1 of a slab to a scratch file."""
         arrays = [*(getattr(level, name) for name in _LEVEL), *level.more]
         arrays += [] if level.to_faces is None else [level.to_faces]
         if level.to_faces is not None:
@@ -118,6 +134,7 @@ class ScratchPlace(Place):
         self._stored[slab.number] = file, places, (level.cells, level.mixed, level.step, level.correction)
 
     def level(self, slab: Slab) -> Level:
+        """Return level 1 of a slab, read again where it is not at hand."""
         if slab.number not in self._levels:
             while len(self._levels) >= _AT_HAND:
                 self._levels.popitem(last=False)
@@ -145,16 +162,18 @@ class ScratchPlace(Place):
     def collect(
         self, vector: ScratchVector, slabs: Sequence[Slab], whole: np.ndarray | None, starts: np.ndarray
     ) -> None:
+        """Copy a vector at level 2 to `whole`."""
         assert whole is not None
         whole[:] = vector.memory
 
     def spread(
         self, whole: np.ndarray | None, vector: ScratchVector, slabs: Sequence[Slab], starts: np.ndarray
     ) -> None:
+        """Copy `whole` to a vector at level 2."""
         vector.memory[:] = whole
 
     def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
-        """Say what scratch storage a solve will take, and refuse where that is not free."""
+        """Say how much scratch storage a solve will take, and raise InputError where that is not free."""
         wider = max(e.planes / (e.end - e.begin) for e in self.extents)
         # Level 1 has as many parts as cells of 2×2×2 voxels in the plain form, and more in the robust form.
         self._more = max(1.0, form.bytes_of_levels(shape) / BYTES_OF_CUBIC[1])
@@ -169,6 +188,7 @@ class ScratchPlace(Place):
         self._say(f"out of core: {len(self.extents)} slabs, up to {_size(need)} of scratch storage in {self.folder}")
 
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
+        """Raise InputError where levels from 2 on, bits, a slab and Python do not fit into the memory limit."""
         widest = max(e.planes for e in self.extents) / self.extents[-1].end
         slab = int(BYTES_PER_SLAB_VOXEL * self._more * voxels * widest)
         coarse = int(BYTES_PER_PART * self._wide * parts)
@@ -182,10 +202,12 @@ class ScratchPlace(Place):
             )
 
     def finish(self) -> None:
+        """Say how many bytes were read and written."""
         moved = f"{_size(self.read_bytes)} read and {_size(self.written_bytes)} written"
         self._say(f"out of core: {moved} in {self.folder}")
 
     def bytes(self, slabs: Sequence[Slab]) -> int:
+        """Return the bytes of memory that slabs hold."""
         held = sum(s.bits.nbytes + s.cells.nbytes + s.rows.nbytes for s in slabs)
         return held + max(_AT_HAND * max(level.bytes for level in self._levels.values()), 0)
 
@@ -215,6 +237,7 @@ class ScratchVector:
         self.memory = np.zeros(size if kind == 2 else 0, self._real)
 
     def of(self, slab: Slab, planes: int = 0, colours: Sequence[int] = ()) -> np.ndarray:
+        """Read a slab's array, with `planes` planes of its neighbours."""
         starts = slab.starts(self._kind)
         array = np.zeros(int(starts[-1, -1]), self._real)
         a, b = slab.own_planes(self._kind)
@@ -231,6 +254,7 @@ class ScratchVector:
         return array
 
     def put(self, slab: Slab, array: np.ndarray) -> None:
+        """Write a slab's own part of an array."""
         first = slab.extent.begin // slab.planes_per(self._kind)
         for colour, own in enumerate(slab.own_part(self._kind)):
             self._move(array[own], self._begins[colour, first], True)
@@ -262,6 +286,7 @@ class _File:
             self._checked(lambda: os.posix_fallocate(self._file.fileno(), 0, size))
 
     def read(self, at: int, array: np.ndarray) -> np.ndarray:
+        """Fill an array from place `at`, in bytes, and return it."""
         self._place.read_bytes += array.nbytes
         view = memoryview(array.data).cast("B") if array.size else memoryview(b"")
         done = 0
@@ -272,6 +297,7 @@ class _File:
         return array
 
     def write(self, at: int, array: np.ndarray) -> None:
+        """Write an array to place `at`, in bytes."""
         self._place.written_bytes += array.nbytes
         view = memoryview(np.ascontiguousarray(array).data).cast("B") if array.size else memoryview(b"")
         done = 0

@@ -1,4 +1,4 @@
-"""The same transport by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
+"""Transport solved by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONVERGENCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """The same transport by another solver.
+    """Transport of the same system by another solver.
 
     Attributes
     ----------
@@ -44,6 +44,7 @@ class Check:
     reason: str
 
     def __str__(self) -> str:
+        """Format the check as one line."""
         return (
             f"{self.solver}: D_rel {self.D_rel:.6g}, tau {self.tau:.6g}, D_rel {self.difference:+.2%} of ours; "
             f"{self.reason}"
@@ -69,7 +70,6 @@ def refuse_taufactor(path: str, shape: Sequence[int], voxel_size: Sequence[float
     InputError
         Voxels are not cubic, sides are periodic, or there is too little memory.
     """
-
     if len(set(voxel_size)) > 1:
         raise InputError(f"{path}: TauFactor's solver takes cubic voxels only; drop the check")
     if any(periodic):
@@ -83,7 +83,7 @@ def refuse_taufactor(path: str, shape: Sequence[int], voxel_size: Sequence[float
 
 
 def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
-    """Solve with TauFactor what `result`, one of those of transport.json, has solved.
+    """Solve with TauFactor the system of `result`, one of the results of transport.json.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """The solver of `multigrid` on slabs of planes, which lie in the memory of several ranks or on scratch storage.
 
-A slab knows 8 planes of its neighbours on both sides: a cell of level 2 is 4 voxels, so that parts, their numbers
-within a plane and their neighbours follow without asking. Own planes begin at multiples of 8, where cells have the
-colours of the whole volume. Vectors are as in memory, the planes of the neighbours included, and refreshed before a
-kernel reads them; `Place` says how. Level 1 stays in slabs, a graph that each slab knows its part of. Levels from 2
+A slab knows 8 planes of its neighbours on both sides. A cell of level 2 is 4 voxels, so that parts, their numbers
+within a plane and their neighbours follow without communication. Own planes begin at multiples of 8, where cells have
+the colours of the whole volume. Vectors are as in memory, the planes of the neighbours included, and refreshed before a
+kernel reads them; `Place` says how. Level 1 stays in slabs, as a graph of which each slab knows its part. Levels from 2
 on, an eighth of that and less, are gathered on one rank.
 """
 
@@ -45,15 +45,35 @@ class Extent:
 
     @property
     def first(self) -> int:
+        """First plane that the slab knows."""
         return self.begin - self.low
 
     @property
     def planes(self) -> int:
+        """Number of planes that the slab knows."""
         return self.low + self.end - self.begin + self.high
 
 
 def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
-    """At most `number` slabs, as even as whole units of `deep` planes allow; none has fewer than 8 planes."""
+    """Cut a volume into at most `number` slabs, as even as whole units of `deep` planes allow.
+
+    Where there are several slabs, none has fewer than 8 planes.
+
+    Parameters
+    ----------
+    planes : int
+        Planes of the volume.
+    number : int
+        Largest number of slabs.
+    deep : int
+        Planes of a unit.
+    periodic : bool
+        Whether the first and the last slab meet.
+
+    Returns
+    -------
+    list of Extent
+    """
     even = planes + planes % 2
     units = max(1, -(-even // deep))
     if units > 1 and even - (units - 1) * deep < HALO:
@@ -67,7 +87,7 @@ def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
 
 @dataclass
 class Piece:
-    """What a slab contributes to the graph of level 2, its own parts only, red then black."""
+    """A slab's contribution to the graph of level 2, its own parts only, red then black."""
 
     counts: np.ndarray  # (2, own rows of cells)
     degrees: tuple[np.ndarray, np.ndarray]
@@ -98,6 +118,7 @@ class Slab(Voxels):
 
     @property
     def labels(self) -> np.ndarray | None:
+        """Labels of the planes that the slab knows, from `read_labels`; None without it."""
         return None if self._read_labels is None else self._read_labels()
 
     @labels.setter
@@ -105,15 +126,15 @@ class Slab(Voxels):
         assert labels is None
 
     def planes_per(self, kind: int) -> int:
-        """Planes of voxels in one of voxels, or of cells of level 1 or 2."""
+        """Return how many planes of voxels are in a plane of voxels (kind 0), or of cells of level 1 or 2."""
         return (1, self.step[0], self.step[0] * self.step_next[0])[kind]
 
     def own_planes(self, kind: int) -> tuple[int, int]:
-        """Own planes of voxels, or of cells of level 1 or 2, from this slab's first."""
+        """Return the range of own planes of voxels, or of cells of level 1 or 2, from this slab's first."""
         return self.own[0] // self.planes_per(kind), -(-self.own[1] // self.planes_per(kind))
 
     def starts(self, kind: int) -> np.ndarray:
-        """Where each plane begins in a vector of voxels, or of parts of level 1 or 2: (colours, planes + 1)."""
+        """Return where each plane begins in a vector of voxels, or of parts of level 1 or 2: (colours, planes + 1)."""
         if kind == 0:
             return self.rows[None, :: self.geometry[1]]
         if kind == 1:
@@ -121,12 +142,12 @@ class Slab(Voxels):
         return self.parts_next[:, :: self.cells_next[1]]
 
     def own_part(self, kind: int) -> list[slice]:
-        """Own part of a vector, by colour."""
+        """Return the own part of a vector, by colour."""
         a, b = self.own_planes(kind)
         return [slice(int(row[a]), int(row[b])) for row in self.starts(kind)]
 
     def build(self) -> tuple[Level, Piece]:
-        """Level 1 of this slab; its own part of level 2."""
+        """Build level 1 of this slab, and its own part of level 2."""
         graph, each, step = self.first_graph(), self.threads.each, self.step_next
         level = self.first_level(graph, (False, *self.periodic[1:]))
         below: Any = tuple(-(-n // s) for n, s in zip(level.cells, step, strict=True))
@@ -199,70 +220,88 @@ class Place(ABC):
 
     @abstractmethod
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
-        """Each stage on every slab; a stage sees what the one before it did to a slab and its neighbours."""
+        """Run each stage on every slab; a stage sees what the one before it did to a slab and its neighbours."""
 
     @abstractmethod
     def everyone(self, values: list[Any]) -> list[Any]:
-        """A value of every slab here, from everywhere, in the order of slabs."""
+        """Return a value of every slab, given those of the slabs here, from everywhere and in the order of slabs."""
 
     @abstractmethod
     def to_first(self, values: list[Any]) -> list[Any] | None:
-        """As `everyone`, only where `first`."""
+        """Return as `everyone`, only where `first`; None elsewhere."""
 
     @abstractmethod
     def vector(self, slabs: Sequence[Slab], kind: int) -> Any:
-        """Zeros, at voxels or at parts of level 1 or 2: of(slab, planes, colours) is a slab's array with the planes of
-        its neighbours refreshed, and put(slab, array) keeps its own part."""
+        """Make a vector of zeros, at voxels (kind 0) or at parts of level 1 or 2.
+
+        of(slab, planes, colours) of the vector is a slab's array with the planes of its neighbours refreshed. put(slab,
+        array) keeps the slab's own part.
+        """
 
     @abstractmethod
     def hold(self, bits: list[np.ndarray]) -> None:
-        """The bits of the own planes of the slabs here, for `with_neighbours`."""
+        """Hold the bits of the own planes of the slabs here, for `with_neighbours`."""
 
     @abstractmethod
     def with_neighbours(self, number: int) -> np.ndarray:
-        """A slab's bits with those of its neighbours, and empty planes outside."""
+        """Return a slab's bits with those of its neighbours, and empty planes outside."""
 
     @abstractmethod
     def next_planes(self, planes: list[np.ndarray], periodic: bool) -> list[np.ndarray | None]:
-        """For every slab here what the slab before it, or around the periodic axis, gave as `planes`; None at the
-        volume's face."""
+        """Return for every slab here what the slab before it gave as `planes`.
+
+        Around a periodic axis the last slab is before the first. At the volume's face the result is None.
+        """
 
     @abstractmethod
     def keep_labels(self, number: int, labels: np.ndarray) -> Callable[[], np.ndarray]:
-        """Labels of a slab and its neighbours, to be read again."""
+        """Keep the labels of a slab and its neighbours, and return a function that reads them again."""
 
     @abstractmethod
     def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
-        """Prepare for `kept` conducting voxels of a volume, with so many parts in cells of 2×2×2 voxels, and for so
-        many voxels whose labels are needed."""
+        """Prepare for a solve.
+
+        Parameters
+        ----------
+        kept : int
+            Conducting voxels.
+        parts : int
+            Parts in cells of 2×2×2 voxels.
+        labels : int
+            Voxels whose labels are needed.
+        form : Form
+            The form of the system.
+        shape : sequence of int
+            Voxels of the whole volume z, y, x.
+        """
 
     @abstractmethod
     def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
-        """InputError where so many parts of level 2, in the whole volume, and bytes of bits are too much."""
+        """Raise InputError where so many parts of level 2, in the whole volume, and bytes of bits are too much."""
 
     @abstractmethod
     def finish(self) -> None:
-        """All is done."""
+        """End the work, when all is done."""
 
     @abstractmethod
     def keep_level(self, slab: Slab, level: Level) -> None:
-        """Level 1 of a slab, to be had again."""
+        """Keep level 1 of a slab, for `level`."""
 
     @abstractmethod
     def level(self, slab: Slab) -> Level:
-        """What was kept of it."""
+        """Return what `keep_level` kept of a slab."""
 
     @abstractmethod
     def collect(self, vector: Any, slabs: Sequence[Slab], whole: np.ndarray | None, starts: np.ndarray) -> None:
-        """Own parts of a vector at level 2, from everywhere into `whole` where `first`."""
+        """Gather the own parts of a vector at level 2, from everywhere into `whole` where `first`."""
 
     @abstractmethod
     def spread(self, whole: np.ndarray | None, vector: Any, slabs: Sequence[Slab], starts: np.ndarray) -> None:
-        """The other way round."""
+        """Distribute `whole`, where `first`, to the own parts of a vector at level 2 everywhere."""
 
     @abstractmethod
     def bytes(self, slabs: Sequence[Slab]) -> int:
-        """What slabs hold here, vectors included."""
+        """Return the bytes that slabs hold here, vectors included."""
 
 
 class TwoFloatVector:
@@ -272,16 +311,18 @@ class TwoFloatVector:
         self._parts = high, low
 
     def of(self, slab: Slab, planes: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return a slab's pair of arrays, with `planes` planes of its neighbours refreshed."""
         high, low = (part.of(slab, planes) for part in self._parts)
         return high, low
 
     def put(self, slab: Slab, arrays: tuple[np.ndarray, np.ndarray]) -> None:
+        """Keep a slab's own part of a pair of arrays."""
         for part, array in zip(self._parts, arrays, strict=True):
             part.put(slab, array)
 
 
 class SlabSolver(Solver):
-    """The slabs of one volume and direction that are worked on here, their hierarchy, and what vectors do."""
+    """The slabs of one volume and direction that are worked on here, their hierarchy, and the operations on vectors."""
 
     def __init__(self, place: Place, slabs: Sequence[Slab], threads: Threads) -> None:
         self.place, self.slabs, self.threads = place, slabs, threads
@@ -326,7 +367,7 @@ class SlabSolver(Solver):
         self.b_next, self.x_next = place.vector(slabs, 2), place.vector(slabs, 2)
 
     def _numbers_in_volume(self, slab: Slab) -> np.ndarray:
-        """Of the parts of level 2 that a slab knows."""
+        """Return the numbers in the volume of the parts of level 2 that a slab knows."""
         starts, planes = slab.starts(2), self.starts.shape[1] - 1
         numbers = np.empty(starts[1, -1], np.int64)
         for k in range(starts.shape[1] - 1):
@@ -342,21 +383,26 @@ class SlabSolver(Solver):
         self.place.run(self.slabs, *stages)
 
     def _sum(self, found: Mapping[int, list[float]]) -> float:
-        """One number a unit, added in the order of units wherever they are from."""
+        """Add one number a unit, in the order of units wherever they are from."""
         return sum(v for slab in self.place.everyone([found[s.number] for s in self.slabs]) for v in slab)
 
     @property
     def bytes(self) -> int:
+        """Bytes held everywhere for a solve, vectors included."""
         here = self.place.bytes(self.slabs) + sum(level.bytes for level in self.levels)
         return sum(self.place.everyone([here] + [0] * (len(self.slabs) - 1)))
 
     def vector(self) -> Any:
+        """Make a vector of zeros."""
         return self.place.vector(self.slabs, 0)
 
     def solution(self) -> Any:
+        """Make zeros for x: one vector, or two where `form.two_floats`."""
         return TwoFloatVector(self.vector(), self.vector()) if self.form.two_floats else self.vector()
 
     def start(self, x: Any) -> None:
+        """Set x to the potential of a uniform volume."""
+
         def ramp(slab: Slab) -> None:
             values = x.of(slab)
             slab.fill_ramp(values)
@@ -365,6 +411,8 @@ class SlabSolver(Solver):
         self._run(ramp)
 
     def find_residual(self, x: Any, r: Any) -> None:
+        """Set r = sources - A x."""
+
         def find(slab: Slab) -> None:
             left = r.of(slab)
             left[:] = 0
@@ -374,6 +422,7 @@ class SlabSolver(Solver):
         self._run(find)
 
     def energy(self, x: Any, end: float) -> float:
+        """Return the energy that x dissipates, with the far face at the potential `end`."""
         found: dict[int, list[float]] = {}
 
         def measure(slab: Slab) -> None:
@@ -383,6 +432,7 @@ class SlabSolver(Solver):
         return self._sum(found)
 
     def turn(self, p: Any, z: Any, beta: float) -> float:
+        """Set p = z + β p, and return its energy."""
         found: dict[int, list[float]] = {}
 
         def add(slab: Slab) -> None:
@@ -397,6 +447,8 @@ class SlabSolver(Solver):
         return self._sum(found)
 
     def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
+        """Set x += α p and r -= α A p."""
+
         def step(slab: Slab) -> None:
             own, along = slab.own_part(0)[0], p.of(slab, 1)
             values, left = x.of(slab), r.of(slab)
@@ -408,6 +460,7 @@ class SlabSolver(Solver):
         self._run(step)
 
     def precondition(self, r: Any, z: Any) -> float:
+        """Set z = M⁻¹ r, and return r · z."""
         found: dict[int, list[float]] = {}
 
         def down(slab: Slab) -> None:
@@ -430,7 +483,7 @@ class SlabSolver(Solver):
     # ---- level 1, as `coarse.cycle` ------------------------------------------------------------------------
 
     def _relaxed(self, colour: int) -> Callable[[Slab], None]:
-        """One colour from the other."""
+        """Make the stage that relaxes one colour from the other."""
 
         def relax(slab: Slab) -> None:
             level, b = self.place.level(slab), self.b.of(slab)
@@ -500,11 +553,12 @@ class SlabSolver(Solver):
     # ---- what was solved -----------------------------------------------------------------------------------
 
     def mean_conductivity(self, of_label: np.ndarray) -> float:
+        """Return the mean conductivity over the volume, of the voxels that take part."""
         found = self.place.everyone([slab.conductivity(of_label) for slab in self.slabs])
         return sum(found) / prod(self.slabs[0].shape)
 
     def layers(self, x: Any, of_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `Voxels.layers`, of the whole volume."""
+        """Compute as `Voxels.layers`, of the whole volume."""
         found: list[Any] = []
         self._run(lambda slab: found.append(slab.layers(x.of(slab, 1), of_label)))
         everywhere = self.place.everyone(found)
@@ -531,9 +585,40 @@ def solve_in_slabs(
     report: Callable[[int, float, float], None] | None = None,
     keep: Callable[[Slab, np.ndarray], None] | None = None,
 ) -> Solution:
-    """Transport along one direction; settings as of `transport.solve`, `periodic` for this direction.
+    """Solve transport along one direction, in slabs.
 
-    read(z0, z1): labels of these planes (z, y, x), uint8. keep(slab, potential) for every slab here.
+    Parameters
+    ----------
+    place : Place
+        Where the slabs are.
+    read : callable
+        read(z0, z1) returns the labels of these planes (z, y, x), uint8.
+    shape : sequence of int
+        Voxels of the volume z, y, x.
+    conductivity : mapping
+        Positive conductivities of the labels that conduct.
+    direction : str
+        z, y or x.
+    spacing : sequence of float
+        Voxel edges z, y, x.
+    periodic : sequence of bool
+        Axes z, y, x whose two sides meet, for this direction.
+    rtol : float
+        Estimated relative error of D_rel at which the solve stops.
+    threads : Threads
+        Runs the kernels.
+    unit_planes : int
+        Planes of a unit.
+    profile : bool
+        Whether to compute tau of each layer.
+    report : callable, optional
+        report(iterations, D_rel, estimated error), called after every iteration where `place.first`.
+    keep : callable, optional
+        keep(slab, potential), called for every slab here.
+
+    Returns
+    -------
+    Solution
     """
     axis, start = AXES.index(direction), time.perf_counter()
     conducts, of_label, resistance, unit = by_label(conductivity)
@@ -624,7 +709,7 @@ def solve_in_slabs(
 
 
 def _around(read: Callable[[int, int], np.ndarray], planes: range, deep: int) -> np.ndarray:
-    """Planes that may reach around the volume's ends."""
+    """Read planes that may reach around the volume's ends."""
     cuts = [planes.start, *(end for end in (0, deep) if planes.start < end < planes.stop), planes.stop]
     parts = [read(a % deep, (b - 1) % deep + 1) for a, b in pairwise(cuts)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

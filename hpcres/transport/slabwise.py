@@ -26,7 +26,7 @@ from hpcres.volumes.volume import Volume
 class SlabVolume:
     """The planes of a box of a volume, on the ranks of `comm` or, without, for one process of `memory` bytes.
 
-    found: the labels in it, and the number (uint8) that each has in what `read` gives.
+    `found` maps each label in it to the number (uint8) that the label has in what `read` gives.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SlabVolume:
         return self._comm is None or self._comm.Get_rank() < self._number
 
     def _count(self) -> dict[int, int]:
-        """Voxels of each label."""
+        """Count the voxels of each label."""
         total: dict[int, int] = {}
         deep = self._box.shape[0]
         own = cut(deep, self._number, self._unit, False)[self._comm.Get_rank()] if self._comm and self._works else None
@@ -107,6 +107,7 @@ class SlabVolume:
         return np.searchsorted(self._values, labels).astype(np.uint8)
 
     def read(self, z0: int, z1: int) -> np.ndarray:
+        """Read planes z0 … z1 - 1 of the box (z, y, x), uint8, with labels replaced by their numbers."""
         return self._small(self._raw(z0, z1))
 
     def solve(
@@ -121,7 +122,27 @@ class SlabVolume:
         report: Report | None,
         keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
     ) -> dict[str, Solution]:
-        """As `transport.solve`, on every rank; keep gets each slab here in place of the whole system."""
+        """Solve as `transport.solve`, on every rank.
+
+        `keep` gets each slab here in place of the whole system.
+
+        Parameters
+        ----------
+        conductivity : mapping
+            Positive conductivities by number of the label.
+        directions, spacing, periodic, rtol, profile, report, keep
+            As of `transport.solve`.
+
+        Returns
+        -------
+        dict
+            A `Solution` for each direction.
+
+        Raises
+        ------
+        InputError
+            A periodic axis has a length that slabs do not allow, or the solve would not fit.
+        """
         found = {}
         for direction in directions:
             solution = self._solve(conductivity, direction, spacing, periodic, rtol, profile, report, keep)
@@ -138,7 +159,22 @@ class SlabVolume:
         rtol: float,
         **_: Any,
     ) -> dict[str, Solution]:
-        """Blocks of this edge alone, as resistors (see `estimate`)."""
+        """Solve blocks of this edge alone, and put them together as resistors (see `estimate`).
+
+        Parameters
+        ----------
+        edge : int
+            Edge of the blocks in voxels.
+        conductivity : mapping
+            Positive conductivities by number of the label.
+        directions, spacing, rtol
+            As of `transport.solve`; other settings are ignored.
+
+        Returns
+        -------
+        dict
+            A `Solution` for each direction, of state "estimate" or "not converged".
+        """
         from hpcres.transport.estimate import solve_blocks
 
         start, key = time.perf_counter(), (edge, tuple(conductivity.items()))
@@ -167,7 +203,7 @@ class SlabVolume:
         return found
 
     def estimated(self, direction: str) -> dict[str, Any]:
-        """What belongs to the last estimate's number."""
+        """Return the number of blocks, their mean D_rel and the unreliability of the last estimate."""
         from hpcres.transport.estimate import UNRELIABILITY
 
         assert self._blocks is not None

@@ -34,10 +34,11 @@ class Solved:
 
 
 class Solver(ABC):
-    """Conjugate gradients. A subclass says what a vector is and what is done with it.
+    """Conjugate gradients for one system.
 
-    In the robust form the solution is the sum of two float32 vectors, or all vectors are float64; residuals are sums of
-    currents between neighbours; and the residual of the solution is computed anew before an error is claimed.
+    A subclass says what a vector is and what is done with it. In the robust form the solution is the sum of two float32
+    vectors, or all vectors are float64. Residuals are sums of currents between neighbours. The residual of the solution
+    is computed anew before an error is claimed.
     """
 
     to_d_rel: float
@@ -46,47 +47,64 @@ class Solver(ABC):
 
     @abstractmethod
     def vector(self) -> Any:
-        """Zeros."""
+        """Make a vector of zeros."""
 
     @abstractmethod
     def solution(self) -> Any:
-        """Zeros, for x; two vectors where `form.two_floats`, the potential and what float32 rounds off it."""
+        """Make zeros for x; two vectors where `form.two_floats`, the potential and what float32 rounds off it."""
 
     @abstractmethod
     def start(self, x: Any) -> None:
-        """x, the potential of a uniform volume."""
+        """Set x to the potential of a uniform volume."""
 
     @abstractmethod
     def find_residual(self, x: Any, r: Any) -> None:
-        """r = sources - A x."""
+        """Set r = sources - A x."""
 
     @abstractmethod
     def precondition(self, r: Any, z: Any) -> float:
-        """z = M⁻¹ r; returns r · z."""
+        """Set z = M⁻¹ r, and return r · z."""
 
     @abstractmethod
     def turn(self, p: Any, z: Any, beta: float) -> float:
-        """p = z + β p; returns its energy."""
+        """Set p = z + β p, and return its energy."""
 
     @abstractmethod
     def advance(self, x: Any, r: Any, p: Any, alpha: float) -> None:
-        """x += α p, r -= α A p."""
+        """Set x += α p and r -= α A p."""
 
     @abstractmethod
     def energy(self, x: Any, end: float) -> float:
-        """Dissipated by x with the far face at the potential `end`, in units of one face's conductance."""
+        """Return the energy that x dissipates with the far face at the potential `end`.
+
+        The unit is the conductance of one face.
+        """
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """Held for a solve, vectors included."""
+        """Bytes held for a solve, vectors included."""
 
     def solve(
         self, rtol: float, *, limit: int = 200, report: Callable[[int, float, float], None] | None = None
     ) -> tuple[Solved, Any]:
-        """Stops when the estimated error of D_rel is under rtol; with the potential at the conducting voxels.
+        """Solve until the estimated error of D_rel is under rtol.
 
-        report(iterations, D_rel, estimated error).
+        Parameters
+        ----------
+        rtol : float
+            Estimated relative error of D_rel at which to stop.
+        limit : int
+            Largest number of iterations.
+        report : callable, optional
+            report(iterations, D_rel, estimated error), called after every iteration.
+
+        Returns
+        -------
+        solved : Solved
+            D_rel and its estimated error.
+        x
+            The potential at the conducting voxels.
         """
         x, r, p, z = self.solution(), *(self.vector() for _ in range(3))
         self.start(x)
@@ -99,7 +117,7 @@ class Solver(ABC):
     def _iterate(
         self, x: Any, r: Any, p: Any, z: Any, rtol: float, limit: int, report: Callable[[int, float, float], None]
     ) -> tuple[float, int]:
-        """The estimated error, and the number of iterations."""
+        """Iterate in the plain form; return the estimated error, and the number of iterations."""
         energy = self.energy(x, 1.0)
         terms: list[float] = []
         steps: list[float] = []
@@ -128,8 +146,10 @@ class Solver(ABC):
     def _iterate_robustly(
         self, x: Any, r: Any, p: Any, z: Any, rtol: float, limit: int, report: Callable[[int, float, float], None]
     ) -> tuple[float, int]:
-        """As `_iterate`; the energy is recomputed in every iteration, since subtracting terms from it may cancel all of
-        its digits."""
+        """Iterate in the robust form; return the estimated error, and the number of iterations.
+
+        The energy is recomputed in every iteration, since subtracting terms from it may cancel all of its digits.
+        """
         energy, error, iterations, last_restart = self.energy(x, 1.0), inf, 0, inf
         steps: list[float] = []
         sizes = [self.precondition(r, z)]
@@ -159,12 +179,25 @@ class Solver(ABC):
 
 
 def estimated_error(terms: Sequence[float], energy: float) -> float:
-    """What is left of the energy after the last iteration, as a share of it, from the terms α r·z of the iterations.
+    """Estimate what is left of the energy after the last iteration, as a share of it.
 
-    A term is what its iteration took off the energy (Hestenes & Stiefel 1952), so what is left is the sum of those to
-    come. Were they a geometric progression of rate q, that would be q / (1 - q) of the last one; we take five times
-    this, with the slower of the last two rates, and never less than half the last term. There is no estimate before the
-    third iteration unless the first term is below rounding. docs/transport.md compares estimates with true errors.
+    A term is what its iteration took off the energy (Hestenes & Stiefel 1952), so what is left is the sum of the terms
+    to come. If they were a geometric progression of rate q, that would be q / (1 - q) of the last one. The estimate is
+    five times this, with the slower of the last two rates, and never less than half the last term. There is no estimate
+    before the third iteration unless the first term is below rounding. docs/transport.md compares estimates with true
+    errors.
+
+    Parameters
+    ----------
+    terms : sequence of float
+        The terms α r·z of the iterations.
+    energy : float
+        Energy after the last iteration.
+
+    Returns
+    -------
+    float
+        The estimate, at least ROUNDING; inf where there is none.
     """
     if energy <= 0:
         return inf
@@ -176,7 +209,7 @@ def estimated_error(terms: Sequence[float], energy: float) -> float:
 
 
 def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, least: float) -> float:
-    """An upper bound on what is left of the energy, as a share of it, where no eigenvalue of M⁻¹ A is below `least`.
+    """Bound what is left of the energy, as a share of it, where no eigenvalue of M⁻¹ A is below `least`.
 
     Fields of eigenvalues near `least`, such as the potential of well-conducting islands in a poor conductor, converge
     last and add little to the terms of the iterations before. The quadrature of Gauss and Radau bounds what they hold
@@ -192,6 +225,11 @@ def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, l
         Of the solution.
     least : float
         A lower bound of the eigenvalues of M⁻¹ A.
+
+    Returns
+    -------
+    float
+        An upper bound; inf where the energy is not positive.
     """
     weight = 0.0
     while weight <= 0:
@@ -206,10 +244,20 @@ def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, l
 
 
 def claimed_error(steps: Sequence[float], sizes: Sequence[float], energy: float) -> float:
-    """The error that the robust form claims; arguments as of `error_bound`.
+    """Compute the error that the robust form claims.
 
     The lower bound of the eigenvalues is LEAST_EIGENVALUE, or half the least Ritz value of the iterations if that is
     less.
+
+    Parameters
+    ----------
+    steps, sizes, energy
+        As of `error_bound`.
+
+    Returns
+    -------
+    float
+        At least ROBUST_ROUNDING; inf where no error can be claimed.
     """
     if not sizes[-1] >= 0 or not all(step > 0 for step in steps):
         return inf

@@ -76,13 +76,13 @@ def _all(kind: Any, number: float) -> Any:
 
 
 def _register(number: Any) -> Any:
-    """The type of register for numbers, or an array of them."""
+    """Return the type of register for numbers, or for an array of them."""
     kind = getattr(number, "dtype", number)
     return DOUBLES if kind == types.float64 else FLOATS
 
 
 def _wide(value: Any) -> bool:
-    """Whether a register is of float64."""
+    """Tell whether a register is of float64."""
     return bool(value.type == _DOUBLES)
 
 
@@ -98,7 +98,7 @@ def _both(builder: Any, low: Any, high: Any) -> Any:
 
 @intrinsic
 def popcount(typing: Any, number: Any) -> Any:
-    """Set bits of an int64."""
+    """Count the set bits of an int64."""
     return types.int64(types.int64), lambda context, builder, signature, arguments: _call(
         builder, "llvm.ctpop.i64", ir.IntType(64), [arguments[0]]
     )
@@ -106,7 +106,7 @@ def popcount(typing: Any, number: Any) -> Any:
 
 @intrinsic
 def lowest(typing: Any, number: Any) -> Any:
-    """The place of the lowest set bit of an int64 that is not 0."""
+    """Return the place of the lowest set bit of an int64 that is not 0."""
     return types.int64(types.int64), lambda context, builder, signature, arguments: _call(
         builder, "llvm.cttz.i64", ir.IntType(64), [arguments[0], ir.Constant(ir.IntType(1), 1)]
     )
@@ -114,7 +114,7 @@ def lowest(typing: Any, number: Any) -> Any:
 
 @intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
-    """The numbers at array[index …]."""
+    """Load the numbers at array[index …]."""
     result = _register(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -127,7 +127,7 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index …] = value."""
+    """Set array[index …] = value."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], *arguments[:2])
@@ -140,8 +140,7 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def spread(typing: Any, array: Any, index: Any, mask: Any) -> Any:
-    """array[index], array[index + 1], … in the lanes of the mask, 0 in the others."""
-
+    """Load array[index], array[index + 1], … into the lanes of the mask, 0 into the others."""
     result = _register(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -169,7 +168,7 @@ def _lanes_of_first_half(builder: Any, mask: Any) -> Any:
 
 @intrinsic
 def gathered(typing: Any, value: Any, mask: Any) -> Any:
-    """The lanes of the mask side by side in the lowest lanes, 0 in the others."""
+    """Move the lanes of the mask side by side into the lowest lanes, 0 into the others."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = _mask(builder, arguments[1])
@@ -195,7 +194,7 @@ def gathered(typing: Any, value: Any, mask: Any) -> Any:
 
 @intrinsic
 def load_few(typing: Any, array: Any, index: Any, number: Any) -> Any:
-    """The `number` numbers at array[index …] in the lowest lanes, 0 in the others; nothing beyond is touched."""
+    """Load the `number` numbers at array[index …] into the lowest lanes, 0 into the others; touch nothing beyond."""
     result = _register(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -211,7 +210,7 @@ def load_few(typing: Any, array: Any, index: Any, number: Any) -> Any:
 
 @intrinsic
 def store_few(typing: Any, array: Any, index: Any, value: Any, number: Any) -> Any:
-    """array[index …] = the `number` lowest lanes; nothing beyond is touched."""
+    """Set array[index …] to the `number` lowest lanes; touch nothing beyond."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = arguments[2].type
@@ -238,7 +237,7 @@ def _memory(what: str, place: Any) -> str:
 
 @intrinsic
 def splat(typing: Any, number: Any) -> Any:
-    """A number in every lane."""
+    """Put a number into every lane."""
     result = _register(number)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -251,27 +250,31 @@ def splat(typing: Any, number: Any) -> Any:
 
 @intrinsic
 def add(typing: Any, a: Any, b: Any) -> Any:
+    """Add two registers."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fadd(*arguments)
 
 
 @intrinsic
 def subtract(typing: Any, a: Any, b: Any) -> Any:
+    """Subtract register b from register a."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fsub(*arguments)
 
 
 @intrinsic
 def multiply(typing: Any, a: Any, b: Any) -> Any:
+    """Multiply two registers."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fmul(*arguments)
 
 
 @intrinsic
 def divide(typing: Any, a: Any, b: Any) -> Any:
+    """Divide register a by register b."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fdiv(*arguments)
 
 
 @intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c, rounded once."""
+    """Compute a · b + c, rounded once."""
     return a(a, a, a), lambda context, builder, signature, arguments: _call(
         builder, f"llvm.fma.v16f{64 if _wide(arguments[0]) else 32}", arguments[0].type, list(arguments)
     )
@@ -279,7 +282,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def keep(typing: Any, value: Any, mask: Any) -> Any:
-    """The lanes of the mask; 0 in the others."""
+    """Keep the lanes of the mask; set the others to 0."""
     return value(value, types.int64), lambda context, builder, signature, arguments: builder.select(
         _mask(builder, arguments[1]), arguments[0], _all(arguments[0].type, 0.0)
     )
@@ -287,7 +290,7 @@ def keep(typing: Any, value: Any, mask: Any) -> Any:
 
 @intrinsic
 def inverse(typing: Any, value: Any, mask: Any) -> Any:
-    """1 / value in the lanes of the mask; 0 in the others."""
+    """Compute 1 / value in the lanes of the mask; set the others to 0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = arguments[0].type
@@ -300,13 +303,13 @@ def inverse(typing: Any, value: Any, mask: Any) -> Any:
 
 @intrinsic
 def no_sum(typing: Any) -> Any:
-    """Sums of nothing."""
+    """Return sums of nothing: 0 in every lane."""
     return DOUBLES(), lambda context, builder, signature, arguments: ir.Constant(_DOUBLES, [0.0] * LANES)
 
 
 @intrinsic
 def add_product(typing: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Each lane's float64 sum plus the product of two numbers; of two floats it is exact in float64."""
+    """Add the product of two numbers to each lane's float64 sum; of two floats it is exact in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         wide = [v if _wide(v) else builder.fpext(v, _DOUBLES) for v in arguments[1:]]
@@ -317,7 +320,7 @@ def add_product(typing: Any, sums: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def total(typing: Any, sums: Any) -> Any:
-    """All lanes together, halves onto each other."""
+    """Add all lanes together, halves onto each other."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, width = arguments[0], LANES

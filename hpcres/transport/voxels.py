@@ -43,9 +43,12 @@ class Voxels:
         unit_planes: int | None = None,
         in_float64: bool = False,
     ) -> None:
-        """shape: of the whole volume. bits begin at its plane `first`, and planes own[0] … own[1] - 1 after that one
-        are worked on; without `own` they are the whole volume. labels: of the same planes. in_float64: see
-        `Form.of`."""
+        """Set up the voxels, cells and units.
+
+        `shape` is that of the whole volume. `bits` begin at its plane `first`, and planes own[0] … own[1] - 1 after
+        that one are worked on; without `own` they are the whole volume. `labels` are of the same planes. For
+        `in_float64` see `Form.of`.
+        """
         self.shape, self.threads, self.bits = tuple(shape), threads, bits
         self.labels, self.resistance, self.first = labels, resistance, first
         planes, even = bits.shape[0] - 2, tuple(n + n % 2 for n in shape)
@@ -102,7 +105,7 @@ class Voxels:
         self.rows = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
 
     def first_graph(self) -> Graph:
-        """The graph of level 1; sets `parts`, where the parts of each row of cells begin."""
+        """Make the graph of level 1, and set `parts`, where the parts of each row of cells begin."""
         each, cells = self.threads.each, self.cells.shape
         counts = np.empty((2, *cells[:2]), np.int64)
         each(lambda a, b: count_parts(self.cells, self.tables, counts, a, b), cells[0], 8)
@@ -119,6 +122,7 @@ class Voxels:
         return Graph(starts, places, values, to_faces, self.tables[0][self.cells])
 
     def first_level(self, graph: Graph, periodic: Sequence[bool]) -> Level:
+        """Make level 1 from its graph."""
         return coarse.as_level(graph, self.parts, periodic, self.form, self.threads.each, self.split)
 
     def _over(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -130,11 +134,15 @@ class Voxels:
         return self.threads.over(self.units, one)
 
     def energies(self, v: Any, end: float) -> list[float]:
-        """Dissipated by v in each unit, the faces on its + sides included; v: see `Solver.solution`."""
+        """Return the energy that v dissipates in each unit, the faces on its + sides included.
+
+        For v see `Solver.solution`.
+        """
         high, low = v if isinstance(v, tuple) else (v, None)
         return self._over(fine.energy, self.rows, self.labels, self.resistance, high, low, end)
 
     def subtract_applied(self, p: Any, alpha: float, end: float, r: np.ndarray) -> None:
+        """Set r -= alpha × (A p - b), where b is what the last face at potential `end` sends in."""
         high, low = p if isinstance(p, tuple) else (p, None)
         if self.form.robust:
             self._over(fine.subtract_outflow, self.rows, self.labels, self.resistance, high, low, alpha, end, r)
@@ -146,32 +154,35 @@ class Voxels:
         return self.rows, self.cells, self.tables, self.step, self.parts, self.labels, self.resistance
 
     def sweep_down(self, r: np.ndarray, b: np.ndarray) -> None:
+        """Set b to what a red then black sweep from zero leaves of r, summed over each part."""
         self._over(fine.sweep_down, *self._cell_tables, r, b)
 
     def sweep_up(self, r: np.ndarray, coarse_x: np.ndarray, z: np.ndarray) -> list[float]:
-        """z from the coarse solution; the sum of r · z of each unit."""
+        """Compute z from the coarse solution; return the sum of r · z of each unit."""
         scale = self.form.dtype(self.form.correction)
         return self._over(fine.sweep_up, *self._cell_tables, r, coarse_x, scale, z)
 
     def fill_ramp(self, x: Any) -> None:
+        """Set x to the potential of a uniform volume."""
         high = x[0] if isinstance(x, tuple) else x
         self.threads.each(
             lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, high, a, b), self.geometry[0], 16
         )
 
     def add_to_solution(self, x: Any, p: np.ndarray, alpha: float, own: slice = slice(None)) -> None:
-        """x += α p."""
+        """Set x += α p."""
         if not isinstance(x, tuple):
             return self.add_scaled(x[own], p[own], 1.0, alpha)
         high, low, along = x[0][own], x[1][own], p[own]
         self.threads.each(lambda i, j: fine.add_two_floats(high, low, along, alpha, i, j), len(high), 1 << 20)
 
     def add_scaled(self, y: np.ndarray, x: np.ndarray, scale_y: float, scale_x: float) -> None:
+        """Set y = scale_y · y + scale_x · x."""
         a, b = self.form.dtype(scale_y), self.form.dtype(scale_x)
         self.threads.each(lambda i, j: fine.add_scaled(y, x, a, b, i, j), len(y), 1 << 20)
 
     def conductivity(self, of_label: np.ndarray) -> float:
-        """Sum over the own voxels that take part; of_label: conductivities."""
+        """Sum the conductivity over the own voxels that take part; `of_label` holds the conductivities."""
         assert self.labels is not None
         total, end = 0.0, min(self.own[1], len(self.labels))
         for z in range(self.own[0], end, 16):
@@ -181,9 +192,21 @@ class Voxels:
         return total
 
     def layers(self, x: Any, of_label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Energy and conductivity of each layer of the volume along the axis, as far as own planes add to them.
+        """Compute energy and conductivity of each layer of the volume along the axis, as far as own planes add to them.
 
-        A face between two layers counts half to each. Needs x one plane before the own.
+        A face between two layers counts half to each.
+
+        Parameters
+        ----------
+        x : np.ndarray or tuple of np.ndarray
+            The potential (see `Solver.solution`), with one plane before the own.
+        of_label : np.ndarray
+            float (256,), conductivities by label.
+
+        Returns
+        -------
+        energy, conductivity : np.ndarray
+            float64 (layer,): the energy, and the sum of the conductivities of its voxels.
         """
         axis = self.geometry[7]
         n, deep = self.shape[axis], self.shape[0]
@@ -217,9 +240,24 @@ class Voxels:
         return energy[:n], conductivity
 
     def flux(self, x: Any, z0: int, z1: int, of_label: np.ndarray) -> np.ndarray:
-        """Planes z0 … z1 - 1 of the flux density k ∇u along z, y, x: (3, z, y, x), float32, NaN where nothing conducts.
+        """Compute planes z0 … z1 - 1 of the flux density k ∇u along z, y, x.
 
-        In units of that through a uniform volume of conductivity 1. Each is the mean over a voxel's two faces.
+        Each value is the mean over a voxel's two faces, in units of the flux density through a uniform volume of
+        conductivity 1.
+
+        Parameters
+        ----------
+        x : np.ndarray or tuple of np.ndarray
+            The potential (see `Solver.solution`).
+        z0, z1 : int
+            Range of planes.
+        of_label : np.ndarray
+            float (256,), conductivities by label.
+
+        Returns
+        -------
+        np.ndarray
+            float32 (3, z, y, x), NaN where nothing conducts.
         """
         axis, deep = self.geometry[7], min(self.geometry[0], self.shape[0] - self.first)
         halves = np.full(256, np.inf)
@@ -251,14 +289,14 @@ class Voxels:
         return out
 
     def _plane(self, x: Any, z: int, halves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Potential and half a voxel's resistance of a plane, float64; 0 and inf where nothing conducts."""
+        """Return potential and half a voxel's resistance of a plane, float64; 0 and inf where nothing conducts."""
         u = self._unpacked(x, z, z + 1)[0]
         conducting = ~np.isnan(u)
         kind = 0.5 if self.labels is None else halves[self.labels[z]]
         return np.where(conducting, u, 0.0), np.where(conducting, kind, np.inf)
 
     def _unpacked(self, x: Any, z0: int, z1: int) -> np.ndarray:
-        """Planes z0 … z1 - 1 of a potential (z, y, x), float64; NaN where nothing conducts."""
+        """Return planes z0 … z1 - 1 of a potential (z, y, x), float64; NaN where nothing conducts."""
         total = np.zeros((z1 - z0, *self.shape[1:]))
         for part in x if isinstance(x, tuple) else (x,):
             out = np.full(total.shape, np.nan, self.form.dtype)
@@ -267,14 +305,30 @@ class Voxels:
         return total
 
     def potential(self, x: Any, z0: int, z1: int) -> np.ndarray:
-        """Planes z0 … z1 - 1 of a potential (z, y, x), float32; NaN where nothing conducts."""
+        """Return planes z0 … z1 - 1 of a potential (z, y, x), float32; NaN where nothing conducts."""
         return self._unpacked(x, z0, z1).astype(np.float32)
 
 
 def by_label(conductivity: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, float]:
-    """Of the 256 labels: which conduct, how well, and half a voxel's resistance, where conductivities differ.
+    """Tabulate conductivities by label, 256 of them.
 
-    Where they do not, it is solved for 1, and the last number is what D_rel is to be multiplied by.
+    Where conductivities do not differ, the system is solved for 1.
+
+    Parameters
+    ----------
+    conductivity : mapping
+        Positive conductivities of the labels that conduct.
+
+    Returns
+    -------
+    conducts : np.ndarray
+        bool (256,).
+    of_label : np.ndarray
+        float64 (256,), conductivities.
+    resistance : np.ndarray or None
+        float64 (256,), half a voxel's resistance; None where conductivities do not differ.
+    unit : float
+        What D_rel is to be multiplied by.
     """
     conducts, of_label = np.zeros(256, bool), np.zeros(256)
     for label, k in conductivity.items():
@@ -286,16 +340,26 @@ def by_label(conductivity: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray,
 
 
 def tau_of_layers(energy: np.ndarray, conductivity: np.ndarray) -> np.ndarray:
-    """tau of each layer along the axis: its mean conductivity / its own D_rel.
+    """Compute tau of each layer along the axis: its mean conductivity / its own D_rel.
 
-    A layer's resistance is the energy it dissipates / flux², and the flux is the energy of all, over a drop of 1; so
-    D_rel of the volume is the harmonic mean of the layers'.
+    A layer's resistance is the energy it dissipates / flux², and the flux is the energy of all layers, over a drop of
+    1. So D_rel of the volume is the harmonic mean of the layers'.
+
+    Parameters
+    ----------
+    energy, conductivity : np.ndarray
+        Of each layer, as `Voxels.layers` gives them for the whole volume.
+
+    Returns
+    -------
+    np.ndarray
+        float64 (layer,).
     """
     return conductivity * energy / energy.sum() ** 2
 
 
 def strong_pairs(g: Sequence[float], shape: Sequence[int], resistance: np.ndarray) -> np.ndarray:
-    """Whether the edge between two neighbouring voxels is strong (see `aggregation`), by axis and their labels.
+    """Tell whether the edge between two neighbouring voxels is strong (see `aggregation`), by axis and their labels.
 
     Parameters
     ----------
@@ -319,7 +383,7 @@ def strong_pairs(g: Sequence[float], shape: Sequence[int], resistance: np.ndarra
 
 
 def planes_of_unit(planes: int, least: int = 1) -> int:
-    """How deep a unit is; smaller where there would be fewer than `least`."""
+    """Return how many planes a unit has; fewer where there would be fewer units than `least`."""
     deep = max(16, min(64, planes // 4 // 8 * 8))
     while deep > 16 and planes < least * deep:
         deep = max(16, deep // 2 // 8 * 8)
@@ -327,7 +391,7 @@ def planes_of_unit(planes: int, least: int = 1) -> int:
 
 
 def pack(labels: np.ndarray, conducts: np.ndarray, threads: Threads) -> np.ndarray:
-    """Bits (as in `fine`) of the voxels of uint8 labels (z, y, x) for which conducts[label]."""
+    """Pack into bits (as in `fine`) the voxels of uint8 labels (z, y, x) for which conducts[label]."""
     nz, ny, nx = labels.shape
     bits = np.zeros((nz + nz % 2 + 2, ny + ny % 2 + 2, -(-nx // 16) + 2), np.uint16)
     threads.each(lambda a, b: fine.pack(labels, conducts, bits, a, b), nz, 8)
@@ -335,7 +399,7 @@ def pack(labels: np.ndarray, conducts: np.ndarray, threads: Threads) -> np.ndarr
 
 
 def set_borders(bits: np.ndarray, periodic: Sequence[bool]) -> None:
-    """The planes and rows outside: those of the opposite side, or nothing."""
+    """Set the planes and rows outside: those of the opposite side, or nothing."""
     bits[0], bits[-1] = (bits[-2], bits[1]) if periodic[0] else (0, 0)
     bits[:, 0], bits[:, -1] = (bits[:, -2], bits[:, 1]) if periodic[1] else (0, 0)
 
@@ -343,8 +407,10 @@ def set_borders(bits: np.ndarray, periodic: Sequence[bool]) -> None:
 def _shifted(
     plane: tuple[np.ndarray, np.ndarray], axis: int, step: int, periodic: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each voxel's neighbour before it (step 1) or after it (-1) along an axis of the plane; at an edge that is not
-    periodic, one that insulates."""
+    """Return each voxel's neighbour before it (step 1) or after it (-1) along an axis of the plane.
+
+    At an edge that is not periodic, the neighbour is one that insulates.
+    """
     u, half = (np.roll(v, step, axis) for v in plane)
     if not periodic:
         edge: list[Any] = [slice(None), slice(None)]
@@ -354,7 +420,10 @@ def _shifted(
 
 
 def _add_layers(energy: np.ndarray, heat: np.ndarray, axis: int, z: int, share: float, split: bool) -> None:
-    """Of the faces towards - of a plane z of voxels: `share` to the layer of each, and as much to the one before."""
+    """Add the heat of the faces on the - side of the voxels of plane z to the layers.
+
+    `share` of it goes to the layer of each voxel and, with `split`, as much to the layer before.
+    """
     if axis == 0:
         energy[z] += share * heat.sum()
         if split:
@@ -367,6 +436,6 @@ def _add_layers(energy: np.ndarray, heat: np.ndarray, axis: int, z: int, share: 
 
 
 def unpacked(bits: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The conducting voxels as uint8 (z, y, x)."""
+    """Unpack the conducting voxels as uint8 (z, y, x)."""
     words = np.ascontiguousarray(bits[1 : shape[0] + 1, 1 : shape[1] + 1, 1:-1])
     return np.unpackbits(words.view(np.uint8), axis=2, bitorder="little")[:, :, : shape[2]]
