@@ -53,7 +53,7 @@ class Stage:
     interpolation : {'linear', 'nearest'}
         Upsampling of a resized stage.
     slope : numpy.ndarray
-        Factor of negative values: of leaky one, of prelu one, or one for each channel.
+        Factor for negative values: one for leaky; one, or one for each channel, for prelu.
     add_before, add_after : int, optional
         Numbers of earlier stages on the same grid whose outputs are added before and after the activation.
     weight : numpy.ndarray
