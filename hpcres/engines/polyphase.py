@@ -518,7 +518,10 @@ class Polyphase:
         return lowest.isfinite() & highest.isfinite()
 
     def _ranges(self, window: Sequence[int], crop: Crop | None) -> tuple[_Spans, list[_Spans], list[tuple[int, ...]]]:
-        """Return the high-res voxels asked for, the voxels needed of the input and of each stage, and their grids' sizes."""
+        """Return the high-res voxels asked for, and the voxels needed of each grid with the sizes of the grids.
+
+        The grids are those of the input and of the output of each stage.
+        """
         sizes = [tuple(window)]
         for stage in self._stages:
             sizes.append(tuple(stage.scale * n for n in sizes[-1]))

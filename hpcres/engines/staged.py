@@ -34,12 +34,15 @@ class Staged:
     Parameters
     ----------
     stages : Stages
+        Stages with their weights.
     device : torch.device or str
+        Device of torch.
     dtype : torch.dtype
+        Float format of the computation.
 
     Examples
     --------
-    Two phases by the sign of one number, one voxel to the other side of a face it is computed with or not:
+    One logit is the sum of a voxel and its neighbours, and its sign tells which of two phases the voxel is:
 
     >>> import numpy as np
     >>> from fractions import Fraction

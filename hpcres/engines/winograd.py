@@ -134,7 +134,10 @@ def axis_of(kind: str, scale: Fraction, padding: str, start: int, stop: int, inp
 
 
 def _product(matrix: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Compute Σ_k matrix[:, k] · some[k], summed in the order k = 0, 1, …: the order of BLAS depends on the processor."""
+    """Compute Σ_k matrix[:, k] · some[k], summed in the order k = 0, 1, ….
+
+    The order of BLAS depends on the processor.
+    """
     total = np.zeros((len(matrix), *some.shape[1:]))
     for column, one in zip(matrix.T, some, strict=True):
         for row, factor in zip(total, column, strict=True):
@@ -304,7 +307,10 @@ def _multiply(g, values, weights, products, rows, used, inputs, outputs, lanes):
 
 @compiled
 def _gather(transposed, g, products, rows, used, channels, planes, scratch, lanes):
-    """Transform product g along z to outputs along y and x, into `planes` (rows, channels, 6, 4, 4), all of them registers."""
+    """Transform product g along z to outputs along y and x, into `planes`.
+
+    `planes` is (rows, channels, 6, 4, 4) with a register for each group of channels.
+    """
     width, plane = floats(lanes), rows * channels
     for t in range(used):
         for c in range(0, channels, width):
@@ -833,7 +839,10 @@ class WinogradNetwork:
     def _finish(
         self, axes: list[list[Axis]], x: _Map, maps: list[_Map], write: Box, memory: Memory
     ) -> np.ndarray | None:
-        """Compute the last two layers in slabs of four planes, each labelled as soon as the plane behind it is computed."""
+        """Compute the last two layers in slabs of four planes.
+
+        Each plane is labelled as soon as the plane behind it is computed.
+        """
         *_, feeding, layer = self._layers
         feeds, (z, y, x_axis) = (axes[0][-2], axes[1][-2], axes[2][-2]), (axes[0][-1], axes[1][-1], axes[2][-1])
         fed = 0  # rows of the last layer but one
@@ -964,8 +973,8 @@ def _lanes(channels: int) -> np.generic:
 def _rows_together(layer: _Layer, row: int) -> int:
     """Return how many cells to transform before multiplying, in a `row` of them: parts of it, or several rows.
 
-    As many as half of a core's second-level cache holds. Where the weights are larger than that, they are read again
-    each time. If they come from the cache that cores share, the cells should leave room in it. If they come from
+    The number is what half of a core's second-level cache holds. Where the weights are larger than that, they are read
+    again each time. If they come from the cache that cores share, the cells should leave room in it. If they come from
     memory, each reading should serve many cells.
     """
     rows = max(12, _CACHE_BYTES // 2 // (36 * 4 * (layer.inputs + layer.outputs)))
