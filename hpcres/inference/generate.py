@@ -1,4 +1,7 @@
-"""From a window of the low-res volume to the high-res labels of a tile, block by block; each thread computes a block."""
+"""From a window of the low-res volume to the high-res labels of a tile, block by block.
+
+Each thread computes a block.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _LEFT_OVER_SECONDS = 10.0
 def journal_folder(output: Path) -> Path:
     """Return the folder of the journals and the lock of a store.
 
-    It is beside the store, because zarr readers fail on files that they do not know inside it.
+    It is beside the store, because zarr readers have trouble with unknown files inside a store.
     """
     return output.with_name(output.name + ".journal")
 
@@ -357,8 +357,8 @@ def total_counts(store: LabelStore, seeds: int) -> list[Counts]:
 def missing_shards(stores: Sequence[LabelStore], seeds: int) -> list[tuple[int, Box]]:
     """List the shards that are to be made.
 
-    Only what a journal confirms is trusted. A shard without a line was written just before a kill, which came before
-    the line. A shard of another size has lost bytes when its machine lost power.
+    Only what a journal confirms is trusted. Where a shard has no line, a kill came before the line was written. A shard
+    of another size than noted has lost bytes when its machine lost power.
 
     Parameters
     ----------

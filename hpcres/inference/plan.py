@@ -72,7 +72,7 @@ class Cost:
 
     @property
     def hours(self) -> float:
-        """Hours of the rank that has most tiles, all taken as large as the largest."""
+        """Hours that the rank with most tiles takes, with every tile as large as the largest."""
         largest = max(tile.write.voxels for tile in self.plan.tiles)
         return self.seeds * self.tiles_of_busiest * largest / self.voxels_per_second / 3600
 
@@ -213,7 +213,10 @@ class _Random(Conditions):
 
 
 def _parts_of(block: Box, unit: int) -> list[Box]:
-    """Return parts of a block from small to large: cubes of whole low-res voxels, cut at its faces; the last is the block."""
+    """Return parts of a block from small to large.
+
+    They are cubes of whole low-res voxels, cut at the faces of the block; the last is the block.
+    """
     parts, edge = [], -(-_TRIAL_VOXELS // unit) * unit
     while edge < max(block.shape):
         ends = [min(start + edge, stop) for start, stop in zip(block.start, block.stop, strict=True)]

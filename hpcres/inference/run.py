@@ -494,7 +494,10 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
 
 
 def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
-    """Return what `hpcres metrics` would say of the store, from the counts of its tiles, and how it varies with the seed."""
+    """Return what `hpcres metrics` would measure of the store, from the counts of its tiles.
+
+    For an ensemble, the result also says how the measures vary with the seed.
+    """
     names = Named(dict(enumerate(job.checkpoint.phases)), *cubic(job.voxel_size).lengths(str(job.output)))
     found = [described(total, names) for total in total_counts(store, len(job.seeds))]
     return {"measured": found[0], **({"spread": {"seeds": job.seeds, **spread(found)}} if len(found) > 1 else {})}
@@ -510,7 +513,7 @@ def _end_if_failed(tiles: int, failures: list[str]) -> None:
 
 
 class _Stop:
-    """Whether to begin nothing new: a signal, a full or read-only disk, or an input that changed, on any rank."""
+    """Whether to begin nothing new: a signal, a disk that takes no more data, or an input that changed, on any rank."""
 
     def __init__(self, ranks: Ranks, received: list[int], conditions: Conditions, again: str) -> None:
         self._ranks, self._received, self._conditions, self._again = ranks, received, conditions, again

@@ -320,7 +320,10 @@ def _spread(tiles: list[Tile], count: int, seed: int) -> list[Tile]:
 
 
 def _away_from_faces(plan: TilePlan, box: Box) -> list[np.ndarray]:
-    """Return, per axis, which voxels of a high-res box are more than one low-res voxel from every face between two tiles."""
+    """Return, per axis, which voxels of a high-res box lie away from every face between two tiles.
+
+    These are voxels more than one low-res voxel from the face.
+    """
     reach, away = ceil(plan.scale), []
     for axis, n in enumerate(plan.shape):
         place, edge = np.arange(box.start[axis], box.stop[axis]), plan.tile_voxels[axis]

@@ -213,9 +213,9 @@ class Stages:
     def cuts(self, context: int, behind: Collection[str]) -> list[int]:
         """Return what to cut off each side of the output of each stage in training.
 
-        At the end `context` low-res voxels around a training cube are cut. Nothing is cut earlier that an output voxel
-        within depends on. Only outputs of the stages named in `behind`, and of the last stage, are cut. Batch norm sees
-        what is left.
+        In total, `context` low-res voxels around a training cube are cut. Nothing is cut that an output voxel within
+        the cube depends on. Only outputs of the stages named in `behind`, and of the last stage, are cut. Batch norm
+        sees what is left.
 
         Parameters
         ----------
