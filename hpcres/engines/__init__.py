@@ -1,1 +1,1 @@
-"""How the labels of a list of stages are computed, tile by tile, on CPUs and GPUs."""
+"""Computation of the labels of a list of stages, tile by tile, on CPUs and GPUs."""

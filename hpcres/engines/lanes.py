@@ -1,4 +1,4 @@
-"""Vectors of 8 or 16 floats for numba kernels, in registers, with fused multiply-adds spelled out.
+"""Vectors of 8 or 16 floats for numba kernels, in registers, with explicit fused multiply-adds.
 
 The type of a kernel's argument `lanes` selects the width: an int8 stands for 8 floats, an int16 for 16. WIDEST selects
 the registers of the CPU that numba compiles for. Every operation is an IEEE one in the order it is written, so a value
@@ -27,7 +27,7 @@ intrinsic: Any = _intrinsic  # what it makes is called without the typing contex
 
 
 class Lanes(types.Type):
-    """A register of `width` floats."""
+    """Numba type of a register of `width` floats."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -35,6 +35,7 @@ class Lanes(types.Type):
 
     @property
     def llvm(self) -> ir.VectorType:
+        """LLVM type of the register."""
         return ir.VectorType(ir.FloatType(), self.width)
 
 
@@ -45,13 +46,13 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def width_of(lanes: Any) -> int:
-    """Floats per register for a value of `lanes`."""
+    """Return the floats per register for a value of `lanes`."""
     return 8 * lanes.dtype.itemsize
 
 
 @intrinsic
 def floats(typing: Any, lanes: Any) -> Any:
-    """Floats per register, inside a kernel."""
+    """Return the floats per register, inside a kernel."""
     return types.intp(lanes), lambda context, builder, signature, _: context.get_constant(types.intp, lanes.bitwidth)
 
 
@@ -88,7 +89,7 @@ def _constant(type_: Lanes, number: float) -> Any:
 
 @intrinsic
 def load(typing: Any, array: Any, index: Any, lanes: Any) -> Any:
-    """The floats at array[index …]."""
+    """Load the floats at array[index …] into a register."""
     out = Lanes(lanes.bitwidth)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -99,7 +100,7 @@ def load(typing: Any, array: Any, index: Any, lanes: Any) -> Any:
 
 @intrinsic
 def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """array[index …] = value."""
+    """Store a register: array[index …] = value."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
@@ -111,7 +112,7 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def splat(typing: Any, array: Any, index: Any, lanes: Any) -> Any:
-    """array[index] in every lane."""
+    """Load array[index] into every lane of a register."""
     out = Lanes(lanes.bitwidth)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -123,29 +124,32 @@ def splat(typing: Any, array: Any, index: Any, lanes: Any) -> Any:
 
 @intrinsic
 def zero(typing: Any, lanes: Any) -> Any:
+    """Return a register of zeros."""
     out = Lanes(lanes.bitwidth)
     return out(lanes), lambda context, builder, signature, arguments: _constant(out, 0.0)
 
 
 @intrinsic
 def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c, rounded once."""
+    """Compute a · b + c, rounded once."""
     return a(a, a, a), lambda context, builder, signature, arguments: _fma(builder, a, *arguments)
 
 
 @intrinsic
 def add(typing: Any, a: Any, b: Any) -> Any:
+    """Compute a + b."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fadd(*arguments)
 
 
 @intrinsic
 def multiply(typing: Any, a: Any, b: Any) -> Any:
+    """Compute a · b."""
     return a(a, a), lambda context, builder, signature, arguments: builder.fmul(*arguments)
 
 
 @intrinsic
 def rectified(typing: Any, a: Any) -> Any:
-    """max(a, 0), and NaN stays NaN."""
+    """Compute max(a, 0); NaN stays NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         nothing = _constant(a, 0.0)
@@ -156,7 +160,7 @@ def rectified(typing: Any, a: Any) -> Any:
 
 @intrinsic
 def total(typing: Any, a: Any) -> Any:
-    """Sum of the lanes, halves onto each other."""
+    """Sum the lanes by adding the upper half to the lower half until one is left."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, width = arguments[0], a.width
@@ -176,9 +180,21 @@ def total(typing: Any, a: Any) -> Any:
 
 
 def combination(inputs: int, outputs: int) -> Any:
-    """An intrinsic that sums `inputs` vectors with coefficients from a table, `outputs` times.
+    """Make an intrinsic that sums `inputs` vectors with coefficients from a table, `outputs` times.
 
-    target[t + i·step …] = Σ_j table[k + i·inputs + j] · source[s + offsets[o + j] …]
+    The intrinsic computes target[t + i·step …] = Σ_j table[k + i·inputs + j] · source[s + offsets[o + j] …].
+
+    Parameters
+    ----------
+    inputs
+        Number of vectors in each sum.
+    outputs
+        Number of sums.
+
+    Returns
+    -------
+    intrinsic
+        Called as (target, t, step, source, s, offsets, o, table, k, lanes).
     """
 
     @intrinsic
@@ -222,10 +238,22 @@ def combination(inputs: int, outputs: int) -> Any:
 
 
 def fixed_combination(matrix: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]] = ()) -> Any:
-    """An intrinsic that multiplies vectors by a constant matrix.
+    """Make an intrinsic that multiplies vectors by a constant matrix.
 
-    target[t + i·step …] = Σ_j matrix[i][j] · source[s + j·stride …]. `pairs` are columns (p, q) that enter
-    every row as their sum or their difference alone, which are formed once.
+    The intrinsic computes target[t + i·step …] = Σ_j matrix[i][j] · source[s + j·stride …].
+
+    Parameters
+    ----------
+    matrix
+        Rows of the matrix.
+    pairs
+        Columns (p, q) that enter every row as their sum or their difference alone; the sum and the difference are
+        formed once.
+
+    Returns
+    -------
+    intrinsic
+        Called as (target, t, step, source, s, stride, lanes).
     """
 
     @intrinsic
@@ -267,10 +295,22 @@ def fixed_combination(matrix: Sequence[Sequence[float]], pairs: Sequence[tuple[i
 
 
 def panel(rows: int, vectors: int) -> Any:
-    """An intrinsic that multiplies `rows` rows of one matrix with `vectors` registers' columns of another.
+    """Make an intrinsic that multiplies `rows` rows of one matrix with `vectors` registers' columns of another.
 
-    products[m + r·outputs + …] = Σ_i values[v + r·inputs + i] · weights[w + i·outputs + …], i = 0 … inputs − 1 in this
-    order; inputs is a multiple of 4. The sums stay in registers.
+    The intrinsic computes products[m + r·outputs + …] = Σ_i values[v + r·inputs + i] · weights[w + i·outputs + …], with
+    i = 0 … inputs − 1 in this order; inputs is a multiple of 4. The sums stay in registers.
+
+    Parameters
+    ----------
+    rows
+        Rows of `values`.
+    vectors
+        Registers of columns of `weights`.
+
+    Returns
+    -------
+    intrinsic
+        Called as (values, v, weights, w, products, m, inputs, outputs, lanes).
     """
     unrolled = 4
 

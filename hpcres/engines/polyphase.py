@@ -1,8 +1,9 @@
 """The generator without high-res feature maps: all is computed on the coarser grid, eight outputs a cell.
 
-×2 trilinear upsampling and a 3³ convolution are one 3³ convolution of the coarse grid, a transposed convolution is
-one of 2³ taps, the last convolution one of 2³ taps from cells to cells staggered against them; only uint8 labels are
-put in voxel order. For any torch device and float format; fp32 on a GPU means fp32 only while TF32 is off.
+×2 trilinear upsampling and a 3³ convolution are one 3³ convolution of the coarse grid. A transposed convolution is
+one of 2³ taps. The last convolution is one of 2³ taps from cells to cells staggered against them. Only uint8 labels are
+put in voxel order. The engine works on any torch device and in any float format; on a GPU, TF32 must be off for fp32 to
+mean fp32.
 
 Along each axis a cell c of offset 0 holds the fine voxels 2c and 2c + 1, one of offset 1 holds 2c − 1 and 2c. The
 channels of cells are (parity z, parity y, parity x, channel), flattened.
@@ -64,7 +65,7 @@ def _size(spans: _Spans) -> int:
 
 
 def _padded_size(want: _Spans, sizes: Sequence[int]) -> int:
-    """Voxels that _Map.padded copies: none where nothing lies beyond a face."""
+    """Return the number of voxels that _Map.padded copies: none where nothing lies beyond a face."""
     return 0 if _clipped(want, sizes) == want else _size(want)
 
 
@@ -84,7 +85,7 @@ class _Map:
         return values
 
     def padded(self, want: _Spans, pad: Literal["replicate", "zeros", "mirrored"]) -> Tensor:
-        """The part `want`, which may reach one beyond the faces of the grid.
+        """Return the part `want`, which may reach one beyond the faces of the grid.
 
         'mirrored' continues cells as replication continues their voxels: the parities change places.
         """
@@ -113,7 +114,7 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _in_voxel_order(cells: _Map, offset: int, want: _Spans) -> Tensor:
-    """(batch, 8 · channels, cells) → (batch, channels, voxels `want`) in the memory layout of `cells`."""
+    """Reorder (batch, 8 · channels, cells) to (batch, channels, voxels `want`) in the memory layout of `cells`."""
     batch, channels = cells.values.shape[0], cells.values.shape[1] // 8
     apart, shape = cells.values.unflatten(1, (2, 2, 2, channels)), [2 * n for n in cells.values.shape[2:]]
     if _channels_last(cells.values):
@@ -124,7 +125,10 @@ def _in_voxel_order(cells: _Map, offset: int, want: _Spans) -> Tensor:
 
 
 def _layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels last suits oneDNN and tensor cores; cuDNN's other kernels, those for fp32, are made for planes."""
+    """Return the memory layout that suits a device and a float format.
+
+    Channels last suits oneDNN and tensor cores; cuDNN's other kernels, those for fp32, are made for planes.
+    """
     planes = device.type == "cuda" and dtype.itemsize > 2
     return torch.contiguous_format if planes else torch.channels_last_3d
 
@@ -141,7 +145,7 @@ class _Weights:
 
 
 class _Convolution:
-    """A 3³ convolution on one grid, with what is added to it."""
+    """A 3³ convolution on one grid, with the outputs of earlier stages that are added to it."""
 
     scale = 1
 
@@ -151,11 +155,11 @@ class _Convolution:
         self.adds = [i for i in (stage.add_before, stage.add_after) if i is not None]
 
     def needs(self, out: _Spans, sizes: Sequence[int]) -> _Spans:
-        """The voxels of an input of `sizes` that the output voxels `out` depend on."""
+        """Return the voxels of an input of `sizes` that the output voxels `out` depend on."""
         return _clipped(_grown(out, 1, 1), sizes)
 
     def __call__(self, x: _Map, out: _Spans, kept: dict[int, _Map]) -> Tensor:
-        """The output voxels `out`; `kept` are outputs of earlier stages."""
+        """Compute the output voxels `out`; `kept` are outputs of earlier stages."""
         stage = self._stage
         y = self._weights(x.padded(_grown(out, 1, 1), stage.padding))
         if stage.add_before is not None:
@@ -167,13 +171,16 @@ class _Convolution:
         return y
 
     def held(self, out: _Spans, sizes: Sequence[int]) -> tuple[int, int]:
-        """Values held at most, beyond the input, and afterwards: the input padded and the output, the output."""
+        """Return how many values are held at most, beyond the input, and how many afterwards.
+
+        At most these are the padded input and the output; afterwards the output.
+        """
         after = self._stage.outputs * _size(out)
         return self._stage.inputs * _padded_size(_grown(out, 1, 1), sizes) + after, after
 
 
 class _Doubling:
-    """A stage of scale 2 with cells of `offset`. `cells` is computed on the input's grid, before the ReLU."""
+    """A stage of scale 2 with cells of `offset`; `cells` is computed on the input's grid, before the ReLU."""
 
     scale = 2
     offset: int
@@ -184,7 +191,7 @@ class _Doubling:
         self._stage = stage
 
     def reads(self, cells: _Spans) -> _Spans:
-        """The input voxels of some cells, those beyond the faces included."""
+        """Return the input voxels of some cells, those beyond the faces included."""
         raise NotImplementedError
 
     def cells(self, x: _Map, cells: _Spans) -> Tensor:
@@ -202,7 +209,10 @@ class _Doubling:
         return self._stage.inputs * _padded_size(self.reads(cells), sizes) + outputs
 
     def held(self, out: _Spans, sizes: Sequence[int]) -> tuple[int, int]:
-        """Values held at most, beyond the input, and afterwards: the input padded and the cells, they twice; voxels."""
+        """Return how many values are held at most, beyond the input, and how many afterwards.
+
+        At most these are the padded input and the cells, or the cells twice; afterwards the voxels.
+        """
         at = _cells(out, self.offset)
         after = 8 * self._stage.outputs * _size(at)
         return max(self.held_by_cells(at, sizes), 2 * after), after
@@ -291,7 +301,7 @@ class _CellEnd:
         self._weights = _Weights(weight.reshape(shape), np.tile(end.bias, 8), device, dtype)
 
     def _features(self, logits: _Spans) -> _Spans:
-        """The feature cells that logit cells read, those beyond the faces included."""
+        """Return the feature cells that logit cells read, those beyond the faces included."""
         return _grown(logits, self.offset, self._up.offset)
 
     def _grid(self, sizes: Sequence[int]) -> list[int]:
@@ -301,7 +311,7 @@ class _CellEnd:
         return _clipped(self._up.reads(_clipped(self._features(_cells(out, self.offset)), self._grid(sizes))), sizes)
 
     def logits(self, x: _Map, out: _Spans) -> Tensor:
-        """(batch, 8, phases, cells) of the cells that hold `out`."""
+        """Compute the logits (batch, 8, phases, cells) of the cells that hold `out`."""
         grid, want = self._grid(x.sizes), self._features(_cells(out, self.offset))
         at = _clipped(want, grid)
         features = self._up.cells(x, at).relu_()
@@ -318,11 +328,14 @@ class _CellEnd:
         return self._weights(features).unflatten(1, (8, -1))
 
     def in_voxel_order(self, values: Tensor, out: _Spans) -> Tensor:
-        """(batch, 8, channels, cells) → (batch, channels, voxels `out`)."""
+        """Reorder (batch, 8, channels, cells) to (batch, channels, voxels `out`)."""
         return _in_voxel_order(_Map(values.flatten(1, 2), _cells(out, self.offset), ()), self.offset, out)
 
     def held(self, out: _Spans, sizes: Sequence[int]) -> int:
-        """Values held at a time beyond the input: the input padded and the cells, they and the logits."""
+        """Return how many values are held at a time beyond the input.
+
+        These are the padded input and the cells, or the cells padded, or the cells and the logits.
+        """
         cells, grid = _cells(out, self.offset), self._grid(sizes)
         want = self._features(cells)
         at = _clipped(want, grid)
@@ -345,7 +358,7 @@ class _VoxelEnd:
         return tuple(floor(n * self._last.scale) for n in sizes)
 
     def _taps(self, out: _Spans, sizes: Sequence[int]) -> list[Taps]:
-        """The taps that give the upsampled voxels of which `out` is computed."""
+        """Return the taps that give the upsampled voxels from which `out` is computed."""
         upsampled = _clipped(_grown(out, 2, 2), self._high_res(sizes))
         return [
             [[tap for tap in row if tap[1]] for row in _linear_taps(n, self._last.scale)[a:b]]
@@ -357,7 +370,7 @@ class _VoxelEnd:
         return _spans([(min(js), max(js) + 1) for js in read])
 
     def logits(self, x: _Map, out: _Spans) -> Tensor:
-        """(batch, 1, phases, voxels `out`)."""
+        """Compute the logits (batch, 1, phases, voxels `out`)."""
         sizes, near = self._high_res(x.sizes), self.needs(out, x.sizes)
         features = _clipped(_grown(out, 1, 1), sizes)
         z, y, x_ = (
@@ -373,7 +386,10 @@ class _VoxelEnd:
         return values[:, 0]
 
     def held(self, out: _Spans, sizes: Sequence[int]) -> int:
-        """Values held at a time beyond the input: while the last axis is resampled, or by the convolution after it."""
+        """Return how many values are held at a time beyond the input.
+
+        The most are held while the last axis is resampled, or by the convolution after it.
+        """
         high_res, scale = self._high_res(sizes), self._last.scale
         near, upsampled = _grown(out, 1, 1), _grown(out, 2, 2)
         given = self._last.inputs * _size(_clipped(upsampled, high_res))
@@ -390,9 +406,18 @@ def _linear_taps(size: int, scale: Fraction) -> Taps:
 class Polyphase:
     """The folded network on `device` in `dtype`: windows of low-res values in, labels of high-res voxels out.
 
-    A window is (channels + 1, z, y, x): one channel per low-res phase and the noise; its ends are faces of the volume,
-    where every layer pads by its own rule. With a `crop` of high-res voxels only these are computed, each layer
-    as far as they need it: what is a halo beyond the crop has no effect on them.
+    A window is (channels + 1, z, y, x): one channel per low-res phase and the noise. Its ends are faces of the volume,
+    where every layer pads by its own rule. With a `crop` of high-res voxels only these are computed, each layer as far
+    as they need it: a halo beyond the crop has no effect on them.
+
+    Parameters
+    ----------
+    folded
+        Stages with their weights.
+    device
+        Device of torch.
+    dtype
+        Float format of the computation.
     """
 
     def __init__(self, folded: Stages, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -416,14 +441,40 @@ class Polyphase:
         return (_Resized if stage.kind == "resized" else _Transposed)(stage, self.device, self.dtype)
 
     def labels(self, windows: Tensor, crop: Crop | None = None) -> Tensor:
-        """uint8 (batch, z, y, x): the phase of the highest logit, the lowest of equals.
+        """Compute the labels of windows: the phase of the highest logit, the lowest of equals.
 
-        `windows` is (batch, channels + 1, z, y, x) in any float format. InputError where the logits are not finite.
+        Parameters
+        ----------
+        windows
+            (batch, channels + 1, z, y, x) in any float format.
+        crop
+            High-res voxels of a window to compute, along z, y, x; by default all.
+
+        Returns
+        -------
+        Tensor
+            uint8 (batch, z, y, x).
+
+        Raises
+        ------
+        InputError
+            Where the logits are not finite.
         """
         return self._run(windows, crop, as_labels=True)
 
     def logits(self, windows: Tensor, crop: Crop | None = None) -> Tensor:
-        """(batch, phases, z, y, x), as `labels` compares them."""
+        """Compute the logits of windows, as `labels` compares them.
+
+        Parameters
+        ----------
+        windows, crop
+            As of `labels`.
+
+        Returns
+        -------
+        Tensor
+            (batch, phases, z, y, x) in `dtype`.
+        """
         return self._run(windows, crop, as_labels=False)
 
     @torch.inference_mode()
@@ -455,7 +506,7 @@ class Polyphase:
         return painted
 
     def _paint(self, x: _Map, slab: _Spans, target: Tensor, as_labels: bool) -> Tensor:
-        """Write the labels or logits of a slab to `target`; whether every highest logit is finite."""
+        """Write the labels or logits of a slab to `target`; return whether every highest logit is finite."""
         logits = self._end.logits(x, slab)
         if not as_labels:
             target.copy_(self._end.in_voxel_order(logits, slab))
@@ -467,7 +518,10 @@ class Polyphase:
         return lowest.isfinite() & highest.isfinite()
 
     def _ranges(self, window: Sequence[int], crop: Crop | None) -> tuple[_Spans, list[_Spans], list[tuple[int, ...]]]:
-        """The high-res voxels asked for, the voxels needed of the input and of each stage, and their grids' sizes."""
+        """Return the high-res voxels asked for, and the voxels needed of each grid with the sizes of the grids.
+
+        The grids are those of the input and of the output of each stage.
+        """
         sizes = [tuple(window)]
         for stage in self._stages:
             sizes.append(tuple(stage.scale * n for n in sizes[-1]))
@@ -483,7 +537,10 @@ class Polyphase:
         return out, spans, sizes
 
     def _slabs(self, out: _Spans, sizes: Sequence[int]) -> tuple[int, list[_Spans]]:
-        """How many windows the last stages take at a time, and `out`, cut along z where one window is too much."""
+        """Return how many windows the last stages take at a time, and the slabs of `out`.
+
+        `out` is cut along z where one window is too much.
+        """
         limit, needed = SLAB_BYTES.get(self.device.type, SLAB_BYTES["cpu"]), self._slab_bytes(out, sizes)
         (start, stop), y, x = out
         if needed <= limit:
@@ -494,15 +551,32 @@ class Polyphase:
         return 1, [((max(start, a), min(stop, a + step)), y, x) for a in starts]
 
     def _slab_bytes(self, slab: _Spans, sizes: Sequence[int]) -> int:
-        """Feature maps and logits; or logits, the highest of them, its index and its label twice."""
+        """Return the bytes that a slab takes at most.
+
+        They are those of feature maps and logits, or of the logits, the highest of them, its index and its label twice.
+        """
         item, voxels = self.dtype.itemsize, 8 * _size(_cells(slab, self._end.offset))
         return max(self._end.held(slab, sizes) * item, voxels * ((self.phases + 1) * item + 8 + 2))
 
     def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
-        """Peak bytes of the tensors for `batch` windows of (z, y, x) low-res voxels; weights not counted.
+        """Estimate the peak bytes of the tensors for a batch of windows; weights are not counted.
 
-        Per high-res voxel: 1 for the label, 1/8 of the last upsampling's input channels in `dtype`, and at most
-        SLAB_BYTES in all. What a library's convolution needs for itself comes on top.
+        Per high-res voxel these are 1 for the label, 1/8 of the last upsampling's input channels in `dtype`, and at
+        most SLAB_BYTES in all. What a library's convolution needs for itself comes on top.
+
+        Parameters
+        ----------
+        window
+            Low-res voxels of a window along z, y, x.
+        batch
+            Number of windows.
+        crop
+            High-res voxels of a window to compute; by default all.
+
+        Returns
+        -------
+        int
+            Bytes.
         """
         out, spans, sizes = self._ranges(window, crop)
         values, item = self.in_channels * prod(window), self.dtype.itemsize
@@ -518,7 +592,22 @@ class Polyphase:
         return max(batch * peak * item, batch * (values * item + _size(out)) + slab)
 
     def largest_batch(self, window: Sequence[int], memory_bytes: int, crop: Crop | None = None) -> int:
-        """How many such windows `memory_bytes` hold at a time, 1 to 4096."""
+        """Return how many windows fit into memory at a time, 1 to 4096.
+
+        Parameters
+        ----------
+        window
+            Low-res voxels of a window along z, y, x.
+        memory_bytes
+            Bytes that the tensors may take.
+        crop
+            High-res voxels of a window to compute; by default all.
+
+        Returns
+        -------
+        int
+            Number of windows, at least 1.
+        """
         fitting = bisect_right(range(1, 4097), memory_bytes, key=lambda batch: self.batch_bytes(window, batch, crop))
         return max(1, fitting)
 
@@ -529,13 +618,17 @@ class TorchEngine(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def labels(self, windows: Tensor, crop: Crop | None = None) -> Tensor: ...
+    def labels(self, windows: Tensor, crop: Crop | None = None) -> Tensor:
+        """Compute the uint8 labels (batch, z, y, x) of windows (batch, channels, z, y, x)."""
+        ...
 
-    def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int: ...
+    def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
+        """Estimate the peak bytes of the tensors for `batch` windows of (z, y, x) voxels."""
+        ...
 
 
 def refuse_not_finite(finite: Tensor, dtype: torch.dtype) -> None:
-    """InputError where `finite`, one boolean, is False."""
+    """Raise InputError where `finite`, a tensor of one boolean, is False; `dtype` is named in the message."""
     if not finite:
         raise InputError(
             f"the network's output is not finite in {_name(dtype)}, labels would mean nothing; use "
@@ -546,10 +639,32 @@ def refuse_not_finite(finite: Tensor, dtype: torch.dtype) -> None:
 def paint_batches(
     network: TorchEngine, windows: Sequence[np.ndarray], crops: Sequence[Crop], batch: int
 ) -> tuple[list[np.ndarray], int]:
-    """uint8 labels (z, y, x) of each window's crop, in their order, and the batch that fitted.
+    """Compute the labels of windows in batches.
 
-    Windows (float, (channels + 1, z, y, x)) of one shape and crop go through the network `batch` at a time, half as
-    many where memory runs out. InputError where it does not suffice for one.
+    Windows of one shape and crop go through the network `batch` at a time, half as many where memory runs out.
+
+    Parameters
+    ----------
+    network
+        Engine that computes the labels.
+    windows
+        Floats (channels + 1, z, y, x) each.
+    crops
+        High-res voxels of each window to compute.
+    batch
+        Number of windows at a time to begin with.
+
+    Returns
+    -------
+    labels : list of numpy.ndarray
+        uint8 (z, y, x) of each window's crop, in their order.
+    batch : int
+        Number of windows at a time that fitted.
+
+    Raises
+    ------
+    InputError
+        Where the memory does not suffice for one window, or the logits are not finite.
     """
     painted: list[np.ndarray] = [np.empty(0, np.uint8)] * len(windows)
     alike: dict[object, list[int]] = {}

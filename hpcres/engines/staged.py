@@ -1,8 +1,8 @@
 """Any list of stages in torch: every kind and activation, each layer as far as a block needs it.
 
-For any torch device and float format. Labels of a voxel may differ by rounding with the block it is computed in. High-
-res feature maps are held whole, so that a block takes more memory than in the polyphase form, which computes residual
-and doubling stages only.
+The engine works on any torch device and in any float format. Labels of a voxel may differ by rounding with the block
+it is computed in. High-res feature maps are held whole, so a block takes more memory than in the polyphase form, which
+computes residual and doubling stages only.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ class Staged:
     Parameters
     ----------
     stages : Stages
+        Stages with their weights.
     device : torch.device or str
+        Device of torch.
     dtype : torch.dtype
+        Float format of the computation.
 
     Examples
     --------
-    Two phases by the sign of one number, one voxel to the other side of a face it is computed with or not:
+    One logit is the sum of a voxel and its neighbours, and its sign tells which of two phases the voxel is:
 
     >>> import numpy as np
     >>> from fractions import Fraction
@@ -59,9 +62,24 @@ class Staged:
         ]
 
     def labels(self, windows: Tensor, crop: Crop | None = None) -> Tensor:
-        """uint8 (batch, z, y, x): the phase of the highest logit, the lowest of equals.
+        """Compute the labels of windows: the phase of the highest logit, the lowest of equals.
 
-        `windows` is (batch, channels, z, y, x) in any float format. InputError where the logits are not finite.
+        Parameters
+        ----------
+        windows
+            (batch, channels, z, y, x) in any float format.
+        crop
+            Output voxels of a window to compute, along z, y, x; by default all.
+
+        Returns
+        -------
+        Tensor
+            uint8 (batch, z, y, x). Where the last stage has one channel, the label is whether its logit is above 0.
+
+        Raises
+        ------
+        InputError
+            Where the logits are not finite.
         """
         logits = self.logits(windows, crop)
         refuse_not_finite(logits.isfinite().all(), self.dtype)
@@ -70,7 +88,18 @@ class Staged:
 
     @torch.inference_mode()
     def logits(self, windows: Tensor, crop: Crop | None = None) -> Tensor:
-        """(batch, channels of the last stage, z, y, x), before a softmax or sigmoid at the end."""
+        """Compute the logits of windows, before a softmax or sigmoid at the end.
+
+        Parameters
+        ----------
+        windows, crop
+            As of `labels`.
+
+        Returns
+        -------
+        Tensor
+            (batch, channels of the last stage, z, y, x) in `dtype`.
+        """
         assert windows.shape[1] == self.in_channels, windows.shape
         sizes, spans = self._ranges(windows.shape[2:], crop)
         x = _part(windows.to(self.device, self.dtype), _whole(sizes[0]), spans[0])
@@ -89,12 +118,14 @@ class Staged:
         return x
 
     def _read_after(self, number: int) -> set[int]:
-        """Stages whose outputs are added behind this one."""
+        """Return the stages whose outputs are added behind stage `number`."""
         return {other for later in self._stages[number + 1 :] for other in later.adds}
 
     def _layer(self, number: int, x: Tensor, span: _Spans, size: Sequence[int], out: _Spans) -> tuple[Tensor, _Spans]:
-        """Outputs of a layer, at least those of `out`, and which they are; x are the voxels `span` of a grid of
-        `size`."""
+        """Compute the outputs of a layer, at least those of `out`, and return which they are.
+
+        x are the voxels `span` of a grid of `size`.
+        """
         stage, (weight, bias, _) = self._stages[number], self._weights[number]
         if stage.kind == "shuffle":
             edge = int(stage.scale)
@@ -126,7 +157,7 @@ class Staged:
         return y  # softmax and sigmoid change no label
 
     def _ranges(self, window: Sequence[int], crop: Crop | None) -> tuple[list[tuple[int, ...]], list[_Spans]]:
-        """The size of each grid, the lattice's first, and the voxels of each that the output needs."""
+        """Return the size of each grid, the lattice's first, and the voxels of each that the output needs."""
         sizes = [tuple(window)]
         for stage in self._stages:
             sizes.append(tuple(stage.length(n) for n in sizes[-1]))
@@ -141,8 +172,24 @@ class Staged:
         return sizes, spans
 
     def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
-        """Peak bytes of the tensors for `batch` windows of (z, y, x) lattice voxels; weights and what a library's
-        convolution needs for itself not counted."""
+        """Estimate the peak bytes of the tensors for a batch of windows.
+
+        Weights are not counted, nor what a library's convolution needs for itself.
+
+        Parameters
+        ----------
+        window
+            Lattice voxels of a window along z, y, x.
+        batch
+            Number of windows.
+        crop
+            Output voxels of a window to compute; by default all.
+
+        Returns
+        -------
+        int
+            Bytes.
+        """
         sizes, spans = self._ranges(window, crop)
         held = [self.in_channels * prod(window)]
         held += [stage.outputs * _size(span) for stage, span in zip(self._stages, spans[1:], strict=True)]
@@ -176,7 +223,7 @@ def _size(spans: Sequence[_Span]) -> int:
 
 
 def _part(x: Tensor, span: _Spans, want: _Spans) -> Tensor:
-    """The voxels `want` of x, which has the voxels `span`."""
+    """Return the voxels `want` of x, which has the voxels `span`."""
     for axis, ((a, b), (c, d)) in enumerate(zip(span, want, strict=True)):
         assert a <= c <= d <= b, (span, want)
         x = x.narrow(axis + 2, c - a, d - c)
@@ -184,7 +231,10 @@ def _part(x: Tensor, span: _Spans, want: _Spans) -> Tensor:
 
 
 def _padded(x: Tensor, size: Sequence[int], out: _Spans, stage: Stage) -> Tensor:
-    """x, which has what there is of it, with as many voxels beyond the faces as the convolution of `out` reads."""
+    """Pad x with as many voxels beyond the faces as the convolution of `out` reads.
+
+    x has all voxels inside the grid that this convolution reads.
+    """
     around, pads = stage.kernel // 2, []
     for (a, b), n in zip(reversed(out), reversed(size), strict=True):
         pads += [max(0, around - a), max(0, b + around - n)]
@@ -194,7 +244,7 @@ def _padded(x: Tensor, size: Sequence[int], out: _Spans, stage: Stage) -> Tensor
 
 
 def _shuffled(x: Tensor, edge: int) -> Tensor:
-    """(batch, c·edge³, z, y, x) → (batch, c, z·edge, y·edge, x·edge)."""
+    """Reorder (batch, c·edge³, z, y, x) to (batch, c, z·edge, y·edge, x·edge)."""
     z, y, x_ = x.shape[2:]
     apart = x.unflatten(1, (-1, edge, edge, edge)).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return apart.reshape(x.shape[0], -1, z * edge, y * edge, x_ * edge)
@@ -207,5 +257,5 @@ def _taps(interpolation: str, size: int, scale: Fraction) -> Taps:
 
 
 def _cut(taps: Taps, along: _Span, begin: int) -> Taps:
-    """The taps of the outputs `along`, of inputs counted from `begin`, without those of weight 0."""
+    """Return the taps of the outputs `along`, without those of weight 0; inputs are counted from `begin`."""
     return [[(place - begin, weight) for place, weight in row if weight] for row in taps[along[0] : along[1]]]

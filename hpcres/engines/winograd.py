@@ -1,12 +1,12 @@
 """The generator on a CPU: 4³ voxels at a time with 6³ products in place of 4³·3³ (Winograd 1980, Lavin & Gray 2016).
 
 Along an axis, four outputs of a layer are A·((G w) ∘ (B x)): six products. `B` includes the trilinear upsampling
-where the layer has one, so no upsampled volume is ever stored; a transposed convolution of stride 2 is, per parity of
-its output, a convolution with two taps, three products for two outputs. Cells of four outputs lie at multiples of
-four of each grid's global index and are always computed whole, from all they can depend on, with the operations of
+where the layer has one, so no upsampled volume is ever stored. A transposed convolution of stride 2 is, per parity of
+its output, a convolution with two taps, with three products for two outputs. Cells of four outputs lie at multiples of
+four of each grid's global index. They are always computed whole, from all they can depend on, with the operations of
 `lanes` in one order. So the labels of a voxel are the same bits whatever block, tile, rank or thread computes them.
 
-Maps are flat float32 arrays (z, y, x, channel). Memory per thread: `bytes_of`.
+Maps are flat float32 arrays (z, y, x, channel). The memory per thread is `WinogradNetwork.block_bytes`.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ _four_of_4 = fixed_combination(_A4)
 class Axis:
     """One axis of one stage for one block, in global indices of the stage's grids.
 
-    Cells of four outputs from `start` on; outputs beyond `stop` do not exist. `taps` (cell, n) are the inputs each
-    cell reads, as offsets from `reads.start`, `table` (cell, 6, n) what each product takes of them.
+    Cells of four outputs begin at `start`; outputs beyond `stop` do not exist. `taps` (cell, n) are the inputs that
+    each cell reads, as offsets from `reads.start`. `table` (cell, 6, n) holds the weights of these inputs in each
+    product.
     """
 
     start: int
@@ -88,12 +89,28 @@ class Axis:
 
     @property
     def cells(self) -> int:
+        """Number of cells."""
         return len(self.taps)
 
 
 @lru_cache(maxsize=4096)
 def axis_of(kind: str, scale: Fraction, padding: str, start: int, stop: int, input_length: int | None) -> Axis:
-    """The cells that cover outputs [start, stop); `input_length` is None along an axis without ends."""
+    """Return the cells that cover outputs [start, stop) of a stage along one axis.
+
+    Parameters
+    ----------
+    kind, scale, padding
+        As of the stage.
+    start, stop
+        Half-open range of outputs, in global indices.
+    input_length
+        Input voxels along the axis; None along an axis without ends.
+
+    Returns
+    -------
+    Axis
+        The cells, which may reach beyond the outputs asked for.
+    """
     end = None if input_length is None else floor(input_length * scale)
     first, last = start // 4, -(-stop // 4)
     rows = []
@@ -117,7 +134,10 @@ def axis_of(kind: str, scale: Fraction, padding: str, start: int, stop: int, inp
 
 
 def _product(matrix: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Σ_k matrix[:, k] · some[k], summed in the order k = 0, 1, …: the order of BLAS depends on the processor."""
+    """Compute Σ_k matrix[:, k] · some[k], summed in the order k = 0, 1, ….
+
+    The order of BLAS depends on the processor.
+    """
     total = np.zeros((len(matrix), *some.shape[1:]))
     for column, one in zip(matrix.T, some, strict=True):
         for row, factor in zip(total, column, strict=True):
@@ -127,14 +147,17 @@ def _product(matrix: np.ndarray, some: np.ndarray) -> np.ndarray:
 
 
 def _window(kind: str) -> range:
-    """What a cell of outputs 0 … 3 looks at: outputs' own neighbours, or inputs of a transposed convolution."""
+    """Return the positions that a cell of outputs 0 … 3 reads.
+
+    They are the outputs and their neighbours, or the inputs of a transposed convolution.
+    """
     return range(4) if kind == "transposed" else range(-1, 5)
 
 
 def _inputs(
     kind: str, scale: Fraction, padding: str, index: int, length: int | None, end: int | None
 ) -> dict[int, Fraction]:
-    """The inputs, with weights, behind one position of a cell's window."""
+    """Return the inputs, with weights, behind one position of a cell's window."""
     if kind == "transposed":  # index is 4·cell + i: inputs 2·cell − 1 + i
         place = index // 4 * 2 - 1 + index % 4
         return {place: Fraction(1)} if length is None or 0 <= place < length else {}
@@ -177,9 +200,9 @@ def _combine_to_one(taps, target, t, source, s, offsets, o, table, k, lanes):
 
 @compiled
 def _take_in(g, x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, values, t0, rows, strip, pile, lanes):
-    """Transformed inputs of cells first … last of a row for product g along z, into `values` (6, 6, rows, channels).
+    """Transform the inputs of cells first … last of a row for product g along z, into `values`.
 
-    They go there from row t0 on.
+    `values` is (6, 6, rows, channels) and is filled from row t0 on.
     """
     width = floats(lanes)
     piled = np.empty(taps, np.int64)
@@ -218,7 +241,7 @@ def _take_in(g, x, channels, taps, zo, zt, tz, yo, yt, ty, xo, xt, first, last, 
 
 @compiled
 def _along_x(values, at, step, strip, xo, xt, cell, channels, lanes):
-    """The last of the three transforms for four taps, where most of the time goes: its table stays in registers."""
+    """Do the last of the three transforms for four taps, which takes most of the time: its table stays in registers."""
     width, k = floats(lanes), 24 * cell
     s0, s1, s2, s3 = xo[4 * cell], xo[4 * cell + 1], xo[4 * cell + 2], xo[4 * cell + 3]
     a0, a1, a2, a3 = _four(xt, k, lanes)
@@ -248,9 +271,9 @@ def _four(table, k, lanes):
 
 @compiled
 def _multiply(g, values, weights, products, rows, used, inputs, outputs, lanes):
-    """products (6, 6, rows, outputs) = values (6, 6, rows, inputs) · weights (6, 6, 6, inputs, outputs)[g].
+    """Compute products (6, 6, rows, outputs) = values (6, 6, rows, inputs) · weights (6, 6, 6, inputs, outputs)[g].
 
-    In the rows used.
+    Only the first `used` rows are computed.
     """
     width = floats(lanes)
     for f in range(36):
@@ -284,7 +307,10 @@ def _multiply(g, values, weights, products, rows, used, inputs, outputs, lanes):
 
 @compiled
 def _gather(transposed, g, products, rows, used, channels, planes, scratch, lanes):
-    """Outputs along y and x of product g along z, into `planes` (rows, channels, 6, 4, 4), all of them registers."""
+    """Transform product g along z to outputs along y and x, into `planes`.
+
+    `planes` is (rows, channels, 6, 4, 4) with a register for each group of channels.
+    """
     width, plane = floats(lanes), rows * channels
     for t in range(used):
         for c in range(0, channels, width):
@@ -329,9 +355,10 @@ def _give_out(
     scratch,
     lanes,
 ):
-    """Outputs of cells begin … end of a row, 4³ each as far as depth × height × length reaches.
+    """Write the outputs of cells begin … end of a row, 4³ each as far as depth × height × length reaches.
 
-    They go into `out` from `at` on. `before` is added ahead of the ReLU and `after` behind it, where there are any.
+    They go into `out` from `at` on. `before` is added ahead of the ReLU and `after` behind it, where they are not
+    empty.
     """
     width = floats(lanes)
     for cell in range(begin, end):
@@ -389,11 +416,12 @@ def _convolve(
     narrow,
     wide,
 ):
-    """One stage: `cells` (z, y, x) of outputs, some rows of them at a time, and of their 6³ products 6² at a time.
+    """Compute one stage: `cells` (z, y, x) of outputs, some rows of them at a time.
 
-    x (…, inputs) → out; `place` is where the first output goes, `extent` how many outputs there are, `steps`
-    the distance of z and y neighbours in `out`; likewise for `before` and `after`. `narrow` are the lanes of the
-    inputs, `wide` those of the outputs.
+    Of the 6³ products of these rows, 6² are computed at a time. x (…, inputs) is the input and `out` the output.
+    `place` is where the first output goes, `extent` how many outputs there are, `steps` the distance of z and y
+    neighbours in `out`; likewise for `before` and `after`. `narrow` are the lanes of the inputs, `wide` those of the
+    outputs.
     """
     zo, zt, yo, yt, xo, xt = tables
     together = max(1, rows // cells[2])
@@ -463,10 +491,10 @@ def _convolve(
 
 @compiled
 def _label(features, planes, y_step, height, length, channels, weights, bias, phases, labels, logits, lanes):
-    """The last convolution and the most likely phase of one plane of `height` × `length` voxels.
+    """Compute the last convolution and the most likely phase of one plane of `height` × `length` voxels.
 
-    features (…, y, x, channels): `planes` are where the three planes around it start, one voxel before the first
-    output in y and x. weights (phase, dz, dy, dx, channel). Returns whether every logit was finite.
+    features is (…, y, x, channels). `planes` are where the three planes around the plane start, one voxel before the
+    first output in y and x. weights is (phase, dz, dy, dx, channel). Returns whether every logit was finite.
     """
     width = floats(lanes)
     nothing = np.float32(0)  # what infinite or undefined logits turn into NaN
@@ -516,7 +544,7 @@ def _label(features, planes, y_step, height, length, channels, weights, bias, ph
 class _Map:
     """Features of a part of one grid: flat (z, y, x, channels) from global index `origin` on.
 
-    Where it is a ring, only the last `ring` planes are there: plane i takes the place of plane i - ring.
+    A map with a `ring` holds only the last `ring` planes: plane i takes the place of plane i - ring.
     """
 
     values: np.ndarray
@@ -527,7 +555,7 @@ class _Map:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Floats from one z, and from one y, to the next."""
+        """Distance in floats from one z, and from one y, to the next."""
         return self.shape[1] * self.shape[2] * self.channels, self.shape[2] * self.channels
 
     def place(self, z: int, y: int, x: int) -> int:
@@ -535,7 +563,7 @@ class _Map:
         return self.planes(z - z0) * self.steps[0] + (y - y0) * self.steps[1] + (x - x0) * self.channels
 
     def planes(self, z: Any) -> Any:
-        """Where the planes `z`, counted from the origin, are."""
+        """Return where the planes `z`, counted from the origin, are."""
         return z if self.ring is None else z % self.ring
 
 
@@ -559,32 +587,37 @@ class _Layer:
 class Memory:
     """The arrays of one thread, kept from block to block: fresh ones would cost a page fault every 4 KiB.
 
-    `floats` are the sizes to begin with; arrays that grow would leave holes that nothing else fits.
+    Parameters
+    ----------
+    floats
+        Size of each array in floats to begin with. Arrays that grow later would leave holes that nothing else fits.
     """
 
     def __init__(self, floats: Mapping[str, int] | None = None) -> None:
         self._arrays = {name: _aligned(size) for name, size in (floats or {}).items()}
 
     def array(self, name: str, size: int) -> np.ndarray:
-        """float32, of at least `size`, with whatever it held before."""
+        """Return the array `name`: float32, of at least `size`, with whatever it held before."""
         if name not in self._arrays or self._arrays[name].size < size:
             self._arrays[name] = _aligned(size)
         return self._arrays[name]
 
     def touch(self) -> None:
-        """Have the system provide every page."""
+        """Write to every page, so that the system provides it now."""
         for array in self._arrays.values():
             array[:] = 0
 
     @property
     def bytes(self) -> int:
+        """Bytes of all arrays together."""
         return sum(array.nbytes for array in self._arrays.values())
 
 
 def _aligned(size: int) -> np.ndarray:
-    """Zeros on pages of their own, so that registers of 64 bytes straddle no cache lines, which halves the speed.
+    """Return zeros on pages of their own, so that no register of 64 bytes lies across two cache lines.
 
-    Taken from malloc, arrays of this size leave holes in it that grow with the hours.
+    Registers across two cache lines halve the speed. Taken from malloc, arrays of this size leave holes in its memory
+    that grow with the hours.
     """
     pages = mmap.mmap(-1, max(4 * size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones are never huge
     if hasattr(mmap, "MADV_HUGEPAGE") and 4 * size >= 2**22:
@@ -593,7 +626,17 @@ def _aligned(size: int) -> np.ndarray:
 
 
 class WinogradNetwork:
-    """A folded generator that turns low-res windows into labels; shared by all threads of a process."""
+    """A folded generator that turns low-res windows into labels; all threads of a process share it.
+
+    Parameters
+    ----------
+    folded
+        Stages with their weights.
+    low_res_shape
+        Voxels of the low-res volume along z, y, x.
+    endless
+        Whether each axis is without ends.
+    """
 
     def __init__(self, folded: Stages, low_res_shape: Sequence[int], endless: Sequence[bool] = (False,) * 3) -> None:
         self._ends = [None if beyond else n for n, beyond in zip(low_res_shape, endless, strict=True)]
@@ -612,18 +655,21 @@ class WinogradNetwork:
         self.weight_bytes = sum(layer.weights.nbytes for layer in self._layers)
 
     def memory(self, edge: int) -> Memory:
-        """What a thread needs for blocks of up to edge³ high-res voxels, all of it now rather than some of it later."""
+        """Allocate all that a thread needs for blocks of up to edge³ high-res voxels, now rather than later."""
         memory = Memory(self._floats(edge))
         memory.touch()
         return memory
 
     def block_bytes(self, edge: int) -> int:
-        """What a thread holds for blocks of edge³: its `memory`, a window and labels."""
+        """Return the bytes that a thread holds for blocks of edge³: its `memory`, a window and labels."""
         window = len(self._inner(edge)[0].reads) ** 3 * self.channels
         return 4 * (sum(self._floats(edge).values()) + window) + edge**3
 
     def work(self, write: Box) -> float:
-        """Multiply-adds to label a high-res box, with its margins on every grid: about proportional to the time."""
+        """Count the multiply-adds to label a high-res box, with its margins on every grid.
+
+        The time is about proportional to this number.
+        """
         axes = [self._axes(a, write.start[a], write.stop[a]) for a in range(3)]
         total = float(write.voxels * 27 * self._end_channels * self.phases)
         for number, layer in enumerate(self._layers):
@@ -652,7 +698,25 @@ class WinogradNetwork:
         return sizes
 
     def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
-        """`labels` of (window, place, write) each; InputError where a logit is not finite."""
+        """Compute the `labels` of several blocks.
+
+        Parameters
+        ----------
+        parts
+            For each block (window, place, write), as of `labels`.
+        memory
+            Arrays of the calling thread.
+
+        Returns
+        -------
+        list of numpy.ndarray
+            uint8 labels (z, y, x) of each block.
+
+        Raises
+        ------
+        InputError
+            Where a logit is not finite.
+        """
         painted = []
         for window, place, write in parts:
             labels = self.labels(window, place, write, memory)
@@ -664,11 +728,11 @@ class WinogradNetwork:
         return painted
 
     def arithmetic(self, block_voxels: int) -> str:
-        """The same for all blocks, tiles and threads."""
+        """Return the name of the arithmetic, which is the same for all blocks, tiles and threads."""
         return "winograd fp32"
 
     def reads(self, write: Box) -> Box:
-        """The low-res box (reaching beyond axes without ends) that the labels of a high-res box depend on."""
+        """Return the low-res box that the labels of a high-res box depend on; it may leave axes without ends."""
         axes = [self._axes(a, write.start[a], write.stop[a])[0].reads for a in range(3)]
         return Box(triple([r.start for r in axes]), triple([r.stop for r in axes]))
 
@@ -676,9 +740,23 @@ class WinogradNetwork:
         return _cells([layer.stage for layer in self._layers], self._ends[axis], start, stop)
 
     def labels(self, window: np.ndarray, place: Box, write: Box, memory: Memory) -> np.ndarray | None:
-        """uint8 labels (z, y, x) of a high-res box; None where a logit is not finite.
+        """Compute the labels of a high-res box.
 
-        window: float32 (z, y, x, channels) of the low-res box `place`, which holds `reads(write)`.
+        Parameters
+        ----------
+        window
+            float32 (z, y, x, channels) of the low-res box `place`.
+        place
+            Low-res box, which holds `reads(write)`.
+        write
+            High-res box.
+        memory
+            Arrays of the calling thread.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            uint8 labels (z, y, x) of `write`; None where a logit is not finite.
         """
         axes = [self._axes(a, write.start[a], write.stop[a]) for a in range(3)]
         here = _Map(window.ravel(), place.start, place.shape, self.channels)
@@ -705,7 +783,7 @@ class WinogradNetwork:
         memory: Memory,
         slab: int | None = None,
     ) -> None:
-        """One layer over all its cells, or over the row `slab` of them along z."""
+        """Compute one layer over all its cells, or over the row `slab` of them along z."""
         taps = max(one.taps.shape[1] for one in axes)
         shifts = [one.reads.start - origin for one, origin in zip(axes, x.origin, strict=True)]
         rows = _rows_together(layer, axes[2].cells)
@@ -761,7 +839,10 @@ class WinogradNetwork:
     def _finish(
         self, axes: list[list[Axis]], x: _Map, maps: list[_Map], write: Box, memory: Memory
     ) -> np.ndarray | None:
-        """The last two layers in slabs of four planes, each labelled as soon as the plane behind it is there."""
+        """Compute the last two layers in slabs of four planes.
+
+        Each plane is labelled as soon as the plane behind it is computed.
+        """
         *_, feeding, layer = self._layers
         feeds, (z, y, x_axis) = (axes[0][-2], axes[1][-2], axes[2][-2]), (axes[0][-1], axes[1][-1], axes[2][-1])
         fed = 0  # rows of the last layer but one
@@ -822,7 +903,7 @@ class WinogradNetwork:
 
 
 def _places(stages: Sequence[Stage]) -> dict[str, str]:
-    """Which array holds each stage's map: one whose map no later stage reads, or else one more."""
+    """Choose the array that holds each stage's map: one whose map no later stage reads, or else one more."""
     found: dict[str, str] = {}
     for number, stage in enumerate(stages):
         read = {stages[number - 1].name} if number else set[str]()
@@ -834,7 +915,7 @@ def _places(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def _cells(stages: Sequence[Stage], length: int | None, start: int, stop: int) -> list[Axis]:
-    """Every stage's cells along an axis of `length` low-res voxels, for high-res voxels [start, stop)."""
+    """Return every stage's cells along an axis of `length` low-res voxels, for high-res voxels [start, stop)."""
     lengths = [length]
     for stage in stages:
         lengths.append(None if lengths[-1] is None else floor(lengths[-1] * stage.scale))
@@ -850,7 +931,10 @@ def _cells(stages: Sequence[Stage], length: int | None, start: int, stop: int) -
 
 
 def reach_low_res(folded: Stages) -> int:
-    """Low-res voxels beyond a box on which its cells can depend, the voxel more on its + side counted in."""
+    """Return how many low-res voxels beyond a box its cells can depend on.
+
+    The one voxel more on the + side of a box is included.
+    """
     stages = folded.stages[:-1]
     p, q = folded.scale.numerator, folded.scale.denominator
     reach = 0
@@ -887,10 +971,11 @@ def _lanes(channels: int) -> np.generic:
 
 
 def _rows_together(layer: _Layer, row: int) -> int:
-    """How many cells to transform before multiplying, in a `row` of them: parts of it, or several rows.
+    """Return how many cells to transform before multiplying, in a `row` of them: parts of it, or several rows.
 
-    As many as half of a core's second-level cache holds. Where the weights are larger than that they are read again
-    each time: from the cache that cores share, which the cells should leave room in, or from memory, so for many.
+    The number is what half of a core's second-level cache holds. Where the weights are larger than that, they are read
+    again each time. If they come from the cache that cores share, the cells should leave room in it. If they come from
+    memory, each reading should serve many cells.
     """
     rows = max(12, _CACHE_BYTES // 2 // (36 * 4 * (layer.inputs + layer.outputs)))
     if layer.weights.nbytes > _CACHE_BYTES // 2:

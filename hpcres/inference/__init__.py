@@ -1,1 +1,1 @@
-"""Painting the high-res volume: plan → read → generate → write, tile by tile over MPI ranks."""
+"""Painting of the high-res volume: plan → read → generate → write, tile by tile over MPI ranks."""

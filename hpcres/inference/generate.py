@@ -1,4 +1,7 @@
-"""From a window of the low-res volume to the high-res labels of a tile, block by block, a thread a block."""
+"""From a window of the low-res volume to the high-res labels of a tile, block by block.
+
+Each thread computes a block.
+"""
 
 from __future__ import annotations
 
@@ -41,20 +44,44 @@ class Network(Protocol):
     same_bits: bool
     """Whether a voxel's label does not depend on the block it is painted with."""
 
-    def reads(self, write: Box) -> Box: ...
+    def reads(self, write: Box) -> Box:
+        """Return the low-res box that the labels of the high-res box `write` depend on."""
+        ...
 
-    def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]: ...
+    def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
+        """Compute the uint8 labels (z, y, x) of `write` for each (window (z, y, x, channel), place, write)."""
+        ...
 
-    def memory(self, edge: int) -> Memory: ...
+    def memory(self, edge: int) -> Memory:
+        """Return the arrays that a thread needs for blocks of up to edge³ high-res voxels."""
+        ...
 
-    def block_bytes(self, edge: int) -> int: ...
+    def block_bytes(self, edge: int) -> int:
+        """Return the bytes that a block of edge³ high-res voxels takes while it is computed."""
+        ...
 
-    def arithmetic(self, block_voxels: int) -> str: ...
+    def arithmetic(self, block_voxels: int) -> str:
+        """Describe what, besides weights and input, decides the last bit of the labels."""
+        ...
 
 
 class TorchNetwork:
-    """Stages in torch: for GPUs, for float formats that the Winograd form would round too much, and for kinds of stages
-    that it does not have."""
+    """Stages in torch.
+
+    This form is for GPUs, for float formats that the Winograd form would round too much, and for kinds of stages that
+    the Winograd form does not have.
+
+    Parameters
+    ----------
+    generator
+        Generator in eval mode.
+    plan
+        Tiles of the volume.
+    device
+        Device of torch.
+    precision
+        Name of a float format: a key of PRECISIONS.
+    """
 
     def __init__(self, generator: Generator, plan: TilePlan, device: torch.device, precision: str) -> None:
         # fp32 means fp32: TF32 would flip labels, and cuDNN's search change bytes.
@@ -72,7 +99,11 @@ class TorchNetwork:
             self.together = max(1, memory // self.block_bytes(_BLOCK_EDGES[0]))
 
     def reads(self, write: Box) -> Box:
-        """The box's own low-res voxels and the network's halo; its start is where interpolation weights repeat."""
+        """Return the low-res box of a high-res box: its own low-res voxels and the network's halo.
+
+        The low-res box begins where interpolation weights repeat. It reaches beyond axes without ends and is clipped at
+        others.
+        """
         p, q = self._plan.scale.numerator, self._plan.scale.denominator
         axes = []
         for a, b, n, endless in zip(write.start, write.stop, self._plan.low_res_shape, self._plan.endless, strict=True):
@@ -81,7 +112,26 @@ class TorchNetwork:
         return Box(triple([start for start, _ in axes]), triple([stop for _, stop in axes]))
 
     def paint(self, parts: Sequence[tuple[np.ndarray, Box, Box]], memory: Memory) -> list[np.ndarray]:
-        """uint8 labels of (window (z, y, x, channel), place, write) each; InputError where a logit is not finite."""
+        """Compute the labels of several blocks.
+
+        Parameters
+        ----------
+        parts
+            For each block (window, place, write): float32 (z, y, x, channel) of the low-res box `place`, and the
+            high-res box to label.
+        memory
+            Not used: torch has its own.
+
+        Returns
+        -------
+        list of numpy.ndarray
+            uint8 labels (z, y, x) of each block.
+
+        Raises
+        ------
+        InputError
+            Where a logit is not finite, or memory does not suffice for one block.
+        """
         windows = [window.transpose(3, 0, 1, 2) for window, _, _ in parts]
         crops = [
             write.relative_to([floor(s * self._plan.scale) for s in place.start]).slices for _, place, write in parts
@@ -90,18 +140,21 @@ class TorchNetwork:
         return labels
 
     def memory(self, edge: int) -> Memory:
-        """Torch has its own."""
+        """Return an empty Memory, because torch has its own."""
         return Memory()
 
     def block_bytes(self, edge: int) -> int:
-        """What a block away from the faces takes while it is computed."""
+        """Return the bytes that a block away from the faces takes while it is computed."""
         p, q = self._plan.scale.numerator, self._plan.scale.denominator
         before = -(-self._halo // q) * q
         window, start = (-(-edge * q // p) + before + self._halo,) * 3, before // q * p
         return self._network.batch_bytes(window, 1, (slice(start, start + edge),) * 3)
 
     def arithmetic(self, block_voxels: int) -> str:
-        """A library's kernels may round differently where blocks lie differently."""
+        """Name the version of torch, the device, the float format and the blocks computed at a time.
+
+        A library's kernels may round differently where blocks lie differently.
+        """
         version = str(torch.__version__).split("+")[0]
         return f"torch {version} {self._network.device.type} {self._precision}, {self.together} × {block_voxels}³"
 
@@ -124,6 +177,7 @@ class PrecisionSample:
 
     @property
     def share(self) -> float:
+        """Share of the labels that differ."""
         return self.differ / self.labels
 
 
@@ -131,7 +185,24 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def network_of(generator: Generator, plan: TilePlan, device: torch.device, precision: str = "fp32") -> Network:
-    """The form that suits the stages, a device and a float format."""
+    """Return the form of a generator that suits its stages, a device and a float format.
+
+    Parameters
+    ----------
+    generator
+        Generator in eval mode.
+    plan
+        Tiles of the volume.
+    device
+        Device of torch.
+    precision
+        Name of a float format: a key of PRECISIONS.
+
+    Returns
+    -------
+    Network
+        The Winograd form in fp32 on a CPU where it has all stages, else torch.
+    """
     stages = generator.stages()
     if device.type == "cpu" and precision == "fp32" and supported(stages.stages):
         return WinogradNetwork(stages, plan.low_res_shape, plan.endless)
@@ -139,14 +210,33 @@ def network_of(generator: Generator, plan: TilePlan, device: torch.device, preci
 
 
 def halo_of(generator: Generator) -> int:
-    """Low-res voxels around a tile that painting it reads: all that its whole cells can depend on."""
+    """Return the low-res voxels around a tile that painting it reads.
+
+    These are all voxels that the tile's whole cells can depend on.
+    """
     stages = generator.stages()
     by_cells = reach_low_res(stages) if supported(stages.stages) else 0
     return max(by_cells, stages.halo_low_res + 1)
 
 
 class Painter:
-    """Paints tiles with a generator in eval mode on one device. `threads` blocks are computed at a time on a CPU."""
+    """Paints tiles with a generator in eval mode on one device.
+
+    Parameters
+    ----------
+    generator
+        Generator in eval mode.
+    plan
+        Tiles of the volume.
+    seed
+        Seed of the noise.
+    device
+        Device of torch.
+    threads
+        Number of blocks that are computed at a time on a CPU. Torch computes one block with all these threads.
+    precision
+        Name of a float format: a key of PRECISIONS.
+    """
 
     def __init__(
         self,
@@ -181,9 +271,23 @@ class Painter:
         """Spent so far, by all threads together, on each part of a tile."""
 
     def paint(self, tile: Tile, conditions: Conditions, *, seed: int | None = None, more: int = 0) -> np.ndarray:
-        """uint8 labels (z, y, x) of tile.write, and of `more` voxels (0 or 1) beyond its + sides inside the volume.
+        """Compute the labels of a tile.
 
-        `seed` is the painter's own by default.
+        Parameters
+        ----------
+        tile
+            Tile of the plan.
+        conditions
+            What a file says of the voxels of the lattice.
+        seed
+            Seed of the noise; by default the painter's own.
+        more
+            Voxels (0 or 1) beyond the tile's + sides, inside the volume, to compute as well.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 labels (z, y, x) of tile.write, and of the `more` voxels.
         """
         with self.timed("read"):
             held = conditions.hold(tile.read, self.plan.boundaries)
@@ -200,7 +304,22 @@ class Painter:
         return labels
 
     def compare_with_fp32(self, generator: Generator, conditions: Conditions) -> PrecisionSample:
-        """Paint a sample from the middle of the volume, about a million labels, in this precision and in fp32."""
+        """Paint a sample in this precision and in fp32, and compare the labels and the speed.
+
+        The sample is about a million labels from the middle of the volume.
+
+        Parameters
+        ----------
+        generator
+            Generator in eval mode.
+        conditions
+            What a file says of the voxels of the lattice.
+
+        Returns
+        -------
+        PrecisionSample
+            Numbers of labels, and the relative speed.
+        """
         exact = network_of(generator, self.plan, self.device)
         self._warm_up(exact)
         memory = exact.memory(self._largest_edge)
@@ -220,8 +339,10 @@ class Painter:
         return PrecisionSample(labels, differ, exact_seconds / seconds)
 
     def _sample(self, conditions: Conditions) -> Iterator[tuple[Box, Held]]:
-        """Blocks of _SAMPLE_VOXELS together, from the middle of the volume on, and the conditions of each one's
-        tile."""
+        """Yield blocks from the middle of the volume on, and the conditions of each one's tile.
+
+        The blocks have _SAMPLE_VOXELS together.
+        """
         voxels, middle = 0, len(self.plan.tiles) // 2
         for tile in (*self.plan.tiles[middle:], *self.plan.tiles[:middle]):
             held = conditions.hold(tile.read, self.plan.boundaries)
@@ -232,9 +353,10 @@ class Painter:
                     return
 
     def _noise(self, seed: int, channel: int, box: Box) -> np.ndarray:
-        """That of the voxels a box stands for; but beyond a mirror noise of its own, as every matter has.
+        """Return the noise of the voxels that a box stands for, one channel of it.
 
-        Mirrored too, it would make the structure symmetric about the face, and at it as coarse as matter is nowhere.
+        Beyond a periodic face it is the noise of the voxels there. Beyond a mirror it is noise of its own. Mirrored
+        noise would make the structure symmetric about the face, and at the face coarser than the material is anywhere.
         """
         ends = [
             n if boundary == "periodic" else NOISE_VOXELS
@@ -244,7 +366,7 @@ class Painter:
 
     @property
     def noise_bytes(self) -> int:
-        """What smoothing a block's noise takes: the widest field, before an axis and after."""
+        """Bytes that smoothing a block's noise takes: the widest field, before an axis and after."""
         reach = max((len(taps) // 2 for taps in self._noise_taps), default=0)
         middle = self.plan.tiles[len(self.plan.tiles) // 2].write
         reads = [self.network.reads(block).grown(reach, reach) for block in self.blocks_of(middle)]
@@ -259,7 +381,21 @@ class Painter:
             network.paint([(np.zeros((*reads.shape, network.channels), np.float32), reads, block)], Memory())
 
     def blocks_of(self, box: Box) -> list[Box]:
-        """A high-res box cut into nearly equal blocks, each starting where low-res and high-res voxels do."""
+        """Cut a high-res box into nearly equal blocks.
+
+        Each block begins where a low-res and a high-res voxel begin.
+
+        Parameters
+        ----------
+        box
+            High-res box.
+
+        Returns
+        -------
+        list of Box
+            High-res blocks of at most `block_voxels` along an axis, but for one voxel and for rounding to whole low-res
+            voxels.
+        """
         unit = self.plan.scale.numerator
         unit *= -(-16 // unit)
         edges = []
@@ -283,7 +419,7 @@ class Painter:
             return self.network.paint(parts, self._own.memory)
 
     def _window(self, block: Box, held: Held, seed: int, network: Network) -> tuple[np.ndarray, Box, Box]:
-        """What a network is given for a block, float32 (z, y, x, channel), its low-res place, and the block."""
+        """Return what a network is given for a block: float32 (z, y, x, channel), its low-res place, and the block."""
         reads = network.reads(block)
         window = np.zeros((*reads.shape, network.channels), np.float32)
         held.read(reads, window)
@@ -294,10 +430,11 @@ class Painter:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add what is done inside to `seconds`."""
+        """Add the time of what is done inside the block of `with` to `seconds`."""
         started = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - started
 
     def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown()

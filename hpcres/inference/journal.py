@@ -1,4 +1,4 @@
-"""What is known of a store's shards, beside the store: a journal of each rank, and the lock of the job that paints it.
+"""Records beside a store: a journal of each rank on its shards, and the lock of the job that paints the store.
 
 `labels.zarr.journal/rank-00000.jsonl` has one line a shard; `lock` names the process that paints now.
 """
@@ -34,17 +34,36 @@ _LEFT_OVER_SECONDS = 10.0
 
 
 def journal_folder(output: Path) -> Path:
-    """Beside the store, because zarr readers stumble over what they do not know inside it."""
+    """Return the folder of the journals and the lock of a store.
+
+    It is beside the store, because zarr readers have trouble with unknown files inside a store.
+    """
     return output.with_name(output.name + ".journal")
 
 
 def agreement_path(output: Path) -> Path:
-    """Where the agreement of an ensemble stands beside its labels."""
+    """Return the path of the agreement of an ensemble, beside its labels."""
     return output.with_name(f"{output.stem}-agreement{output.suffix}")
 
 
 def open_stores(output: Path) -> tuple[LabelStore, ...]:
-    """The labels, and the agreement where they are of an ensemble; InputError where one is not there."""
+    """Open the labels, and the agreement where the labels are of an ensemble.
+
+    Parameters
+    ----------
+    output
+        Path of the labels.
+
+    Returns
+    -------
+    tuple of LabelStore
+        The labels, and the agreement where there is one.
+
+    Raises
+    ------
+    InputError
+        Where a store does not exist.
+    """
     labels = LabelStore.open(output)
     several = labels.provenance.get("ensemble", 1) > 1
     return (labels, AgreementStore.open(agreement_path(output))) if several else (labels,)
@@ -54,11 +73,11 @@ def open_stores(output: Path) -> tuple[LabelStore, ...]:
 
 
 def _lock(file: IO[bytes]) -> bool | None:
-    """Whether `file` is locked for us now; None where its file system has no locks.
+    """Lock `file` and return whether it is locked for this process now; None where its file system has no locks.
 
     The kernel keeps such a lock with the open file and drops it when its process ends, however it ends, so nothing
-    is left to clear after SIGKILL; NFS and Lustre (mounted with flock) carry it to every node, and drop it when a
-    node is lost. A file that is there or not could do neither.
+    is left to clear after SIGKILL. NFS and Lustre (mounted with flock) carry it to every node, and drop it when a
+    node is lost. A lock by the mere existence of a file could do neither.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +98,15 @@ def _lock_within(file: IO[bytes], seconds: float) -> bool | None:
 
 
 class StoreLock:
-    """The right to paint one store. Every rank makes it, rank 0 takes it and holds it until the job is over."""
+    """The right to paint one store.
+
+    Every rank makes the object; rank 0 takes the lock and holds it until the job is over.
+
+    Parameters
+    ----------
+    output
+        Path of the store.
+    """
 
     def __init__(self, output: Path) -> None:
         self._output = output
@@ -88,7 +115,13 @@ class StoreLock:
         """False where the file system has no locks, so that another job would not be noticed."""
 
     def take(self) -> None:
-        """InputError that names the holder where another job has the store. Again is the same as once."""
+        """Take the lock; nothing happens where this object has it already.
+
+        Raises
+        ------
+        InputError
+            Where another job has the store; the message names the holder.
+        """
         if self._file is not None:
             return
         path = journal_folder(self._output) / "lock"
@@ -129,15 +162,20 @@ class StoreLock:
         return list(journal_folder(self._output).glob("rank-*.jsonl"))
 
     def forget_journals(self) -> None:
-        """Remove what is known of a store that is painted anew; the lock stays where it is."""
+        """Remove the journals of a store that is painted anew; the lock stays."""
         assert self._file is not None
         for journal in self._output_journals():
             journal.unlink()
 
     def __enter__(self) -> StoreLock:
+        """Return the lock, which is not yet taken."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Release the lock where it is taken.
+
+        Where there is no store, the job was refused before it made one, and the lock's file is removed.
+        """
         if self._file is not None:
             if not self._output.exists():  # refused before there was a store: leave nothing
                 with suppress(OSError):
@@ -180,10 +218,22 @@ class Noted:
 
 
 class Journal:
-    """One JSON line a shard, appended by the rank that wrote it: level, place, the file's size and checksum; of a tile
-    also seconds and counts.
+    """Journal of one rank: one JSON line a shard, appended by the rank that wrote the shard.
 
-    Threads may share it. InputError where another living process writes the same journal.
+    A line has level, place, and the file's size and checksum; of a tile also seconds and counts. Threads may share the
+    journal.
+
+    Parameters
+    ----------
+    output
+        Path of the store.
+    rank
+        Number of the rank.
+
+    Raises
+    ------
+    InputError
+        Where another living process writes the same journal.
     """
 
     def __init__(self, output: Path, rank: int) -> None:
@@ -201,13 +251,32 @@ class Journal:
                 self._file.write(b"\n")
 
     def __enter__(self) -> Journal:
+        """Return the journal."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Close the file."""
         self._file.close()
 
     def note(self, stores: Sequence[LabelStore], level: int, box: Box, **more: Any) -> None:
-        """Note a shard just written to all stores of the job, when the disk has it. OSError where one is not taken."""
+        """Note a shard that was just written to all stores of the job, when the disk has it.
+
+        Parameters
+        ----------
+        stores
+            Stores of the job.
+        level
+            Pyramid level of the shard.
+        box
+            Box of the shard.
+        **more
+            Further items of the line.
+
+        Raises
+        ------
+        OSError
+            Where the shard or the line is not written.
+        """
         files = [_size_and_crc32(store.shard_path(level, box), settle=True) for store in stores]
         entry = {"level": level, "start": list(box.start), "files": files, "time": time.time(), **more}
         line = (json.dumps(entry) + "\n").encode()
@@ -218,11 +287,12 @@ class Journal:
 
 
 def file_crc32(path: Path) -> int:
+    """Return the CRC-32 checksum of a file."""
     return _size_and_crc32(path)[1]
 
 
 def _size_and_crc32(path: Path, settle: bool = False) -> tuple[int, int]:
-    """Bytes and checksum of a file; with `settle`, not before it would survive a loss of power."""
+    """Return bytes and checksum of a file; with `settle`, not before the file would survive a loss of power."""
     size = crc = 0
     with path.open("rb") as file:
         while part := file.read(2**24):
@@ -233,7 +303,20 @@ def _size_and_crc32(path: Path, settle: bool = False) -> tuple[int, int]:
 
 
 def read_journal(output: Path) -> dict[tuple[int, Triple], Noted]:
-    """What was last noted of each shard, by level and start; a line that a kill cut short is skipped."""
+    """Read what was last noted of each shard.
+
+    A line that a kill cut short is skipped.
+
+    Parameters
+    ----------
+    output
+        Path of the store.
+
+    Returns
+    -------
+    dict
+        Noted by level and start of the shard.
+    """
     noted: dict[tuple[int, Triple], tuple[float, Noted]] = {}
     for file in sorted(journal_folder(output).glob("rank-*.jsonl")):
         for line in file.read_bytes().splitlines():
@@ -250,7 +333,20 @@ def read_journal(output: Path) -> dict[tuple[int, Triple], Noted]:
 
 
 def total_counts(store: LabelStore, seeds: int) -> list[Counts]:
-    """Counts of the whole volume, of each seed, from the tiles' lines. Only for a store that misses nothing."""
+    """Sum the counts of the tiles to counts of the whole volume, for each seed.
+
+    Parameters
+    ----------
+    store
+        Labels, which must miss no tile.
+    seeds
+        Number of seeds of the ensemble.
+
+    Returns
+    -------
+    list of Counts
+        One for each seed.
+    """
     noted = read_journal(store.path)
     lines = [noted[0, box.start].counts for box in store.shard_boxes(0)]
     total = [counts.add_all([counts.from_json(line[seed]) for line in lines]) for seed in range(seeds)]
@@ -259,10 +355,22 @@ def total_counts(store: LabelStore, seeds: int) -> list[Counts]:
 
 
 def missing_shards(stores: Sequence[LabelStore], seeds: int) -> list[tuple[int, Box]]:
-    """Level and box of every shard that is to be made, finest level first, z-major.
+    """List the shards that are to be made.
 
-    Only what a journal vouches for is trusted: a shard without a line is one that a kill took before its line was
-    written, and one of another size has lost bytes with the power of its machine.
+    Only what a journal confirms is trusted. Where a shard has no line, a kill came before the line was written. A shard
+    of another size than noted has lost bytes when its machine lost power.
+
+    Parameters
+    ----------
+    stores
+        Stores of the job; the labels come first.
+    seeds
+        Number of seeds of the ensemble.
+
+    Returns
+    -------
+    list of tuple
+        Level and box of each shard, finest level first, z-major.
     """
     labels, missing = stores[0], []
     noted = read_journal(labels.path)
@@ -287,7 +395,7 @@ def _size(path: Path) -> int | None:
 
 
 def refuse_without_journal(output: Path) -> None:
-    """InputError for a store that came without its journal, so that nothing in it could be trusted."""
+    """Raise InputError for a store that came without its journal, since nothing in it could be trusted."""
     folder = journal_folder(output)
     if not folder.is_dir():
         raise InputError(

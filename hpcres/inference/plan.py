@@ -1,4 +1,4 @@
-"""What a job would cost, before anything runs: tiles, files, bytes, memory, hours, and the sbatch lines."""
+"""Cost of a job before anything runs: tiles, files, bytes, memory, hours, and the sbatch lines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,25 @@ _PROCESS_BYTES = 450 * 2**20
 
 @dataclass(frozen=True)
 class Cost:
-    """A job on `ranks` ranks. `voxels_per_second` is one rank's, measured on a trial block with `threads` threads."""
+    """Cost of a job on `ranks` ranks.
+
+    Attributes
+    ----------
+    plan : TilePlan
+        Tiles of the job.
+    ranks, threads : int
+        Number of ranks, and of threads of each.
+    block_voxels : int
+        Longest edge of a block.
+    rank_bytes : int
+        Memory of a rank.
+    voxels_per_second : float
+        Speed of one rank, measured on a trial block with `threads` threads.
+    operations_per_voxel : float
+        Floating-point operations per output voxel.
+    seeds : int
+        Number of seeds of an ensemble.
+    """
 
     plan: TilePlan
     ranks: int
@@ -49,34 +67,53 @@ class Cost:
 
     @property
     def tiles_of_busiest(self) -> int:
+        """Number of tiles of the rank that has most."""
         return len(tiles_of_rank(len(self.plan.tiles), 0, self.ranks))
 
     @property
     def hours(self) -> float:
+        """Hours that the rank with most tiles takes, with every tile as large as the largest."""
         largest = max(tile.write.voxels for tile in self.plan.tiles)
         return self.seeds * self.tiles_of_busiest * largest / self.voxels_per_second / 3600
 
     @property
     def core_hours(self) -> float:
+        """Hours of all cores together."""
         return self.hours * self.ranks * self.threads
 
     @property
     def store_bytes(self) -> float:
-        """Of all levels, before compression; of the agreement too."""
+        """Bytes of all levels, before compression; those of the agreement are included."""
         return float(sum(prod(extent) for extent, _ in pyramid(self.plan.shape))) * min(self.seeds, 2)
 
     @property
     def shards(self) -> int:
-        """Of all levels; each is a file."""
+        """Number of shards of all levels; each is a file."""
         extents = [extent for extent, _ in pyramid(self.plan.shape)]
         tiles = [[-(-n // e) for n, e in zip(extent, self.plan.tile_voxels, strict=True)] for extent in extents]
         return sum(map(prod, tiles)) * min(self.seeds, 2)
 
 
 def estimate(study: Study, generator: Generator, low_res_shape: tuple[int, int, int], ranks: int) -> tuple[Cost, Cost]:
-    """The job's cost, and that of LARGE_VOXELS³ voxels with the same settings.
+    """Estimate the cost of a job, and of LARGE_VOXELS³ voxels with the same settings.
 
-    Paints blocks of random labels for a few seconds to measure this machine's speed with the block size of each.
+    Blocks of random labels are painted for a few seconds to measure this machine's speed with the block size of each.
+
+    Parameters
+    ----------
+    study
+        Study of the job.
+    generator
+        Generator in eval mode.
+    low_res_shape
+        Voxels of the low-res volume along z, y, x.
+    ranks
+        Number of ranks of the job.
+
+    Returns
+    -------
+    job, large : Cost
+        Cost of the job, and of the large output.
     """
     settings = study.inference
     shape = high_res_shape(low_res_shape, study.scale_factor)
@@ -99,7 +136,7 @@ def estimate(study: Study, generator: Generator, low_res_shape: tuple[int, int, 
 
 
 def _cost(study: Study, generator: Generator, plan: TilePlan, threads: int) -> tuple[int, int, float]:
-    """The longest edge of a block, a rank's bytes, and voxels per second, from a trial."""
+    """Return the longest edge of a block, a rank's bytes, and voxels per second, from a trial."""
     use = min(threads, cores())
     painter = Painter(generator, plan, study.seed, torch.device("cpu"), use)
     try:
@@ -119,16 +156,16 @@ def _cost(study: Study, generator: Generator, plan: TilePlan, threads: int) -> t
 
 
 def large_plan(plan: TilePlan) -> TilePlan:
-    """Tiles of 512³ for an output of LARGE_VOXELS per edge, with the scale factor, halo and boundary of `plan`."""
+    """Plan tiles of 512³ for an output of LARGE_VOXELS per edge, with the scale factor, halo and boundary of `plan`."""
     edge, tiles = int(LARGE_VOXELS / plan.scale), LARGE_VOXELS // _LARGE_TILE_VOXELS
     return plan_tiles((edge,) * 3, plan.scale, (tiles,) * 3, plan.halo_low_res, 128, plan.boundaries)
 
 
 def _trial(study: Study, painter: Painter, threads: int) -> float:
-    """Output voxels per second of painting whole blocks on `threads` threads, one block each.
+    """Measure the output voxels per second of painting whole blocks on `threads` threads, one block each.
 
-    Paints the first block repeatedly for _TRIAL_SECONDS. Where one block takes longer, paints the largest part of it
-    that does not, and multiplies its time by the ratio of multiply-adds.
+    The first block is painted repeatedly for _TRIAL_SECONDS. Where one block takes longer, the largest part of it that
+    does not is painted, and its time is multiplied by the ratio of multiply-adds.
     """
     network = painter.network
     whole = painter.blocks_of(painter.plan.tiles[0].write)[0]
@@ -137,7 +174,7 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
         return network.work(part) if isinstance(network, WinogradNetwork) else float(part.voxels)
 
     def seconds_of(part: Box) -> float:
-        """Seconds of painting a part on all threads at once."""
+        """Return the seconds of painting a part on all threads at once."""
         tile = replace(painter.plan.tiles[0], read=network.reads(part), write=part)
         conditions = _Random(study, tile.read.shape)
         started = time.monotonic()
@@ -161,7 +198,7 @@ def _trial(study: Study, painter: Painter, threads: int) -> float:
 
 
 class _Random(Conditions):
-    """Labels or probabilities by chance, of any box of one shape, for a trial."""
+    """Random labels or probabilities of any box of one shape, for a trial."""
 
     def __init__(self, study: Study, shape: Triple) -> None:
         self.channels, self.shape = 0 if study.low_res is None else len(study.low_res.groups), shape
@@ -176,7 +213,10 @@ class _Random(Conditions):
 
 
 def _parts_of(block: Box, unit: int) -> list[Box]:
-    """Parts of a block from small to large: cubes of whole low-res voxels, cut at its faces; the last is the block."""
+    """Return parts of a block from small to large.
+
+    They are cubes of whole low-res voxels, cut at the faces of the block; the last is the block.
+    """
     parts, edge = [], -(-_TRIAL_VOXELS // unit) * unit
     while edge < max(block.shape):
         ends = [min(start + edge, stop) for start, stop in zip(block.start, block.stop, strict=True)]
@@ -186,7 +226,24 @@ def _parts_of(block: Box, unit: int) -> list[Box]:
 
 
 def describe(study: Study, cost: Cost, large: Cost, source: str) -> str:
-    """The plan in words and numbers, and the sbatch lines that fit; `source` is the study and options as given."""
+    """Describe the plan in words and numbers, with the sbatch lines that fit.
+
+    Parameters
+    ----------
+    study
+        Study of the job.
+    cost
+        Cost of the job.
+    large
+        Cost of the large output.
+    source
+        The study and options as given on the command line.
+
+    Returns
+    -------
+    str
+        Lines of text.
+    """
     plan, cluster = cost.plan, study.cluster
     total = float(prod(plan.shape))
     nodes = -(-cost.ranks // cluster.ranks_per_node)

@@ -1,4 +1,7 @@
-"""The ranks of one job. mpi4py is imported here alone, and only where a launcher has started several processes."""
+"""The ranks of one job.
+
+mpi4py is imported here alone, and only where a launcher has started several processes.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,23 @@ _Collective = (InputError, Unfinished, Stopped, OSError)
 
 
 class Ranks:
-    """This process among the ranks of its job; rank 0 of 1 without MPI. `cores` is this rank's share of its node.
+    """One process among the ranks of its job; rank 0 of 1 without MPI.
 
     Waiting sleeps and does not spin, so that a rank without work leaves its core to the others.
+
+    Parameters
+    ----------
+    comm
+        mpi4py communicator of all ranks; None without MPI.
+
+    Attributes
+    ----------
+    rank, size : int
+        Number of this rank, and of all ranks.
+    local_rank, on_node : int
+        Number of this rank on its node, and of all ranks there.
+    cores : int
+        This rank's share of the cores of its node.
     """
 
     def __init__(self, comm: Any = None) -> None:
@@ -48,11 +65,14 @@ class Ranks:
 
     @property
     def communicator(self) -> Any:
-        """The mpi4py communicator of the job's ranks; None where no launcher started this."""
+        """The mpi4py communicator of the job's ranks; None where no launcher started this process."""
         return self._comm
 
     def from_first(self, work: Callable[[], _Result]) -> _Result:
-        """What `work` returns on rank 0, on every rank; an error of the user's there is raised on every rank."""
+        """Run `work` on rank 0 and return its result on every rank.
+
+        InputError, Unfinished, Stopped or OSError raised there is raised on every rank. Collective.
+        """
         if self._comm is None:
             return work()
         result: Any = None
@@ -69,19 +89,22 @@ class Ranks:
         return result
 
     def everyone(self, value: _Result) -> list[_Result]:
-        """The value of every rank, on every rank, in rank order. Also a barrier."""
+        """Return the value of every rank, on every rank, in rank order; this is also a barrier."""
         if self._comm is None:
             return [value]
         self._meet()
         return self._comm.allgather(value)
 
     def tell(self, rank: int, message: Any) -> None:
-        """Send to one rank, without waiting until it listens; what `heard` there gives, in the order it was told."""
+        """Send a message to one rank, without waiting until it listens.
+
+        `heard` on that rank yields the messages in the order in which they were sent.
+        """
         self._sent = [request for request in self._sent if not request.Test()]
         self._sent.append(self._desk.isend(message, dest=rank))
 
     def heard(self) -> Iterator[tuple[int, Any]]:
-        """The sender and the message of everything told to this rank that has arrived."""
+        """Yield the sender and the message of everything told to this rank that has arrived."""
         if self._comm is not None:
             from mpi4py import MPI
 
@@ -90,7 +113,10 @@ class Ranks:
                 yield status.source, self._desk.recv(source=status.source)
 
     def stop_all(self) -> None:
-        """Ask every rank to begin no new tile. Rank 0 passes it on, so that N ranks send 2 N messages at most."""
+        """Ask every rank to begin no new tile.
+
+        Rank 0 passes it on, so that N ranks send 2 N messages at most.
+        """
         if not self.stopping:
             self.stopping = True
             others = range(1, self.size) if self.rank == 0 else (0,)
@@ -98,7 +124,7 @@ class Ranks:
                 self._sent += [self._control.isend(None, dest=rank, tag=_STOP) for rank in others]
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank has called stop_all; cheap, to be asked often."""
+        """Return whether any rank has called `stop_all`; the call is cheap, to be made often."""
         if self._comm is not None:
             while self._control.iprobe(tag=_STOP):
                 self._control.recv(tag=_STOP)
@@ -114,7 +140,10 @@ class Ranks:
             time.sleep(0.005)
 
     def leave_together(self) -> bool:
-        """Whether every rank has come here, waiting a few seconds for it; False is one rank's error alone."""
+        """Return whether every rank has come here, after waiting a few seconds for it.
+
+        False means that one rank alone has an error.
+        """
         if self._comm is None:
             return True
         arrived, deadline = self._leaving.Ibarrier(), time.monotonic() + _PATIENCE_SECONDS
@@ -123,7 +152,7 @@ class Ranks:
         return bool(all_here)
 
     def abort(self, status: int) -> None:
-        """End the whole job at once, from any one rank; returns only without MPI."""
+        """End the whole job at once, from any one rank, with exit status `status`; returns only without MPI."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._comm is not None and self.size > 1:
@@ -131,13 +160,41 @@ class Ranks:
 
 
 def share_of_cores(allowed: frozenset[int], on_node: Sequence[frozenset[int]]) -> int:
-    """Cores for one of several ranks on a node: its own where the launcher binds ranks, else an equal share."""
+    """Return the number of cores for one of several ranks on a node.
+
+    They are the rank's own cores where the launcher binds ranks, else an equal share.
+
+    Parameters
+    ----------
+    allowed
+        Cores that this rank may run on.
+    on_node
+        Cores that each rank of the node may run on, this one included.
+
+    Returns
+    -------
+    int
+        Number of cores, at least 1.
+    """
     return max(1, len(allowed) // on_node.count(allowed))
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """The ranks that a launcher started. An error that only this rank has ends the job instead of hanging it."""
+    """Join the ranks that a launcher started.
+
+    An error that only this rank has ends the job, because the other ranks would wait for this rank forever.
+
+    Yields
+    ------
+    Ranks
+        This process among the ranks.
+
+    Raises
+    ------
+    InputError
+        Where no MPI library loads, or the launcher started another number of processes than MPI knows of.
+    """
     comm = None
     if any(name in os.environ for name in _LAUNCHED):
         try:
@@ -165,7 +222,7 @@ def join_ranks() -> Iterator[Ranks]:
 
 
 def _refuse_singletons(size: int) -> None:
-    """InputError where the launcher started another number of processes than MPI knows of."""
+    """Raise InputError where the launcher started another number of processes than MPI knows of."""
     environment = os.environ
     in_step = "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit()
     # mpirun reaches other nodes by a step of its own, with one task a node: there its own count is what holds.

@@ -1,7 +1,7 @@
-"""The rank loop: ranks paint tiles into whole shards of one store, and the pyramid, and note them in their journals.
+"""The rank loop: ranks paint tiles into whole shards of one store, make the pyramid, and note shards in their journals.
 
-A shard that is there as its journal line says is done: zarr renames it into place whole. Running the same command
-again makes what is missing; a job whose weights, input, seed or tiles differ from the store's is refused.
+A shard that exists as its journal line says is done: zarr renames it into place whole. Running the same command
+again makes what is missing. A job whose weights, input, seed or tiles differ from the store's is refused.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Job:
-    """What to paint, from what, where; pure data but for the generator and the lazily read volume."""
+    """What to paint, from what, and where; pure data but for the generator and the lazily read volume."""
 
     checkpoint: Checkpoint
     conditions: Conditions
@@ -92,7 +92,7 @@ class Job:
 
     @property
     def seeds(self) -> list[int]:
-        """Of the ensemble; the labels are the first's."""
+        """Seeds of the ensemble; the labels are those of the first."""
         return [(self.seed + number) % 2**64 for number in range(self.settings.ensemble)]
 
 
@@ -110,12 +110,30 @@ class Painted:
 
 
 def chunk_edge(shape: Sequence[int], scale: Fraction, settings: Inference) -> int:
-    """Edge of the store's inner chunk: 128 voxels, or 64 where the volume is small or needs it."""
+    """Return the edge of the store's inner chunk, in voxels.
+
+    It is the setting `chunk_voxels`, or by default 128 where the shortest axis has at least 512 voxels, else 64.
+    """
     return settings.chunk_voxels or (128 if min(shape) >= 512 else 64)
 
 
 def plan_job(checkpoint: Checkpoint, lattice: Sequence[int], settings: Inference) -> TilePlan:
-    """The tiles of a lattice, with the halo of the loaded network, and its boundary where none is set."""
+    """Plan the tiles of a lattice, with the halo of the loaded network.
+
+    Parameters
+    ----------
+    checkpoint
+        Checkpoint of the generator.
+    lattice
+        Voxels of the lattice along z, y, x.
+    settings
+        Settings of the inference. Where they have no boundary, that of the training is used.
+
+    Returns
+    -------
+    TilePlan
+        The tiles.
+    """
     scale = checkpoint.scale
     shape = [int(n * scale) for n in lattice]
     return plan_tiles(
@@ -142,11 +160,42 @@ def open_job(
     inference: Mapping[str, Any] | None = None,
     voxel_size: Length | None = None,
 ) -> Job:
-    """Collect a job from a study, or from a checkpoint and a low-res volume alone; InputError where they disagree.
+    """Collect a job from a study, or from a checkpoint and a low-res volume alone.
 
-    `low_res` is a volume of labels, or one of probabilities for each channel; `raw` the headers of those without one;
-    `inference` holds settings that go before the study's; `voxel_size` is that of a store which is there, so that
-    nothing is compared with the study's.
+    Parameters
+    ----------
+    study
+        Study of the job; None for a checkpoint alone, whose own study is used.
+    checkpoint
+        Path of the checkpoint; by default that of the study.
+    low_res
+        Path of a volume of labels, or paths of volumes of probabilities, one for each channel.
+    output
+        Path of the store. It is needed and used where there is no study.
+    tiles
+        Tiles along z, y, x, as of the option --tiles.
+    seed
+        Seed of the noise; by default that of the study.
+    device
+        Device; by default that of the study.
+    command
+        Command line, for the provenance.
+    raw
+        Headers of the low-res volumes that have none of their own.
+    inference
+        Settings that take precedence over the study's.
+    voxel_size
+        Voxel size of a store that exists; nothing is then compared with the study's.
+
+    Returns
+    -------
+    Job
+        The job, with no voxel painted yet.
+
+    Raises
+    ------
+    InputError
+        Where study, checkpoint and low-res volume disagree, or something is missing.
     """
     if study is None:
         if checkpoint is None or output is None:
@@ -233,11 +282,36 @@ def _refuse_other(checkpoint: Checkpoint, what: str, old: Any, new: Any) -> None
 
 
 def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, store_lock: StoreLock | None = None) -> Painted:
-    """Paint every tile that is missing, and the pyramid meanwhile. Collective: every rank of `ranks` calls it.
+    """Paint every tile that is missing, and make the pyramid meanwhile.
 
-    store_lock: the store's, where the caller has taken it. InputError where the job does not fit what is there, another
-    job paints it, or the input changes meanwhile; Stopped after the tiles in hand on a signal to any rank;
-    Unfinished where some tiles could not be read or written; OSError, on every rank, where the disk is full.
+    Collective: every rank of `ranks` calls it.
+
+    Parameters
+    ----------
+    job
+        What to paint.
+    ranks
+        Ranks of the job.
+    overwrite
+        Paint a store that exists anew.
+    store_lock
+        Lock of the store, where the caller has taken it.
+
+    Returns
+    -------
+    Painted
+        Numbers of tiles, and seconds.
+
+    Raises
+    ------
+    InputError
+        Where the job does not fit what exists, another job paints the store, or the input changes meanwhile.
+    Stopped
+        After the tiles in hand, on a signal to any rank.
+    Unfinished
+        Where some tiles could not be read or written.
+    OSError
+        On every rank, where the disk is full.
     """
     with nullcontext(store_lock) if store_lock is not None else StoreLock(job.output) as held:
         return _infer(job, ranks, overwrite, held)
@@ -287,8 +361,10 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock) -> Pa
 
 
 def _compare_with_fp32(job: Job, painter: Painter) -> None:
-    """Report how many labels half precision changes and how fast it is; the store's attributes keep the first. Rank 0
-    only."""
+    """Report how many labels half precision changes and how fast it is, on rank 0 only.
+
+    The store's attributes keep the number of labels that change.
+    """
     sample, precision = painter.compare_with_fp32(job.checkpoint.generator, job.conditions), job.settings.precision
     log.info(f"{precision} changes {sample.share:.2%} of {sample.labels} labels of a sample, compared with fp32")
     if sample.speed < 1:
@@ -314,7 +390,7 @@ class _Maker:
         return f"level {level}, {box}" if level else f"tile {self._tiles[box].index} ({box})"
 
     def make(self, shard: Shard) -> InputError | Unfinished | OSError | None:
-        """Paint a tile, or write a coarser shard; the error where something could not be read or written."""
+        """Paint a tile, or write a coarser shard; return the error where something could not be read or written."""
         level, box = shard
         if level == 0:
             return self._paint(self._tiles[box])
@@ -344,7 +420,7 @@ class _Maker:
             )
 
     def _volumes(self, tile: Tile) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
-        """What is to be stored of a tile, labels and agreement, and the counts of each seed's labels."""
+        """Return what is to be stored of a tile, labels and agreement, and the counts of each seed's labels."""
         phases, own = range(len(self._job.checkpoint.phases)), tile.write.relative_to(tile.write.start).slices
         conditions = self._job.conditions.remembering()
         counted, labels, agree = [], np.empty(0, np.uint8), np.zeros(tile.write.shape, np.uint8)
@@ -368,14 +444,18 @@ class _Maker:
 
 
 def shares(seeds: int) -> np.ndarray:
-    """What the agreement volume holds where n of `seeds` seeds agree, by n: round(255 · n / seeds), uint8."""
+    """Return the values of the agreement volume where n of `seeds` seeds agree, indexed by n.
+
+    The values are round(255 · n / seeds), uint8.
+    """
     return ((2 * 255 * np.arange(seeds + 1) + seeds) // (2 * seeds)).astype(np.uint8)
 
 
 def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) -> tuple[int, list[str]]:
-    """Make shards until none is left, a few at a time so that one is read or compressed while others compute.
+    """Make shards until none is left; return the number of tiles that this rank painted, and what failed.
 
-    Returns the tiles that this rank painted, and what failed. Once any rank is to stop, none is begun.
+    A few shards are in work at a time, so that one is read or compressed while others compute. Once any rank is to
+    stop, none is begun.
     """
 
     def below(shard: Shard) -> list[Shard]:
@@ -414,7 +494,10 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
 
 
 def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
-    """What `hpcres metrics` would say of the store, from the counts of its tiles, and how it varies with the seed."""
+    """Return what `hpcres metrics` would measure of the store, from the counts of its tiles.
+
+    For an ensemble, the result also says how the measures vary with the seed.
+    """
     names = Named(dict(enumerate(job.checkpoint.phases)), *cubic(job.voxel_size).lengths(str(job.output)))
     found = [described(total, names) for total in total_counts(store, len(job.seeds))]
     return {"measured": found[0], **({"spread": {"seeds": job.seeds, **spread(found)}} if len(found) > 1 else {})}
@@ -430,7 +513,7 @@ def _end_if_failed(tiles: int, failures: list[str]) -> None:
 
 
 class _Stop:
-    """Whether to begin nothing new: a signal, a disk that takes no more, or an input that changed, on any rank."""
+    """Whether to begin nothing new: a signal, a disk that takes no more data, or an input that changed, on any rank."""
 
     def __init__(self, ranks: Ranks, received: list[int], conditions: Conditions, again: str) -> None:
         self._ranks, self._received, self._conditions, self._again = ranks, received, conditions, again
@@ -443,7 +526,10 @@ class _Stop:
         return self._ranks.asked_to_stop()
 
     def unless_room(self, write: Callable[[], None]) -> OSError | None:
-        """Write; the error if that failed. A full disk is every tile's error, so it also stops the job."""
+        """Write, and return the error if that failed.
+
+        A full disk is an error of every tile, so it also stops the job.
+        """
         try:
             write()
         except OSError as error:
@@ -453,7 +539,10 @@ class _Stop:
         return None
 
     def unless_input_changed(self) -> InputError | None:
-        """The error where the low-res volume is not the one that the job began with: no tile of it can be trusted."""
+        """Return the error where the low-res volume is not the one that the job began with.
+
+        No tile of a changed input can be trusted.
+        """
         try:
             if self._conditions.stamp() == self._stamp:
                 return None
@@ -464,7 +553,7 @@ class _Stop:
         return self._fault
 
     def end_here_if_asked(self, output: Path, state: str) -> None:
-        """Raise the same on every rank where any of them was to stop. Collective."""
+        """Raise the same error on every rank where any of them was to stop. Collective."""
         told = self._ranks.everyone((self._received[:1], self._fault))
         if faults := [error for _, error in told if error is not None]:
             first = faults[0]
@@ -476,7 +565,25 @@ class _Stop:
 
 
 def choose_device(device: str, ranks: Ranks) -> torch.device:
-    """The CPU, or the GPU of this rank by its place on the node."""
+    """Return the CPU, or the GPU of this rank by its place on the node.
+
+    Parameters
+    ----------
+    device
+        'cpu', 'cuda' or 'auto', which takes a GPU where there is one.
+    ranks
+        Ranks of the job.
+
+    Returns
+    -------
+    torch.device
+        The device.
+
+    Raises
+    ------
+    InputError
+        Where cuda is asked for and there is no GPU.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda asked for, but torch finds no GPU here; use cpu, or a CUDA build of torch")
     if device == "cpu" or not torch.cuda.is_available():
@@ -485,7 +592,7 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
 
 
 def _prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock) -> list[Shard]:
-    """Create or check the store, and list what is to be made. Rank 0 only."""
+    """Create or check the store, and list the shards that are to be made. Rank 0 only."""
     going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
     if going_on:
         _existing_provenance(job.output)
@@ -553,7 +660,22 @@ def _is_agreement(path: Path) -> bool:
 
 
 def refuse_changed(job: Job, painter: Painter, besides: Sequence[str] = ()) -> None:
-    """InputError where what decides the bytes of the store at job.output, `besides` some, differs from the job's."""
+    """Refuse a job that differs from the one that painted the store, in what decides the bytes of the store.
+
+    Parameters
+    ----------
+    job
+        Job on the store at job.output.
+    painter
+        Painter of the job.
+    besides
+        Keys of _IDENTITY that may differ.
+
+    Raises
+    ------
+    InputError
+        Where a key differs, or the store was not made by hpcres infer.
+    """
     provenance = _existing_provenance(job.output)
     identity = _identity(job, painter)
     for key in (key for key in _IDENTITY if key not in besides):
@@ -573,7 +695,10 @@ def _existing_provenance(output: Path) -> dict[str, Any]:
 
 
 def _identity(job: Job, painter: Painter) -> dict[str, Any]:
-    """The values of _IDENTITY; reads the whole low-res volume once, which also finds any unknown label."""
+    """Return the values of _IDENTITY.
+
+    The whole low-res volume is read once, which also finds any unknown label.
+    """
     return {
         "weights_sha256": job.checkpoint.sha256,
         "input_sha256": job.conditions.digest(),
@@ -622,7 +747,10 @@ def _opening(job: Job, missing: int, ranks: Ranks, device: torch.device, threads
 
 @contextmanager
 def _naming(ranks: Ranks, what: str) -> Iterator[None]:
-    """An error in the middle of a rank's work: say whose it is, and end the job, so that nobody waits for this rank."""
+    """Report an error in the middle of a rank's work, and end the job.
+
+    The message says whose error it is. The job ends, because the other ranks would wait for this rank.
+    """
     try:
         yield
     except (InputError, Unfinished):

@@ -1,6 +1,6 @@
-"""Who makes which shard, and when: rank 0 hands shards out one by one as ranks ask, so that a slow rank gets fewer.
+"""Distribution of shards: rank 0 hands shards out one by one as ranks ask, so that a slow rank gets fewer.
 
-Tiles come in the plan's order, so neighbours are painted at about the same time; a coarser shard comes as soon as
+Tiles come in the plan's order, so neighbours are painted at about the same time. A coarser shard comes as soon as
 every shard below it is made. No rank waits at a barrier between levels, and no two get the same shard.
 """
 
@@ -18,10 +18,20 @@ Shard = tuple[int, Box]
 
 
 class WorkQueue:
-    """The shards that are missing, in the order they come, and which rank has which in hand. No MPI."""
+    """The shards that are missing, in the order they come, and how many each rank has in hand. No MPI."""
 
     def __init__(self, missing: Iterable[Shard], below: Callable[[Shard], Iterable[Shard]], ranks: int) -> None:
-        """below: the shards that one of level ≥ 1 is made from."""
+        """Order the missing shards.
+
+        Parameters
+        ----------
+        missing
+            Shards that are to be made.
+        below
+            Function that returns the shards that a shard of level ≥ 1 is made from.
+        ranks
+            Number of ranks.
+        """
         wanted = list(missing)
         order = {shard: place for place, shard in enumerate(wanted)}
         self._above: dict[Shard, list[Shard]] = {}
@@ -44,7 +54,10 @@ class WorkQueue:
         return not self._ready and not any(self.in_hand)
 
     def take(self, rank: int) -> Shard | None:
-        """The next shard for `rank`; None where there is none now, or the others will need those that are left."""
+        """Return the next shard for `rank`, or None.
+
+        None means that no shard is ready now, or that the other ranks will need those that are.
+        """
         own = self.in_hand[rank]
         if not self._ready or (own and len(self._ready) <= sum(n <= own for n in self.in_hand) - 1):
             return None
@@ -52,7 +65,7 @@ class WorkQueue:
         return heapq.heappop(self._ready)[1]
 
     def done(self, rank: int, shard: Shard, made: bool) -> None:
-        """`rank` has made a shard, or could not."""
+        """Record that `rank` has made a shard, or could not."""
         self.in_hand[rank] -= 1
         if made:
             if shard[0] == 0:
@@ -64,14 +77,24 @@ class WorkQueue:
 
 
 class Dispatcher:
-    """Where a rank asks for shards, by messages that nobody waits for: call `exchange` every few milliseconds.
+    """A rank's requests for shards, by messages that nobody waits for: call `exchange` every few milliseconds.
 
     Rank 0 has the tasks and serves the others between its own tiles. Such messages, unlike one-sided MPI, make
     progress on any transport without a rank that spins inside the library.
     """
 
     def __init__(self, ranks: Ranks, tasks: WorkQueue | None, capacity: int) -> None:
-        """tasks: on rank 0 alone. capacity: shards in hand at most."""
+        """Begin with nothing in hand.
+
+        Parameters
+        ----------
+        ranks
+            Ranks of the job.
+        tasks
+            The shards, on rank 0; None on the others.
+        capacity
+            Shards that this rank has in hand at most.
+        """
         self._ranks, self._tasks, self._capacity = ranks, tasks, capacity
         self._in_hand = self._asked = 0
         self._made: list[tuple[Shard, bool]] = []
@@ -82,12 +105,23 @@ class Dispatcher:
         """Whether no more shards come."""
 
     def done(self, shard: Shard, made: bool) -> None:
-        """This rank has made a shard, or could not."""
+        """Record that this rank has made a shard, or could not."""
         self._in_hand -= 1
         self._made.append((shard, made))
 
     def exchange(self, stopping: bool) -> list[Shard]:
-        """Say what is done, and take what is given. `stopping`: begin nothing more."""
+        """Report what is done, and return the shards that this rank is given.
+
+        Parameters
+        ----------
+        stopping
+            Begin nothing more.
+
+        Returns
+        -------
+        list of Shard
+            Shards to make now; empty where `stopping`.
+        """
         given = self._serve(stopping) if self._tasks is not None else self._ask()
         if stopping:
             given = []
@@ -95,7 +129,7 @@ class Dispatcher:
         return given
 
     def may_leave(self) -> bool:
-        """Whether this rank's part is over; on rank 0, whether all the others have left too."""
+        """Return whether this rank's part is over; on rank 0, whether all the others have left too."""
         if not self.over or self._in_hand:
             return False
         if self._tasks is None:

@@ -1,4 +1,4 @@
-"""Is a painted store whole, and free of seams?
+"""Checks of a painted store: whether it is whole, and free of seams.
 
 Every shard is read back: file, checksum, index, labels; --repair paints what is damaged. --audit paints some tiles
 again, cut half a tile later, and counts the labels that differ.
@@ -41,6 +41,7 @@ class Fault:
     volume: str = "labels"
 
     def __str__(self) -> str:
+        """Return a line that names the shard and the reason."""
         return f"{self.volume}, level {self.level}, {self.box}: {self.why}"
 
 
@@ -49,7 +50,24 @@ def find_faults(
 ) -> list[Fault]:
     """Check every shard of every level of a store that hpcres infer made.
 
-    `store_lock` is taken first, for a caller that goes on to mend; InputError where another job has it.
+    Parameters
+    ----------
+    path
+        Path of the labels.
+    progress
+        Called as progress(done, all) with numbers of shards.
+    store_lock
+        Lock that is taken first, for a caller that goes on to repair.
+
+    Returns
+    -------
+    list of Fault
+        One for each faulty shard of each store of the job.
+
+    Raises
+    ------
+    InputError
+        Where a store cannot be opened; with `store_lock`, where another job has the store, or its journal is missing.
     """
     stores = open_stores(path)
     if store_lock is not None:
@@ -93,7 +111,17 @@ def _fault(store: LabelStore, level: int, box: Box, phases: int, crc32: int | No
 def remove_faulty(path: Path, faults: list[Fault]) -> int:
     """Delete the files of faulty shards, and of every coarser shard made from them, in every store of the job.
 
-    Returns how many tiles (level 0) that concerns.
+    Parameters
+    ----------
+    path
+        Path of the labels.
+    faults
+        Faulty shards.
+
+    Returns
+    -------
+    int
+        Number of tiles (level 0) that are faulty.
     """
     for store in open_stores(path):
         for fault in faults:
@@ -109,7 +137,25 @@ def remove_faulty(path: Path, faults: list[Fault]) -> int:
 
 
 def repair_job(path: Path, command: str = "") -> Job:
-    """The job that painted a store, from what the store knows of itself: its checkpoint, input, seed and tiles."""
+    """Return the job that painted a store, from the store's provenance: its checkpoint, input, seed and tiles.
+
+    Parameters
+    ----------
+    path
+        Path of the labels.
+    command
+        Command line, for the provenance.
+
+    Returns
+    -------
+    Job
+        The job.
+
+    Raises
+    ------
+    InputError
+        Where hpcres infer did not make the store, or the checkpoint has other weights now.
+    """
     provenance = LabelStore.open(path).provenance
     if provenance.get("stage") != "infer":
         raise InputError(f"{path}: not made by hpcres infer, so there is nothing to paint it from; convert it again")
@@ -143,7 +189,7 @@ def repair_job(path: Path, command: str = "") -> Job:
 
 
 def _output_voxels(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The size of the output where no low-res volume gives it."""
+    """Return the setting of the output's size where no low-res volume gives it."""
     if "lattice" not in provenance:
         return {}
     return {"output_voxels": high_res_shape(provenance["lattice"], Fraction(provenance["scale_factor"]))}
@@ -163,9 +209,11 @@ class Audit:
 
     @property
     def share(self) -> float:
+        """Share of the compared labels that differ."""
         return self.flips / self.voxels
 
     def __str__(self) -> str:
+        """Return the numbers in words: in all, near tile faces, and elsewhere."""
         parts = [
             (f"{self.tiles} tiles painted again half a tile later, labels that differ", self.flips, self.voxels),
             ("within one low-res voxel of tile faces", self.face_flips, self.face_voxels),
@@ -174,7 +222,18 @@ class Audit:
         return "; ".join(f"{what} {flips} of {among} ({flips / max(1, among):.2g})" for what, flips, among in parts)
 
     def refuse_seams(self, path: Path) -> None:
-        """Unfinished where more labels differ than rounding explains, saying whether they gather at tile faces."""
+        """Refuse a store of which more labels differ than rounding explains.
+
+        Parameters
+        ----------
+        path
+            Path of the labels, for the message.
+
+        Raises
+        ------
+        Unfinished
+            Where more labels differ. The message says whether they gather at tile faces.
+        """
         if self.share <= self.limit:
             return
         elsewhere = (self.flips - self.face_flips) / max(1, self.voxels - self.face_voxels)
@@ -187,10 +246,30 @@ class Audit:
 
 
 def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], None] | None = None) -> Audit:
-    """Paint `count` tiles of the store at job.output again, half a tile later along each axis, and compare.
+    """Paint some tiles of the store at job.output again, half a tile later along each axis, and compare the labels.
 
-    The tiles are random in even parts of the volume, the same for the same store. Collective: the ranks share them;
-    `progress(done, all)` is about this rank's. InputError where the job is not the store's, or cannot be shifted.
+    The tiles are random in even parts of the volume, the same for the same store. Collective: the ranks share them.
+
+    Parameters
+    ----------
+    job
+        Job that painted the store.
+    count
+        Number of tiles.
+    ranks
+        Ranks of the job.
+    progress
+        Called as progress(done, all) with numbers of this rank's tiles.
+
+    Returns
+    -------
+    Audit
+        Numbers of labels, of all ranks together.
+
+    Raises
+    ------
+    InputError
+        Where the job is not the store's, or its tiles cannot be shifted.
     """
     device = choose_device(job.device, ranks)
     painter = Painter(
@@ -233,7 +312,7 @@ def audit(job: Job, count: int, ranks: Ranks, progress: Callable[[int, int], Non
 
 
 def _spread(tiles: list[Tile], count: int, seed: int) -> list[Tile]:
-    """One random tile from each of `count` even parts of the list."""
+    """Choose one random tile from each of `count` even parts of the list."""
     count = min(count, len(tiles))
     ends = [len(tiles) * part // count for part in range(count + 1)] if count else []
     random = np.random.default_rng(seed)
@@ -241,7 +320,10 @@ def _spread(tiles: list[Tile], count: int, seed: int) -> list[Tile]:
 
 
 def _away_from_faces(plan: TilePlan, box: Box) -> list[np.ndarray]:
-    """Per axis, which voxels of a high-res box lie more than one low-res voxel from every face between two tiles."""
+    """Return, per axis, which voxels of a high-res box lie away from every face between two tiles.
+
+    These are voxels more than one low-res voxel from the face.
+    """
     reach, away = ceil(plan.scale), []
     for axis, n in enumerate(plan.shape):
         place, edge = np.arange(box.start[axis], box.stop[axis]), plan.tile_voxels[axis]

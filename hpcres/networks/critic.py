@@ -1,4 +1,4 @@
-"""The critic of Dahari et al. 2022: 2D slices in, one number each out; no normalisation, as WGAN-GP needs."""
+"""The critic of Dahari et al. 2022: one number for each 2D slice; no normalisation, as WGAN-GP needs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,24 @@ _LARGEST_LAST = 6
 
 
 class Critic(nn.Module):
-    """(batch, phases, edge, edge) → (batch,). Four stride-2 convolutions, then one over what is left.
+    """Critic (batch, phases, edge, edge) → (batch,): four stride-2 convolutions, then one over what is left.
 
-    `width` is the exponent of the last channel count; `edge_voxels` the slice edge (56 when 4 of 64 are cropped). Where
-    more than 6 × 6 would be left, as of 120 (4 of 128 cropped), there are more stride-2 convolutions of the first
-    one's channels, as in the published critic of 128².
+    Where more than 6 × 6 would be left, as of 120 (4 of 128 cropped), there are more stride-2 convolutions with the
+    channels of the first one, as in the published critic of 128².
+
+    Parameters
+    ----------
+    phases
+        Channels of a slice.
+    edge_voxels
+        Edge of a slice (56 when 4 of 64 are cropped); at least 16.
+    width
+        Exponent of the last channel count.
+
+    Raises
+    ------
+    ValueError
+        Where `edge_voxels` is below 16.
     """
 
     def __init__(self, phases: int, edge_voxels: int, width: int = 9) -> None:
@@ -35,6 +48,7 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, slices: Tensor) -> Tensor:
+        """Return one number for each slice, float32 (batch,), of slices (batch, phases, edge, edge)."""
         features = self.layers[:-1](slices)
         # Values are tens and their differences tenths, which half precision would round away.
         with torch.autocast(slices.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""What every generator is to training, checkpoints and inference, whatever its family."""
+"""Interface of every generator to training, checkpoints and inference, whatever its family."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from hpcres.networks.stages import Inputs, Stages
 class Generator(nn.Module):
     """A network that turns what is given at low-res voxels into logits of phases at output voxels.
 
-    `forward` takes float32 (batch, inputs.channels, z, y, x) and gives logits (batch, phases, z·scale, y·scale,
-    x·scale), or what its trainer makes of them; inference reads `stages` alone.
+    `forward` takes float32 (batch, inputs.channels, z, y, x). It gives logits (batch, phases, z·scale, y·scale,
+    x·scale), or what its trainer makes of them. Inference reads `stages` alone.
 
     Attributes
     ----------
     config : dict
-        Plain values, saved in checkpoints, from which the family builds the same network again; `family` among them.
+        Plain values, saved in checkpoints, from which the family builds the same network again; `family` is one of
+        them.
     scale : Fraction
         Output voxels per low-res voxel along an axis.
     """
@@ -29,14 +30,14 @@ class Generator(nn.Module):
 
     @property
     def phases(self) -> int:
-        """Labels of the output."""
+        """Number of labels of the output."""
         raise NotImplementedError
 
     @property
     def inputs(self) -> Inputs:
-        """What it is given at each low-res voxel."""
+        """What the generator is given at each low-res voxel."""
         raise NotImplementedError
 
     def stages(self) -> Stages:
-        """The network in eval mode as a list of stages, with its weights."""
+        """Return the network in eval mode as a list of stages, with its weights."""
         raise NotImplementedError

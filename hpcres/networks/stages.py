@@ -1,7 +1,7 @@
 """A network as a list of stages, from which reach, halo, cuts and operations follow, each in one place.
 
 A stage is one layer in eval mode: batch norm is folded into its convolution, in float64. Whatever computes labels is
-built from this list and needs no module of torch. Grids are counted in whole voxels from the low-res grid on; a box of
+built from this list and needs no module of torch. Grids are counted in whole voxels from the low-res grid on. A box of
 output voxels is a half-open range along each axis, and all axes are alike.
 """
 
@@ -40,12 +40,20 @@ class Stage:
         weights; r³ channels become r³ voxels, r the scale, channel (c·r + dz)·r² + dy·r + dx being voxel (dz, dy, dx).
     inputs, outputs : int
         Channels.
+    kernel : int
+        Taps along an axis; odd, except of a transposed convolution.
     activation : {'relu', 'none', 'leaky', 'prelu', 'softmax', 'sigmoid'}
         softmax and sigmoid only at the end of a list: they change no label.
     scale : Fraction
         Output grid over input grid; the stride of a transposed convolution.
+    padding : {'replicate', 'zeros'}
+        What a convolution reads beyond a face.
+    crop : int
+        Voxels that a transposed convolution cuts at each side of its output.
+    interpolation : {'linear', 'nearest'}
+        Upsampling of a resized stage.
     slope : numpy.ndarray
-        Of leaky (one) and prelu (one, or one for each channel), for negative values.
+        Factor for negative values: one for leaky; one, or one for each channel, for prelu.
     add_before, add_after : int, optional
         Numbers of earlier stages on the same grid whose outputs are added before and after the activation.
     weight : numpy.ndarray
@@ -72,20 +80,34 @@ class Stage:
     bias: np.ndarray = field(default_factory=lambda: _NOTHING)
 
     def __post_init__(self) -> None:
+        """Check that kernel and scale fit the kind."""
         assert self.kind in ("transposed", "shuffle") or self.kernel % 2 == 1, self
         assert self.kind == "resized" or self.scale.denominator == 1, self
         assert self.kind != "convolution" or self.scale == 1, self
 
     @property
     def relu(self) -> bool:
+        """Whether the activation is a ReLU."""
         return self.activation == "relu"
 
     @property
     def adds(self) -> tuple[int, ...]:
+        """Numbers of the earlier stages whose outputs are added."""
         return tuple(number for number in (self.add_before, self.add_after) if number is not None)
 
     def reads(self, first: int, last: int) -> tuple[int, int]:
-        """First and last input voxel along an axis that outputs first … last depend on, were the volume endless."""
+        """Return the input voxels along an axis without ends that outputs first … last depend on.
+
+        Parameters
+        ----------
+        first, last
+            First and last output voxel.
+
+        Returns
+        -------
+        first, last : int
+            First and last input voxel.
+        """
         around = self.kernel // 2
         if self.kind == "convolution":
             return first - around, last + around
@@ -101,14 +123,14 @@ class Stage:
         return floor((first + half) / self.scale - half), ceil((last + half) / self.scale - half)
 
     def length(self, voxels: int) -> int:
-        """Output voxels along an axis of `voxels` input voxels."""
+        """Return the output voxels along an axis of `voxels` input voxels."""
         if self.kind == "transposed":
             return (voxels - 1) * int(self.scale) + self.kernel - 2 * self.crop
         return floor(voxels * self.scale)
 
     @property
     def multiply_adds(self) -> float:
-        """Of one output voxel."""
+        """Multiply-adds of one output voxel."""
         if self.kind == "shuffle":
             return 0.0
         taps = self.kernel / float(self.scale) if self.kind == "transposed" else float(self.kernel)
@@ -117,11 +139,14 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """The stages of a generator in order; the last one's output are the logits of the phases, from which labels follow.
+    """The stages of a generator in order.
+
+    The outputs of the last stage are the logits of the phases, from which labels follow.
 
     Parameters
     ----------
     stages : tuple of Stage
+        The stages, each on the output of the one before it.
     scale : Fraction
         Output voxels per low-res voxel along an axis.
     """
@@ -130,6 +155,7 @@ class Stages:
     scale: Fraction
 
     def __post_init__(self) -> None:
+        """Check that only earlier stages are added and that the scales multiply to `scale`."""
         product = Fraction(1)
         for number, stage in enumerate(self.stages):
             product *= stage.scale
@@ -143,12 +169,22 @@ class Stages:
 
     @property
     def phases(self) -> int:
-        """As many as the last stage has channels, or two where a sigmoid of one channel says which."""
+        """Number of phases: the channels of the last stage, or two where a sigmoid of one channel tells the phase."""
         return max(2, self.stages[-1].outputs)
 
     def needed(self, first: int, last: int) -> list[tuple[int, int]]:
-        """First and last voxel along an axis that outputs first … last depend on, were the volume endless: of the
-        low-res grid, and then of the output of each stage."""
+        """Return the voxels of each grid along an axis without ends that outputs first … last depend on.
+
+        Parameters
+        ----------
+        first, last
+            First and last output voxel.
+
+        Returns
+        -------
+        list of tuple of int
+            First and last voxel: of the low-res grid, and then of the output of each stage.
+        """
         found: list[tuple[int, int] | None] = [None] * len(self.stages) + [(first, last)]
 
         def need(place: int, range_: tuple[int, int]) -> None:
@@ -175,10 +211,23 @@ class Stages:
         return halo
 
     def cuts(self, context: int, behind: Collection[str]) -> list[int]:
-        """What to cut off each side of the output of each stage, so that `context` low-res voxels around a training
-        cube are gone at the end, and nothing was before that an output voxel within depends on.
+        """Return what to cut off each side of the output of each stage in training.
 
-        Only outputs of the stages named in `behind`, and of the last stage, are cut. Batch norm sees what is left.
+        In total, `context` low-res voxels around a training cube are cut. Nothing is cut that an output voxel within
+        the cube depends on. Only outputs of the stages named in `behind`, and of the last stage, are cut. Batch norm
+        sees what is left.
+
+        Parameters
+        ----------
+        context
+            Low-res voxels around a training cube.
+        behind
+            Names of the stages whose outputs may be cut.
+
+        Returns
+        -------
+        list of int
+            Voxels at each side of the output of each stage.
         """
         block, around, grid, cuts = 16 * self.scale.denominator, context, Fraction(1), []
         needed = self.needed(0, int(block * self.scale) - 1)[1:]
@@ -192,7 +241,18 @@ class Stages:
         return cuts
 
     def operations(self, low_res_voxels: float) -> float:
-        """Floating-point operations of the convolutions for so many low-res voxels: 2 per multiply-add."""
+        """Count the floating-point operations of the convolutions: 2 per multiply-add.
+
+        Parameters
+        ----------
+        low_res_voxels
+            Number of low-res voxels.
+
+        Returns
+        -------
+        float
+            Number of operations.
+        """
         total, grid = 0.0, float(low_res_voxels)
         for stage in self.stages:
             grid *= float(stage.scale) ** 3
@@ -207,7 +267,7 @@ class Inputs:
     Parameters
     ----------
     conditions : int
-        Channels that a file gives: one-hot labels, probabilities, or fields; 0 for a generator fed by latents alone.
+        Channels that a file gives: one-hot labels, probabilities, or fields; 0 for a generator given latents alone.
     latents : tuple of float
         Standard deviation, in high-res voxels, of the Gaussian that smooths each channel of noise; 0 is white noise.
     """
@@ -217,11 +277,25 @@ class Inputs:
 
     @property
     def channels(self) -> int:
+        """Number of all channels."""
         return self.conditions + len(self.latents)
 
 
 def folded_weights(layer: nn.Module, norm: nn.Module | None) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias, float64, of norm(layer(·)) with the running statistics."""
+    """Return weight and bias of norm(layer(·)), with the running statistics of the batch norm.
+
+    Parameters
+    ----------
+    layer
+        Convolution or transposed convolution.
+    norm
+        Batch norm behind it, or None.
+
+    Returns
+    -------
+    weight, bias : numpy.ndarray
+        float64, in the shapes of the layer's weight and bias.
+    """
     assert isinstance(layer, nn.Conv3d | nn.ConvTranspose3d), layer
     weight, bias = _float64(layer.weight), _float64(layer.bias)
     if norm is None:
@@ -238,8 +312,21 @@ def _float64(tensor: Tensor | None) -> np.ndarray:
 
 
 def supported(stages: Sequence[Stage]) -> bool:
-    """Whether the engines made for residual and doubling stages, Winograd and polyphase, compute this list: kernels of
-    3, transposed ones of 4 with stride 2 and crop 1, ReLU before the last stage, and a plain convolution at the end."""
+    """Return whether the Winograd and the polyphase engine compute this list of stages.
+
+    These engines are made for residual and doubling stages. They need kernels of 3, transposed ones of 4 with stride 2
+    and crop 1, ReLU before the last stage, and a plain convolution at the end.
+
+    Parameters
+    ----------
+    stages
+        List of stages; their weights are not read.
+
+    Returns
+    -------
+    bool
+        Whether the list fits.
+    """
     *before, end = stages
     return (
         len(stages) >= 3

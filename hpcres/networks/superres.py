@@ -1,10 +1,10 @@
-"""The generator of Dahari et al. 2022: low-res one-hot volume and noise in, phase logits out.
+"""The generator of Dahari et al. 2022: from a low-res one-hot volume and noise to phase logits.
 
 Channel counts follow the authors' published network: with s the scale factor and k = ⌈log2 s⌉ − 1, the first
 layers have 2^(width + k) / 2 channels and every upsampling halves them. Scale factors above 4 start with a
-trilinear ×2 and a convolution, those above 2 have a transposed convolution, and a trilinear upsampling by what
-is left (1 to 2) comes last. Published are scale factors up to 8; above, every doubling more is a trilinear ×2 and a
-convolution after the first.
+trilinear ×2 and a convolution. Those above 2 have a transposed convolution. A trilinear upsampling by what is left
+(1 to 2) comes last. Scale factors up to 8 are published. Above 8, every further doubling is one more trilinear ×2 with
+a convolution, after the first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hpcres.networks.stages import Inputs, Kind, Padding, Stage, Stages, folded_
 
 
 def _doublings(scale: Fraction) -> int:
-    """k with 2^k < scale ≤ 2^(k+1); 0 for scale 1."""
+    """Return the integer k with 2^k < scale ≤ 2^(k+1); 0 for scale 1."""
     k = 0
     while scale > 2 ** (k + 1):
         k += 1
@@ -33,6 +33,8 @@ def _doublings(scale: Fraction) -> int:
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions of 3³ with batch norm, whose output is added to the input before the last ReLU."""
+
     def __init__(self, channels: int, padding: Padding) -> None:
         super().__init__()
         self.conv_in = nn.Conv3d(channels, channels, 3, padding=1, padding_mode=padding)
@@ -41,13 +43,26 @@ class ResidualBlock(nn.Module):
         self.norm_out = nn.BatchNorm3d(channels)
 
     def forward(self, x: Tensor, cuts: tuple[int, int] = (0, 0)) -> Tensor:
-        """Of all of x but the outermost voxels that the convolutions cut."""
+        """Return the output for all of x but the outermost voxels that the convolutions cut.
+
+        Parameters
+        ----------
+        x
+            (batch, channels, z, y, x).
+        cuts
+            Voxels that each of the two convolutions cuts at every side.
+
+        Returns
+        -------
+        Tensor
+            (batch, channels, z, y, x), smaller by the sum of `cuts` at every side.
+        """
         side = functional.relu(self.norm_in(_convolved(self.conv_in, x, cuts[0])))
         return functional.relu(center_crop(x, sum(cuts)) + self.norm_out(_convolved(self.conv_out, side, cuts[1])))
 
 
 def _convolved(convolution: nn.Conv3d, x: Tensor, cut: int) -> Tensor:
-    """Without the outermost `cut` voxels, of which the first are not computed at all."""
+    """Convolve and cut the outermost `cut` voxels, of which the first are not computed at all."""
     if not cut:
         padded: Tensor = convolution(x)
         return padded
@@ -55,10 +70,10 @@ def _convolved(convolution: nn.Conv3d, x: Tensor, cut: int) -> Tensor:
 
 
 def _in_channels_last(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The layer of x, computed in channels_last_3d where that is faster: on a CPU in fp32.
+    """Apply the layer to x, in channels_last_3d where that is faster: on a CPU in fp32.
 
-    With few channels oneDNN takes 0.3 to 0.9 of the time so, copies included (docs/training.md, Speed). Batch norm is
-    given the plain layout, since the CPU's batch norm loses digits in the other one.
+    With few channels oneDNN takes 0.3 to 0.9 of the time in this layout, copies included (docs/training.md, Speed).
+    Batch norm is given the plain layout, since the CPU's batch norm loses digits in channels_last_3d.
     """
     if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return layer(x)
@@ -66,7 +81,7 @@ def _in_channels_last(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """Batch norm of x in its memory layout, computed in the plain one where that is faster.
+    """Apply batch norm to x in its memory layout, computed in the plain one where that is faster.
 
     In channels_last_3d each CPU thread adds into a sum for each channel, in the backward pass. Sums of fewer than 16
     channels lie in one cache line with those of the next thread, and then two threads take three times as long as one
@@ -79,12 +94,32 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 class SuperResGenerator(Generator):
-    """(batch, low_res_channels + noises, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
+    """Generator (batch, low_res_channels + noises, z, y, x) → logits (batch, phases, ⌊z·s⌋, ⌊y·s⌋, ⌊x·s⌋).
 
-    The last input channels are standard normal noise, one for each of `noise_sigma_voxels`, smoothed by a Gaussian of
-    that standard deviation in high-res voxels (noise.gaussian_taps); as published one, white. `padding` is 'replicate'
-    (as published) or 'zeros' (faster); `last_stage` is 'resize' (as published) or 'transposed' (faster; scale factors
-    2, 4, 8, 16 and 32 only).
+    Parameters
+    ----------
+    low_res_channels
+        Channels of the low-res volume.
+    phases
+        Number of phases.
+    scale
+        Scale factor s, 1 to 32.
+    width
+        Exponent of the channel counts, as in the description of the module.
+    residual_blocks
+        Number of residual blocks.
+    padding
+        'replicate' (as published) or 'zeros' (faster).
+    last_stage
+        'resize' (as published) or 'transposed' (faster; scale factors 2, 4, 8, 16 and 32 only).
+    noise_sigma_voxels
+        The last input channels are standard normal noise, one for each value, smoothed by a Gaussian of that standard
+        deviation in high-res voxels (noise.gaussian_taps). As published: one channel, white (0).
+
+    Raises
+    ------
+    ValueError
+        Where the scale factor is not in 1 to 32, or does not fit a transposed last stage.
     """
 
     def __init__(
@@ -155,12 +190,26 @@ class SuperResGenerator(Generator):
 
     @property
     def channels_last(self) -> int:
-        """Channels of the widest high-res layer: what the last upsampling takes in."""
+        """Channels of the widest high-res layer: those that the last upsampling takes."""
         return self.conv_end.in_channels * 2
 
     def forward(self, x: Tensor, context: int = 0) -> Tensor:
-        """Logits of all of x but its outermost `context` voxels (whole high-res ones), whose maps are cut as soon
-        as nothing within depends on them."""
+        """Return the logits of all of x but its outermost `context` voxels.
+
+        Maps are cut as soon as nothing within depends on what is cut.
+
+        Parameters
+        ----------
+        x
+            (batch, low_res_channels + noises, z, y, x).
+        context
+            Low-res voxels at every side whose output is not asked for; they are a whole number of high-res voxels.
+
+        Returns
+        -------
+        Tensor
+            Logits (batch, phases, z, y, x) of high-res voxels.
+        """
         cuts = iter(self._cuts(context))
         first = x = functional.relu(self.norm_first(_convolved(self.conv_first, x, next(cuts))))
         for block in self.blocks:
@@ -180,10 +229,12 @@ class SuperResGenerator(Generator):
 
     @property
     def phases(self) -> int:
+        """Number of labels of the output."""
         return self.conv_end.out_channels
 
     @property
     def inputs(self) -> Inputs:
+        """What the generator is given at each low-res voxel."""
         return Inputs(self.config["low_res_channels"], tuple(self.config["noise_sigma_voxels"]))
 
     @property
@@ -192,7 +243,10 @@ class SuperResGenerator(Generator):
         return self._structure.halo_low_res
 
     def stages(self) -> Stages:
-        """Equal to `self.eval()` up to rounding; running statistics are used whatever its mode."""
+        """Return stages equal to `self.eval()` up to rounding.
+
+        The running statistics of batch norm are used, whether the network is in eval mode or not.
+        """
         with_weights = []
         for stage, layer, norm in self._layers():
             weight, bias = folded_weights(layer, norm)
@@ -203,7 +257,7 @@ class SuperResGenerator(Generator):
         return Stages(tuple(with_weights), self.scale)
 
     def _layers(self) -> Iterator[tuple[Stage, nn.Module, nn.Module | None]]:
-        """Each stage without its weights, its layer and its batch norm."""
+        """Yield each stage without its weights, its layer and its batch norm."""
         padding: Padding = self.config["padding"]
 
         def stage(
@@ -248,13 +302,16 @@ class SuperResGenerator(Generator):
         return Stages(tuple(stage for stage, _, _ in self._layers()), self.scale)
 
     def _cuts(self, context: int) -> list[int]:
-        """What is cut behind each stage; not between the last two, whose batch norm is of the whole map."""
+        """Return what is cut behind each stage.
+
+        Nothing is cut between the last two stages, because their batch norm is of the whole map.
+        """
         behind = [stage.name for stage in self._structure.stages if stage.name != "last"]
         return self._structure.cuts(context, behind)
 
 
 def of_study(study: Any) -> SuperResGenerator:
-    """The untrained generator that a study asks for."""
+    """Build the untrained generator that a study asks for."""
     net = study.network
     return SuperResGenerator(
         len(study.low_res.groups),
@@ -269,5 +326,5 @@ def of_study(study: Any) -> SuperResGenerator:
 
 
 def of_config(config: dict[str, Any]) -> SuperResGenerator:
-    """The generator of a checkpoint's `network`, without its weights."""
+    """Build the generator of a checkpoint's `network`, without its weights."""
     return SuperResGenerator(**{**config, "scale": Fraction(config["scale"])})

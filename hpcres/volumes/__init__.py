@@ -1,1 +1,1 @@
-"""Every volume file: of many formats in, OME-Zarr stores in and out. Axes are z, y, x."""
+"""Volume files: reading of many formats, reading and writing of OME-Zarr stores. Axes are z, y, x."""

@@ -1,7 +1,7 @@
-"""Absent chunks of a Zarr or HDF5 array: they are read as the fill value, whether the writer left them out or they were
-lost.
+"""Absent chunks of a Zarr or HDF5 array, which are read as the fill value.
 
-Stores that hpcres wrote are not checked here: it writes every chunk, and reading refuses an absent one.
+Voxels of an absent chunk are read as the fill value, whether the writer left the chunk out or the chunk was lost.
+Stores that hpcres wrote are not checked here: hpcres writes every chunk, and reading refuses an absent one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from hpcres.volumes.volume import Volume
 
 @dataclass(frozen=True)
 class Absent:
-    """How many of an array's chunks are absent, and the fill value that their voxels are read as."""
+    """Number of an array's chunks that are absent, and the fill value that their voxels are read as.
+
+    Attributes
+    ----------
+    path : str
+        Path of the volume.
+    absent, chunks : int
+        Number of absent chunks with this fill value, and of all chunks of the array.
+    fill_value : Any
+        Value that the voxels of absent chunks are read as.
+    """
 
     path: str
     absent: int
@@ -33,6 +43,7 @@ class Absent:
     fill_value: Any
 
     def __str__(self) -> str:
+        """Return a message with the path, the counts, the fill value and a remedy."""
         what, remedy = ("chunk files are absent", "copy the store again")
         if hdf5_parts(self.path):  # a copy cannot lose a chunk of a file
             what, remedy = ("chunks were never written", "write the dataset again")
@@ -42,29 +53,43 @@ class Absent:
         )
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields as a dictionary for JSON."""
         return {"path": self.path, "absent": self.absent, "chunks": self.chunks, "fill_value": self.fill_value}
 
 
 def absent_chunks(*volumes: Volume) -> list[Absent]:
-    """Count the absent chunks of each volume, and of each part of one that has parts.
+    """Count the absent chunks of each volume, and of each part of a volume that has parts.
 
     Parameters
     ----------
-    volumes
-        Open volumes of any format. Only HDF5, and Zarr in a local folder that hpcres did not write, are checked.
+    *volumes
+        Open volumes of any format. Only HDF5 is checked, and Zarr in a local folder that hpcres did not write.
 
     Returns
     -------
     list of Absent
-        One for each array that lacks chunks, and each fill value in it. In Zarr, files are counted by name, none is
-        opened; a shard is one file.
+        One for each array that lacks chunks, and for each fill value in it. In Zarr, files are counted by name and none
+        is opened; a shard is one file.
     """
     arrays = [part for volume in volumes for part in volume.parts or (volume,)]
     return [found for array in arrays for found in _absent_of(array)]
 
 
 def absent_chunks_of_study(study: Study, *volumes: Volume) -> list[Absent]:
-    """`absent_chunks` of the volumes, and of the study's low-res volume and reference where they are there."""
+    """Count the absent chunks of volumes, and of the study's low-res volume and reference where they exist.
+
+    Parameters
+    ----------
+    study
+        Study whose low-res volume and reference volume are opened where they are folders or HDF5 files.
+    *volumes
+        Open volumes to check as well.
+
+    Returns
+    -------
+    list of Absent
+        As of `absent_chunks`.
+    """
     given = () if study.low_res is None else study.low_res.paths
     paths = [path for path in (*given, study.reference.volume) if path is not None]
     there = [path for path in paths if file_of(path).is_dir() or (hdf5_parts(path) and file_of(path).exists())]
@@ -94,7 +119,7 @@ def _absent_of(volume: Volume) -> list[Absent]:
 
 
 def _chunk_files(place: Path, grid: list[int]) -> Iterator[str]:
-    """Files of an array that are named as chunks of its grid: 0.0.0, 0/0/0, c/0/0/0 or c.0.0.0."""
+    """Yield the names of files that are chunks of an array's grid: 0.0.0, 0/0/0, c/0/0/0 or c.0.0.0."""
     for folder, _, names in os.walk(place):
         inner = os.path.relpath(folder, place).replace(os.sep, ".")
         for name in names:

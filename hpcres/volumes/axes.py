@@ -1,4 +1,4 @@
-"""The axes of a file's array, put into the order z, y, x, or refused."""
+"""Recognition of the axes z, y, x of a file's array; an array whose axes are not clear is refused."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _CHANNELS, _TIMES = ("c", "s", "channel", "channels", "sample", "samples"), ("t"
 
 
 def times(shape: Sequence[int]) -> str:
-    """`2 × 3 × 4`."""
+    """Format a shape as `2 × 3 × 4`."""
     return " × ".join(map(str, shape))
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which axes of a file's array are z, y, x of the volume; all others have length 1."""
+    """Assignment of the axes of a file's array to z, y, x of the volume; all other axes have length 1."""
 
     full: tuple[int, ...]
     """Shape of the array."""
@@ -34,26 +34,53 @@ class Arrangement:
 
     @property
     def shape(self) -> Triple:
+        """Shape of the volume (z, y, x)."""
         return triple([1 if place is None else self.full[place] for place in self.places])
 
     @property
     def plane(self) -> tuple[int, ...]:
-        """Shape of one plane (row) of an array without chunks, which is contiguous in the file: the first of three
-        axes has length 1."""
+        """Shape of one plane (row) of an array without chunks, which is contiguous in the file.
+
+        The first of three axes has length 1.
+        """
         first = sorted(place for place in self.places if place is not None)[:-2]
         return tuple(1 if axis in first else n for axis, n in enumerate(self.full))
 
     def of_axes(self, values: Sequence[int]) -> Triple:
-        """Values for the array's axes, such as chunk lengths, reordered to z, y, x; 1 for an axis it lacks."""
+        """Reorder values of the array's axes, such as chunk lengths, to z, y, x.
+
+        Parameters
+        ----------
+        values
+            One value for each axis of the array.
+
+        Returns
+        -------
+        Triple
+            The values for z, y, x; 1 for an axis that the array lacks.
+        """
         return triple([1 if place is None else values[place] for place in self.places])
 
     def index(self, box: Box) -> tuple[slice | int, ...]:
-        """Index of the array that selects `box` (z, y, x)."""
+        """Return the index of the array that selects `box` (z, y, x)."""
         by_axis = {place: part for place, part in zip(self.places, box.slices, strict=True) if place is not None}
         return tuple(by_axis.get(axis, 0) for axis in range(len(self.full)))
 
     def to_zyx(self, part: np.ndarray, box: Box) -> np.ndarray:
-        """Reorder the axes of the array's part that `index` selects, and give it the shape of `box` (z, y, x)."""
+        """Reorder the axes of the part of the array that `index` selects, and give it the shape of `box`.
+
+        Parameters
+        ----------
+        part
+            The array at `index(box)`.
+        box
+            Box of the volume (z, y, x).
+
+        Returns
+        -------
+        numpy.ndarray
+            The voxels (z, y, x) of the box.
+        """
         order = [place for place in self.places if place is not None]
         return part.transpose(np.argsort(np.argsort(order))).reshape(box.shape)
 
@@ -66,13 +93,18 @@ def arranged(path: str, shape: Sequence[int], names: Sequence[str] | None = None
     path
         File, for messages.
     shape
-        Of the array.
+        Shape of the array.
     names
         One name for each axis as the file has it, or None. Axes without names are in the order z, y, x; axes of length
         1 before, behind or between them are dropped if only one reading is left.
     flat
         Read training images: an image is a stack of one slice, and one axis of any name but channels may count the
         slices.
+
+    Returns
+    -------
+    Arrangement
+        The array's shape, and its axis for each of z, y, x.
 
     Raises
     ------

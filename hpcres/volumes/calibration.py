@@ -1,4 +1,4 @@
-"""The voxel edge lengths of a TIFF, from ImageJ's description, OME-XML or resolution tags.
+"""Voxel edge lengths of a TIFF, from ImageJ's description, OME-XML or resolution tags.
 
 ImageJ: ij.io.FileOpener.decodeDescriptionString and setCalibration, ij.io.FileSaver.getDescriptionString (a spacing of
 1 is not written, nor are yunit and zunit if they are the unit of x). OME-XML: schema 2016-06, Pixels (the default unit
@@ -20,17 +20,23 @@ _TAG_UNITS = {2: "inch", 3: "centimeter"}
 
 
 def tiff_edges(tiff: Any, page: Any, image: int, described: Sequence[Mapping[str, str]]) -> VoxelEdges:
-    """Voxel edges of one image of a TIFF; unknown where the file does not state them.
+    """Read the voxel edges of one image of a TIFF.
 
     Parameters
     ----------
     tiff : tifffile.TiffFile
+        Open file.
     page : tifffile.TiffPage
-        The image's first page.
+        First page of the image.
     image
-        The image's number, from 0.
+        Number of the image, from 0.
     described
         `ome_pixels` of the file.
+
+    Returns
+    -------
+    VoxelEdges
+        The edges along z, y, x; unknown where the file does not state them.
     """
     if tiff.is_ome:
         pixels = described[image] if image < len(described) else {}
@@ -48,7 +54,18 @@ def tiff_edges(tiff: Any, page: Any, image: int, described: Sequence[Mapping[str
 
 
 def ome_pixels(tiff: Any) -> list[Mapping[str, str]]:
-    """The attributes of Pixels for each image of an OME-TIFF; none for other files and where the XML is broken."""
+    """Read the attributes of Pixels for each image of an OME-TIFF.
+
+    Parameters
+    ----------
+    tiff : tifffile.TiffFile
+        Open file.
+
+    Returns
+    -------
+    list of Mapping
+        One for each image; empty for other files, and where the XML is broken.
+    """
     try:
         root = ElementTree.fromstring(tiff.ome_metadata) if tiff.is_ome else None
     except ElementTree.ParseError:
@@ -62,7 +79,7 @@ def _physical(metadata: Mapping[str, Any]) -> VoxelEdges:
 
 
 def _imagej(metadata: Mapping[str, Any], page: Any) -> VoxelEdges:
-    """Edges from ImageJ's description; with a `spacing` of None the edge along z is unknown."""
+    """Read edges from ImageJ's description; with a `spacing` of None the edge along z is unknown."""
     unit_x = str(metadata.get("unit", ""))
     units = [str(metadata.get(key, unit_x)) for key in ("zunit", "yunit", "unit")]
     y, x = _per_pixel(page)
@@ -74,7 +91,7 @@ def _imagej(metadata: Mapping[str, Any], page: Any) -> VoxelEdges:
 
 
 def _per_pixel(page: Any) -> tuple[float | None, float | None]:
-    """Pixel edges y, x in the resolution unit; 1 where the tags are missing, None where they are 0."""
+    """Return pixel edges y, x in the resolution unit; 1 where the tags are missing, None where they are 0."""
     edges = []
     for tag in ("YResolution", "XResolution"):
         number, per = page.tags.valueof(tag, default=(1, 1))
@@ -83,7 +100,10 @@ def _per_pixel(page: Any) -> tuple[float | None, float | None]:
 
 
 def _tags(page: Any) -> VoxelEdges:
-    """Edges from resolution tags: z is unknown, and tags coarser than PRINT_MICROMETERS give the ratio of y and x."""
+    """Read edges from resolution tags: the edge along z is unknown.
+
+    Tags coarser than PRINT_MICROMETERS give only the ratio of y and x.
+    """
     y, x = _per_pixel(page)
     if y is None or x is None:
         return UNKNOWN

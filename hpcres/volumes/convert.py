@@ -1,4 +1,4 @@
-"""Any volume into a label store."""
+"""Conversion of any readable volume to a label store."""
 
 from __future__ import annotations
 
@@ -35,12 +35,42 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LabelStore:
-    """Stream any readable volume into a label store, shard row by shard row (at most 1 GiB at a time).
+    """Stream any readable volume into a label store, shard row by shard row.
 
-    phases: label in the source → name; the store's labels are 0, 1, 2, … in this order. By default those that the
-    source itself names; where it names none, the values are kept, and must lie in 0 … 254.
-    voxel_size, unit: those of the source where not given, else 1 voxel; InputError where it says some of the edges.
-    progress(done, all): shards. The store appears at `output` when it is complete.
+    At most 1 GiB is read at a time. The store appears at `output` when it is complete.
+
+    Parameters
+    ----------
+    source
+        Volume of labels.
+    output
+        Path of the store.
+    phases
+        Name of each label of the source; the store's labels are 0, 1, 2, … in this order. By default the phases that
+        the source itself names. Where it names none, the values are kept, and they must lie in 0 … 254.
+    voxel_size, unit
+        Edge length, or edge lengths z, y, x, and their unit. By default those of the source, or 1 voxel where the
+        source states none.
+    chunk_voxels
+        Edge of the inner chunks in voxels. By default 128 where the longest axis has at least 512 voxels, else 64.
+    codec
+        Compressor of the chunks.
+    provenance
+        Further items of the store's attribute `hpcres`.
+    overwrite
+        Replace a store that exists at `output`.
+    progress
+        Called as progress(done, all) with numbers of shards.
+
+    Returns
+    -------
+    LabelStore
+        The complete store.
+
+    Raises
+    ------
+    InputError
+        Where no `voxel_size` is given and the source states only some of its edges, or where a label does not fit.
     """
     output = Path(output)
     refuse_output(output, LABELS, inputs=[source.path], overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""Files and stores written atomically: made under a temporary name in the same folder, then renamed."""
+"""Atomic writing of files and stores: each is made under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,31 @@ METADATA_FILES = (*ZARR_FILES, ".zattrs", ".zmetadata")
 
 
 def temporary_beside(path: Path) -> Path:
-    """A hidden name in the same folder that only this thread uses, for a file to be renamed to `path`."""
+    """Return a hidden name in the folder of `path` that only this thread uses, for a file to be renamed to `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder that is renamed to `path` at the end of the block.
+    """Provide a temporary path for a file or folder that is renamed to `path` at the end of the block.
 
-    It is removed if the block raises or a signal ends the process. If `path` is a link, the target of the link is
-    replaced, and the temporary path is beside the target. An OSError names `path`, which the user knows, not the
-    temporary path.
+    The temporary file or folder is removed if the block raises or a signal ends the process. If `path` is a link, the
+    target of the link is replaced, and the temporary path is beside the target.
+
+    Parameters
+    ----------
+    path
+        File or folder to write.
+
+    Yields
+    ------
+    Path
+        The temporary path.
+
+    Raises
+    ------
+    OSError
+        As raised inside the block or on renaming. It names `path`, which the user knows, not the temporary path.
     """
     place = path.resolve() if path.is_symlink() else path
     temporary = temporary_beside(place)
@@ -49,7 +63,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Remove the half-made files that a killed process left in a store and beside it, while no process writes it."""
+    """Remove the half-made files that a killed process left in a store and beside it.
+
+    No process may write the store meanwhile.
+    """
     path = path.resolve() if path.is_symlink() else path
     for half in [*path.rglob("*.partial"), *path.glob(".zarr.json.*")]:
         half.unlink()
@@ -72,7 +89,25 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def write_json(path: str | Path, result: Mapping[str, Any]) -> Path:
-    """Write JSON atomically and return its path. ValueError for NaN and infinities, which JSON lacks."""
+    """Write JSON atomically and return its path.
+
+    Parameters
+    ----------
+    path
+        File to write; missing folders above it are made.
+    result
+        Values to write.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    ValueError
+        For NaN and infinities, which JSON lacks.
+    """
     path = Path(path)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)

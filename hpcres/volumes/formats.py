@@ -1,4 +1,4 @@
-"""A file of any format as a volume, or as a stack of images: what it is says its name."""
+"""Opening of a file of any format as a volume, or as a stack of images, by the name of the file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,24 @@ _READS = "reads .tif, .npy, .h5:/dataset, .zarr, and .raw with its header in the
 def open_volume(path: str | Path, raw: RawHeader | None = None, grey: bool = False) -> Volume:
     """Open `x.zarr`, `x.zarr/array`, `x.tif`, `x.npy`, `x.h5:/dataset`, or a raw file with its header.
 
-    Floats are refused unless `grey`.
+    Parameters
+    ----------
+    path
+        File or folder; the path may name a dataset or image in it.
+    raw
+        Header of a raw file.
+    grey
+        Keep floats. By default floats are read as labels, and floats that are not whole numbers are refused.
+
+    Returns
+    -------
+    Volume
+        The volume, of which no more is read than its header and a sample.
+
+    Raises
+    ------
+    InputError
+        Where the file is missing, damaged, of another format or not a 3D volume.
     """
     path = str(path)
     volume = _open(path, raw)
@@ -59,13 +76,16 @@ def _open(path: str, raw: RawHeader | None) -> Volume:
 
 
 def zarr_parts(path: str) -> tuple[str, str] | None:
-    """Folder and image of `file.zarr:1`; None for other paths, and where there is a folder of that name."""
+    """Split `file.zarr:1` into folder and image.
+
+    The result is None for other paths, and where a file or folder of that whole name exists.
+    """
     folder, colon, chosen = path.rpartition(":")
     return (folder, chosen) if colon and chosen and not Path(path).exists() and Path(folder).is_dir() else None
 
 
 def file_of(path: str) -> Path:
-    """The file or folder of a path that may name a dataset or image in it."""
+    """Return the file or folder of a path that may name a dataset or image in it."""
     parts = hdf5_parts(path) or tiff_parts(path) or zarr_parts(path)
     return Path(path if parts is None or Path(path).exists() else parts[0])
 
@@ -76,13 +96,47 @@ def _described_in(path: str) -> str:
 
 
 def read_images(path: str | Path) -> np.ndarray:
-    """The slices of one image file as an integer array (slice, row, column): TIFF, PNG, .npy or .h5:/dataset."""
+    """Read the slices of one image file: TIFF, PNG, .npy or .h5:/dataset.
+
+    Parameters
+    ----------
+    path
+        File, or dataset of an HDF5 file.
+
+    Returns
+    -------
+    numpy.ndarray
+        Integers (slice, row, column).
+
+    Raises
+    ------
+    InputError
+        As of `open_images`, and where the file is damaged.
+    """
     images = open_images(path)
     return images.read(Box.whole(images.shape))
 
 
 def open_images(path: str | Path) -> Volume:
-    """The slices of one image file (slice, row, column), of which rows and columns have sizes."""
+    """Open the slices of one image file as a volume (slice, row, column).
+
+    Rows and columns have sizes where the file states them.
+
+    Parameters
+    ----------
+    path
+        File, or dataset of an HDF5 file.
+
+    Returns
+    -------
+    Volume
+        The slices, as integers.
+
+    Raises
+    ------
+    InputError
+        Where the file is missing, a folder, of another format, or a colour image.
+    """
     path = str(path)
     suffix = file_of(path).suffix.lower()
     if hdf5_parts(path):
@@ -107,14 +161,17 @@ _header = threading.Lock()
 
 
 def map_npy(path: str | Path) -> np.ndarray:
-    """The array of an NPY file, mapped. One at a time: Python (3.11.7) now and then fails to parse its header while
-    another thread does so ("AST constructor recursion depth mismatch"; see cpython issue 106905)."""
+    """Memory-map the array of an NPY file, one file at a time.
+
+    Python (3.11.7) now and then fails to parse the header of a file while another thread does so ("AST constructor
+    recursion depth mismatch"; see cpython issue 106905).
+    """
     with _header:
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_npz(path: str | Path, *names: str) -> list[np.ndarray]:
-    """Arrays of an NPZ file, one file at a time, as `map_npy`."""
+    """Read the named arrays of an NPZ file, one file at a time, as `map_npy` does."""
     with _header, np.load(path, allow_pickle=False) as arrays:
         return [arrays[name] for name in names]
 
@@ -159,7 +216,7 @@ def _open_png(path: str) -> Volume:
 
 
 def _dots(per_inch: tuple[float, float] | None) -> VoxelEdges:
-    """Pixel edges of a PNG where its resolution is finer than a print's, as of a TIFF's tags."""
+    """Return the pixel edges of a PNG whose resolution is finer than a print's, as for the tags of a TIFF."""
     if per_inch is None or min(per_inch) <= 25400 / PRINT_MICROMETERS:
         return UNKNOWN
     return VoxelEdges.of([None, Length(1 / per_inch[1], "inch"), Length(1 / per_inch[0], "inch")])

@@ -27,13 +27,35 @@ SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5", ".nxs")
 
 
 def hdf5_parts(path: str) -> tuple[str, str] | None:
-    """File and dataset of `file.h5:/dataset`; the dataset is empty where the path names none."""
+    """Split `file.h5:/dataset` into file and dataset.
+
+    The dataset is empty where the path names none. The result is None where the file has none of SUFFIXES.
+    """
     match = re.fullmatch(rf"(.*(?:{'|'.join(map(re.escape, SUFFIXES))}))(?::(.*))?", path, re.IGNORECASE)
     return (match.group(1), (match.group(2) or "").strip("/")) if match else None
 
 
 def open_hdf5(path: str, flat: bool = False) -> Volume:
-    """The dataset that a path names, over soft, external and hard links; `flat` takes an image for a stack of one."""
+    """Open the dataset that a path names, over soft, external and hard links.
+
+    Parameters
+    ----------
+    path
+        `file.h5:/dataset`.
+    flat
+        Read training images: one image is a stack of one slice.
+
+    Returns
+    -------
+    Volume
+        The dataset.
+
+    Raises
+    ------
+    InputError
+        Where the file or dataset is missing, locked, damaged or not a 3D volume, a filter is lacking, or voxels were
+        never written.
+    """
     parts = hdf5_parts(path)
     assert parts
     name, dataset = parts
@@ -69,12 +91,17 @@ def open_hdf5(path: str, flat: bool = False) -> Volume:
 def unwritten_chunks(path: str) -> tuple[dict[Any, int], int]:
     """Count the chunks of a dataset, or of the sources of a virtual one, that were never written.
 
+    Parameters
+    ----------
+    path
+        `file.h5:/dataset`.
+
     Returns
     -------
     unwritten : dict
         For each fill value, which HDF5 reads for such voxels, the number of chunks.
     chunks : int
-        All chunks; 0 for datasets without chunks.
+        Number of all chunks; 0 for datasets without chunks.
     """
     unwritten: Counter[Any] = Counter()
     chunks = 0
@@ -123,7 +150,7 @@ def _dataset(path: str, name: str, dataset: str, file: Any) -> Any:
 
 
 def _refuse_broken_link(path: str, name: str, dataset: str, file: Any) -> None:
-    """InputError where a link on the way leads nowhere, with where it leads."""
+    """Raise InputError where a link on the way to the dataset leads nowhere, and say where it leads."""
     place, steps = "", [step for step in dataset.split("/") if step]
     for step in steps:
         group, place = file[place or "/"], f"{place}/{step}"
@@ -148,11 +175,31 @@ def _refuse_broken_link(path: str, name: str, dataset: str, file: Any) -> None:
 def _stored(
     path: str, array: Any, of: str = "", shapes: dict[tuple[str, ...], tuple[int, ...]] | None = None
 ) -> Iterator[tuple[str, Any]]:
-    """Each dataset that holds voxels of `array`, once: the array itself, or the sources of a virtual one in turn.
+    """Yield each dataset that holds voxels of `array`, once: the array itself, or the sources of a virtual one in turn.
 
-    With each comes its name for messages, empty for the array itself. InputError where a source is missing or too
-    small, or where the sources do not cover the virtual dataset: HDF5 reads such voxels as the fill value. shapes: of
-    the sources that have been opened.
+    Parameters
+    ----------
+    path
+        Path of the volume, for messages.
+    array : h5py.Dataset
+        Dataset, which may be virtual.
+    of
+        Name of the array for messages, empty for the array that the path names.
+    shapes
+        Shapes of the sources that have been opened.
+
+    Yields
+    ------
+    name : str
+        Name of the dataset for messages, empty for the array itself.
+    dataset : h5py.Dataset
+        Dataset that holds voxels.
+
+    Raises
+    ------
+    InputError
+        Where a source is missing or too small, or where the sources do not cover the virtual dataset: HDF5 reads such
+        voxels as the fill value.
     """
     shapes = {} if shapes is None else shapes
     if not array.is_virtual:
@@ -189,7 +236,7 @@ def _stored(
 
 
 def _too_small(source: Any, shape: tuple[int, ...]) -> str | None:
-    """The voxels that a virtual dataset takes from a source of `shape`, if the source has fewer."""
+    """Return the voxels that a virtual dataset takes from a source of `shape`, or None if the source has them all."""
     space = source.src_space
     if space.get_select_type() == h5py.h5s.SEL_ALL:
         due = source.vspace.get_select_npoints()
@@ -201,7 +248,7 @@ def _too_small(source: Any, shape: tuple[int, ...]) -> str | None:
 
 
 def _source_file(array: Any, file: str) -> Path:
-    """The file of a virtual dataset's source, searched for in HDF5's own order (H5F_prefix_open_file)."""
+    """Find the file of a virtual dataset's source in HDF5's own search order (H5F_prefix_open_file)."""
     given, beside = Path(file), Path(array.file.filename).parent
     places = [given] if given.is_absolute() else []
     tail = given.name if given.is_absolute() else given
@@ -211,7 +258,7 @@ def _source_file(array: Any, file: str) -> Path:
 
 
 def _refuse_uncovered(path: str, of: str, array: Any) -> None:
-    """InputError where a virtual dataset has voxels that are in no source."""
+    """Raise InputError where a virtual dataset has voxels that are in no source."""
     union = h5py.h5s.create_simple(array.shape)
     union.select_none()
     for source in array.virtual_sources():
@@ -235,7 +282,7 @@ def _refuse_uncovered(path: str, of: str, array: Any) -> None:
 
 
 def _refuse_unwritten(path: str, of: str, array: Any) -> None:
-    """InputError where nothing was written to a dataset, or where the raw files that it names are too short."""
+    """Raise InputError where nothing was written to a dataset, or where the raw files that it names are too short."""
     if array.id.get_space_status() == h5py.h5d.SPACE_STATUS_NOT_ALLOCATED:
         raise InputError(
             f"{path}: {of}nothing was ever written to this dataset, and all of it would be read as the fill value; "
@@ -255,7 +302,10 @@ def _refuse_unwritten(path: str, of: str, array: Any) -> None:
 
 
 def _lacking_filters(array: Any) -> str:
-    """The filters of a dataset that HDF5 does not have, by name; empty where it has all, or hdf5plugin brings them."""
+    """Name the filters of a dataset that HDF5 does not have.
+
+    The result is empty where HDF5 has all filters, or hdf5plugin provides them.
+    """
     made = array.id.get_create_plist()
     every = [made.get_filter(k) for k in range(made.get_nfilters())]
     if not all(h5py.h5z.filter_avail(code) for code, *_ in every):
@@ -269,7 +319,10 @@ def _lacking_filters(array: Any) -> str:
 
 
 def _names(path: str, array: Any) -> list[str] | None:
-    """Names of the axes: `axistags` of vigra and ilastik, else the labels or scales of the dimensions; None without."""
+    """Return the names of the axes, or None where the file has none.
+
+    The names are the `axistags` of vigra and ilastik, else the labels or scales of the dimensions.
+    """
     if (tags := _axistags(path, array)) is not None:
         return [str(tag.get("key", "")) for tag in tags]
     names = []
@@ -293,7 +346,10 @@ def _text(value: Any) -> str:
 
 
 def _edges(path: str, array: Any, names: Sequence[str] | None, place: Arrangement) -> VoxelEdges:
-    """Fiji's and BigDataViewer's element_size_um, along z, y, x; ilastik's resolution of an axis with its unit."""
+    """Read the voxel edges along z, y, x.
+
+    They are element_size_um of Fiji and BigDataViewer, else ilastik's resolution of each axis with its unit.
+    """
     size = array.attrs.get("element_size_um")
     if size is not None and len(size) == 3:
         there = [p for p in place.places if p is not None]

@@ -1,4 +1,4 @@
-"""The high-res images of a study, by the plane that they show."""
+"""High-res images of a study, grouped by the plane that they show."""
 
 from __future__ import annotations
 
@@ -11,8 +11,24 @@ from hpcres.volumes.phases import PhaseMap
 
 
 def images_by_plane(high_res: HighRes) -> dict[str, list[np.ndarray]]:
-    """Stacks (slice, row, column) of the high-res images as positions in the list of phases, by the plane they show:
-    `all` where the material is isotropic, else yx, zx and zy, rows along the axis named first."""
+    """Read the high-res images of a study, grouped by the plane that they show.
+
+    Parameters
+    ----------
+    high_res
+        High-res part of the study.
+
+    Returns
+    -------
+    dict
+        For each plane, the stacks (slice, row, column) of the images, as uint8 positions in the list of phases. The
+        plane is `all` where the material is isotropic, else yx, zx or zy, with rows along the axis named first.
+
+    Raises
+    ------
+    InputError
+        Where an image cannot be read, or has a label without a phase.
+    """
     phase_map = PhaseMap(tuple(high_res.phases), "")
     found: dict[str, list[np.ndarray]] = {plane: [] for plane in planes_of(high_res)}
     for image in high_res.images:

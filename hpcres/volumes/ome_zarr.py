@@ -1,4 +1,4 @@
-"""Zarr in: bare arrays, and OME-Zarr images (NGFF 0.1 to 0.5) with their axes, voxel sizes and labels."""
+"""Reading of Zarr: bare arrays, and OME-Zarr images (NGFF 0.1 to 0.5) with their axes, voxel sizes and labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,27 @@ _IMPLIED = "tczyx"
 
 
 def zarr_node(path: str, mode: Literal["r", "r+"] = "r") -> tuple[zarr.Array[Any] | zarr.Group, dict[str, Any]]:
-    """The array or group at `path`, and its attributes."""
+    """Open the array or group at `path`.
+
+    Parameters
+    ----------
+    path
+        Folder of the array or group.
+    mode
+        Open for reading, or for reading and writing.
+
+    Returns
+    -------
+    node : zarr.Array or zarr.Group
+        The array or group.
+    attributes : dict
+        Its attributes.
+
+    Raises
+    ------
+    InputError
+        Where there is no Zarr array or group, or its metadata cannot be read.
+    """
     if not any((existing(path) / name).is_file() for name in ZARR_FILES):
         raise InputError(f"{path}: is no zarr array or group ({', '.join(ZARR_FILES)} are not in it); check the path")
     try:
@@ -45,7 +65,25 @@ def _refuse(path: str, error: Exception) -> NoReturn:
 
 
 def open_zarr(path: str, chosen: str = "") -> Volume:
-    """A bare array, or the finest level of an OME-Zarr image; of several images the one `chosen` by number or name."""
+    """Open a bare array, or the finest level of an OME-Zarr image.
+
+    Parameters
+    ----------
+    path
+        Folder of the array or group.
+    chosen
+        Number or name of the image, where a group has several.
+
+    Returns
+    -------
+    Volume
+        The volume. Reading it raises InputError for voxels of a store of hpcres that were never written.
+
+    Raises
+    ------
+    InputError
+        Where the group is no OME-Zarr image, the image is not clear, or the metadata is damaged.
+    """
     node, attributes = zarr_node(path)
     if isinstance(node, zarr.Array):
         return _open_array(path, node, attributes)
@@ -63,7 +101,27 @@ def open_zarr(path: str, chosen: str = "") -> Volume:
 
 
 def chosen_image(path: str, images: Sequence[Mapping[str, Any]], chosen: str) -> Mapping[str, Any]:
-    """The image that is `chosen` by number or name, or the only one; InputError where it is not there or not clear."""
+    """Return the image that is `chosen` by number or name, or the only one.
+
+    Parameters
+    ----------
+    path
+        Path of the group, for messages.
+    images
+        The multiscales of the group.
+    chosen
+        Number from 0 or name of the image; empty for the only one.
+
+    Returns
+    -------
+    Mapping
+        One of `images`.
+
+    Raises
+    ------
+    InputError
+        Where the image does not exist, or several exist and none is chosen.
+    """
     named = [str(image.get("name", "")) for image in images]
     if chosen in named and named.count(chosen) == 1:
         return images[named.index(chosen)]
@@ -78,7 +136,7 @@ def chosen_image(path: str, images: Sequence[Mapping[str, Any]], chosen: str) ->
 
 
 def _open_array(path: str, array: zarr.Array[Any], attributes: Mapping[str, Any]) -> Volume:
-    """An array by itself; as a level of the OME-Zarr image around it where there is one."""
+    """Open an array by itself, or as a level of the OME-Zarr image in the folder above it."""
     place = Path(path).absolute()
     if any((place.parent / name).is_file() for name in ZARR_FILES):
         group, above = zarr_node(str(place.parent))
@@ -140,7 +198,7 @@ def _open_multiscale(
 def _edges(
     path: str, image: Mapping[str, Any], dataset: Mapping[str, Any], axes: Sequence[Mapping[str, Any]]
 ) -> VoxelEdges:
-    """The scales of the level and of the image, multiplied, in the unit of each axis."""
+    """Multiply the scales of the level and of the image, and give each the unit of its axis."""
     every = [*(dataset.get("coordinateTransformations") or ()), *(image.get("coordinateTransformations") or ())]
     scale, scaled = [1.0] * len(axes), False
     for each in every:

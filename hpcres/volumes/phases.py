@@ -1,4 +1,7 @@
-"""What a voxel says of the phases: a label, or a probability of each; from file to position in the list of phases."""
+"""What a voxel says of the phases: a label, or a probability of each phase.
+
+Labels of a file are mapped to positions in the list of phases.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,23 @@ _SUM_OFF = 0.02
 
 
 def open_low_res(low_res: LowRes) -> Volume:
-    """The labels, or the probabilities, that a study's generator is to be given."""
+    """Open the labels, or the probabilities, that a study's generator is given.
+
+    Parameters
+    ----------
+    low_res
+        Low-res part of the study.
+
+    Returns
+    -------
+    Volume
+        Labels (z, y, x), or float32 probabilities (z, y, x, channel) where the study lists channels.
+
+    Raises
+    ------
+    InputError
+        Where a file cannot be opened, or channels do not fit together.
+    """
     if low_res.channels:
         return probabilities([open_volume(each.path, each.raw, grey=True) for each in low_res.channels])
     assert low_res.path is not None
@@ -48,10 +67,26 @@ def open_low_res(low_res: LowRes) -> Volume:
 
 
 def probabilities(parts: Sequence[Volume]) -> Volume:
-    """A volume of float32 (z, y, x, channel) from a file for each channel: floats 0 … 1, uint8 / 255 or uint16 / 65535.
+    """Combine a file for each channel into a volume of float32 (z, y, x, channel).
 
-    They are divided by their sum, which must be 1 within 2 %; where all are 0, nothing is known of the voxel.
-    InputError for files of different shapes or other types, and on reading for values that are no probabilities.
+    Floats 0 … 1, uint8 / 255 or uint16 / 65535 are probabilities. They are divided by their sum, which must be 1 within
+    2 %. The tolerance is larger for many channels, because of their rounding to uint8. Where all channels are 0,
+    nothing is known of the voxel. Reading raises InputError for values that are no probabilities.
+
+    Parameters
+    ----------
+    parts
+        Volume of each channel.
+
+    Returns
+    -------
+    Volume
+        The probabilities.
+
+    Raises
+    ------
+    InputError
+        For files of different shapes or other types.
     """
     first, path = parts[0], ", ".join(part.path for part in parts)
     for part in parts:
@@ -112,7 +147,19 @@ def probabilities(parts: Sequence[Volume]) -> Volume:
 
 
 class PhaseMap:
-    """Label values of a file → their position in the list of phases; len(values) where the label is in `unknown`."""
+    """Map from the label values of a file to their positions in the list of phases.
+
+    The position is len(values) where the label is in `unknown`.
+
+    Parameters
+    ----------
+    values
+        Label of each phase in the file.
+    where
+        Path of the file, for messages.
+    unknown
+        Labels of voxels of which nothing is known.
+    """
 
     def __init__(self, values: Sequence[int], where: str, unknown: Sequence[int] = ()) -> None:
         every = (*values, *unknown)
@@ -126,12 +173,27 @@ class PhaseMap:
 
     @classmethod
     def of(cls, low_res: LowRes, where: str) -> PhaseMap:
+        """Make the map of a study's low-res volume; `where` is the path for messages."""
         return cls(low_res.labels, where, low_res.unknown)
 
     def index(self, array: np.ndarray) -> np.ndarray:
-        """uint8 positions, in the shape of `array`; InputError naming the first label that has no phase.
+        """Map labels to positions.
 
-        Probabilities (z, y, x, channel) have their channels by position and are given back.
+        Parameters
+        ----------
+        array
+            Integer labels of any shape, or probabilities (z, y, x, channel) as floats. Probabilities have their
+            channels by position and are returned as they are.
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 positions in the shape of `array`.
+
+        Raises
+        ------
+        InputError
+            Where a label has no phase. The message names the lowest such label.
         """
         if array.dtype.kind == "f":
             return array
@@ -153,7 +215,7 @@ class PhaseMap:
         return position
 
     def _table(self, dtype: np.dtype) -> np.ndarray:
-        """Position of every value of an 8- or 16-bit type, indexed by its bits."""
+        """Return the position of every value of an 8- or 16-bit type, indexed by the bits of the value."""
         if dtype not in self._tables:
             table = np.full(1 << 8 * dtype.itemsize, UNWRITTEN, np.uint8)
             limits = np.iinfo(dtype)
@@ -165,8 +227,19 @@ class PhaseMap:
 
 
 def likeliest(low_res: np.ndarray) -> np.ndarray:
-    """uint8 positions (z, y, x) of what PhaseMap.index gives: of probabilities the largest, the first of equals, and
-    the number of channels where nothing is known."""
+    """Reduce what `PhaseMap.index` gives to uint8 positions (z, y, x).
+
+    Parameters
+    ----------
+    low_res
+        uint8 positions (z, y, x), returned as they are, or float probabilities (z, y, x, channel).
+
+    Returns
+    -------
+    numpy.ndarray
+        Of probabilities the channel with the largest, the first of equals; the number of channels where nothing is
+        known.
+    """
     if low_res.dtype.kind != "f":
         return low_res
     return np.where(low_res.any(-1), low_res.argmax(-1), low_res.shape[-1]).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Pyramids: the extent of their levels, and labels or shares of one level from the level below."""
+"""Pyramids: the extent of their levels, and the labels or shares of one level from the level below."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ _TOP_VOXELS = 256
 
 
 def pyramid(shape: Triple) -> list[tuple[Triple, Triple]]:
-    """Voxels per axis of every level of a store, finest first, and how many voxels of level 0 each is wide."""
+    """Return the levels of a store's pyramid, finest first.
+
+    Parameters
+    ----------
+    shape
+        Voxels of level 0 along z, y, x.
+
+    Returns
+    -------
+    list of (Triple, Triple)
+        Voxels per axis of each level, and how many voxels of level 0 one of its voxels is wide along each axis. The
+        last level has at most 256 voxels along each axis.
+    """
     levels = [(shape, (1, 1, 1))]
     while max(levels[-1][0]) > _TOP_VOXELS:
         extent, step = levels[-1]
@@ -57,7 +69,18 @@ def _mode(fine: np.ndarray, coarse: np.ndarray) -> None:
 
 
 def coarsen_by_mode(labels: np.ndarray) -> np.ndarray:
-    """The most frequent label of every 2×2×2 block, ties to the lowest; blocks at odd ends are smaller."""
+    """Return the most frequent label of every 2×2×2 block, the lowest of equally frequent ones.
+
+    Parameters
+    ----------
+    labels
+        uint8 labels (z, y, x).
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 labels, ⌈n / 2⌉ along each axis. Blocks at odd ends are smaller.
+    """
     coarse = np.empty([-(-n // 2) for n in labels.shape], np.uint8)
     _mode(labels, coarse)
     return coarse
@@ -79,7 +102,18 @@ def _mean(fine: np.ndarray, coarse: np.ndarray) -> None:
 
 
 def coarsen_by_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of every 2×2×2 block of a uint8 volume, halves rounded up; blocks at odd ends are smaller."""
+    """Return the mean of every 2×2×2 block of a uint8 volume, halves rounded up.
+
+    Parameters
+    ----------
+    values
+        uint8 values (z, y, x).
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 means, ⌈n / 2⌉ along each axis. Blocks at odd ends are smaller.
+    """
     coarse = np.empty([-(-n // 2) for n in values.shape], np.uint8)
     _mean(values, coarse)
     return coarse

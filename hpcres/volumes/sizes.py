@@ -30,8 +30,10 @@ def compare_sizes(
 
     Parameters
     ----------
+    study
+        Study whose voxel size and scale factor are compared.
     low_res
-        Compared with voxel_size × scale_factor, as are the volumes of its channels.
+        Volume compared with voxel_size × scale_factor, as are the volumes of its channels.
     high_res
         Volumes compared with voxel_size.
     images, reference
@@ -45,7 +47,7 @@ def compare_sizes(
     Raises
     ------
     InputError
-        Where a file differs by more than 2 % along an axis, and that is not set.
+        Where a file differs by more than 2 % along an axis, and allow_voxel_size_mismatch is not set.
     """
     size, scale, coarse = study.high_res.voxel_size, study.scale_factor, study.low_res_voxel_size
     lines = []
@@ -68,14 +70,16 @@ def refuse_other_size(path: str, edges: VoxelEdges, due: Length, allowed: bool, 
 
     Parameters
     ----------
+    path
+        File, for messages.
     edges
-        The file's; unknown ones are not compared.
+        Voxel edges of the file; unknown ones are not compared.
     due
-        The study's.
+        Edge length of the study.
     allowed
         The study's allow_voxel_size_mismatch.
     setting
-        The setting that gives `due`, and its value.
+        The setting that gives `due`, and its value, for messages.
 
     Returns
     -------

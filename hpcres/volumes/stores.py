@@ -1,4 +1,7 @@
-"""Stores of our own: OME-Zarr images of labels and of shares, with a pyramid, written shard by shard; float fields."""
+"""Stores that hpcres writes: OME-Zarr images of labels and of shares, and float fields.
+
+Images have a pyramid and are written shard by shard.
+"""
 
 from __future__ import annotations
 
@@ -41,18 +44,27 @@ class LevelInfo:
 
 
 def code_chunks(at_once: int) -> None:
-    """Let zarr compress or decompress that many chunks of a shard at once in this process, instead of ten.
+    """Set how many chunks of a shard zarr compresses or decompresses at once in this process, in place of ten.
 
-    Each takes twice a chunk's bytes, and ten threads make nothing faster on one core.
+    Each chunk in work takes twice its bytes, and ten threads make nothing faster on one core.
     """
     zarr.config.set({"async.concurrency": at_once})
 
 
 class LabelStore:
-    """An OME-Zarr 0.5 label image on Zarr v3, sharded, with a pyramid by mode: labels 0, 1, 2, … as uint8.
+    """OME-Zarr 0.5 label image on Zarr v3, sharded, with a pyramid by mode: labels 0, 1, 2, … as uint8.
 
-    A write owns whole shards, and a shard is one file: writers in different processes need no locks, and a file
-    that is there is whole. What was never written reads as 255. Pickles as its path.
+    A write covers whole shards, and a shard is one file. So writers in different processes need no locks, and a file
+    that exists is whole. Voxels that were never written read as 255. The store pickles as its path.
+
+    Attributes
+    ----------
+    path : Path
+        Folder of the store.
+    levels : list of LevelInfo
+        Levels of the pyramid, finest first.
+    chunk : Triple
+        Voxels of an inner chunk of level 0.
     """
 
     unwritten = UNWRITTEN
@@ -89,9 +101,39 @@ class LabelStore:
     ) -> Self:
         """Write the metadata of all levels beside `path` and rename it into place; no voxel is written yet.
 
-        shape, shard: z, y, x voxels; shard is a multiple of the inner chunk's edge `chunk_voxels`.
-        voxel_size: edge length in `unit` (an OME unit name), one or three. A store that is there already is an
-        InputError unless `overwrite`, which removes it last of all.
+        Parameters
+        ----------
+        path
+            Folder of the store.
+        shape
+            Voxels along z, y, x.
+        shard
+            Voxels of a shard along z, y, x; each is a multiple of `chunk_voxels`.
+        chunk_voxels
+            Edge of the inner chunks in voxels.
+        voxel_size
+            Edge length in `unit`, one for all axes or three for z, y, x.
+        unit
+            OME unit name.
+        phases
+            Names of the labels 0, 1, 2, ….
+        codec
+            Compressor of the chunks.
+        provenance
+            Content of the attribute `hpcres`.
+        overwrite
+            Replace a store that exists at `path`; the old store is removed last of all.
+
+        Returns
+        -------
+        LabelStore
+            The open store.
+
+        Raises
+        ------
+        InputError
+            Where a store exists and `overwrite` is not set, `shard` is not whole chunks, or a voxel size is not
+            positive.
         """
         path, shape = Path(path), triple(shape)
         refuse_output(path, LABELS, overwrite=overwrite)
@@ -108,7 +150,23 @@ class LabelStore:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a store of ours; InputError for anything else."""
+        """Open a store that hpcres wrote.
+
+        Parameters
+        ----------
+        path
+            Folder of the store. It is opened for reading alone where this process may not write it.
+
+        Returns
+        -------
+        LabelStore
+            The open store.
+
+        Raises
+        ------
+        InputError
+            For anything else than a store of this kind.
+        """
         group, attributes = zarr_node(str(path), "r+" if os.access(path, os.W_OK) else "r")
         if not isinstance(group, zarr.Group) or not {"hpcres", "ome"} <= set(attributes):
             raise InputError(f"{path}: is no label store of hpcres; make one with hpcres convert or hpcres infer")
@@ -123,21 +181,35 @@ class LabelStore:
             corrupt(str(path), f"metadata: {error!r}")
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
+        """Pickle the store as its path, from which `open` makes it again."""
         return type(self).open, (self.path,)
 
     @property
     def volume(self) -> Volume:
-        """Level 0 as a Volume, which refuses to read what was never written."""
+        """Level 0 as a Volume, which refuses to read voxels that were never written."""
         return open_volume(self.path)
 
     @property
     def provenance(self) -> dict[str, Any]:
+        """Content of the attribute `hpcres`, read from the file now."""
         return dict(self._attributes()["hpcres"])
 
     def write(self, level: int, box: Box, labels: np.ndarray) -> None:
-        """Write whole shards: `labels` uint8 (z, y, x) of `box`, which starts and ends where shards do.
+        """Write whole shards.
 
-        InputError where it does not. Values are none of `unwritten`.
+        Parameters
+        ----------
+        level
+            Pyramid level.
+        box
+            Box of the level that starts and ends where shards do.
+        labels
+            uint8 (z, y, x) of the box; no value is `unwritten`.
+
+        Raises
+        ------
+        InputError
+            Where the box cuts a shard or leaves the volume.
         """
         here = self.levels[level]
         assert labels.shape == box.shape, (labels.shape, box)
@@ -160,40 +232,70 @@ class LabelStore:
         self._arrays[level][box.slices] = labels
 
     def read(self, level: int, box: Box) -> np.ndarray:
-        """uint8 (z, y, x); `unwritten` where nothing was."""
+        """Read a box of a level.
+
+        Parameters
+        ----------
+        level
+            Pyramid level.
+        box
+            Box of the level (z, y, x).
+
+        Returns
+        -------
+        numpy.ndarray
+            uint8 (z, y, x); `unwritten` where nothing was written.
+
+        Raises
+        ------
+        InputError
+            Where a shard is damaged.
+        """
         try:
             return np.asarray(self._arrays[level][box.slices])
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             corrupt(f"{self.path}: level {level}, {box}", error)
 
     def shard_boxes(self, level: int) -> list[Box]:
-        """The box of every shard of a level, z-major, clipped at the volume's end."""
+        """Return the box of every shard of a level, z-major, clipped at the volume's end."""
         return blocks(self.levels[level].shape, self.levels[level].shard)
 
     def shards_in(self, level: int, box: Box) -> list[Box]:
-        """The box of every shard that `box` touches, z-major, clipped at the volume's end."""
+        """Return the box of every shard that `box` touches, z-major, clipped at the volume's end."""
         edges = self.levels[level].shard
         starts = product(*(range(a // e * e, b, e) for a, b, e in zip(box.start, box.stop, edges, strict=True)))
         whole = Box.whole(self.levels[level].shape)
         return [Box(triple(s), triple([a + e for a, e in zip(s, edges, strict=True)])).clipped(whole) for s in starts]
 
     def shard_path(self, level: int, box: Box) -> Path:
-        """The file of the shard that starts where `box` starts."""
+        """Return the file of the shard that starts where `box` starts."""
         index = [start // edge for start, edge in zip(box.start, self.levels[level].shard, strict=True)]
         return self.path / str(level) / "c" / "/".join(map(str, index))
 
     def is_written(self, level: int, box: Box) -> bool:
-        """Whether every shard that `box` touches has its file."""
+        """Return whether every shard that `box` touches has its file."""
         return all(self.shard_path(level, shard).is_file() for shard in self.shards_in(level, box))
 
     def shards_below(self, level: int, box: Box) -> list[Box]:
-        """The shards of `level` - 1 that a shard of `level` ≥ 1 is made from."""
+        """Return the boxes of the shards of `level` - 1 that a shard of `level` ≥ 1 is made from."""
         return self.shards_in(level - 1, self._finer(level, box))
 
     def write_coarser(self, level: int, box: Box) -> None:
-        """Write one shard of `level` ≥ 1 from the level below, by `coarsen`; Unfinished where that has gaps.
+        """Write one shard of `level` ≥ 1 from the level below, by `coarsen`.
 
-        Needs the memory of one shard and of a chunk.
+        The memory needed is that of one shard and of a chunk.
+
+        Parameters
+        ----------
+        level
+            Pyramid level, at least 1.
+        box
+            Box of the shard.
+
+        Raises
+        ------
+        Unfinished
+            Where shards of the level below are missing.
         """
         assert level >= 1, level
         finer = self._finer(level, box)
@@ -213,13 +315,16 @@ class LabelStore:
         self.write(level, box, labels)
 
     def set_provenance(self, **items: Any) -> None:
-        """Add to the attribute `hpcres`; the metadata file is replaced as a whole. One process at a time."""
+        """Add items to the attribute `hpcres`; the metadata file is replaced as a whole.
+
+        Only one process may do this at a time.
+        """
         metadata = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
         metadata["attributes"]["hpcres"].update(items)
         self._replace_metadata(metadata)
 
     def name_labels(self, phases: Mapping[int, str | None]) -> None:
-        """Say which labels there are, and what they are called where that is known."""
+        """Write which labels there are, and their names where these are known."""
         metadata = json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))
         metadata["attributes"]["ome"]["image-label"] = _image_label(phases)
         self._replace_metadata(metadata)
@@ -232,7 +337,7 @@ class LabelStore:
         return json.loads((self.path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
 
     def _finer(self, level: int, box: Box) -> Box:
-        """The voxels of level - 1 under a box of `level`."""
+        """Return the voxels of level - 1 under a box of `level`."""
         return Box(triple([2 * a for a in box.start]), triple([2 * b for b in box.stop])).clipped(
             Box.whole(self.levels[level - 1].shape)
         )
@@ -289,9 +394,10 @@ class LabelStore:
 
 
 class AgreementStore(LabelStore):
-    """The same for an image of shares: 255 times the share, which is never 0, so that 0 is what was never written.
+    """Store of an image of shares, otherwise like LabelStore.
 
-    Its pyramid is by mean, and it is no label image.
+    A value is 255 times the share. A share is never 0, so 0 stands for voxels that were never written. The pyramid is
+    by mean, and the image is no label image.
     """
 
     unwritten = 0
@@ -304,10 +410,24 @@ class AgreementStore(LabelStore):
 
 
 class FieldStore:
-    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x); NaN where none is.
+    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x).
 
-    It appears at `path` when the block of `with` ends without an error. Attributes say spacing, unit and what it is.
-    Several processes may write it: shared(make) is what `make` gives on the first of them, on every one.
+    Voxels without a value are NaN. The store appears at `path` when the block of `with` ends without an error. Several
+    processes may write it.
+
+    Parameters
+    ----------
+    path
+        Folder of the store.
+    shape
+        Voxels along z, y, x.
+    attributes
+        Attributes of the group: spacing, unit and what the fields are.
+    overwrite
+        Replace a store that exists at `path`.
+    shared
+        shared(make) returns, on every process, what `make` returns on the first of them. By default there is one
+        process.
     """
 
     def __init__(
@@ -324,6 +444,8 @@ class FieldStore:
         self._attributes = dict(attributes)
 
     def __enter__(self) -> Self:
+        """Make the group under a temporary name beside `path`."""
+
         def make() -> Path:
             temporary = temporary_beside(self.path)
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -337,6 +459,8 @@ class FieldStore:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        """Rename the group to `path` when all processes have written, or remove it after an error."""
+
         def finish() -> None:
             move_into_place(self._temporary, self.path)
 
@@ -349,7 +473,20 @@ class FieldStore:
             self._ending.close()
 
     def add(self, name: str, components: int | None = None) -> zarr.Array[Any]:
-        """An array to be written in slabs of whole 64 planes."""
+        """Create an array of the group, which is to be written in slabs of whole 64 planes.
+
+        Parameters
+        ----------
+        name
+            Name of the array.
+        components
+            Length of the first axis of an array (component, z, y, x); None for an array (z, y, x).
+
+        Returns
+        -------
+        zarr.Array
+            float32 array.
+        """
         self._shared(lambda: self._create(name, components) and None)
         array = self._group[name]
         assert isinstance(array, zarr.Array)

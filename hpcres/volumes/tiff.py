@@ -1,4 +1,7 @@
-"""TIFF: stacks and volumes in, of which only the strips or tiles that a box touches are read; image stacks out."""
+"""TIFF: reading of stacks and volumes, writing of image stacks.
+
+Only the strips or tiles that a box touches are read.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,34 @@ SUFFIXES = (".tif", ".tiff", ".btf", ".tf8")
 
 
 def tiff_parts(path: str) -> tuple[str, str] | None:
-    """File and image of `file.tif:1`; the image, a number from 0 or a name, is empty where the path names none."""
+    """Split `file.tif:1` into file and image.
+
+    The image is a number from 0 or a name, and empty where the path names none. The result is None where the file has
+    none of SUFFIXES.
+    """
     match = re.fullmatch(rf"(.*(?:{'|'.join(map(re.escape, SUFFIXES))}))(?::(.+))?", path, re.IGNORECASE)
     return (match.group(1), match.group(2) or "") if match else None
 
 
 def open_tiff(path: str, flat: bool = False) -> Volume:
-    """Open a volume of a TIFF, without reading it: `file.tif`, or `file.tif:1` where the file has several images.
+    """Open a volume of a TIFF without reading it.
 
-    flat: read training images, where a single image is a stack of one slice and several images of one size are a stack.
-    InputError where the file is damaged, holds several volumes, or holds none.
+    Parameters
+    ----------
+    path
+        `file.tif`, or `file.tif:1` where the file has several images.
+    flat
+        Read training images: a single image is a stack of one slice, and several images of one size are a stack.
+
+    Returns
+    -------
+    Volume
+        The volume.
+
+    Raises
+    ------
+    InputError
+        Where the file is damaged, holds several volumes, or holds none.
     """
     parts = tiff_parts(path)
     assert parts
@@ -95,7 +116,13 @@ def open_tiff(path: str, flat: bool = False) -> Volume:
 def _chosen(
     path: str, name: str, series: list[Any], chosen: str, flat: bool, layout: Callable[[str, list[Any], int], object]
 ) -> int | None:
-    """The number of the image to read; None for all of them, single pages of one stack. InputError for several."""
+    """Return the number of the image to read, or None for all of them: single pages of one stack.
+
+    Raises
+    ------
+    InputError
+        Where the file has several images and none is chosen, or not the one that is chosen.
+    """
     about = [f"{one.axes} {times(one.shape)}" + (f", {one.name}" if one.name else "") for one in series]
     listed = [f"{name}:{k} ({text})" for k, text in enumerate(about)]
     if chosen:
@@ -132,7 +159,13 @@ def _chosen(
 def _layout(
     tiff: Any, described: Sequence[Mapping[str, str]], flat: bool, path: str, series: list[Any], image: int
 ) -> tuple[VoxelEdges, tuple[int, ...], Arrangement]:
-    """Voxel edges of an image, its shape with all its axes, and which of them are z, y, x; InputError without these."""
+    """Return the voxel edges of an image, its shape with all its axes, and which of them are z, y, x.
+
+    Raises
+    ------
+    InputError
+        Where z, y, x are not clear.
+    """
     edges = tiff_edges(tiff, series[0].keyframe, image, described)
     shape, names = _axes(tiff, series, image, edges, described)
     return edges, shape, arranged(path, shape, names, flat)
@@ -141,7 +174,7 @@ def _layout(
 def _axes(
     tiff: Any, series: list[Any], image: int, edges: VoxelEdges, described: Sequence[Mapping[str, str]]
 ) -> tuple[tuple[int, ...], Sequence[str] | None]:
-    """The shape of an image with all its axes, and their names where the file states them."""
+    """Return the shape of an image with all its axes, and their names where the file states them."""
     one = series[0]
     if len(series) > 1:
         return (len(series), *one.keyframe.shape[:2]), None
@@ -174,7 +207,7 @@ def write_images(path: str | Path, stack: np.ndarray) -> None:
 
 
 class _Pages:
-    """An image of `shape` that reads only the strips or tiles that a box touches, page by page."""
+    """Image of `shape` that reads only the strips or tiles that a box touches, page by page."""
 
     def __init__(self, path: str, tiff: Any, pages: list[Any], shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.path, self.tiff, self.pages, self.shape, self.dtype = path, tiff, pages, shape, dtype
@@ -195,7 +228,7 @@ class _Pages:
         self.chunks = tuple(1 if n == 1 else next(cheap) for n in shape)
 
     def __getitem__(self, index: tuple[slice | int, ...]) -> np.ndarray:
-        """As of an array: a slice keeps an axis, a number drops it."""
+        """Index like an array: a slice keeps an axis, a number drops it."""
         ends = [(i.start, i.stop) if isinstance(i, slice) else (i, i + 1) for i in index]
         stored = iter([ends[axis] for axis in self._long])
         start, stop = zip(*((0, 1) if n == 1 else next(stored) for n in self.stored), strict=True)
@@ -220,7 +253,7 @@ class _Pages:
         return out
 
     def _segment(self, number: int, position: tuple[int, ...]) -> np.ndarray:
-        """One decoded strip or tile (z, y, x)."""
+        """Decode one strip or tile (z, y, x)."""
         page, (_, rows, columns) = self.pages[number], self.grid
         index = (position[0] * rows + position[1]) * columns + position[2]
         offset, size = page.dataoffsets[index], page.databytecounts[index]
@@ -240,7 +273,10 @@ class _Pages:
 
 
 def _bytes(handle: Any, offset: int, size: int) -> bytes:
-    """`size` bytes of a file at `offset`. tifffile closes all but the first file of an image over several."""
+    """Read `size` bytes of a file at `offset`.
+
+    tifffile closes all but the first file of an image that spans several files, so a closed file is opened again.
+    """
     if not handle.closed:
         return os.pread(handle.fileno(), size, offset)  # keeps no position, so threads need no lock
     file = os.open(handle.path, os.O_RDONLY)
@@ -251,7 +287,10 @@ def _bytes(handle: Any, offset: int, size: int) -> bytes:
 
 
 class _Complaints(logging.Filter):
-    """Collects tifffile's warnings of one thread: it logs that a file is broken and goes on with fewer pages."""
+    """Filter that collects tifffile's warnings of one thread.
+
+    tifffile logs that a file is broken and continues with fewer pages.
+    """
 
     def __init__(self) -> None:
         super().__init__()

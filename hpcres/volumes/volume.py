@@ -1,6 +1,6 @@
-"""A volume of any format: a box of it is read when it is asked for, so nothing holds a whole one.
+"""A volume of any format; a box of it is read on request, so the whole volume is never held.
 
-Below it, what the reader of every format asks of its file.
+The second part of the module holds what the reader of every format asks of its file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ class NotALabel(InputError):
 
 @dataclass(frozen=True)
 class Volume:
-    """A lazily read volume of any format: labels, or probabilities. It pickles as its path and may be read from many
-    threads."""
+    """A lazily read volume of any format: labels, or probabilities.
+
+    It pickles as its path and may be read from many threads.
+    """
 
     path: str
     shape: Triple
@@ -56,27 +58,48 @@ class Volume:
 
     @property
     def voxel_size(self) -> Spacing | None:
-        """Edge lengths z, y, x in `unit`; None where the file does not say all three."""
+        """Edge lengths z, y, x in `unit`; None where the file does not state all three."""
         return self.lengths()[0] if all(self.edges.each) else None
 
     @property
     def unit(self) -> str | None:
-        """OME-Zarr's name of the unit of length; None where the file does not say one of all three edges."""
+        """OME-Zarr's name of the unit of length; None where the file does not state one for all three edges."""
         return self.lengths()[1] if self.edges.known else None
 
     def lengths(self) -> tuple[Spacing, str]:
-        """Edge lengths z, y, x and their unit, as `VoxelEdges.lengths`; InputError where some are unknown."""
+        """Return the edge lengths z, y, x and their unit, as `VoxelEdges.lengths`.
+
+        Raises
+        ------
+        InputError
+            Where some edges are unknown.
+        """
         return self.edges.lengths(self.path)
 
     def read(self, box: Box) -> np.ndarray:
-        """The voxels of `box`, (z, y, x) in the file's type, or float32 (z, y, x, channel) of probabilities; InputError
-        where the file is damaged."""
+        """Read the voxels of a box.
+
+        Parameters
+        ----------
+        box
+            Box inside the volume (z, y, x).
+
+        Returns
+        -------
+        numpy.ndarray
+            (z, y, x) in the file's type, or float32 (z, y, x, channel) of probabilities.
+
+        Raises
+        ------
+        InputError
+            Where the file is damaged, or the box leaves the volume.
+        """
         return self._inside(self._read, box)
 
     def read_unwritten(self, box: Box) -> np.ndarray:
-        """`read`, which gives 255 where a store of ours was never written: for a caller who refuses that label.
+        """Read as `read` does, but give 255 where a store of hpcres was never written.
 
-        Looking for it here is one more pass over memory.
+        This is for a caller who refuses that label: to look for it here is one more pass over memory.
         """
         return self._inside(self._read_unwritten or self._read, box)
 
@@ -86,9 +109,19 @@ class Volume:
         return np.ascontiguousarray(read(box))
 
     def stamp(self) -> tuple[int, ...]:
-        """What changes when a file of it is replaced or written to; InputError where it is gone.
+        """Return numbers that change when a file of the volume is replaced or written to.
 
-        Of a zarr it is the file that describes it: chunks are not looked at one by one.
+        Of a Zarr array only the file that describes it is looked at, not each chunk.
+
+        Returns
+        -------
+        tuple of int
+            Inode, bytes and time of modification in ns of each file.
+
+        Raises
+        ------
+        InputError
+            Where a file is gone.
         """
         found: list[int] = []
         for file in self.files:
@@ -101,16 +134,16 @@ class Volume:
 
     @property
     def place(self) -> str:
-        """The absolute path; of an array in memory, its name."""
+        """Absolute path; for an array in memory, its name."""
         return self.path if self.in_memory else os.path.abspath(self.path)
 
     @property
     def in_memory(self) -> bool:
-        """Whether only this process can read it."""
+        """Whether only this process can read the volume."""
         return self._reopen is None and not self.parts
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """Voxels as of an array, for integers, slices and an ellipsis; only the box that holds them is read."""
+        """Index like an array with integers, slices and an ellipsis; only the box that holds the voxels is read."""
         keys = key if isinstance(key, tuple) else (key,)
         if Ellipsis in keys:
             at = keys.index(Ellipsis)
@@ -127,20 +160,37 @@ class Volume:
         return self.read(Box(triple(starts), triple(stops)))[tuple(within)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole volume, always a copy."""
+        """Read the whole volume into a new array."""
         if copy is False:
             raise ValueError(f"{self.path}: is read into a new array; ask for a copy")
         voxels = self.read(Box.whole(self.shape))
         return voxels if dtype is None else voxels.astype(dtype)
 
     def __reduce__(self) -> tuple[Callable[..., Volume], tuple[Any, ...]]:
+        """Pickle the volume as the call that opens it again."""
         assert self._reopen, f"{self.path} is in memory only"
         return self._reopen
 
 
 def read_beyond(read: Callable[[Box], np.ndarray], box: Box, shape: Triple, boundaries: Boundaries) -> np.ndarray:
-    """What `read` gives for a box (z, y, x) that may reach beyond a volume of `shape` voxels on its axes without
-    ends."""
+    """Read a box that may reach beyond the volume on its axes without ends.
+
+    Parameters
+    ----------
+    read
+        Function that reads a box inside the volume.
+    box
+        Box to read (z, y, x).
+    shape
+        Voxels of the volume along z, y, x.
+    boundaries
+        Boundary of each axis.
+
+    Returns
+    -------
+    numpy.ndarray
+        What `read` gives, in the shape of the box.
+    """
     pieces = pieces_of(box, shape, boundaries)
     parts = [read(piece.source)[tuple(slice(None, None, step) for step in piece.steps)] for piece in pieces]
     if len(parts) == 1:
@@ -152,7 +202,20 @@ def read_beyond(read: Callable[[Box], np.ndarray], box: Box, shape: Triple, boun
 
 
 def array_volume(labels: np.ndarray, name: str) -> Volume:
-    """A volume over an array (z, y, x) in memory; `name` stands where a file has its path. It does not pickle."""
+    """Make a volume over an array (z, y, x) in memory; it does not pickle.
+
+    Parameters
+    ----------
+    labels
+        Labels (z, y, x).
+    name
+        Name that stands where a file has its path.
+
+    Returns
+    -------
+    Volume
+        The volume.
+    """
     return of_labels(volume_over(name, labels))
 
 
@@ -160,6 +223,7 @@ def array_volume(labels: np.ndarray, name: str) -> Volume:
 
 
 def existing(path: str) -> Path:
+    """Return the path of a file or folder; InputError where it does not exist or is an empty file."""
     place = Path(path)
     if not place.exists():
         raise InputError(f"{path}: no such file or folder; check the path")
@@ -169,11 +233,28 @@ def existing(path: str) -> Path:
 
 
 def corrupt(path: str, why: object) -> NoReturn:
+    """Raise InputError: the file is truncated or corrupt, with the reason `why`."""
     raise InputError(f"{path}: truncated or corrupt ({' '.join(str(why).split())[:160]}); copy or write it again")
 
 
 def of_labels(volume: Volume) -> Volume:
-    """The same with floats read as the labels that they are: whole numbers, checked in every box that is read."""
+    """Return the volume with floats read as labels: whole numbers, checked in every box that is read.
+
+    Parameters
+    ----------
+    volume
+        Volume of any type; one without floats is returned as it is.
+
+    Returns
+    -------
+    Volume
+        Volume of int32 where the file has floats. A sample of it is read now.
+
+    Raises
+    ------
+    NotALabel
+        Where a float of the sample, or later of a box that is read, is not a whole number within int32.
+    """
     if volume.dtype.kind != "f":
         return volume
     inner, path = volume._read, volume.path
@@ -199,11 +280,18 @@ def of_labels(volume: Volume) -> Volume:
 
 
 def refuse_colour(path: str) -> NoReturn:
+    """Raise InputError: the file is a colour image where labels are due."""
     raise InputError(f"{path}: is a colour image where labels are due; save one integer a phase, single channel")
 
 
 def voxel_dtype(path: str, dtype: np.dtype) -> np.dtype:
-    """The type that voxels are handed out in: the file's own, native byte order, bits as uint8."""
+    """Return the type in which voxels are read: the file's own, in native byte order; bits as uint8.
+
+    Raises
+    ------
+    InputError
+        For types that are neither integers, bits nor floats.
+    """
     if dtype.kind in "OSUTV":
         what = {"O": "Python objects or strings", "V": "records of several fields"}.get(dtype.kind, "text")
         raise InputError(f"{path}: holds {what} ({dtype}), not integer labels; save one whole number a voxel, as uint8")
@@ -223,10 +311,34 @@ def volume_over(
     why: Callable[[Exception], NoReturn] | None = None,
     **more: Any,
 ) -> Volume:
-    """A volume of anything that has shape and dtype and is sliced like an array.
+    """Make a volume of anything that has shape and dtype and is sliced like an array.
 
-    chunks, names: of the array's axes, in its order; flat: as of `arranged`, whose result may be given instead.
-    why: refuses the file where reading failed with an error.
+    Parameters
+    ----------
+    path
+        File, for messages.
+    array
+        Array-like object.
+    chunks, names
+        Chunk lengths and names of the array's axes, in its order.
+    flat
+        As of `arranged`.
+    arrangement
+        Result of `arranged`, in place of `names` and `flat`.
+    why
+        Refuses the file where reading failed with an error; by default as `corrupt` does.
+    **more
+        Further fields of the volume.
+
+    Returns
+    -------
+    Volume
+        The volume.
+
+    Raises
+    ------
+    InputError
+        Where z, y, x are not clear, or the array holds neither integers, bits nor floats.
     """
     place = arrangement or arranged(path, array.shape, names, flat)
     dtype = voxel_dtype(path, np.dtype(array.dtype))
