@@ -1,7 +1,8 @@
-"""Scalars for TensorBoard, written without it: its event files are records of a few protobuf fields.
+"""Scalars for TensorBoard, written without TensorBoard.
 
-A record is length (8 bytes, little-endian), masked CRC-32C of the length, the event, masked CRC-32C of the event.
-An event holds wall time (field 1), step (2) and a summary (5) of values (1) with a tag (1) and a number (2).
+An event file of TensorBoard is a sequence of records. A record is length (8 bytes, little-endian), masked CRC-32C of
+the length, the event, masked CRC-32C of the event. An event consists of a few protobuf fields: wall time (field 1),
+step (2) and a summary (5). The summary holds values (1), each with a tag (1) and a number (2).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _TABLE = _table()
 
 
 def crc32c(data: bytes) -> int:
-    """Castagnoli's checksum (RFC 3720, appendix B.4)."""
+    """Return Castagnoli's checksum of `data` (RFC 3720, appendix B.4)."""
     value = 0xFFFFFFFF
     for byte in data:
         value = value >> 8 ^ _TABLE[(value ^ byte) & 255]
@@ -51,8 +52,17 @@ def _bytes_field(number: int, data: bytes) -> bytes:
 
 
 class Events:
-    """A new event file in `folder`; TensorBoard shows all files of a folder as one run, and drops what an earlier
-    file has after `resume_step`."""
+    """A new event file in a folder.
+
+    TensorBoard shows all files of a folder as one run, and drops what an earlier file has after `resume_step`.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the file; it is created if there is none.
+    resume_step : int
+        Step from which the run goes on, 0 for a new run.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +73,7 @@ class Events:
             self._write(now, b"\x10" + _varint(resume_step + 1) + _bytes_field(7, b"\x08\x01"))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a number for each tag in `values` at a step."""
         summary = b"".join(
             _bytes_field(1, _bytes_field(1, tag.encode()) + b"\x15" + struct.pack("<f", value))
             for tag, value in values.items()
@@ -76,4 +87,5 @@ class Events:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
