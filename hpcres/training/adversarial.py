@@ -54,7 +54,7 @@ _NEWEST_VOXEL_LOSS = 0.2
 """Weight of the newest step in the running mean of the voxel loss. A smaller weight makes the mean react too late. A
 larger weight makes it react to noise."""
 _CORRECTED_FRACTIONS = 800.0
-"""Value of training.fraction_weight if the study gives none and the images, which are not typical, are corrected."""
+"""Value of training.fraction_weight if the study gives none and images that are not typical are corrected."""
 _CORRECTED_CUBES = 64
 """Least number of cubes on which phase fractions are matched if the images are not typical. In 32 cubes, half of the
 volume, the share of a hidden phase in its group was 8 % off its share in the whole volume."""
@@ -70,9 +70,9 @@ def average_decay(ema: float, growth: float, step: int) -> float:
     """Return the decay of the averaged weights at `step`.
 
     The decay is the share of itself that the averaged generator keeps in a step. Until the decay reaches `ema`, the
-    weight of a step in the average grows as the number of the step to the power of `growth` (Karras 2024). A shorter
-    average has teeth of single voxels, which come and go during adversarial training. A longer average still holds the
-    first weights.
+    weight of a step in the average grows as the number of the step to the power of `growth` (Karras 2024). The
+    generator of a shorter average makes teeth of single voxels, which come and go during adversarial training. A longer
+    average still holds the first weights.
 
     Parameters
     ----------
@@ -419,7 +419,7 @@ class Models:
         low_res : LowResCubes
             Cubes on which statistics and biases are found.
         real : RealSlices
-            Patches of the images, which know the wanted phase fractions.
+            Patches of the images, and the wanted phase fractions.
 
         Returns
         -------
@@ -456,9 +456,9 @@ class Models:
     def begin_from(self, path: str) -> None:
         """Take over the weights of another training, and note them in `init_from`.
 
-        Layers of another number of phases keep their own new weights. The weights of the critics are taken if the file
-        has them (a best.pt has none) and if all but their first layers fit. The averaged weights begin with those of
-        the generator.
+        Layers whose number of phases differs keep their own new weights. The weights of the critics are taken if the
+        file has them (a best.pt has none) and if all but their first layers fit. The averaged weights begin with those
+        of the generator.
 
         Parameters
         ----------

@@ -97,8 +97,8 @@ class Evaluator:
         Returns
         -------
         found : dict of str to float
-            The score, the errors, and the triple-phase-boundary densities `tpb` and `tpb_images` if there is an error
-            of them.
+            The score and the errors. If there is an error of the TPB, also `tpb` of the generated slices and
+            `tpb_images` of the images.
         labels : ndarray
             The middle slice normal to z of the first cube as labels, uint8 (row, column).
         """

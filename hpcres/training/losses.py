@@ -179,7 +179,7 @@ def face_shares(probabilities: Tensor, period: int) -> Tensor:
     Parameters
     ----------
     probabilities : Tensor
-        (cubes, phases, z, y, x), all edges alike.
+        (cubes, phases, z, y, x).
     period : int
         Period of the lattice in voxels.
 

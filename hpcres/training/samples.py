@@ -215,12 +215,12 @@ class LowResCubes:
             yield self._given(some, device)[1]
 
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
-        """Return where a cube is drawn, and the state of the random generator after that.
+        """Return the place at which a cube is drawn, and the random generator in its state after that.
 
-        If every place inside the volume is equally likely, the outermost voxel of the volume is in one cube where an
-        inner one is in d along each axis, and the faces are hardly learned. With training.reach_faces a cube is drawn
-        from all that hold a voxel of the volume and then moved inside. No voxel is then in fewer than d cubes, nor in
-        as many as 2 d.
+        If every place inside the volume is equally likely, then along each axis the outermost voxel of the volume is in
+        one possible cube and an inner voxel is in d. The faces of the volume are hardly learned then. With
+        training.reach_faces a cube is drawn from all that hold a voxel of the volume and then moved inside. No voxel is
+        then in fewer than d cubes, nor in as many as 2 d.
 
         Parameters
         ----------
