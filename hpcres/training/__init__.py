@@ -1,1 +1,4 @@
-"""Algorithm 1 of Dahari et al. 2022 on one process or many. torch.distributed only in `distributed`."""
+"""Training by Algorithm 1 of Dahari et al. 2022, on one process or many.
+
+Only the module `distributed` uses torch.distributed.
+"""

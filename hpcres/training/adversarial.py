@@ -1,8 +1,9 @@
-"""Algorithm 1 of Dahari et al. 2022: a generator of volumes against a critic of slices.
+"""Algorithm 1 of Dahari et al. 2022: training of a generator of volumes against a critic of slices.
 
-Each step the critic learns to tell patches of the high-res images from slices of generated volumes (WGAN with
-gradient penalty, Gulrajani 2017, eq. 3), then the generator learns to be taken for real, and to give back the
-low-res cube it was given when the imaging operator looks at its output.
+In each step, the critic first learns to tell patches of the high-res images from slices of generated volumes (WGAN with
+gradient penalty, Gulrajani 2017, eq. 3). The generator then learns to make slices that the critic takes for real. It
+also learns to give back the low-res cube that is its input: the imaging operator, applied to its output, should return
+this cube.
 """
 
 from __future__ import annotations
@@ -44,39 +45,67 @@ from hpcres.training.samples import LowResCubes, RealSlices
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
 _FIRST_PATTERN_SHARE, _LEAST_PATTERN_SHARE = 0.1, 0.01
-"""Share of the weight of patterns after the warm-up, and its minimum, if training.pattern_tolerance is set."""
+"""Share of the weight of patterns after the warm-up, and the minimum of this share, if training.pattern_tolerance is
+set."""
 _PATTERNS_GROW, _PATTERNS_FALL = 1.03, 0.9
-"""Factor of this share in a step if the mean voxel loss is at most the tolerance, and if it exceeds it."""
+"""Factors by which this share changes in a step: if the mean voxel loss is at most the tolerance, and if it exceeds
+it."""
 _NEWEST_VOXEL_LOSS = 0.2
-"""Weight of the newest step in the running mean of the voxel loss. A smaller one reacts too late, a larger one to
-noise."""
+"""Weight of the newest step in the running mean of the voxel loss. A smaller weight makes the mean react too late. A
+larger weight makes it react to noise."""
 _CORRECTED_FRACTIONS = 800.0
-"""training.fraction_weight where images are not typical and none is given."""
+"""Value of training.fraction_weight if the study gives none and images that are not typical are corrected."""
 _CORRECTED_CUBES = 64
-"""Fewest cubes that give the phases their fractions where images are not typical. In 32 cubes, half of the volume, the
-share of a hidden phase in its group was 8 % off that in the whole."""
+"""Least number of cubes on which phase fractions are matched if the images are not typical. In 32 cubes, half of the
+volume, the share of a hidden phase in its group was 8 % off its share in the whole volume."""
 _OVERALL = 10.0
-"""Weight of the visible fractions over all cubes beside those of single blocks."""
+"""Weight of the visible fractions over all cubes, relative to the loss of single blocks."""
 _MUST_FIT = {
     name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage", "noise_sigma_voxels")
 }
-"""Of a generator's configuration, what must be the same to begin from its weights."""
+"""Settings of a generator that must be the same to begin from its weights, with their names in messages."""
 
 
 def average_decay(ema: float, growth: float, step: int) -> float:
-    """What the averaged generator keeps of itself at `step`, from 0.
+    """Return the decay of the averaged weights at `step`.
 
-    Until `ema` is reached a step's weight in the average grows as its number to the power of `growth` (Karras 2024).
-    A shorter average has teeth of single voxels, which come and go with the game; a longer one still holds the first
-    weights.
+    The decay is the share of itself that the averaged generator keeps in a step. Until the decay reaches `ema`, the
+    weight of a step in the average grows as the number of the step to the power of `growth` (Karras 2024). The
+    generator of a shorter average makes teeth of single voxels, which come and go during adversarial training. A longer
+    average still holds the first weights.
+
+    Parameters
+    ----------
+    ema : float
+        Largest decay.
+    growth : float
+        Exponent of the growth of a step's weight.
+    step : int
+        Number of the step, from 0.
+
+    Returns
+    -------
+    float
+        The decay, at most `ema`.
     """
     return min(ema, (1 + step) / (2 + growth + step))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One step of this process's share: Wasserstein distance, gradient penalty, generator loss and voxel loss in
-    `losses`, and what the generator made of its cubes, of which `labels`, or probabilities, were known."""
+    """Results of one step on this process's share of the cubes.
+
+    Attributes
+    ----------
+    losses : Tensor
+        (4,): Wasserstein distance, gradient penalty, generator loss and voxel loss.
+    finite : bool
+        Whether all losses are finite.
+    probabilities : Tensor
+        Phase probabilities that the generator made of its cubes, float32 (cubes, phases, z, y, x).
+    labels : Tensor
+        What was known of the low-res cubes: labels or probabilities, as LowResCubes.draw returns them.
+    """
 
     losses: Tensor
     finite: bool
@@ -85,7 +114,7 @@ class Outcome:
 
 
 class Models:
-    """Generator, its average, critics and their optimizers, on one process of a group."""
+    """The generator, its averaged weights, the critics and their optimizers, on one process of a group."""
 
     def __init__(self, study: Study, group: Processes) -> None:
         assert study.training.precision != "auto", "autotune chooses one"
@@ -103,13 +132,13 @@ class Models:
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         self.running_means: dict[str, Tensor] = {}
-        """Running means of the shares of patterns, and of thin features, in generated slices."""
+        """Running means, by kind, of the shares of patterns and of thin features in generated slices."""
         self.pattern_share = _FIRST_PATTERN_SHARE if settings.pattern_tolerance else 1.0
-        """Share of the weights of patterns and thin features in the last step."""
+        """Share of the weights of patterns and thin features that was applied in the last step."""
         self.mean_voxel_loss: float | None = None
         """Running mean of the batch's voxel loss after the warm-up."""
         self.init_from: dict[str, Any] | None = None
-        """Checkpoint.init_from of what is saved."""
+        """Value of Checkpoint.init_from in what is saved."""
         self.operator = ImagingOperator.of(study).to(group.device)
         self._compared = study.low_res.two_sided if study.low_res.one_sided else None
         self._generator = group.parallel(self.generator)
@@ -120,7 +149,28 @@ class Models:
         )
 
     def step(self, step: int, cubes: range, low_res: LowResCubes, real: RealSlices, rate: float) -> Outcome:
-        """All critic steps and the generator step; every random draw depends on the seed, `step` and the cube."""
+        """Run all critic steps and the generator step.
+
+        Every random draw depends on the seed, `step` and the cube.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step, from 0.
+        cubes : range
+            Numbers of this process's cubes.
+        low_res : LowResCubes
+            The low-res cubes.
+        real : RealSlices
+            Patches of the high-res images.
+        rate : float
+            Learning rate of the generator and of the critics.
+
+        Returns
+        -------
+        Outcome
+            Losses of the step, and what the generator made of its cubes.
+        """
         settings = self.study.training
         for optimizer in (self.generator_optimizer, self.critic_optimizer):
             for parameters in optimizer.param_groups:
@@ -186,8 +236,18 @@ class Models:
         pairs: Sequence[Tensor] | None = None,
         shares: Sequence[float] = (1.0, 1.0),
     ) -> tuple[Tensor, Tensor]:
-        """One step of the critics' optimizer. Arguments and returned values, which are those before the step, are those
-        of Critics.forward."""
+        """Make one step of the critics' optimizer.
+
+        Parameters
+        ----------
+        real, fake, mix, pairs, shares
+            Arguments of `Critics.forward`.
+
+        Returns
+        -------
+        wasserstein, penalty : Tensor
+            What `Critics.forward` returns before the step.
+        """
         self.critic_optimizer.zero_grad()
         with self._autocast():
             wasserstein, penalty = self._critics(real, fake, mix, pairs, shares)
@@ -198,8 +258,20 @@ class Models:
         return wasserstein, penalty
 
     def generate(self, given: Tensor, learn: bool = True) -> Tensor:
-        """Phase probabilities, float32 (cubes, phases, z, y, x), of cubes `given` with their context, by batch
-        norm over the batch."""
+        """Generate phase probabilities of cubes, with batch norm over the batch.
+
+        Parameters
+        ----------
+        given : Tensor
+            The generator's input: cubes with their context, as LowResCubes.draw returns it.
+        learn : bool
+            Whether to use the generator whose gradients are averaged over all processes.
+
+        Returns
+        -------
+        Tensor
+            float32 (cubes, phases, z, y, x).
+        """
         if self.study.training.precision == "bf16":
             # Faster so; in fp32 the CPU's batch norm would lose digits in this layout (1e-3 of a gradient).
             given = given.contiguous(memory_format=torch.channels_last_3d)
@@ -216,7 +288,10 @@ class Models:
         return (_CORRECTED_FRACTIONS if real.correction else 0.0) if weight is None else weight
 
     def _off_labels(self, probabilities: Tensor, known: Tensor, around: Tensor) -> Tensor:
-        """How far block fractions are off the low-res labels `known`, one by one and in the mean over all cubes."""
+        """Return a loss for block fractions that differ from the low-res labels `known`.
+
+        It has a term for single blocks and a term for the mean over all cubes.
+        """
         around[:, :, 1:-1, 1:-1, 1:-1] = known  # without what masked_fraction hides
         blocks = self.operator.block_fractions(probabilities)
         off = fraction_differences(blocks, known)
@@ -236,7 +311,7 @@ class Models:
             self.pattern_share = min(1.0, max(_LEAST_PATTERN_SHARE, self.pattern_share * factor))
 
     def _off_images(self, slices: Sequence[Tensor], real: RealSlices) -> Tensor | float:
-        """How far what these slices show as labels is off the images, by the weights of the study."""
+        """Return how far the labels that these slices show are off the images, weighted by the study's settings."""
         settings = self.study.training
         off: Tensor | float = 0.0
         if settings.pattern_weight or settings.thin_weight:
@@ -249,10 +324,11 @@ class Models:
         return off
 
     def _off_running_mean(self, kind: str, shares: Tensor, images: Callable[[Tensor], Tensor]) -> Tensor:
-        """pattern_loss of the `shares` of this `kind` in the slices of late; `images` gives what these should be.
+        """Return the pattern_loss of the recent mean of `shares` of this `kind` in generated slices.
 
-        Of late, since a few cubes are not typical: made to look so step by step, they would be more alike than the
-        parts of the volume are.
+        `images` gives the wanted shares. The mean over recent steps is compared, because a few cubes are not typical of
+        the volume. If the cubes of each step had to have the wanted shares, they would be more alike than the parts of
+        the volume are.
         """
         now = self.group.mean(shares)
         self.running_means[kind] = self.running_means[kind].lerp(now, _NEWEST) if kind in self.running_means else now
@@ -263,20 +339,47 @@ class Models:
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.study.training.precision == "bf16")
 
     def slices(self, probabilities: Tensor, chosen: Sequence[Tensor | None]) -> list[Tensor]:
-        """What the critics see of cubes, by normal axis: the cropped cubes' slices, all or the chosen ones; then, with
-        diagonal_slices, by the axis that they contain, those at 45°."""
+        """Return the slices of cubes that the critics see.
+
+        Parameters
+        ----------
+        probabilities : Tensor
+            (cubes, phases, z, y, x); the outermost training.crop_voxels are left out.
+        chosen : sequence of Tensor or None
+            Which slices of each cube, as CriticDraw.chosen; None for all.
+
+        Returns
+        -------
+        list of Tensor
+            (slices, phases, rows, columns) for each plane: slices normal to z, y and x; with training.diagonal_slices
+            also slices at 45° that contain z, y and x.
+        """
         inner = self._inner(probabilities)
         seen = [volume_slices(inner, axis, chosen[axis]) for axis in range(3)]
         return seen + [diagonal_slices(inner, axis, one) for axis, one in enumerate(chosen[3:]) if one is not None]
 
     def _inner(self, cubes: Tensor) -> Tensor:
-        """(…, z, y, x) without the outermost voxels, which no critic sees."""
+        """Return cubes (…, z, y, x) without the outermost voxels, which no critic sees."""
         return center_crop(cubes, self.study.training.crop_voxels)
 
     @torch.no_grad()
     def report(self, outcome: Outcome, low_res_channels: int) -> dict[str, float]:
-        """Means over all processes of the losses, phase fractions (of what the critics see) and agreement with the
-        low-res cubes."""
+        """Return losses, phase fractions and agreement with the low-res cubes, as means over all processes.
+
+        Parameters
+        ----------
+        outcome : Outcome
+            Results of the last step.
+        low_res_channels : int
+            Number of groups of phases in the low-res volume.
+
+        Returns
+        -------
+        dict of str to float
+            critic_loss, wasserstein, gradient_penalty, generator_loss and voxel_loss; low_res_agreement, the share of
+            known low-res voxels whose label the imaging operator gives back; and, for each phase, its fraction in what
+            the critics see.
+        """
         settings = self.study.training
         phases = len(self.study.phases)
         painted = outcome.probabilities.argmax(1)
@@ -305,9 +408,24 @@ class Models:
 
     @torch.no_grad()
     def recalibrated(self, low_res: LowResCubes, real: RealSlices) -> SuperResGenerator:
-        """The generator to save: averaged weights, the batch-norm statistics that these have all over the volume, and,
-        where the study asks for it or images are not typical, last biases that give these cubes the fractions that are
-        wanted."""
+        """Return the generator to save.
+
+        It has the averaged weights, and the batch-norm statistics that these weights have all over the volume. If the
+        study asks for it (training.match_fractions), or if the images are not typical and are corrected, the biases of
+        the last layer are shifted so that cubes of the volume have the wanted phase fractions.
+
+        Parameters
+        ----------
+        low_res : LowResCubes
+            Cubes on which statistics and biases are found.
+        real : RealSlices
+            Patches of the images, and the wanted phase fractions.
+
+        Returns
+        -------
+        SuperResGenerator
+            A new generator. Its weights are those of `generator` if there is no average.
+        """
         generator = _untrained(self.study).to(self.group.device)
         generator.load_state_dict(self.generator.state_dict())
         for ours, theirs in zip(generator.parameters(), self.average or generator.parameters(), strict=True):
@@ -323,7 +441,7 @@ class Models:
         return generator
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs."""
+        """Return all that `restore` needs."""
         return {
             "generator": self.generator.state_dict(),
             "critics": self.critics.state_dict(),
@@ -336,10 +454,21 @@ class Models:
         }
 
     def begin_from(self, path: str) -> None:
-        """Take over the weights of another training; layers of another number of phases stay as they are, new.
+        """Take over the weights of another training, and note them in `init_from`.
 
-        InputError where the networks differ in more than that. The critics are taken where their file has them (a
-        best.pt has none) and all but their first layer fits; the average begins with the generator.
+        Layers whose number of phases differs keep their own new weights. The weights of the critics are taken if the
+        file has them (a best.pt has none) and if all but their first layers fit. The averaged weights begin with those
+        of the generator.
+
+        Parameters
+        ----------
+        path : str
+            Checkpoint of the other training.
+
+        Raises
+        ------
+        InputError
+            There is no such file, or the generators differ in more than the number of phases.
         """
         if not os.path.isfile(path):
             raise InputError(f"training.init_from: {path}: no such file; give the checkpoint.pt of another training")
@@ -375,6 +504,7 @@ class Models:
         }
 
     def restore(self, before: Checkpoint) -> None:
+        """Restore the state of the run that the checkpoint `before` holds."""
         state = before.training_state
         assert state is not None
         self.init_from = before.init_from
@@ -399,10 +529,10 @@ def _untrained(study: Study) -> SuperResGenerator:
 
 
 def _loss_at(means: Tensor, loss_of: Callable[[Tensor], Tensor], shares: Tensor) -> Tensor:
-    """`loss_of(means)`, with the gradient of this process's `shares`, of which `means` are over all processes.
+    """Return `loss_of(means)` with its gradient with respect to this process's `shares`.
 
-    A loss that is no mean over cubes has its slope taken at what all processes have, so that together they follow the
-    gradient that one would.
+    `means` are over all processes. A loss that is no mean over cubes needs its slope at the values of all processes.
+    The processes together then follow the gradient that a single process would follow.
     """
     at = means.clone().requires_grad_()
     loss = loss_of(at)
@@ -411,10 +541,11 @@ def _loss_at(means: Tensor, loss_of: Callable[[Tensor], Tensor], shares: Tensor)
 
 
 def _compile(generator: SuperResGenerator, device: torch.device) -> None:
-    """Have its forward compiled when it first runs; weights and their names stay as they are.
+    """Have the generator's forward compiled when it first runs; weights and their names stay as they are.
 
-    Only the generator's: torch.compile refuses a double backward (2.13: "does not currently support double backward"),
-    which a critic's gradient penalty is. InputError where nothing can be compiled, found out by a trial.
+    The critics are not compiled: torch.compile refuses a double backward (2.13: "does not currently support double
+    backward"), which a critic's gradient penalty needs. InputError is raised if nothing can be compiled on this
+    machine, which a trial shows.
     """
     _add_cpu_to_cache_key()
     try:
@@ -432,9 +563,9 @@ def _compile(generator: SuperResGenerator, device: torch.device) -> None:
 def _add_cpu_to_cache_key() -> None:
     """Make torch's cache of compiled code depend on the CPU's vector registers (from torch 2.7 on).
 
-    Its key holds the GPU but not the CPU. A CPU without AVX-512 that shares the cache folder with one that has it would
-    run code made for registers of 16 floats: torch 2.13 then returns wrong values or crashes. A tag that the user has
-    set in TORCH_COMPILE_CACHE_KEY_TAG stays.
+    The key of this cache holds the GPU but not the CPU. A CPU without AVX-512 that shares the cache folder with one
+    that has it would run code made for registers of 16 floats. torch 2.13 then returns wrong values or crashes. A tag
+    that the user has set in TORCH_COMPILE_CACHE_KEY_TAG stays.
     """
     config = getattr(torch.compiler, "config", None)
     if config is not None and not config.cache_key_tag:
@@ -442,7 +573,7 @@ def _add_cpu_to_cache_key() -> None:
 
 
 def _take_over(module: nn.Module, state: dict[str, Tensor]) -> set[str]:
-    """Load every tensor of `state` that has the shape of the module's own; the names of the others."""
+    """Load every tensor of `state` that has the shape of the module's own, and return the names of the others."""
     misfits = {name for name, own in module.state_dict().items() if state[name].shape != own.shape}
     module.load_state_dict({name: state[name] for name in state if name not in misfits}, strict=False)
     return misfits

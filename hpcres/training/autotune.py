@@ -1,7 +1,7 @@
 """Settings that a study leaves to the machine: precision, and a network for which training.minutes are enough.
 
-They are chosen from timings (`trial`) before the first step, saved in the checkpoint, and kept when the run is resumed,
-on whatever machine.
+These settings are chosen from timings (`trial`) before the first step and saved in the checkpoint. A resumed run keeps
+them, on any machine.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from hpcres.training.threads import WAITING_SHARE, Threads
 from hpcres.training.trial import choose_precision, short_trial, step_seconds, with_settings
 
 _CRITICS_ABOVE = 2
-"""critic_width of a narrowed network less its width, as in configs/fast.yaml."""
+"""Largest difference of critic_width and width in a narrowed network, as in configs/fast.yaml."""
 _FEW_STEPS = 50
-"""A run of at most so many steps, with nothing to choose, is not timed beforehand."""
+"""A run of at most this many steps, with nothing to choose, is not timed beforehand."""
 _SOME_WAITING_SHARE = 0.05
-"""Mean share of threads that wait for a core, above which whole steps are timed with fewer threads, too."""
+"""Mean share of threads that wait for a core, above which whole steps are also timed with fewer threads."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Tuned:
     Attributes
     ----------
     study : Study
+        The study with the chosen settings.
     chosen : dict
         By dotted key, each setting that was chosen here: {"study": its value in the study, "chosen": the value used}.
     messages : list of str
@@ -48,14 +49,14 @@ class Tuned:
     messages: list[str] = field(default_factory=list)
 
     def by(self, choice: Choice) -> Tuned:
-        """The same, with `choice` among what was chosen."""
+        """Return a copy with the recipe `choice` added to what was chosen."""
         recipe = {"study": "auto", "chosen": choice.plain}
         message = f"recipe auto is {choice.name}: {choice.why}"
         return replace(self, chosen={"recipe": recipe, **self.chosen}, messages=[message, *self.messages])
 
 
 class TooFewSteps(InputError):
-    """training.minutes do not allow training.least_steps, even with the narrowest network allowed."""
+    """Error: training.minutes do not allow training.least_steps, even with the narrowest network allowed."""
 
 
 def autotune(
@@ -63,22 +64,25 @@ def autotune(
 ) -> Tuned:
     """Choose precision, threads and network width for a new run, or take those of the run to resume.
 
-    Collective: all processes choose alike. Times parts of a step on throwaway networks for a few seconds.
+    Collective: all processes choose alike. Parts of a step are timed on throwaway networks for a few seconds.
 
     Parameters
     ----------
     study : Study
+        The study, which may leave settings open.
     group : Processes
+        The processes of the run.
     low_res, real : LowResCubes, RealSlices
         Data of the timed steps.
     threads : Threads
-        Of this process; lowered where other work uses the cores.
+        Threads of this process; their number is lowered where other work uses the cores.
     before : Checkpoint or None
         The run to resume, whose settings are kept without any timing.
 
     Returns
     -------
     Tuned
+        The study with all settings chosen, and messages for the user.
 
     Raises
     ------
@@ -117,7 +121,21 @@ def autotune(
 
 
 def as_chosen(study: Study, before: Checkpoint) -> Study:
-    """The study with what was chosen when the run of `before` began, for each setting that it still leaves open."""
+    """Return the study with what was chosen when the run of `before` began.
+
+    Parameters
+    ----------
+    study : Study
+        The study as it is now.
+    before : Checkpoint
+        The run to resume.
+
+    Returns
+    -------
+    Study
+        Each setting that the study still leaves open has the chosen value. A network width has the chosen value if the
+        study still gives the width that it gave when the run began.
+    """
     chosen = _chosen(before)
     study = with_recipe(study, before)
     network = {}
@@ -132,7 +150,10 @@ def as_chosen(study: Study, before: Checkpoint) -> Study:
 
 
 def with_recipe(study: Study, before: Checkpoint) -> Study:
-    """The study with the recipe that was chosen when the run of `before` began."""
+    """Return the study with the recipe that was chosen when the run of `before` began.
+
+    The study is returned as it is if it has no recipe to choose or none was chosen.
+    """
     recipe = _chosen(before).get("recipe")
     return study if study.recipe is None or recipe is None else Choice(**recipe["chosen"]).applied(study)
 
@@ -155,7 +176,7 @@ def _resumed(study: Study, before: Checkpoint) -> Tuned:
 
 
 def _too_few(study: Study, seconds: float) -> bool:
-    """Whether training.minutes end the run before training.least_steps, at so many seconds a step."""
+    """Return whether training.minutes end the run before training.least_steps, at `seconds` per step."""
     settings = study.training
     if settings.minutes is None or settings.init_from is not None:  # trained weights need fewer steps
         return False
@@ -189,7 +210,7 @@ def _why_narrower(study: Study, narrowed: Study) -> str:
 
 
 def _outlook(study: Study, seconds: float, steps_done: int = 0, seconds_done: float = 0.0) -> str:
-    """For the user: how many steps the run will make, and how long they take, at so many seconds a step."""
+    """Return a message for the user: how many steps the run will make at `seconds` per step, and their time."""
     settings = study.training
     left = inf if settings.minutes is None else max(0.0, 60 * settings.minutes - seconds_done)
     steps = min(settings.steps - steps_done, max(1, ceil(min(left / seconds, settings.steps))))

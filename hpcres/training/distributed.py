@@ -1,8 +1,8 @@
 """The processes of one training run: where each computes, what they share, and batch norm over all of them.
 
-N processes with 1/N of the batch each compute what one process computes with all of it. Three things keep that
-true: gradients are averaged by DistributedDataParallel, with every term of a loss in one backward pass; batch
-norm takes its statistics from the global batch; and decisions (stop, voxel threshold) are taken on global values.
+N processes with 1/N of the batch each compute what one process computes with the whole batch. Three things ensure this.
+DistributedDataParallel averages gradients, with every term of a loss in one backward pass. Batch norm takes its
+statistics from the global batch. Decisions (stop, voxel threshold) are taken on global values.
 """
 
 from __future__ import annotations
@@ -25,15 +25,29 @@ from hpcres.errors import InputError
 from hpcres.memory import keep_freed_memory
 
 _LEFT: list[Any] = []
-"""Groups that were left; they die with the process."""
+"""Process groups that were left. They are kept until the process ends."""
 
 _HELD: deque[Any] = deque(maxlen=256)
-"""The last collectives of gloo, which die with the process, too; `_collective` says why."""
+"""The last collectives of gloo. They are also kept until the process ends; `_collective` says why."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of them, as torchrun numbers them; alone, rank 0 of 1."""
+    """One process among all processes of a run, as torchrun numbers them.
+
+    A process that runs alone has rank 0 and size 1.
+
+    Attributes
+    ----------
+    rank : int
+        Number of this process, from 0.
+    size : int
+        Number of processes.
+    local_size : int
+        Number of processes on this node.
+    device : torch.device
+        Where this process computes.
+    """
 
     rank: int
     size: int
@@ -41,7 +55,23 @@ class Processes:
     device: torch.device
 
     def share(self, count: int) -> range:
-        """This rank's part of `count` things, which must divide evenly."""
+        """Return the part of `count` things that belongs to this rank.
+
+        Parameters
+        ----------
+        count : int
+            Number of things, such as training.cubes.
+
+        Returns
+        -------
+        range
+            Numbers of the things of this rank.
+
+        Raises
+        ------
+        InputError
+            `count` is not a multiple of the number of processes.
+        """
         if count % self.size:
             raise InputError(
                 f"training.cubes: {count} cubes cannot be shared by {self.size} processes; "
@@ -51,7 +81,7 @@ class Processes:
         return range(self.rank * part, (self.rank + 1) * part)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes, without gradient."""
+        """Return the mean over all processes, without gradient."""
         value = value.detach().clone()
         if self.size > 1:
             _collective(dist.all_reduce, value)
@@ -59,7 +89,7 @@ class Processes:
         return value
 
     def largest(self, *values: float) -> list[float]:
-        """The largest of each value over all processes, the same on every one."""
+        """Return the largest of each value over all processes, the same on every one."""
         if self.size == 1:
             return list(values)
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -67,7 +97,7 @@ class Processes:
         return shared.tolist()
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over all processes; itself where there is only one."""
+        """Return the module with gradients averaged over all processes, or the module itself if there is only one."""
         if self.size == 1:
             return module
         # `static_graph` must stay off: with a gradient penalty it silently averages the wrong gradients.
@@ -75,7 +105,18 @@ class Processes:
         return DistributedDataParallel(module, device_ids=devices)
 
     def synchronise_batch_norm(self, module: nn.Module) -> nn.Module:
-        """Replace every BatchNorm3d in place by one over the global batch, where there is more than one process."""
+        """Replace every BatchNorm3d in place by one over the global batch, if there is more than one process.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            Module whose descendants are replaced.
+
+        Returns
+        -------
+        torch.nn.Module
+            The same module.
+        """
         if self.size > 1:
             for name, child in module.named_children():
                 if type(child) is nn.BatchNorm3d:
@@ -89,8 +130,22 @@ class Processes:
 def processes(device: str, threads: int | None) -> Iterator[Processes]:
     """Join the other processes that torchrun started, if any, and leave them at the end.
 
-    `device` is auto, cpu or cuda; one GPU a process, by its local rank. `threads` is the CPU threads of each
-    process; by default the node's cores divided by its processes.
+    Parameters
+    ----------
+    device : {"auto", "cpu", "cuda"}
+        Where to compute. Each process has a GPU of its own, by its local rank.
+    threads : int or None
+        CPU threads of each process. By default the cores of the node are divided by the number of its processes.
+
+    Yields
+    ------
+    Processes
+        This process among all of them.
+
+    Raises
+    ------
+    InputError
+        torch finds no GPU for `device` cuda, or the node has fewer GPUs than processes.
     """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
@@ -109,11 +164,11 @@ def processes(device: str, threads: int | None) -> Iterator[Processes]:
 
 @contextmanager
 def _denormals_as_zero() -> Iterator[None]:
-    """Treat numbers below 1.2e-38 as 0 on the CPU, in this thread and the threads that it starts; undone at the end.
+    """Treat numbers below 1.2e-38 as 0 on the CPU, until the end of the block.
 
-    The gradient of a softmax whose probabilities are close to 0 and 1 holds such numbers. If one value in thirty is
-    one, the gradient of a convolution takes five times as long (docs/training.md, Speed). They are too small to change
-    a sum or a weight.
+    This holds in the calling thread and in the threads that it starts. The gradient of a softmax whose probabilities
+    are close to 0 and 1 holds such numbers. If one value in thirty is such a number, the gradient of a convolution
+    takes five times as long (docs/training.md, Speed). These numbers are too small to change a sum or a weight.
     """
     before = (torch.tensor([1e-40]) * 1).item() == 0
     torch.set_flush_denormal(True)
@@ -125,7 +180,7 @@ def _denormals_as_zero() -> Iterator[None]:
 
 @contextmanager
 def _group(place: torch.device) -> Iterator[None]:
-    """torch's default process group, over the processes that torchrun started."""
+    """Set up torch's default process group over the processes that torchrun started, and leave it at the end."""
     if place.type == "cuda":
         torch.cuda.set_device(place)
         dist.init_process_group("nccl", device_id=place)
@@ -141,12 +196,14 @@ def _group(place: torch.device) -> Iterator[None]:
 
 
 def _collective(collective: Callable[..., Any], *tensors: Any, **options: Any) -> None:
-    """A collective of torch.distributed, done when this returns.
+    """Run a collective of torch.distributed, and return when it is done.
 
-    A thread of gloo's lets go of the tensors some time after they are done. If it is the last to hold them it needs
-    Python's lock for that, and where Python is about to end, it aborts the process instead: so we hold them longer.
-    torch.compile cannot trace async_op: it would split the network at every batch norm. Collectives that are not
-    compiled, and are held, follow those of a compiled network.
+    A thread of gloo releases the tensors some time after they are done. If this thread holds the last reference to
+    them, it needs Python's lock to free them. If Python is about to end, the thread aborts the process instead. The
+    collectives are therefore held longer.
+
+    torch.compile cannot trace async_op: it would split the network at every batch norm. Compiled collectives are
+    therefore not held. Collectives that are not compiled, and are held, follow those of a compiled network.
     """
     if torch.compiler.is_compiling() or dist.get_backend() != "gloo":
         collective(*tensors, **options)
@@ -170,18 +227,20 @@ def _device(device: str, local_rank: int, local_size: int) -> torch.device:
 
 
 class GlobalBatchNorm3d(nn.BatchNorm3d):
-    """BatchNorm3d over the batch of all processes, each with an equal share; on any device (SyncBatchNorm: GPU only).
+    """BatchNorm3d over the batch of all processes, each with an equal share, on any device.
 
-    State and evaluation are those of BatchNorm3d.
+    torch's SyncBatchNorm works on GPUs only. State and evaluation are those of BatchNorm3d.
     """
 
     @classmethod
     def like(cls, norm: nn.BatchNorm3d) -> GlobalBatchNorm3d:
+        """Return a GlobalBatchNorm3d with the settings and the state of `norm`."""
         ours = cls(norm.num_features, norm.eps, norm.momentum)
         ours.load_state_dict(norm.state_dict())
         return ours
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x`, during training by the statistics of all processes, else as BatchNorm3d does."""
         if not self.training:
             return super().forward(x)
         # torch.autograd.Function.apply has no types.
@@ -200,9 +259,10 @@ class GlobalBatchNorm3d(nn.BatchNorm3d):
 
 
 class _GlobalNormalisation(torch.autograd.Function):
-    """(x − μ) · w / √(σ² + ε) + b with μ and σ² of all processes' x, and what all losses say of them.
+    """Batch norm (x − μ) · w / √(σ² + ε) + b with μ and σ² over the x of all processes.
 
-    The passes over voxels are torch's for given statistics; only sums over voxels travel.
+    The gradient takes into account that the losses of all processes depend on μ and σ². The passes over voxels are
+    torch's kernels for given statistics. Only sums over voxels are communicated.
     """
 
     @staticmethod

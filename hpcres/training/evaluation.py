@@ -1,11 +1,12 @@
-"""How good a generator is, by what its user has: the high-res images and the low-res volume, never a truth.
+"""Evaluation of a generator from what its user has: the high-res images and the low-res volume, never a truth.
 
-A few fixed cubes, together typical of the volume, are generated and their slices compared with the images
-(metrics.appearance), and through the imaging operator with the low-res cubes they were made from; and what the low-res
-lattice left in them is measured (metrics.agreement). The score is the mean of all errors, each in units of what counts
-as good; lower is better.
+The generator is applied to a few fixed low-res cubes, which together are typical of the volume. The slices of the
+generated cubes are compared with the images (metrics.appearance). The imaging operator is applied to the generated
+cubes, and the result is compared with the low-res cubes they were made from. The imprint of the low-res lattice in them
+is measured (metrics.agreement). The score is the mean of all errors, each in units of what counts as good; lower is
+better.
 
-Two more errors are reported and are no part of the score. The imaging operator does not weigh all voxels of a low-res
+Two more errors are reported and are not part of the score. The imaging operator does not weigh all voxels of a low-res
 voxel's block alike, so a generator can put a phase where it is hardly seen. `box_disagreement` is the share of known
 low-res voxels whose label is not the group with the most high-res voxels in their own block. `visible_fraction_error`
 is the largest difference between a group's share of the high-res voxels and its share of the low-res cubes.
@@ -37,13 +38,25 @@ GOOD = {
     "tv4": 0.06,
     "lattice_imprint": 0.1,
 }
-"""The error of each kind that adds 1 to the sum whose mean is the score."""
+"""The error of each kind that counts as good. It adds 1 to the sum whose mean is the score."""
 _JUDGED = 2**31 + 1
 """Kind of draw for the cubes that are judged (samples.LowResCubes.draw)."""
 
 
 class Evaluator:
-    """Judges generators of a study, always on the same low-res cubes and noise."""
+    """Evaluates generators of a study, always on the same low-res cubes and noise.
+
+    Parameters
+    ----------
+    study : Study
+        The study, whose images are read.
+    low_res : LowResCubes
+        Cubes of the low-res volume.
+    operator : ImagingOperator
+        The imaging operator of the study.
+    correction : Correction or None
+        Correction of images that are not typical of the volume.
+    """
 
     def __init__(
         self, study: Study, low_res: LowResCubes, operator: ImagingOperator, correction: Correction | None = None
@@ -57,7 +70,7 @@ class Evaluator:
 
     @property
     def columns(self) -> list[str]:
-        """Of what `evaluate` returns."""
+        """Names of the values that `evaluate` returns."""
         every = self._errors(self._images[0], self._images[0])
         tpb = ["tpb", "tpb_images"] if "tpb_error" in every else []
         beside = ["box_disagreement", "visible_fraction_error"]
@@ -72,7 +85,23 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self, generator: SuperResGenerator, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
-        """Score, errors and what they are of; and the middle slice normal to z of the first cube as labels."""
+        """Return the score and the errors of a generator, and a slice to show.
+
+        Parameters
+        ----------
+        generator : SuperResGenerator
+            The generator to evaluate.
+        device : torch.device
+            Where to compute.
+
+        Returns
+        -------
+        found : dict of str to float
+            The score and the errors. If there is an error of the TPB, also `tpb` of the generated slices and
+            `tpb_images` of the images.
+        labels : ndarray
+            The middle slice normal to z of the first cube as labels, uint8 (row, column).
+        """
         phases, settings = len(self._study.phases), self._study.training
         painted, right, voxels = [], 0, 0
         blocks = _Blocks(self._operator, self._low_res.channels)
@@ -99,7 +128,7 @@ class Evaluator:
 
 
 class _Blocks:
-    """What the blocks of known low-res voxels hold, summed over cubes."""
+    """Contents of the blocks of known low-res voxels, summed over cubes."""
 
     def __init__(self, operator: ImagingOperator, groups: int) -> None:
         self._operator, self._groups = operator, groups
@@ -107,7 +136,7 @@ class _Blocks:
         self._given, self._found = np.zeros(groups), np.zeros(groups, np.int64)
 
     def add(self, found: torch.Tensor, low_res: torch.Tensor) -> None:
-        """Count the phases `found` (batch, z, y, x), and the labels or probabilities they were made from."""
+        """Count the phases `found` (batch, z, y, x), and the labels or probabilities `low_res` they were made from."""
         labels = likeliest(low_res)
         known = labels < self._groups
         counts = self._operator.block_counts(found)

@@ -21,7 +21,17 @@ _OTHERS = (_BEST, *_TABLES, "training.html", "training-slices", "tensorboard", "
 
 
 class RunFolder:
-    """The folder that a run writes to; `path` changes once, when the run replaces an earlier one."""
+    """The folder that a run writes to.
+
+    `path` changes once, when the run replaces an earlier one.
+
+    Parameters
+    ----------
+    folder : Path
+        Output folder.
+    anew : bool
+        Whether the run starts anew and replaces an earlier run.
+    """
 
     def __init__(self, folder: Path, *, anew: bool = False) -> None:
         self._folder, self._apart = folder, _apart(folder)
@@ -30,18 +40,24 @@ class RunFolder:
 
     @property
     def path(self) -> Path:
+        """The folder that the run writes to now."""
         return self._apart if self.waits else self._folder
 
     @property
     def checkpoint(self) -> Path:
+        """Path of this run's checkpoint.pt."""
         return self.path / _CHECKPOINT
 
     @property
     def best(self) -> Path:
+        """Path of this run's best.pt."""
         return self.path / _BEST
 
     def take_over(self) -> None:
-        """Replace the earlier run. Call when the checkpoint of this run is saved."""
+        """Replace the earlier run, if there is one.
+
+        Call this when the checkpoint of this run is saved.
+        """
         if self.waits:
             _replace(self._folder)
             self.waits = False
@@ -50,8 +66,13 @@ class RunFolder:
     def prepared(self, writes: bool) -> Iterator[None]:
         """Create the folder for the block, and remove `.train-new` at its end if it holds no checkpoint.
 
-        With a checkpoint it stays for `recover`: an error in `take_over` may have left it as the only complete run.
-        Does nothing in a process that does not write.
+        A `.train-new` with a checkpoint stays for `recover`: an error in `take_over` may have left it as the only
+        complete run.
+
+        Parameters
+        ----------
+        writes : bool
+            Whether this process writes. If it does not, nothing is done.
         """
         if not writes:
             yield
@@ -66,7 +87,10 @@ class RunFolder:
 
 
 def recover(folder: Path) -> None:
-    """Finish a `take_over` that a kill interrupted, or remove the files of a run killed before it. On rank 0 only."""
+    """Finish a `take_over` that a kill interrupted, or remove the files of a run that was killed before it.
+
+    Call this on rank 0 only.
+    """
     if (_apart(folder) / _CHECKPOINT).exists():
         _replace(folder)
     elif _apart(folder).is_dir():
@@ -74,7 +98,24 @@ def recover(folder: Path) -> None:
 
 
 def refuse_outputs(study: Study, overwrite: bool, inputs: list[str]) -> None:
-    """Raise InputError if training may not write one of its files. Nothing is changed."""
+    """Raise InputError if training may not write one of its files.
+
+    Nothing is changed.
+
+    Parameters
+    ----------
+    study : Study
+        The study, which names the files.
+    overwrite : bool
+        Whether an existing checkpoint may be replaced.
+    inputs : list of str
+        Files that are read and must not be replaced.
+
+    Raises
+    ------
+    InputError
+        Training may not write one of its files.
+    """
     refuse_output(study.checkpoint_path, CHECKPOINT, inputs=inputs, overwrite=overwrite, renewed=True)
     refuse_output(study.best_path, CHECKPOINT, inputs=inputs, renewed=True)
     for name in _TABLES:
@@ -89,8 +130,8 @@ def _replace(folder: Path) -> None:
     """Replace the earlier run by the one in `.train-new`.
 
     The earlier checkpoint is removed after its other files, and the new one is moved after its other files. So no
-    process reads a mixture of both runs, and after a kill `recover` can finish: the new checkpoint is in `.train-new`
-    until all is done.
+    process reads a mixture of both runs. After a kill `recover` can finish, because the new checkpoint is in
+    `.train-new` until all is done.
     """
     old, new = folder / _CHECKPOINT, _apart(folder)
     with renaming():

@@ -1,5 +1,8 @@
-"""What a run tells while it goes: training.csv, quality.csv, TensorBoard events, slices over time, lines to the logger
-hpcres.train or a live table on a terminal; and training.html, which shows all of it."""
+"""Reports of a run while it goes on: tables, TensorBoard events, slices over time, progress and a page.
+
+The tables are training.csv and quality.csv. Progress is a live table on a terminal, or lines to the logger hpcres.train.
+training.html shows all of it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _SHOWN_ROWS = 10
 
 
 class _Rows:
-    """A CSV file. Rows after `resume_step`, left by a killed run, are dropped."""
+    """A CSV file, without the rows after `resume_step`, which a killed run has left."""
 
     def __init__(self, path: Path, columns: list[str], resume_step: int) -> None:
         self._columns = columns
@@ -47,7 +50,19 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Shown:
-    """A column that a terminal or a log shows: by which words, in which format, and whether the live table has it."""
+    """A column that a terminal or a log shows.
+
+    Attributes
+    ----------
+    label : str
+        Words that name it.
+    column : str
+        Name of the column in training.csv or quality.csv.
+    format : str
+        Format specification of its values.
+    in_table : bool
+        Whether the live table has it. The live table has all shown columns of training.csv in any case.
+    """
 
     label: str
     column: str
@@ -55,22 +70,25 @@ class Shown:
     in_table: bool = True
 
     def text(self, row: Mapping[str, float]) -> str:
+        """Return the value of the column in a row as text."""
         return format(row[self.column], self.format)
 
 
 class Journal:
-    """The files of a run, and lines to the logger hpcres.train.
-
-    With `run` None, as in every process but the first, it says nothing.
+    """The files of a run, and progress: a live table, or lines to the logger hpcres.train.
 
     Parameters
     ----------
+    run : RunFolder or None
+        Folder of the files. With None (every process but the first) nothing is written or shown.
     columns, quality : list of str
-        Those of training.csv and of quality.csv; of the latter none where nothing is judged.
+        Columns of training.csv and of quality.csv. `quality` is empty if nothing is judged.
+    resume_step : int
+        Step from which the run goes on. What the files have after it is dropped.
     shown : sequence of Shown
-        Which of all these a terminal or a log shows; phase fractions are shown besides.
+        Which of all these columns a terminal or a log shows. Phase fractions are also shown.
     live : bool
-        Show a table that is renewed where stderr is a terminal, in place of a line for each report.
+        Whether to show a table that is renewed, if stderr is a terminal, in place of a line for each report.
     """
 
     def __init__(
@@ -108,11 +126,20 @@ class Journal:
             self._live.start()
 
     def note(self, message: str) -> None:
+        """Show a message to the user."""
         if self._run is not None:
             log.info(message)
 
     def report(self, done: float, row: Mapping[str, float]) -> None:
-        """Add a row of exactly the columns; `done` is the share of the run, 0 to 1."""
+        """Add a row to training.csv and to the events, and show it.
+
+        Parameters
+        ----------
+        done : float
+            Share of the run that is done, 0 to 1.
+        row : mapping of str to float
+            Exactly the columns of training.csv.
+        """
         if self._run is None:
             return
         self._rows.add(row)
@@ -137,7 +164,17 @@ class Journal:
         self.note("  ".join([*parts, *([fractions] if fractions else [])]))
 
     def judged(self, row: Mapping[str, float], labels: np.ndarray, is_best: bool) -> None:
-        """A row of quality.csv, and a slice (row, column) of labels."""
+        """Add a row to quality.csv and to the events, save a slice of labels, and show the row.
+
+        Parameters
+        ----------
+        row : mapping of str to float
+            The columns of quality.csv.
+        labels : ndarray
+            Slice (row, column) of labels.
+        is_best : bool
+            Whether the score is the best so far.
+        """
         assert self._run is not None
         assert self._judged is not None
         self._judged.add(row)
@@ -154,13 +191,14 @@ class Journal:
             self.note("  ".join([*parts, *(f"{one.label} {one.text(row)}" for one in self._found)]))
 
     def write_page(self, title: str) -> None:
-        """training.html from the files as they are now."""
+        """Write training.html from the files as they are now."""
         if self._run is not None:
             from hpcres.training.page import write_page  # brings matplotlib
 
             write_page(self._run.path, title)
 
     def close(self) -> None:
+        """Stop the live table and close the files."""
         if self._run is None:
             return
         if self._live is not None:

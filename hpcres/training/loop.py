@@ -1,6 +1,7 @@
-"""The loop of every training: new or taken up where its checkpoint stands, reported, judged, saved, stopped by signals.
+"""The loop of every training: begin or resume, report, judge, save, and stop on signals.
 
-What a step does is the trainer's (`trainer.Trainer`), which the study's family makes.
+A resumed run goes on from its checkpoint. The trainer (`trainer.Trainer`), which the study's family makes, defines what
+a step does.
 """
 
 from __future__ import annotations
@@ -30,12 +31,27 @@ from hpcres.training.trainer import Trainer
 from hpcres.volumes.sizes import compare_sizes
 
 _PAGE_SECONDS = 60
-"""training.html takes a second to draw, so a run that saves often does not draw it each time."""
+"""Least time between two pages, in seconds. training.html takes a second to draw, so a run that saves often does not
+draw it each time."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended. `resumed_step` is where it took up an earlier run, 0 for a new one."""
+    """How a run ended.
+
+    Attributes
+    ----------
+    checkpoint : str
+        Path of the checkpoint.
+    step : int
+        Number of generator steps done.
+    seconds : float
+        Seconds of training so far, those of an earlier run that was resumed included.
+    resumed_step : int
+        Step from which an earlier run was resumed, 0 for a new run.
+    already_finished : bool
+        Whether the earlier run had finished, so that no step was made.
+    """
 
     checkpoint: str
     step: int
@@ -52,11 +68,12 @@ def train(study: Study, *, overwrite: bool = False, live: bool = False) -> Train
     Parameters
     ----------
     study : Study
-        Images, low-res volume, networks and training settings; `autotune` first chooses what it leaves to the machine.
+        Images, low-res volume, networks and training settings. `autotune` first chooses what it leaves to the machine.
     overwrite : bool
-        Train from the start where there is a checkpoint, which is kept until the first one of this run is saved.
+        Whether to train from the start if there is a checkpoint. That checkpoint is kept until the first one of this
+        run is saved.
     live : bool
-        Show a table that is renewed, where stderr is a terminal. Else lines go to the logger hpcres.train.
+        Whether to show a table that is renewed, if stderr is a terminal. Else lines go to the logger hpcres.train.
 
     Returns
     -------
@@ -66,8 +83,8 @@ def train(study: Study, *, overwrite: bool = False, live: bool = False) -> Train
     Raises
     ------
     InputError
-        Before anything is written: study, images, volume or an existing checkpoint do not fit, or training.minutes
-        are too few.
+        Before anything is written: study, images, volume or an existing checkpoint do not fit, or training.minutes are
+        too few.
     Stopped
         After saving, on SIGINT, SIGTERM, SIGHUP or SIGUSR1.
     Unfinished
@@ -90,15 +107,18 @@ def _checkpoint_to_resume(study: Study, group: Processes, overwrite: bool) -> Ch
 
 
 def _as_begun(study: Study, before: Checkpoint) -> Study:
-    """The study with what was chosen when the run of `before` began, for each setting that it still leaves open."""
+    """Return the study with what was chosen when the run of `before` began.
+
+    A setting has the chosen value if the study still leaves it open.
+    """
     return family_of(study.network.family).as_begun(study, before)
 
 
 @contextmanager
 def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwrite: bool, live: bool) -> Iterator[_Run]:
-    """Data, settings, networks, folder and journal of a run; folder and journal are closed at the end.
+    """Prepare data, settings, networks, folder and journal of a run, and close folder and journal at the end.
 
-    InputError before anything is written.
+    InputError is raised before anything is written.
     """
     refuse_outputs(study, overwrite, [] if before else study.inputs)
     size_notes = compare_sizes(study, low_res=conditions_volume(study), images=True, reference=True)
@@ -121,7 +141,7 @@ def _prepared(study: Study, group: Processes, before: Checkpoint | None, overwri
 
 
 class _Run:
-    """A run whose networks are built, or restored from `before`; it writes its own files."""
+    """A run whose networks are built, or restored from `before`. It writes its own files."""
 
     def __init__(
         self,
@@ -143,7 +163,10 @@ class _Run:
         """Seconds of training at the last report, checkpoint and training.html."""
 
     def train(self) -> TrainingResult:
-        """Every step to the end of the schedule; Stopped after saving, or Unfinished."""
+        """Make every step to the end of the schedule.
+
+        Stopped is raised after saving, Unfinished if a loss or a weight is no longer finite.
+        """
         settings = self.study.training
         with handling_signals("train", self._kept(self.first_step, self.how_to_resume)) as received:
             started, seconds = time.monotonic(), self.seconds_before
@@ -187,7 +210,7 @@ class _Run:
         self.journal.report(done, self.trainer.report() | row)
 
     def _judge(self, steps: int, seconds: float) -> None:
-        """Evaluator the generator that would be saved now, note it, and keep it in best.pt where none was better."""
+        """Evaluate the generator that would be saved now, note the result, and keep it in best.pt if it is the best."""
         if self.group.rank == 0:
             generator, found, labels = self.trainer.evaluate()
             is_best = self.best is None or found["score"] < self.best["score"]
@@ -227,7 +250,10 @@ class _Run:
         self.group.largest(0.0)  # a process that leaves early would take the saving one down with it
 
     def _refuse_broken_weights(self, step: int) -> None:
-        """Unfinished where a weight is not finite: on every process alike, since all hold the same weights."""
+        """Raise Unfinished if a weight is not finite.
+
+        This happens on every process alike, since all hold the same weights.
+        """
         for module in self.trainer.modules.values():
             for name, tensor in module.state_dict().items():
                 if not torch.isfinite(tensor).all():
@@ -244,7 +270,7 @@ class _Run:
         )
 
     def _kept(self, steps: int, how_to_resume: str = "") -> str:
-        """The files that are left if the run ends before it saves again; `steps` steps are done."""
+        """Return which files are left if the run ends before it saves again, after `steps` steps."""
         if self.folder.waits:
             return f"the earlier run in {self.study.folder} is kept"
         path = self.study.checkpoint_path
@@ -254,20 +280,39 @@ class _Run:
 
 
 def _share_done(study: Study, steps: int, seconds: float) -> float:
-    """Share of the schedule after so many steps and seconds, by the nearer of its limits; 1 or more at its end."""
+    """Return the share of the schedule that is done after so many steps and seconds.
+
+    The nearer of its limits, steps or minutes, counts. The share is 1 or more at the end.
+    """
     minutes = study.training.minutes
     return max(steps / study.training.steps, seconds / (60 * minutes) if minutes else 0.0)
 
 
 def learning_rate(study: Study, done: float) -> float:
-    """Constant for the first half of the run, then linear down to the final share of it; `done` is 0 to 1."""
+    """Return the learning rate at a point of the run.
+
+    It is constant for the first half of the run. It then falls linearly to its final share,
+    training.final_learning_rate.
+
+    Parameters
+    ----------
+    study : Study
+        The study, which sets the rate and its final share.
+    done : float
+        Share of the run that is done, 0 to 1.
+
+    Returns
+    -------
+    float
+        The learning rate.
+    """
     settings = study.training
     decay = max(0.0, 2 * done - 1) * (1 - settings.final_learning_rate)
     return settings.learning_rate * (1 - decay)
 
 
 def _resumable(study: Study) -> Checkpoint:
-    """The study's checkpoint, where it is one of the same training."""
+    """Return the study's checkpoint, or raise InputError if it is not one of the same training."""
     path = study.checkpoint_path
     checkpoint = load_checkpoint(path)
     if checkpoint.training_state is None:
@@ -288,7 +333,7 @@ def _resumable(study: Study) -> Checkpoint:
 
 
 def _what_matters(study: Study) -> dict[str, Any]:
-    """Every setting that shapes training, by its dotted key."""
+    """Return every setting that shapes training, by its dotted key."""
     sections = {"seed", "scale_factor", "high_res", "low_res", "imaging", "network", "training", "phantom"}
     flat: dict[str, Any] = {}
 
@@ -314,7 +359,7 @@ def _progress_of(checkpoint: Checkpoint | None) -> tuple[int, float]:
 
 
 def _opening(trainer: Trainer, group: Processes, before: Checkpoint | None, asked: str | None) -> Iterator[str]:
-    """How the run begins; `asked` is the study's training.init_from."""
+    """Yield messages on how the run begins; `asked` is the study's training.init_from."""
     weights = [f"{name} {sum(p.numel() for p in m.parameters()):,}" for name, m in trainer.modules.items()]
     weights[0] += " weights"
     yield (

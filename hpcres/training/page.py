@@ -1,4 +1,4 @@
-"""training.html: curves of training.csv and quality.csv, and how one generated slice came to be."""
+"""The page training.html: curves of training.csv and quality.csv, and one generated slice over time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,20 @@ _MOST_SLICES = 15
 
 
 def write_page(folder: Path, title: str) -> Path:
-    """Whole or not at all; whatever files are not there are left out."""
+    """Write training.html, whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the run. Files that are not there are left out of the page.
+    title : str
+        Title of the page.
+
+    Returns
+    -------
+    Path
+        Path of the page.
+    """
     training, judged = (_columns(folder / name) for name in ("training.csv", "quality.csv"))
     parts = [f"<h1>{escape(title)}</h1>"]
     if len(training.get("step", ())):

@@ -1,5 +1,7 @@
-"""What a generator is given before it paints: statistics and biases that suit its weights, found on cubes that stand
-for the volume."""
+"""Batch-norm statistics and biases that suit a generator's weights, given to it before it paints.
+
+They are found on cubes that stand for the volume.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,25 @@ from hpcres.training.samples import LowResCubes
 
 _AT_ONCE = 8
 _EVERY = 7
-"""Of so many voxels one is looked at for the biases: neighbours are much alike."""
+"""One of this many voxels is used for the biases, because neighbours are much alike."""
 
 
 @torch.no_grad()
 def recalibrate_batch_norm(generator: SuperResGenerator, low_res: LowResCubes, cubes: int, batch: int) -> None:
-    """Give each batch norm the statistics that the generator's own weights have on `cubes` recalibration cubes.
+    """Give each batch norm the statistics that the generator's own weights have on recalibration cubes.
 
-    Running statistics belong to weights of many steps; with averaged weights they can be far off.
+    Running statistics belong to the weights of many steps. For averaged weights they can be far off.
+
+    Parameters
+    ----------
+    generator : SuperResGenerator
+        Changed in place, and left in eval mode.
+    low_res : LowResCubes
+        The low-res volume.
+    cubes : int
+        Number of recalibration cubes, at most.
+    batch : int
+        Number of cubes at a time, as in a training step. At most 8 are used.
     """
     norms = [module for module in generator.modules() if isinstance(module, nn.BatchNorm3d)]
     for norm in norms:
@@ -43,10 +56,22 @@ def match_fractions(
     fractions: np.ndarray,
     context: int | None = None,
 ) -> None:
-    """Shift the biases of the last layer until the labels of `cubes` recalibration cubes have these phase fractions.
+    """Shift the biases of the last layer until the labels of recalibration cubes have these phase fractions.
 
-    The cubes have `context` low-res voxels around them, or training.context, and `crop` high-res voxels of each
-    side are left out.
+    Parameters
+    ----------
+    generator : SuperResGenerator
+        Changed in place.
+    low_res : LowResCubes
+        The low-res volume.
+    cubes : int
+        Number of recalibration cubes, at most.
+    crop : int
+        High-res voxels of each side that are left out.
+    fractions : ndarray
+        (phases,): the wanted phase fractions.
+    context : int or None
+        Low-res voxels around the cubes, by default training.context.
     """
     device, seen = generator.conv_end.weight.device, []
     context = low_res.context if context is None else context
@@ -60,11 +85,23 @@ def match_fractions(
 
 
 def matching_shifts(logits: np.ndarray, fractions: np.ndarray) -> np.ndarray:
-    """What to add to `logits` (phases, voxels) so that each phase is the likeliest in its share of the voxels, as far
-    as single voxels allow; their mean is 0. A phase of share 0 stays as it is.
+    """Return what to add to `logits` so that each phase is the likeliest in its share of the voxels.
 
-    The shifts d least for mean(max(logits + d)) − fractions · d, a convex function whose slope is how far the shares
-    are off: the dual of the transport of voxels to phases (Aurenhammer 1998).
+    This holds as far as single voxels allow. The shifts d minimise mean(max(logits + d)) − fractions · d, a convex
+    function whose slope is how far the shares are off. This is the dual of the transport of voxels to phases
+    (Aurenhammer 1998).
+
+    Parameters
+    ----------
+    logits : ndarray
+        (phases, voxels).
+    fractions : ndarray
+        (phases,): share of the voxels that each phase should have.
+
+    Returns
+    -------
+    ndarray
+        (phases,): the shifts, whose mean is 0. A phase of share 0 stays as it is.
     """
     from scipy.optimize import minimize  # takes half a second to import, and only some runs need it
 

@@ -19,12 +19,12 @@ from hpcres.study_file import recipe_settings
 from hpcres.volumes.images import images_by_plane
 
 _MINUTES = 15.0
-"""training.minutes where a study gives neither minutes nor steps."""
+"""Value of training.minutes if a study gives neither minutes nor steps."""
 _WIDE = 2.0
-"""Low-res voxels that a feature is wide from which on smooth noise is a gain (docs/recipes.md, Smooth noise)."""
+"""Least width of a feature, in low-res voxels, at which smooth noise is a gain (docs/recipes.md, Smooth noise)."""
 _MOST_PHASES_OF_SIX_PIXELS = 3
 _DOUBLED = {"pattern_weight": 960, "voxel_weight": 40, "lattice_weight": 40}
-"""Weights of long-white where images differ by plane (docs/training.md, Separator)."""
+"""Weights of long-white if images differ by plane (docs/training.md, Separator)."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Choice:
     Attributes
     ----------
     name : str
-        Of the shipped recipe.
+        Name of the shipped recipe.
     changes : dict
-        Settings by section that differ from that recipe.
+        Settings, by section, that differ from the shipped recipe.
     why : str
-        For the user.
+        Reason of the choice, for the user.
     """
 
     name: str
@@ -46,7 +46,19 @@ class Choice:
     why: str = ""
 
     def applied(self, study: Study) -> Study:
-        """The study with the recipe under what the study itself sets, and no recipe left to choose.
+        """Return the study with the settings of the recipe, and with no recipe left to choose.
+
+        Settings that the study itself gives take precedence over those of the recipe.
+
+        Parameters
+        ----------
+        study : Study
+            A study that leaves its recipe open.
+
+        Returns
+        -------
+        Study
+            The study with the recipe.
 
         Raises
         ------
@@ -68,17 +80,19 @@ class Choice:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Name and changes, which a checkpoint keeps."""
         return {"name": self.name, "changes": self.changes}
 
 
 def choices(study: Study) -> list[Choice]:
-    """Recipes that suit the study, the best one first; the last one suits any number of minutes.
+    """Return the recipes that suit the study, the best one first.
+
+    The last recipe suits any number of minutes.
 
     Parameters
     ----------
     study : Study
-        One whose `recipe` is auto. Its images are read.
+        A study whose `recipe` is auto. Its images are read.
 
     Returns
     -------
@@ -112,10 +126,10 @@ def choices(study: Study) -> list[Choice]:
 
 
 def feature_pixels(study: Study) -> float:
-    """Mean chord length, in pixels, of that group of visible phases whose chords are shortest in the images.
+    """Return the mean chord length, in pixels, of the group of visible phases whose chords are shortest in the images.
 
-    Along lines of pixels a group has two faces a chord, so the mean chord is twice its share of pixels over the share
-    of faces that part it from other groups.
+    Along lines of pixels, a chord of a group has two faces. So the mean chord is twice the group's share of pixels over
+    the share of faces that part it from other groups.
     """
     return min(_chords(study))
 

@@ -1,7 +1,7 @@
-"""What a training step sees: cubes of the low-res volume, noise, and patches of the high-res images.
+"""Samples of a training step: cubes of the low-res volume, noise, and patches of the high-res images.
 
-Every draw is a function of (seed, step, cube), never of the process that makes it, so any number of processes
-trains on the same samples and a resumed run continues them without any stored random state.
+Every draw is a function of (seed, step, cube), and not of the process that makes it. So any number of processes trains
+on the same samples, and a resumed run continues them without any stored random state.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from hpcres.volumes.phases import PhaseMap, likeliest
 from hpcres.volumes.volume import read_beyond
 
 _HELD_BYTES = 2**29
-"""Low-res volumes up to this size are held in memory, a byte a voxel or four a probability; larger ones are read by
-the cube."""
+"""Low-res volumes up to this size are held in memory, with one byte per voxel or four per probability. Larger ones are
+read cube by cube."""
 _BAND_PIXELS = 2**24
-"""Images are counted by bands of so many pixels, each of which takes 16 bytes."""
+"""Images are counted by bands of this many pixels. A pixel takes 16 bytes."""
 _CUBE, _CRITIC, _CHOICE = range(3)
 _RECALIBRATION = 2**31
-"""Kind of draw of the cubes before a generator is saved; training uses the kinds up to its critic steps."""
+"""Kind of draw of the cubes before a generator is saved. Training uses the kinds up to its critic steps."""
 _REACH = 5
 """Low-res voxels that padding reaches into a cube, at most (docs/recipes.md, Context)."""
 _EVERY_PATCH = 4
-"""Patches with weights begin at every so many pixels."""
+"""Distance, in pixels, between the places at which weighted patches begin."""
 _CANDIDATES = 12
-"""For each of a set of typical cubes so many are drawn."""
+"""Number of cubes that are drawn for each cube of a typical set."""
 
 
 def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Generator:
@@ -51,15 +51,18 @@ def _generator(seed: int, step: int, what: int, *which: int) -> np.random.Genera
 
 
 def _bands(image: Tensor, height: int) -> Iterator[Tensor]:
-    """Rows of an image a band at a time, so that each `height` rows on end are in exactly one band."""
+    """Yield rows of an image a band at a time, so that each `height` consecutive rows are in exactly one band."""
     step = max(1, _BAND_PIXELS // image.shape[1])
     for top in range(0, len(image) - height + 1, step):
         yield image[top : top + step + height - 1]
 
 
 class LowResCubes:
-    """Cubes of d³ voxels from the low-res volume (d · scale factor = training.cube_voxels), with training.context
-    around them, which beyond the volume are its mirror image, and channels of noise."""
+    """Cubes of d³ voxels from the low-res volume, with their context and channels of noise.
+
+    The edge d is such that d · scale factor = training.cube_voxels. A cube has training.context low-res voxels around
+    it. Beyond the volume, they are its mirror image.
+    """
 
     def __init__(self, study: Study) -> None:
         self.seed = study.seed
@@ -69,7 +72,7 @@ class LowResCubes:
         self.context = study.training.context
         q = study.scale_factor.denominator
         self.whole_context = max(self.context, -(-_REACH // q) * q)
-        """Low-res voxels around a cube with which no padding changes what is generated: as inside a volume."""
+        """Low-res voxels around a cube with which no padding changes what is generated, as inside a volume."""
         self.reach_faces = study.training.reach_faces
         self._noise_taps = [gaussian_taps(sigma, study.scale_factor) for sigma in study.network.noise_sigma_voxels]
         self._conditions = Conditions.of(study.low_res)
@@ -87,7 +90,10 @@ class LowResCubes:
         self._typical: dict[tuple[int, int], list[int]] = {}
 
     def _check_and_hold(self) -> np.ndarray | None:
-        """Look at every voxel once, slab by slab, so that an unknown label stops the run before it starts."""
+        """Look at every voxel once, slab by slab, and return the volume if it is small enough to be held in memory.
+
+        An unknown label thus stops the run before it starts.
+        """
         shape, volume = self._conditions.shape, self._conditions.volume
         assert volume is not None
         kind, each = (np.float32, (self.channels,)) if volume.parts else (np.uint8, ())
@@ -120,8 +126,12 @@ class LowResCubes:
         return held
 
     def _shares(self, found: Counts) -> np.ndarray:
-        """Known voxels by channel, as shares of all known; faces between two channels, of an anisotropic material those
-        of each axis, as shares of as much of all faces as of the voxels is known."""
+        """Return the shares of the channels in the known voxels, and the shares of the faces between two channels.
+
+        The first are known voxels by channel, as shares of all known voxels. The others are faces between two channels
+        over all faces, divided by the known share of the voxels. The faces of an anisotropic material are those of each
+        axis.
+        """
         voxels = np.array([found.voxels.get(channel, 0) for channel in range(self.channels)])
         between = [found.faces.get(pair, (0, 0, 0)) for pair in combinations(range(self.channels), 2)]
         by_axis = np.array(between).reshape(-1, 3)
@@ -130,11 +140,24 @@ class LowResCubes:
         return np.concatenate([voxels, seen * sum(found.voxels.values()) / sum(found.all_faces)]) / known
 
     def typical(self, cubes: int, kind: int) -> list[int]:
-        """Which `cubes` cubes of step 0 and `kind` to draw so that together they are most like the volume, in phase
-        fractions and in interphase areas, of an anisotropic material those of each direction.
+        """Return which cubes to draw so that together they are most like the volume.
 
-        Else a generator is blamed for what a few cubes are: fractions of eight drawn at random can be several points
-        off the volume's, areas a tenth. Exchanges one cube after the other for a better one until there is none.
+        They are compared in phase fractions and in interphase areas; the areas of an anisotropic material are those of
+        each direction. Without this choice, a generator is blamed for what a few cubes are: phase fractions of eight
+        cubes drawn at random can be several points off the volume's, and areas a tenth. One cube after the other is
+        exchanged for a better one until there is none.
+
+        Parameters
+        ----------
+        cubes : int
+            Number of cubes.
+        kind : int
+            Kind of draw, of step 0.
+
+        Returns
+        -------
+        list of int
+            Numbers of the cubes, in ascending order.
         """
         if (cubes, kind) not in self._typical:
             self._typical[cubes, kind] = self._exchanged(cubes, kind)
@@ -159,12 +182,28 @@ class LowResCubes:
     def recalibration_inputs(
         self, cubes: int, at_once: int, device: torch.device, context: int | None = None
     ) -> Iterator[Tensor]:
-        """The generator's input, with `context` low-res voxels around, or training.context, of at most `cubes`
-        cubes that stand for the volume, some at a time.
+        """Yield the generator's input of cubes that stand for the volume, some at a time.
 
-        Where so many can hold every voxel, they are the volume that will be painted: a grid over it, with the noise
-        that it is painted with. Drawn anywhere inside, cubes hardly know the faces, of which a small volume has much,
-        and phase fractions move with the noise. Else they are typical ones.
+        If at most `cubes` cubes can hold every voxel, they are the volume that will be painted: a grid over it, with
+        the noise that it is painted with. Cubes drawn anywhere inside hardly hold the faces of the volume, which are
+        much of a small volume, and phase fractions change with the noise. If more cubes would be needed, `cubes`
+        typical ones are drawn.
+
+        Parameters
+        ----------
+        cubes : int
+            Largest number of cubes.
+        at_once : int
+            Number of cubes at a time.
+        device : torch.device
+            Device of the tensors.
+        context : int or None
+            Low-res voxels around each cube, by default training.context.
+
+        Yields
+        ------
+        Tensor
+            The generator's input, as of `draw`.
         """
         axes = [np.linspace(0, n - self.edge, -(-n // self.edge)).round().astype(int) for n in self._conditions.shape]
         if prod(map(len, axes)) > cubes:
@@ -176,11 +215,24 @@ class LowResCubes:
             yield self._given(some, device)[1]
 
     def start(self, step: int, kind: int, cube: int) -> tuple[np.random.Generator, np.ndarray]:
-        """Where a cube is drawn, and the state of chance after that.
+        """Return the place at which a cube is drawn, and the random generator in its state after that.
 
-        Inside the volume alone, its outermost voxel is in one cube where an inner one is in d along each axis, and its
-        faces are hardly learned. With training.reach_faces a cube is drawn from all that hold a voxel of the volume and
-        then moved inside: no voxel is in fewer than d, nor in as many as 2 d.
+        If every place inside the volume is equally likely, then along each axis the outermost voxel of the volume is in
+        one possible cube and an inner voxel is in d. The faces of the volume are hardly learned then. With
+        training.reach_faces a cube is drawn from all that hold a voxel of the volume and then moved inside. No voxel is
+        then in fewer than d cubes, nor in as many as 2 d.
+
+        Parameters
+        ----------
+        step, kind, cube : int
+            Step, kind of draw and number of the cube.
+
+        Returns
+        -------
+        random : numpy.random.Generator
+            Generator for the further draws of this cube.
+        start : ndarray
+            (3,): first voxel of the cube along z, y, x.
         """
         random = _generator(self.seed, step, _CUBE, kind, cube)
         last = np.array(self._conditions.shape) - self.edge
@@ -189,7 +241,7 @@ class LowResCubes:
         return random, np.clip(random.integers(1 - self.edge, last + self.edge - 1, endpoint=True), 0, last)
 
     def _box(self, start: np.ndarray, around: int = 0) -> Box:
-        """The cube at `start` with `around` voxels more on each side."""
+        """Return the cube at `start` with `around` voxels more on each side."""
         whole = Box(triple(start.tolist()), triple((start + self.edge).tolist()))
         return whole.grown(around, around)
 
@@ -208,12 +260,31 @@ class LowResCubes:
         masked_fraction: float = 0.0,
         context: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What is known of cubes, labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d);
-        and the generator's input with s low-res voxels around, float32 (cubes, channels + noises, d + 2s, d + 2s,
-        d + 2s); s is `context`, or training.context.
+        """Draw what is known of cubes, and the generator's input of them.
 
-        `kind` gives independent draws of the same step. The label of an unknown voxel is `channels`, and all its
-        channels but those of noise are 0; a random box, `masked_fraction` of a cube in the mean, is made so in each.
+        Parameters
+        ----------
+        step : int
+            Number of the step.
+        cubes : sequence of int
+            Numbers of the cubes.
+        device : torch.device
+            Device of the tensors.
+        kind : int
+            Kind of draw. Each kind gives independent draws of the same step.
+        masked_fraction : float
+            Mean share of a cube that a random box makes unknown, in each cube.
+        context : int or None
+            Low-res voxels s around each cube, by default training.context.
+
+        Returns
+        -------
+        low_res : Tensor
+            What is known: labels, uint8 (cubes, d, d, d), or probabilities, float32 (cubes, channels, d, d, d). The
+            label of an unknown voxel is `channels`, and its probabilities are 0.
+        given : Tensor
+            The generator's input, float32 (cubes, channels + noises, d + 2s, d + 2s, d + 2s). All channels of an
+            unknown voxel but those of noise are 0.
         """
         drawn = [self._drawn(*self.start(step, kind, cube), masked_fraction, context) for cube in cubes]
         low_res, given = self._given(drawn, device)
@@ -223,8 +294,24 @@ class LowResCubes:
         return self.context if context is None else context
 
     def around(self, step: int, cubes: Sequence[int], device: torch.device, kind: int = 0) -> Tensor:
-        """What is known of the cubes of `draw` with one low-res voxel more on each side, one-hot or probabilities,
-        (cubes, channels, d + 2, d + 2, d + 2)."""
+        """Return what is known of the cubes of `draw`, with one low-res voxel more on each side.
+
+        Parameters
+        ----------
+        step : int
+            Number of the step.
+        cubes : sequence of int
+            Numbers of the cubes.
+        device : torch.device
+            Device of the tensor.
+        kind : int
+            Kind of draw.
+
+        Returns
+        -------
+        Tensor
+            One-hot or probabilities, (cubes, channels, d + 2, d + 2, d + 2).
+        """
         seen = np.stack([self._cube(self.start(step, kind, cube)[1], 1) for cube in cubes])
         labels = torch.from_numpy(seen).to(device)
         return one_hot(labels if seen.ndim == 4 else labels.movedim(4, 1).contiguous(), self.channels)
@@ -237,7 +324,7 @@ class LowResCubes:
     def _drawn(
         self, random: np.random.Generator, start: np.ndarray, masked_fraction: float = 0.0, context: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What is known of a cube and its context, and noise for it."""
+        """Return what is known of a cube and its context, and noise for it."""
         edge = self.edge + 2 * self._around(context)
         seen = self._cube(start, self._around(context))
         white = [random.standard_normal([edge + len(t) - 1] * 3, np.float32) for t in self._noise_taps]
@@ -250,13 +337,13 @@ class LowResCubes:
         return seen, noise
 
     def _to_be_painted(self, start: np.ndarray, context: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """A cube with its context, and the noise that inference by default has there."""
+        """Return a cube with its context, and the noise that inference by default has there."""
         box, ends = self._box(start, self._around(context)), (NOISE_VOXELS,) * 3
         noise = [noise_of(self.seed, channel, taps, box, ends) for channel, taps in enumerate(self._noise_taps)]
         return self._cube(start, self._around(context)), np.stack(noise)
 
     def _given(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cubes with their context, and the generator's input that they make."""
+        """Return cubes with their context, and the generator's input that they make."""
         seen, noise = (torch.from_numpy(np.stack(some)).to(device) for some in zip(*drawn, strict=True))
         low_res = seen if seen.ndim == 4 else seen.movedim(4, 1).contiguous()
         return low_res, torch.cat([one_hot(low_res, self.channels), noise], dim=1)
@@ -264,21 +351,27 @@ class LowResCubes:
 
 @dataclass(frozen=True)
 class CriticDraw:
-    """What one critic step draws, per axis z, y, x, and with diagonal_slices for slices at 45° that contain z, y, x.
+    """What one critic step draws.
+
+    Tuples are per axis z, y, x. With training.diagonal_slices they also have entries for slices at 45° that contain z,
+    y, x. `shares` is not per axis.
 
     Attributes
     ----------
     chosen : tuple of Tensor or None
-        (cubes, slices): which slices of each cube; None for all. At 45° (cubes, slices, 2), as of pick_diagonals.
+        (cubes, slices): which slices of each cube; None for all. For slices at 45° (cubes, slices, 2), as
+        pick_diagonals returns them.
     real : tuple of Tensor
-        Patches of the images, one-hot (patches, phases, edge, edge); those beside slices at 45° as unsharp as these.
+        Patches of the images, one-hot (patches, phases, edge, edge). Patches beside slices at 45° are as unsharp as
+        these.
     mix : tuple of Tensor
         (penalties,): weight of the patch in each mixture whose gradient is penalised.
     pairs : tuple of Tensor, or None
-        (2, penalties): the patch and the generated slice of each mixture; None for the first with the first, and so on.
+        (2, penalties): the patch and the generated slice of each mixture. None pairs the first with the first, and so
+        on.
     shares : tuple of float
-        Patches, and penalties, of these cubes by the mean number of as many cubes. Means over the processes of
-        (share × mean) are means over all.
+        Numbers of patches and of penalties of these cubes, each divided by the mean number of as many cubes. Means over
+        the processes of (share × mean) are means over all.
     """
 
     chosen: tuple[Tensor | None, ...]
@@ -289,10 +382,22 @@ class CriticDraw:
 
 
 def critic_counts(settings: Training, cube: int) -> tuple[int, int, int]:
-    """Generated slices, patches of the images and penalties that come with a cube, for each axis and critic step.
+    """Return the numbers of generated slices, patches and penalties of a cube, for each axis and critic step.
 
     A number that the study gives for all cubes is divided among them, so that a cube has the same with any number of
     processes.
+
+    Parameters
+    ----------
+    settings : Training
+        Training settings of the study.
+    cube : int
+        Number of the cube.
+
+    Returns
+    -------
+    slices, patches, penalties : int
+        Generated slices, patches of the images, and mixtures whose gradient is penalised.
     """
     slices = settings.slices_per_axis or settings.slice_voxels
 
@@ -309,8 +414,17 @@ def critic_counts(settings: Training, cube: int) -> tuple[int, int, int]:
 class RealSlices:
     """Patches of the high-res images, by the axis z, y or x that is normal to them.
 
-    Images are drawn in proportion to their area; patches take the 8 mirrors and rotations, or the 4 that keep rows
-    along rows, where their image allows them. Rows and columns of a patch are the two other axes in the order z, y, x.
+    Images are drawn in proportion to their area. Patches take the 8 mirrors and rotations, or the 4 that keep rows
+    along rows, if their image allows them. Rows and columns of a patch are the two other axes in the order z, y, x.
+
+    Parameters
+    ----------
+    study : Study
+        The study, whose images are read.
+    device : torch.device
+        Device of the patches.
+    correction : Correction or None
+        Correction of images that are not typical of the volume. With a correction, patches are drawn by weights.
     """
 
     def __init__(self, study: Study, device: torch.device, correction: Correction | None = None) -> None:
@@ -358,11 +472,11 @@ class RealSlices:
             )
 
     def missing_phases(self) -> list[int]:
-        """Phases that no image shows."""
+        """Return the phases that no image shows."""
         return np.flatnonzero(torch.bincount(self._pixels, minlength=self.phases).cpu().numpy() == 0).tolist()
 
     def fractions(self) -> np.ndarray:
-        """Wanted share of each phase: that in all images together, or what a correction makes of it."""
+        """Return the wanted share of each phase: that in all images together, or what a correction makes of it."""
         if self.correction is not None:
             return self.correction.fractions
         counts = torch.bincount(self._pixels, minlength=self.phases).cpu().numpy()
@@ -370,7 +484,7 @@ class RealSlices:
 
     @cached_property
     def patterns(self) -> Tensor:
-        """What losses.pattern_shares would say of the images, mirrored and rotated as their patches are."""
+        """What losses.pattern_shares would return for the images, mirrored and rotated as their patches are."""
         tables = self._tables[:1] if self._isotropic else self._tables
         found = []
         for apart in self.pattern_spacings:
@@ -378,14 +492,24 @@ class RealSlices:
         return torch.cat(found).float().to(self._pixels.device)
 
     def wanted_patterns(self, ours: Tensor) -> Tensor:
-        """The shares of patterns that slices with shares `ours` should have: those of the images, or what a correction
-        makes of them."""
+        """Return the shares of patterns that generated slices should have.
+
+        Parameters
+        ----------
+        ours : Tensor
+            Shares of patterns that the slices have, as losses.pattern_shares returns them.
+
+        Returns
+        -------
+        Tensor
+            The shares of the images, or what a correction makes of them.
+        """
         if self._tilt is None:
             return self.patterns
         return self._tilt.moved(self.patterns, ours, self.pattern_spacings).to(ours)
 
     def _patterns_of(self, table: np.ndarray, apart: int) -> Tensor:
-        """(shape, phases ** pixels) of all images of a table."""
+        """Return the shares of patterns in all images of a table, (shape, phases ** pixels)."""
         across = self.pattern_pixels // 2
         along_rows = list(range(across))
         reversed_rows = [*along_rows[::-1], *(across + k for k in along_rows[::-1])]
@@ -403,7 +527,7 @@ class RealSlices:
         return shares[: 1 if across == 2 else 2]
 
     def _windows(self, lines: Tensor, apart: int, across: int) -> Tensor:
-        """How often each pattern of 2 × `across` pixels is in an image, by its labels."""
+        """Return how often each pattern of 2 × `across` pixels is in an image, by its labels."""
         seen = torch.zeros(self.phases ** (2 * across), dtype=torch.int64)
         width = lines.shape[1] - (across - 1) * apart
         for rows in _bands(lines, 1 + apart):
@@ -415,13 +539,13 @@ class RealSlices:
         return seen.view([self.phases] * (2 * across)).double()
 
     def _images(self, table: np.ndarray) -> Iterator[tuple[Tensor, bool, bool]]:
-        """Labels (rows, columns) of each image of a table, and whether it may be mirrored, and rotated."""
+        """Yield labels (rows, columns) of each image of a table, and whether it may be mirrored, and rotated."""
         for offset, rows, columns, mirrors, rotations in table.tolist():
             yield self._pixels[offset : offset + rows * columns].view(rows, columns), bool(mirrors), bool(rotations)
 
     @cached_property
     def thin(self) -> Tensor:
-        """What losses.thin_shares would say of the images, mirrored and rotated as their patches are."""
+        """What losses.thin_shares would return for the images, mirrored and rotated as their patches are."""
         found = torch.stack([share for table in self._tables for share in self._thin_of(table)])
         return torch.stack([found, 1 - found], dim=1).float().to(self._pixels.device)
 
@@ -439,7 +563,22 @@ class RealSlices:
         return thin / pixels
 
     def draw(self, step: int, critic_step: int, cubes: range) -> CriticDraw:
-        """The draws of one critic step for these cubes."""
+        """Return the draws of one critic step.
+
+        Parameters
+        ----------
+        step : int
+            Number of the generator step.
+        critic_step : int
+            Number of the critic step in it.
+        cubes : range
+            Numbers of the cubes.
+
+        Returns
+        -------
+        CriticDraw
+            The draws for these cubes.
+        """
         device = self._pixels.device
         chosen, origin, mix, pairs = ([list[np.ndarray]() for _ in range(self._planes)] for _ in range(4))
         drawn = np.zeros(3, np.int64)
@@ -467,7 +606,7 @@ class RealSlices:
         )
 
     def choose(self, step: int, cubes: range) -> tuple[Tensor | None, ...]:
-        """Which slices the critics judge in the generator step, as CriticDraw.chosen."""
+        """Return which slices the critics judge in the generator step, as CriticDraw.chosen."""
         picks = [list[np.ndarray]() for _ in range(self._planes)]
         for cube in cubes:
             random = _generator(self.seed, step, _CHOICE, cube)
@@ -481,16 +620,17 @@ class RealSlices:
         return random.permutation(self.edge)[: self.slices_per_axis]
 
     def _chosen(self, picks: list[list[np.ndarray]]) -> tuple[Tensor | None, ...]:
-        """Picks of each axis and cube as tensors; None where they are all slices."""
+        """Return the picks of each axis and cube as tensors, or None for all slices."""
         return tuple(
             torch.from_numpy(np.stack(pick)).to(self._pixels.device) if self.slices_per_axis or axis > 2 else None
             for axis, pick in enumerate(picks)
         )
 
     def _patches(self, random: np.random.Generator, axis: int, count: int) -> np.ndarray:
-        """(count, 3): the pixel of each patch's first corner, and the strides of its rows and its columns.
+        """Draw patches, and return the pixel of their first corner and the strides of their rows and columns.
 
-        A mirrored or rotated patch is the same square walked from another corner or with its strides exchanged.
+        The array is (count, 3). A mirrored or rotated patch is the same square, read from another corner or with its
+        strides exchanged.
         """
         offset, rows, columns, mirrors, rotations = self._tables[axis].T
         if self._weighted is None:
@@ -509,8 +649,10 @@ class RealSlices:
         return np.stack([corner, np.where(exchange, across, down), np.where(exchange, down, across)], axis=1)
 
     def _weigh(self, table: np.ndarray, correction: Correction) -> tuple[np.ndarray, np.ndarray, float]:
-        """Patches of the images of a table, (image, row, column), the running sum of their weights, and how far these
-        bring the patches' phase fractions to the wanted ones, 0 to 1."""
+        """Return the patches of the images of a table, (image, row, column), with the running sum of their weights.
+
+        The third returned value is how far the weights bring the patches' phase fractions to the wanted ones, 0 to 1.
+        """
         places, found, area = [], [], 0
         for number, (image, _, _) in enumerate(self._images(table)):
             area += image.numel()
@@ -527,7 +669,7 @@ class RealSlices:
         return np.concatenate(places), np.cumsum(weights)[:-1], reached
 
     def _share_of(self, phase: Tensor, grid: Sequence[np.ndarray]) -> np.ndarray:
-        """Share of pixels of the phase in the patches that begin on the grid."""
+        """Return the share of pixels of the phase in the patches that begin on the grid."""
         sums = np.pad(phase.cpu().numpy().cumsum(0, dtype=np.int64).cumsum(1), ((1, 0), (1, 0)))
         top, left = grid[0][:, None], grid[1][None]
         bottom, right = top + self.edge, left + self.edge
@@ -540,7 +682,7 @@ class RealSlices:
         return 1.0 if self._weighted is None else min(weighted[2] for weighted in self._weighted)
 
     def _cut(self, patches: np.ndarray) -> Tensor:
-        """One-hot patches (patches, phases, edge, edge), float32."""
+        """Return one-hot patches (patches, phases, edge, edge), float32."""
         corner, down, across = torch.from_numpy(patches).to(self._pixels.device).unbind(1)
         place = torch.arange(self.edge, device=corner.device)
         walk = corner[:, None, None] + down[:, None, None] * place[:, None] + across[:, None, None] * place

@@ -24,7 +24,8 @@ from hpcres.training.threads import Threads
 from hpcres.training.visible import Beside, beside
 
 _ASTRAY = 0.1
-"""Of the low-res voxels, the disagreement with the best generator from which on something is wrong with a training."""
+"""Share of the low-res voxels with which the best generator disagrees, above which something is wrong with a
+training."""
 
 
 class SuperResTrainer:
@@ -62,9 +63,11 @@ class SuperResTrainer:
 
     @property
     def init_from(self) -> dict[str, Any] | None:
+        """Where the run began, if not from random weights."""
         return self.models.init_from
 
     def notes(self) -> Iterator[str]:
+        """Yield messages on unknown voxels, on phases that no image shows, and on the visible phases."""
         if self._low_res.unknown_share:
             yield f"{self._low_res.unknown_share:.2%} of the low-res volume is unknown, and left to the generator"
         for phase in self._real.missing_phases():
@@ -72,14 +75,17 @@ class SuperResTrainer:
         yield from self._beside.messages(self.study, self._real.reached)
 
     def step(self, number: int, rate: float) -> bool:
+        """Run the critic steps and the generator step, and return whether every loss of this process is finite."""
         self._outcome = self.models.step(number, self._cubes, self._low_res, self._real, rate)
         return self._outcome.finite
 
     def report(self) -> dict[str, float]:
+        """Return losses and measures of the last step, as means over all processes."""
         assert self._outcome is not None
         return self.models.report(self._outcome, self._low_res.channels)
 
     def to_save(self) -> Generator:
+        """Return the generator that is saved."""
         return self.models.recalibrated(self._low_res, self._real)
 
     @cached_property
@@ -87,16 +93,20 @@ class SuperResTrainer:
         return Evaluator(self.study, self._low_res, self.models.operator, self._real.correction)
 
     def quality_columns(self) -> list[str]:
+        """Return the names of what `evaluate` finds."""
         return self._judge.columns
 
     def evaluate(self) -> tuple[Generator, dict[str, float], np.ndarray]:
+        """Return the generator that would be saved now, what its evaluation finds, and a slice of labels."""
         generator = self.models.recalibrated(self._low_res, self._real)
         return generator, *self._judge.evaluate(generator, self._group.device)
 
     def state(self) -> dict[str, Any]:
+        """Return the state of the networks and optimizers, and the chosen settings."""
         return {**self.models.state(), "chosen_settings": self._chosen}
 
     def closing(self, steps: int, best: Mapping[str, Any]) -> Iterator[str]:
+        """Yield warnings of a run that was too short, and of a disagreement with the low-res volume."""
         warm_up = self.study.training.warm_up_steps
         if self.study.training.init_from is None and steps < 3 * warm_up:
             yield (
@@ -114,7 +124,10 @@ class SuperResTrainer:
 def _tuned(
     study: Study, group: Processes, threads: Threads, before: Checkpoint | None
 ) -> tuple[Tuned, LowResCubes, RealSlices, Beside]:
-    """The study with all that it leaves open chosen, and its data; of recipes, the first one that has steps enough."""
+    """Return the study with all that it leaves open chosen, and its data.
+
+    If the recipe is open, the first recipe that allows enough steps is chosen.
+    """
 
     def data(study: Study) -> tuple[LowResCubes, RealSlices, Beside]:
         low_res = LowResCubes(study)

@@ -1,8 +1,8 @@
 """The number of CPU threads of a training process, lowered while other work uses the cores.
 
-Threads wait for each other at every operation, so that one thread whose core is shared delays all others: two threads
-on one free core and one shared core make an eighth of the steps of one thread (docs/training.md, Speed). A number that
-the study does not set is lowered as soon as threads wait for a core, and raised again where steps are faster with more.
+Threads wait for each other at every operation, so one thread whose core is shared delays all others. Two threads on one
+free core and one shared core make an eighth of the steps of one thread (docs/training.md, Speed). A number that the
+study does not set is lowered as soon as threads wait for a core, and raised again where steps are faster with more.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hpcres.training.distributed import Processes
 WAITING_SHARE = 0.2
 """Mean share of a process's threads that wait for a core, above which fewer threads are likely to be faster."""
 _WINDOW_SECONDS = 2.0
-"""Waiting and speed are averaged over steps that take so long together."""
+"""Waiting and speed are averaged over steps that take this many seconds together."""
 _RETRY_SECONDS = 60.0
-"""Time until more threads are tried again; it doubles with each attempt that is not faster."""
+"""Time until more threads are tried again, in seconds. It doubles with each attempt that is not faster."""
 _FASTER = 1.1
-"""More threads are kept where steps are faster by this factor."""
+"""More threads are kept if steps are faster by this factor."""
 _ROUNDING = (
     "the number of threads changes how sums are rounded, so no other run gives these exact numbers (training.threads "
     "fixes the number)"
@@ -31,9 +31,10 @@ _ROUNDING = (
 
 
 def seconds_without_a_core() -> float:
-    """Seconds that the threads of this process, summed, were ready to run while other work had the cores.
+    """Return the seconds that the threads of this process were ready to run while other work had the cores.
 
-    From the scheduler's statistics in Linux's /proc; 0 on other systems.
+    The seconds are summed over the threads. They come from the scheduler's statistics in Linux's /proc, and are 0 on
+    other systems.
     """
     waited = 0
     for statistics in Path("/proc/self/task").glob("*/schedstat"):
@@ -45,7 +46,7 @@ def seconds_without_a_core() -> float:
 
 
 def fewer(threads: int, waiting: float) -> int:
-    """The number of threads to try next where `waiting` of them, on average, wait for a core."""
+    """Return the number of threads to try next if `waiting` of them, on average, wait for a core."""
     return max(1, threads - max(1, ceil(waiting - 0.1)))
 
 
@@ -55,11 +56,11 @@ class Threads:
     Parameters
     ----------
     fixed : bool
-        The study sets the number: it is kept, and other work on the cores is reported once.
+        Whether the study sets the number. The number is then kept, and other work on the cores is reported once.
     clock : callable
-        Seconds of wall-clock time.
+        Returns seconds of wall-clock time.
     waited : callable
-        Seconds that all threads together have waited for a core.
+        Returns the seconds that all threads together have waited for a core.
     """
 
     def __init__(
@@ -84,17 +85,26 @@ class Threads:
     def trial(
         self, group: Processes, step_seconds: Callable[[], float], waiting_share: float
     ) -> tuple[float, str | None]:
-        """Time a step, and time it with fewer threads where these wait for a core. Collective.
+        """Time a step, and time it with fewer threads if threads wait for a core.
 
-        A process that has more than `waiting_share` of its threads waiting tries fewer, and keeps these if they are
-        faster.
+        Collective. A process that has more than `waiting_share` of its threads waiting tries fewer, and keeps these if
+        they are faster.
+
+        Parameters
+        ----------
+        group : Processes
+            The processes of the run.
+        step_seconds : callable
+            Returns the seconds of a step.
+        waiting_share : float
+            Mean share of threads that wait for a core, above which fewer are tried.
 
         Returns
         -------
         seconds : float
-            Of a step, with the number of threads that is kept.
+            Seconds of a step with the number of threads that is kept.
         message : str or None
-            For the user, where the number is changed.
+            For the user, if the number is changed.
         """
         threads = torch.get_num_threads()
         self.step_begins()
@@ -112,10 +122,17 @@ class Threads:
         return min(seconds, seconds_fewer), None
 
     def step_begins(self) -> None:
+        """Note the time at which a step begins, and how long threads have waited until then."""
         self._started, self._waited_before = self._clock(), self._waited()
 
     def step_ends(self) -> str | None:
-        """Judge the steps of the last seconds; may change the number of threads. A message for the user, or None."""
+        """Judge the steps of the last seconds, and change the number of threads if needed.
+
+        Returns
+        -------
+        str or None
+            A message for the user.
+        """
         seconds = self._clock() - self._started
         self._waited_seconds += self._waiting() * seconds
         self._seconds += seconds
@@ -138,7 +155,7 @@ class Threads:
         return None
 
     def _waiting(self) -> float:
-        """Mean number of threads that waited for a core since `step_begins`."""
+        """Return the mean number of threads that waited for a core since `step_begins`."""
         return (self._waited() - self._waited_before) / max(1e-9, self._clock() - self._started)
 
     def _change(self, threads: int, step_seconds: float) -> None:
@@ -146,7 +163,7 @@ class Threads:
         torch.set_num_threads(threads)
 
     def _judge_change(self, step_seconds: float) -> str | None:
-        """Keep the last change where steps are faster, else undo it."""
+        """Keep the last change if steps are faster, else undo it."""
         assert self._before is not None
         (before, seconds_before), threads, self._before = self._before, torch.get_num_threads(), None
         lowered = threads < before

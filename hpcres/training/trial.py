@@ -20,26 +20,41 @@ from hpcres.training.distributed import Processes
 from hpcres.training.samples import LowResCubes, RealSlices, critic_counts
 
 _PART_SECONDS = 0.5
-"""Longest part of a step that is timed; a longer one is extrapolated from smaller inputs."""
+"""Longest part of a step that is timed, in seconds. A longer part is extrapolated from smaller inputs."""
 _PART_BUDGET_SECONDS = 1.0
-"""A part whose timings have taken so long together is not timed at a larger size."""
+"""A part whose timings have taken this many seconds together is not timed at a larger size."""
 _THRICE_SECONDS = 0.1
-"""Longest part that is timed three times at a size."""
+"""Longest part that is timed three times at a size, in seconds."""
 _STEP_SECONDS, _LONG_STEP_SECONDS = 2.0, 6.0
 """Three whole steps are timed if one takes less than the first, one if it takes less than the second, else none."""
 _LEAST_EDGE = 2
-"""Low-res voxels along the smallest cube that batch norm can normalise."""
+"""Low-res voxels along the edge of the smallest cube that batch norm can normalise."""
 _SMALL_WIDTHS = {"width": 5, "critic_width": 7}
-"""Largest widths in the first comparison of precisions: without hardware for bf16, a small part of a step takes a tenth
-of a second or two with these, and minutes with the paper's."""
+"""Largest widths in the first comparison of precisions. Without hardware for bf16, a small part of a step takes a tenth
+or two of a second with these widths, and minutes with the paper's."""
 _CLEARLY = 3.0
 """A precision that is faster by this factor in the first comparison is chosen without the second."""
 _BF16_SPEED = 1.05
-"""Least speed of bf16 relative to fp32 for bf16, which rounds more, to be chosen."""
+"""Speed of bf16 relative to fp32 above which bf16, which rounds more, is chosen."""
 
 
 def with_settings(study: Study, network: dict[str, Any] | None = None, **training: Any) -> Study:
-    """The study with other settings of its network and its training."""
+    """Return the study with other settings of its network and its training.
+
+    Parameters
+    ----------
+    study : Study
+        The study, which is not changed.
+    network : dict or None
+        Settings of the network by name.
+    **training
+        Settings of the training by name.
+
+    Returns
+    -------
+    Study
+        A copy with these settings.
+    """
     return study.model_copy(
         update={
             "network": study.network.model_copy(update=network or {}),
@@ -49,14 +64,23 @@ def with_settings(study: Study, network: dict[str, Any] | None = None, **trainin
 
 
 def choose_precision(study: Study, group: Processes) -> tuple[str, float]:
-    """fp32 or bf16, whichever makes a training step faster on this machine. Collective.
+    """Choose the precision, fp32 or bf16, that makes a training step faster on this machine.
 
-    Times parts of a step in both: first of a small network on small inputs, which shows whether the hardware computes
-    in bf16; then, where that is not clear, of the study's network.
+    Collective. Parts of a step are timed in both precisions. The first comparison is of a small network on small
+    inputs, and shows whether the hardware computes in bf16. If the result is not clear, the second comparison is of the
+    study's network.
+
+    Parameters
+    ----------
+    study : Study
+        The study.
+    group : Processes
+        The processes of the run.
 
     Returns
     -------
     precision : {"fp32", "bf16"}
+        The faster precision.
     speed : float
         Speed of bf16 relative to fp32.
     """
@@ -77,10 +101,24 @@ def _bf16_speed(study: Study, group: Processes, smallest: bool) -> float:
 
 
 def step_seconds(study: Study, group: Processes, low_res: LowResCubes, real: RealSlices) -> float:
-    """Seconds of a generator step with all its critic steps, of the slowest process. Collective.
+    """Return the seconds of a generator step with all its critic steps, on the slowest process.
 
-    Timed, or estimated from parts where a step takes several seconds. Reports, judgements and checkpoints are not
-    included.
+    Collective. The step is timed, or estimated from parts if it takes several seconds. Reports, judgements and
+    checkpoints are not included.
+
+    Parameters
+    ----------
+    study : Study
+        A study whose precision is chosen.
+    group : Processes
+        The processes of the run.
+    low_res, real : LowResCubes, RealSlices
+        Data of the timed steps.
+
+    Returns
+    -------
+    float
+        Seconds per step.
     """
     (estimate,) = group.largest(estimated_seconds(study, group))
     if estimate > _LONG_STEP_SECONDS:
@@ -96,7 +134,22 @@ def step_seconds(study: Study, group: Processes, low_res: LowResCubes, real: Rea
 
 
 def estimated_seconds(study: Study, group: Processes, smallest: bool = False) -> float:
-    """Seconds of a step on this process, from its parts; with `smallest`, timed at the smallest inputs only."""
+    """Estimate the seconds of a step on this process from its parts.
+
+    Parameters
+    ----------
+    study : Study
+        A study whose precision is chosen.
+    group : Processes
+        The processes of the run.
+    smallest : bool
+        Whether to time the parts at the smallest inputs only.
+
+    Returns
+    -------
+    float
+        Seconds per step.
+    """
     settings, share = study.training, _share(study, group)
     edge = int(settings.cube_voxels / study.scale_factor)
     models = _alone(with_settings(study, context=0), group)
@@ -111,7 +164,10 @@ def estimated_seconds(study: Study, group: Processes, smallest: bool = False) ->
 
 
 def short_trial(study: Study, group: Processes) -> Callable[[], float]:
-    """A function that times a small part of a step again and again for half a second: mean seconds on this process."""
+    """Return a function that times a small part of a step.
+
+    The function times the part again and again for half a second, and returns the mean seconds on this process.
+    """
     models = _alone(with_settings(study, context=0), group)
 
     def part_seconds() -> float:
@@ -127,7 +183,7 @@ def short_trial(study: Study, group: Processes) -> Callable[[], float]:
 
 
 def _sizes(largest: int, smallest: int) -> list[int]:
-    """Sizes from the smallest to the largest, each about twice the one before."""
+    """Return sizes from the smallest to the largest, each about twice the one before."""
     sizes = [largest]
     while sizes[0] > smallest:
         sizes.insert(0, max(smallest, -(-sizes[0] // 2)))
@@ -135,12 +191,13 @@ def _sizes(largest: int, smallest: int) -> list[int]:
 
 
 def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: int, smallest: bool) -> float:
-    """Seconds at the last of `sizes`, from timings at smaller ones; with `smallest`, from the first.
+    """Return the seconds at the last of `sizes`, from timings at smaller ones.
 
-    Sizes are timed in turn, as long as a run is expected to take at most _PART_SECONDS and all runs so far have taken
-    less than _PART_BUDGET_SECONDS.
-    A part takes a constant time, for its weights, and one that grows as size ** power; both are found from the two
-    largest sizes timed. From one size alone, all time is taken to grow.
+    With `smallest`, only the first size is timed. Else sizes are timed in turn, as long as a run is expected to take at
+    most _PART_SECONDS and all runs so far have taken less than _PART_BUDGET_SECONDS.
+
+    The time of a part is the sum of a constant, for its weights, and a term that grows as size ** power. Both are found
+    from the two largest sizes timed. From one size alone, all time is taken to grow.
     """
 
     def fastest_at(size: int) -> tuple[int, float]:
@@ -168,7 +225,7 @@ def _extrapolated(seconds_at: Callable[[int], float], sizes: list[int], power: i
 
 
 def _alone(study: Study, group: Processes) -> Models:
-    """Throwaway networks of this process without the others."""
+    """Return throwaway networks of this process without the others."""
     return Models(with_settings(study, compile=False), Processes(0, 1, group.local_size, group.device))
 
 
@@ -177,7 +234,7 @@ def _share(study: Study, group: Processes) -> int:
 
 
 def _generator_seconds(models: Models, edge: int) -> float:
-    """Seconds of forward and backward of one cube of edge³ low-res voxels."""
+    """Return the seconds of forward and backward of one cube of edge³ low-res voxels."""
     channels = models.generator.conv_first.in_channels
     given = torch.rand(1, channels, edge, edge, edge, device=models.group.device)
 
@@ -189,7 +246,10 @@ def _generator_seconds(models: Models, edge: int) -> float:
 
 
 def _critics_seconds(models: Models, slices: int, counts: np.ndarray) -> float:
-    """Seconds of a critic step on so many slices of each plane, with patches and penalties as in `counts`."""
+    """Return the seconds of a critic step on `slices` slices of each plane.
+
+    The numbers of patches and of penalties relative to slices are as in `counts`.
+    """
     edge, phases, device = models.study.training.slice_voxels, len(models.study.phases), models.group.device
     planes = models.critics.planes
     patches, penalties = (max(1, round(slices * count / counts[0])) for count in counts[1:])
@@ -201,7 +261,7 @@ def _critics_seconds(models: Models, slices: int, counts: np.ndarray) -> float:
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of an action, including kernels it leaves in the device's queue."""
+    """Return the wall-clock seconds of an action, including kernels that it leaves in the device's queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()

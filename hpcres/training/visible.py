@@ -27,30 +27,31 @@ from hpcres.study import PATCH_VOXELS, Study
 from hpcres.volumes.images import images_by_plane
 
 _TYPICAL = 0.02
-"""Images are typical of the volume up to this difference of a visible fraction, and three standard errors of chance."""
+"""Images are typical of the volume if no visible fraction differs by more than this or three standard errors of chance,
+whichever is larger."""
 _BAND_PIXELS = 2**20
 _FEWEST_PATCHES = 16
-"""Patches that the critics are shown are tilted only as far as they still amount to so many independent ones."""
+"""Patches that the critics are shown are tilted only as far as they still amount to this many independent ones."""
 _STEPS = 50
 _LONGEST_STEP = 2.0
 
 
 def tilt(base: Tensor, features: Tensor, wanted: Tensor) -> Tensor:
-    """Shares t = base · exp(λ · features), normalised, whose mean features are as wanted.
+    """Return shares t = base · exp(λ · features), normalised, whose mean features are as wanted.
 
     Parameters
     ----------
     base : Tensor
-        (rows, places), shares, not negative; float64.
+        (rows, places): shares, not negative; float64.
     features : Tensor
         (places, features).
     wanted : Tensor
-        (rows, features).
+        (rows, features): the wanted mean features.
 
     Returns
     -------
     Tensor
-        (rows, places). Where no such shares exist, those of the last of a fixed number of Newton steps.
+        (rows, places). If no such shares exist, those of the last of a fixed number of Newton steps.
 
     Examples
     --------
@@ -77,15 +78,15 @@ def tilt(base: Tensor, features: Tensor, wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Beside:
-    """The visible phases in the low-res volume and in the images as the coarse instrument would show these."""
+    """The visible phases in the low-res volume, and in the images as the coarse instrument would show them."""
 
     names: tuple[str, ...]
-    """Of the groups of phases that the low-res volume tells apart."""
+    """Names of the groups of phases that the low-res volume tells apart."""
     groups: tuple[tuple[int, ...], ...]
     volume: np.ndarray
-    """Fraction of each group, in the volume."""
+    """Fraction of each group in the volume."""
     images: np.ndarray
-    """The same in the images, through the imaging operator."""
+    """Fraction of each group in the images, through the imaging operator."""
     chance: np.ndarray
     """Standard error of `images`, from parts of the images that are about as large as a training cube."""
     phases: np.ndarray
@@ -93,24 +94,46 @@ class Beside:
 
     @property
     def typical(self) -> bool:
-        """Whether chance may be all that is between images and volume."""
+        """Whether chance alone may explain the difference between images and volume."""
         return bool((abs(self.volume - self.images) <= np.maximum(_TYPICAL, 3 * self.chance)).all())
 
     @property
     def correction(self) -> Correction:
+        """The correction from the fractions of the images to those of the volume."""
         return Correction(self.groups, self.phases, self.volume)
 
     def corrected(self, study: Study) -> Correction | None:
-        """The correction that training takes, or None.
+        """Return the correction that training takes, or None.
 
-        None where images are typical, where training.atypical_images is follow, and where low_res.one_sided names a
-        phase: the volume shows too much of that phase, so its fractions are not those of the material.
+        Parameters
+        ----------
+        study : Study
+            The study, whose settings decide on a correction.
+
+        Returns
+        -------
+        Correction or None
+            None if the images are typical, if training.atypical_images is follow, or if low_res.one_sided names a
+            phase: the volume shows too much of that phase, so its fractions are not those of the material.
         """
         wanted = study.training.atypical_images == "correct" and not study.low_res.one_sided
         return self.correction if wanted and not self.typical else None
 
     def messages(self, study: Study, reached: float = 1.0) -> Iterator[str]:
-        """What `hpcres train` says at its start; `reached` is how far the weighted patches come (`patch_weights`)."""
+        """Yield what `hpcres train` says at its start about the visible phases.
+
+        Parameters
+        ----------
+        study : Study
+            The study.
+        reached : float
+            How far the weighted patches come, 0 to 1 (`patch_weights`).
+
+        Yields
+        ------
+        str
+            A message for the user.
+        """
         shown = ", ".join(
             f"{name} {ours:.1%} and {theirs:.1%}"
             for name, ours, theirs in zip(self.names, self.volume, self.images, strict=True)
@@ -148,7 +171,8 @@ def beside(study: Study, fractions: np.ndarray) -> Beside:
     Parameters
     ----------
     study : Study
-        Its images are read, and looked at through its imaging operator as if each was every slice of a volume.
+        Its images are read. Each image is looked at through the study's imaging operator as if it were every slice of a
+        volume.
     fractions : ndarray of float64, (groups,)
         Fraction of each group of `low_res.phases` in the low-res volume, in their order; they sum to 1.
 
@@ -177,8 +201,10 @@ def beside(study: Study, fractions: np.ndarray) -> Beside:
 
 
 def _as_coarse(image: np.ndarray, operator: ImagingOperator, phases: int) -> np.ndarray:
-    """Pixels of each group in the image (rows, columns) as the coarse instrument would show it: the operator's view of
-    a volume whose slices are all this image."""
+    """Return the pixels of each group in the image (rows, columns) as the coarse instrument would show it.
+
+    This is the operator's view of a volume whose slices are all this image.
+    """
     scale = operator.scale
     step = max(1, _BAND_PIXELS // (image.shape[1] * ceil(scale) * scale.numerator)) * scale.numerator
     found = np.zeros(operator.groups)
@@ -191,7 +217,7 @@ def _as_coarse(image: np.ndarray, operator: ImagingOperator, phases: int) -> np.
 
 
 def _parts(image: np.ndarray, groups: Sequence[Sequence[int]]) -> Iterator[list[float]]:
-    """Fractions of the groups in squares as large as a training cube, or, of a small image, half as wide as it is."""
+    """Yield fractions of the groups in squares as large as a training cube, or half as wide as a small image."""
     edge = min(PATCH_VOXELS, min(image.shape) // 2)
     for top, left in product(*(range(0, n - edge + 1, edge) for n in image.shape)):
         part = image[top : top + edge, left : left + edge]
@@ -203,7 +229,7 @@ class Correction:
     """Moves what the images show to a volume with other fractions of the visible phases."""
 
     groups: tuple[tuple[int, ...], ...]
-    """The phases of each."""
+    """Phases of each group."""
     images: np.ndarray
     """Fraction of each phase in the images."""
     volume: np.ndarray
@@ -211,7 +237,7 @@ class Correction:
 
     @cached_property
     def growth(self) -> np.ndarray:
-        """Of each phase's group, the volume's fraction as a multiple of the images'."""
+        """For each phase, the fraction of its group in the volume as a multiple of that in the images."""
         found = np.ones(len(self.images))
         for group, fraction in zip(self.groups, self.volume, strict=True):
             found[list(group)] = fraction / max(self.images[list(group)].sum(), 1e-12)
@@ -219,7 +245,7 @@ class Correction:
 
     @cached_property
     def fractions(self) -> np.ndarray:
-        """Wanted of each phase: the volume's of its group, shared within the group as in the images."""
+        """Wanted fraction of each phase: that of its group in the volume, shared within the group as in the images."""
         wanted = self.images * self.growth
         return wanted / wanted.sum()
 
@@ -237,15 +263,27 @@ class Correction:
         return next(k for k, group in enumerate(self.groups) if phase in group)
 
     def patterns(self, pixels: int, across: int) -> PatternTilt:
-        """For patterns of `pixels` labels, row by row, `across` in a row."""
+        """Return the tilt for patterns of `pixels` labels, row by row, with `across` labels in a row."""
         return PatternTilt(self, pixels, across)
 
     def seen(self, images: SliceStatistics, ours: SliceStatistics) -> SliceStatistics:
-        """What the images would show with the volume's visible phases as `ours` has them; correlations are ours.
+        """Return what the images would show with the volume's visible phases as `ours` has them.
 
-        Fractions are those wanted. Interfaces between visible phases are as many as ours, shared among phases as in
-        the images; those within a group are the images' per volume of the group; triple-phase points are the images'
-        per visible interface; windows of 3 × 3 are tilted.
+        Fractions are those wanted. Interfaces between visible phases are as many as in `ours`, shared among phases as
+        in the images. Interfaces within a group are the images' per volume of the group. Triple-phase points are the
+        images' per visible interface. Windows of 3 × 3 are tilted. Correlations are those of `ours`.
+
+        Parameters
+        ----------
+        images : SliceStatistics
+            Statistics of the images.
+        ours : SliceStatistics
+            Statistics of generated slices.
+
+        Returns
+        -------
+        SliceStatistics
+            Statistics of the images, moved to the volume.
         """
         every = list(combinations(range(len(self.images)), 2))
         by_groups: dict[tuple[int, ...], list[int]] = {}
@@ -279,9 +317,18 @@ class Correction:
 class PatternTilt:
     """Moves the shares of label patterns in the images to the volume.
 
-    The moved shares have the wanted phase fractions, as many neighbours of unlike groups as the generated slices have,
-    and of unlike phases in one group as many as the images have per volume of the group (neighbours at spacing 1), or
-    per pair within the group (farther apart).
+    The moved shares have the wanted phase fractions, and as many neighbours of unlike groups as the generated slices
+    have. Neighbours of unlike phases in one group at spacing 1 are as many as the images have per volume of the group.
+    Those farther apart are as many as the images have per pair within the group.
+
+    Parameters
+    ----------
+    correction : Correction
+        The correction that the shares follow.
+    pixels : int
+        Labels in a pattern.
+    across : int
+        Labels in a row of a pattern.
     """
 
     def __init__(self, correction: Correction, pixels: int, across: int) -> None:
@@ -308,7 +355,22 @@ class PatternTilt:
         self._growth = torch.tensor([correction.growth[a] for a, _ in correction._hidden] * 2, dtype=torch.float64)
 
     def moved(self, images: Tensor, ours: Tensor, spacings: Sequence[int]) -> Tensor:
-        """Shares of the images (rows, patterns) moved to slices with shares `ours`; rows are by spacing first."""
+        """Return the shares of the images, moved to slices with shares `ours`.
+
+        Parameters
+        ----------
+        images : Tensor
+            (rows, patterns); rows are by spacing first.
+        ours : Tensor
+            Shares of generated slices, of the same shape.
+        spacings : sequence of int
+            Spacings of the patterns, in pixels.
+
+        Returns
+        -------
+        Tensor
+            (rows, patterns), float64.
+        """
         device = ours.device
         images, ours = images.double().to(device), ours.detach().double()
         features, inside = self._features.to(device), self._inside.to(device)
@@ -327,27 +389,27 @@ class PatternTilt:
 
 
 def _pair_share(a: np.ndarray, b: np.ndarray, pair: tuple[int, int]) -> np.ndarray:
-    """(neighbours, patterns) → share of neighbours that are this pair, in either order."""
+    """Return the share of neighbours that are this pair, in either order, from labels (neighbours, patterns)."""
     i, j = pair
     return np.asarray((((a == i) & (b == j)) | ((a == j) & (b == i))).mean(0))
 
 
 def patch_weights(fractions: np.ndarray, wanted: np.ndarray, independent: float) -> tuple[np.ndarray, float]:
-    """Weights of patches whose mean phase fractions are as wanted, as far as the patches allow.
+    """Return weights of patches whose mean phase fractions are as wanted, as far as the patches allow.
 
     Parameters
     ----------
     fractions : ndarray
-        (patches, phases).
+        (patches, phases): phase fractions of each patch.
     wanted : ndarray
-        (phases,).
+        (phases,): the wanted fractions.
     independent : float
-        How many independent patches these are together: the images' area over a patch's.
+        Number of independent patches that these are together: the images' area over a patch's.
 
     Returns
     -------
     weights : ndarray
-        (patches,), their sum is 1.
+        (patches,); their sum is 1.
     reached : float
         Share of the way from the patches' own mean to the wanted one, 0 to 1. The weights amount to at least 16
         independent patches, or to all that there are.
