@@ -56,8 +56,9 @@ def metrics(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure volume fractions, surface and interphase areas, TPB, their spread over sub-volumes, correlations, chords,
-    connected shares, spectra, and the standard error of each number.
+    """Measure volume fractions, surface and interphase areas, TPB and more, with the standard error of each number.
+
+    Measured besides are their spread over sub-volumes, correlations, chords, connected shares and spectra.
 
     \b
     hpcres metrics                                  the study's labels.zarr, its reference and its images

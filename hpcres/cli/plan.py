@@ -17,7 +17,7 @@ from hpcres.study_file import load_study
 @tiles_option
 @click.option("--ranks", type=click.IntRange(1), help="MPI ranks; the study's cluster by default.")
 def plan(study: str, settings: tuple[str, ...], output: str | None, tiles: str | None, ranks: int | None) -> None:
-    """What infer would cost: tiles, memory, bytes, hours from a trial of seconds, and the sbatch lines. Dry run.
+    """Tell what infer would cost: tiles, memory, bytes, hours from a trial of seconds, and the sbatch lines.
 
     \b
     hpcres plan --tiles 8x8x8

@@ -1,7 +1,7 @@
 """Reports of a run while it goes on: tables, TensorBoard events, slices over time, progress and a page.
 
-The tables are training.csv and quality.csv. Progress is a live table on a terminal, or lines to the logger hpcres.train.
-training.html shows all of it.
+The tables are training.csv and quality.csv. Progress is a live table on a terminal, or lines to the logger
+hpcres.train. training.html shows all of it.
 """
 
 from __future__ import annotations
