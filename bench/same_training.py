@@ -75,7 +75,7 @@ def trained(package: Path, study: Path, output: Path) -> str:
         "threads": 1,
         "precision": "fp32",
         "report_seconds": 1e-6,
-        "recalibration_cubes": 4,
+        "settling_cubes": 4,  # its name until 2026-11, which is still read
         "quality_cubes": 2,
         "quality_steps": 5,
     }

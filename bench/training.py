@@ -278,7 +278,7 @@ COMMAND_SECONDS = (
     READ
     + """
 import csv, os, subprocess
-content["training"].update(steps=int(sys.argv[2]), report_seconds=3, recalibration_cubes=1, least_steps=1)
+content["training"].update(steps=int(sys.argv[2]), report_seconds=3, least_steps=1)
 known = set(type(study.training).model_fields)
 content["training"] = {key: value for key, value in content["training"].items() if key in known}
 content["training"].pop("quality_steps", None), content["training"].pop("keep", None)

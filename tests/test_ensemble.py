@@ -86,9 +86,9 @@ def test_an_ensemble_by_ranks_and_after_damage_is_the_same(ensemble, tmp_path):
     ):
         spoil(shares / shard)
         assert why in next(str(fault) for fault in find_faults(store) if fault.volume == "agreement")
-        with StoreLock(store) as claim:
-            remove_faulty(store, find_faults(store, claim=claim))
-            infer(repair_job(store), Ranks(), claim=claim)
+        with StoreLock(store) as store_lock:
+            remove_faulty(store, find_faults(store, store_lock=store_lock))
+            infer(repair_job(store), Ranks(), store_lock=store_lock)
         assert ours() == expected
         assert find_faults(store) == []
     job = open_job(load_study(ensemble, ["inference.ensemble=3"], str(tmp_path)), checkpoint=checkpoint, tiles="9x2x2")

@@ -115,7 +115,7 @@ def test_a_new_family_works_in_every_stage(tmp_path, kind):
     assert "of 12 tiles" in done.stderr
     assert store_bytes(store) == store_bytes(tmp_path / "whole/labels.zarr")  # however it is shared among ranks
     toys("verify", store)
-    truncate(next((tmp_path / "out/labels.zarr/0/c").rglob("1")))
+    truncate(next(f for f in (tmp_path / "out/labels.zarr/0/c").rglob("*") if f.is_file()))
     assert subprocess.run([sys.executable, TOYS, "verify", store], capture_output=True).returncode == 3
     toys("verify", store, "--repair")
     assert store_bytes(store) == store_bytes(tmp_path / "whole/labels.zarr")

@@ -113,8 +113,8 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
     monkeypatch.setattr("hpcres.inference.journal._DYING_SECONDS", 0.1)
     with pytest.raises(InputError, match=r"another job.*give another `output`"):
         infer(job, Ranks(), overwrite=True)
-    with pytest.raises(InputError, match="another job"), StoreLock(store) as claim:
-        find_faults(store, claim=claim)
+    with pytest.raises(InputError, match="another job"), StoreLock(store) as store_lock:
+        find_faults(store, store_lock=store_lock)
     assert store_bytes(store) == before
     for one in (first.pid, *ours):
         with suppress(ProcessLookupError):
@@ -128,10 +128,10 @@ def test_two_jobs_on_one_store_the_second_refuses(painted, tmp_path, monkeypatch
 def test_a_rank_that_outlives_its_job_is_waited_for(tmp_path, monkeypatch):
     """Rank 0 and its lock are gone, another rank still writes."""
     monkeypatch.setattr("hpcres.inference.journal._LEFT_OVER_SECONDS", 0.2)
-    with Journal(tmp_path / "labels.zarr", 1), StoreLock(tmp_path / "labels.zarr") as claim:
+    with Journal(tmp_path / "labels.zarr", 1), StoreLock(tmp_path / "labels.zarr") as store_lock:
         with pytest.raises(InputError, match=r"rank-00001\.jsonl is locked.*run this command again"):
-            claim.take()
-    with StoreLock(tmp_path / "labels.zarr") as claim, Journal(tmp_path / "labels.zarr", 1):
+            store_lock.take()
+    with StoreLock(tmp_path / "labels.zarr") as store_lock, Journal(tmp_path / "labels.zarr", 1):
         pass
 
 
@@ -321,8 +321,8 @@ def test_a_store_without_its_journal_is_not_painted_anew_unasked(study, copy, pa
     job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
     with pytest.raises(InputError, match=r"labels.zarr.journal is not beside it"):
         infer(job, Ranks())
-    with pytest.raises(InputError, match=r"put it back"), StoreLock(copy) as claim:
-        find_faults(copy, claim=claim)
+    with pytest.raises(InputError, match=r"put it back"), StoreLock(copy) as store_lock:
+        find_faults(copy, store_lock=store_lock)
     assert infer(job, Ranks(), overwrite=True).painted == 8
     assert store_bytes(copy) == store_bytes(painted)
 

@@ -15,6 +15,8 @@ import pytest
 from small_training import study_of
 
 import hpcres
+from hpcres.errors import InputError
+from hpcres.outputs import PAGE, refuse_output
 from hpcres.study_file import save_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.volume import array_volume
@@ -216,7 +218,8 @@ def test_what_is_wrong_is_said_in_one_line_without_options(call, said):
     assert "--" not in str(found.value)
 
 
-def test_calls_print_nothing_and_log_what_overrides_the_file(tmp_path, capfd, caplog):
+def test_calls_print_nothing_and_log_what_overrides_the_file(tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hpcres"), "handlers", [])  # conftest.py prints what is logged
     named = {0: "a", 1: "b", 2: "c"}
     stored = hpcres.convert(LABELS.astype(np.uint8), tmp_path / "v.zarr", voxel_size="1 um", phases=named)
     with caplog.at_level(logging.WARNING, "hpcres"):
@@ -283,3 +286,33 @@ def test_examples_run(example, tmp_path):
     done = subprocess.run(given, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 2
+
+
+def test_training_and_painting_print_nothing(tmp_path, capfd, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hpcres"), "handlers", [])
+    study = study_of(tmp_path, training={"steps": 2})
+    with caplog.at_level(logging.INFO, "hpcres"):
+        hpcres.train(study)
+        hpcres.infer(study)
+    assert capfd.readouterr() == ("", "")
+    assert {record.name for record in caplog.records} == {"hpcres.train", "hpcres.infer"}
+
+
+def test_the_command_line_names_options_where_messages_name_arguments(tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(InputError, match="write elsewhere with `output`"):
+        refuse_output(tmp_path / "report.html", PAGE)
+    np.save(tmp_path / "v.npy", LABELS.astype(np.uint8))
+    command = [
+        sys.executable,
+        "-m",
+        "hpcres",
+        "report",
+        str(tmp_path / "v.npy"),
+        "--output",
+        str(tmp_path / "report.html"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "write elsewhere with --output" in done.stderr
+    assert "`" not in done.stderr

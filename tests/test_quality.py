@@ -20,7 +20,7 @@ from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator
 from hpcres.study_file import load_study, save_study
-from hpcres.training import journal, samples
+from hpcres.training import journal
 from hpcres.training.adversarial import Models
 from hpcres.training.evaluation import GOOD, Evaluator
 from hpcres.training.events import Events
@@ -269,7 +269,9 @@ def test_what_cubes_are_compared_with_is_the_volume_however_it_is_read(tmp_path,
     labels[5:9, 3:, 8:] = 9
     given = {"path": str(tmp_path / "low.npy"), "phases": {0: "a", 1: "b", 2: "c"}, "unknown": [9]}
     study = study_of(tmp_path, volume=labels, low_res=given)
-    monkeypatch.setattr(samples, "open_low_res", lambda asked: replace(open_low_res(asked), chunks=(planes, 20, 19)))
+    monkeypatch.setattr(
+        "hpcres.conditions.open_low_res", lambda asked: replace(open_low_res(asked), chunks=(planes, 20, 19))
+    )
     low_res = LowResCubes(study)
     labels[labels == 9] = 3
     assert low_res._content == pytest.approx(content(labels))

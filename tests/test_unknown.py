@@ -177,8 +177,8 @@ def test_training_on_a_damaged_volume_says_so_and_judges_what_is_known(tmp_path,
         return lambda given, _: torch.stack([torch.from_numpy(full == i) for i in range(3)])[None].float()
 
     judge = Evaluator(study, low_res, models.operator)
-    assert judge.judge(right_where_known(0), ALONE.device)[0]["disagreement"] == 0
-    found = judge.judge(right_where_known(7), ALONE.device)[0]
+    assert judge.evaluate(right_where_known(0), ALONE.device)[0]["disagreement"] == 0
+    found = judge.evaluate(right_where_known(7), ALONE.device)[0]
     assert found["disagreement"] == pytest.approx(7 / known.sum())
     outcome = models.step(0, range(2), low_res, RealSlices(study, ALONE.device), 1e-4)
     seen = models.operator(one_hot(outcome.probabilities.argmax(1), 3)).argmax(1)
