@@ -1,7 +1,7 @@
 """The result files of a finished volume, of a study or a bare one: metrics.json, transport.json, and the page of both.
 
-Each function opens its inputs, refuses what does not fit, works, and writes. Volumes of a study and results go where
-the study says; of a bare volume, where `output` names a file.
+Each function opens its inputs, refuses what does not fit, works, and writes. Results of a study go where it says, those
+of a bare volume where `output` says.
 """
 
 from __future__ import annotations
