@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ def write_transport(
             end_if_signalled()
         progress(f"{phase}, {direction}: iteration {iterations}, D_rel {d_rel:.6g}, estimated error {error:.1e}")
 
-    shown = _Shown(task, options.check, show)
+    shown = _Shown(task, task.volume, options.check, show)
     solve = partial(
         solve_missing,
         results,
@@ -327,15 +327,12 @@ class _Shown:
     """Shows results, one on each line; before the first one notes on the voxel size, and the solver."""
 
     task: _Task
+    volume: Volume
+    """The volume that the results are of."""
     check: str | None
     show: Callable[[str], None]
-    volume: Volume = field(init=False)
-    """The volume that the results are of."""
-    begun: bool = field(default=False, init=False)
-    skipped: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.volume = self.task.volume
+    begun: bool = False
+    skipped: bool = False
 
     def __call__(self, result: dict[str, Any], solved_before: bool) -> None:
         if not self.begun:
