@@ -7,7 +7,7 @@ or mirror, an index outside 0 … n − 1 stands for one of the n voxels, so box
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise, product
@@ -31,6 +31,21 @@ AXES = "zyx"
 def triple(values: Sequence[int]) -> Triple:
     """Return three numbers as a tuple of int."""
     z, y, x = (int(v) for v in values)
+    return z, y, x
+
+
+def meeting_sides(periodic: Iterable[str]) -> Periodic:
+    """Return for z, y and x whether the volume's two sides meet along this axis.
+
+    Raises
+    ------
+    InputError
+        One of the names is no axis.
+    """
+    chosen = tuple(periodic)
+    if unknown := [axis for axis in chosen if axis not in AXES]:
+        raise InputError(f"periodic: {unknown[0]!r} is no axis; choose from {', '.join(AXES)}")
+    z, y, x = (axis in chosen for axis in AXES)
     return z, y, x
 
 

@@ -19,11 +19,12 @@ import numpy as np
 from pydantic import ValidationError
 
 from hpcres.errors import InputError, Unfinished
-from hpcres.geometry import AXES, Box, Periodic
-from hpcres.lengths import VoxelEdges, parse_voxel_edges
+from hpcres.geometry import AXES, Box, meeting_sides
+from hpcres.inputs import voxel_edges_of
+from hpcres.lengths import VoxelEdges
 from hpcres.results import Measurement, Tortuosity
 from hpcres.study import Metrics, Study, SubVolumes, study_model
-from hpcres.study_file import load_study
+from hpcres.study_file import files_of, load_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.volume import NotALabel, Volume, array_volume
@@ -134,7 +135,7 @@ def measure(
                 client=connected,
                 phases=names,
                 voxel_size=_edges(source, voxel_size),
-                periodic=_axes(periodic),
+                periodic=meeting_sides(periodic),
                 settings=subvolumes,
                 seed=seed,
                 progress=progress,
@@ -196,6 +197,7 @@ def tortuosity(
     1.0
     """
     from hpcres.transport import tortuosity as solved
+    from hpcres.transport.second_opinion import by_taufactor, refuse_check
 
     if direction not in AXES:
         raise InputError(f"direction {direction!r} is none; choose from {', '.join(AXES)}")
@@ -211,9 +213,9 @@ def tortuosity(
         label = int(phase)
         by_label = phases if isinstance(phases, Mapping) else dict(enumerate(names or ()))
         phase = by_label.get(label, str(label))
-    edges, sides = _edges(source, voxel_size), _axes(periodic)
+    spacing, sides = _edges(source, voxel_size).lengths(source.path)[0], meeting_sides(periodic)
     if check is not None:
-        _refuse_check(check, source, edges, sides, conductivity)
+        refuse_check(check, [source], spacing, asked={"conductivity": conductivity, "periodic": any(sides)})
     _warn_of_absent_chunks(source)
     found = solved(
         source,
@@ -221,7 +223,7 @@ def tortuosity(
         only=() if phase is None else (str(phase),),
         conductivity=conductivity,
         directions=(direction,),
-        spacing=edges.lengths(source.path)[0],
+        spacing=spacing,
         periodic=sides,
         rtol=rtol,
         threads=threads,
@@ -231,12 +233,7 @@ def tortuosity(
             f"{source.path}: {found['phase']} along {direction} is not solved to rtol={rtol:g}, so no number is given; "
             "try a larger rtol, conductivities less far apart, or a part of the volume"
         )
-    opinion = None
-    if check is not None:
-        from hpcres.transport.second_opinion import by_taufactor
-
-        opinion = by_taufactor(source, found)
-    return Tortuosity.of(found, opinion)
+    return Tortuosity.of(found, None if check is None else by_taufactor(source, found))
 
 
 def train(
@@ -430,15 +427,10 @@ def report(
     ------
     InputError
     """
-    from hpcres.outputs import PAGE, refuse_output
-    from hpcres.reports.write import report_study
+    from hpcres.result_files import write_study_report
 
-    loaded = _study(study, settings, output)
-    if not loaded.labels_path.exists():
-        raise InputError(f"{loaded.labels_path}: not there yet; call hpcres.infer first")
-    made = (loaded.labels_path, loaded.metrics_path, loaded.transport_path)
-    refuse_output(loaded.report_path, PAGE, inputs=[*loaded.inputs, *made], renewed=True)
-    return report_study(loaded, open_volume(loaded.labels_path))
+    files = files_of(os.fspath(study)) if isinstance(study, str | os.PathLike) else ()
+    return write_study_report(_study(study, settings, output), files=files, warn=_log_warnings)
 
 
 # ---- what the arguments mean ------------------------------------------------------------------------------
@@ -481,44 +473,22 @@ def _edges(volume: Volume, given: VoxelSize) -> VoxelEdges:
     InputError
         The voxel size is known along some axes only.
     """
-    edges = volume.edges
-    if given is not None:
-        try:
-            edges = parse_voxel_edges(given if isinstance(given, str) else ",".join(map(str, given)))
-        except ValueError as error:
-            raise InputError(f"voxel_size: {error}") from None
-        if not edges.agrees_with(volume.edges):
-            log.warning("%s: voxel_size %s overrides the file's own, %s", volume.path, edges, volume.edges)
-    edges.lengths(volume.path, "give voxel_size, three lengths along z, y and x, such as ('1 um', '250 nm', '250 nm')")
+    text = given if given is None or isinstance(given, str) else ",".join(map(str, given))
+    edges, notes = voxel_edges_of(volume, text)
+    if text:  # of an unknown size the result says so itself
+        _log_warnings(notes)
     return edges
 
 
 def _warn_of_absent_chunks(volume: Volume) -> None:
     from hpcres.volumes.absent import absent_chunks
 
-    for absent in () if volume.in_memory else absent_chunks(volume):
-        log.warning("%s", absent)
+    _log_warnings(() if volume.in_memory else absent_chunks(volume))
 
 
-def _refuse_check(
-    check: str, volume: Volume, edges: VoxelEdges, sides: Periodic, conductivity: Mapping[str, float] | None
-) -> None:
-    """Raise InputError for a check that cannot be made, before anything is solved."""
-    from hpcres.transport.second_opinion import refuse_taufactor
-
-    if check != "taufactor":
-        raise InputError(f"check: {check!r} is no solver that hpcres can ask; write 'taufactor', or drop it")
-    if conductivity is not None:
-        raise InputError("check='taufactor': TauFactor is asked about one phase; drop conductivity or check")
-    refuse_taufactor(volume.path, volume.shape, edges.lengths(volume.path)[0], sides)
-
-
-def _axes(periodic: Iterable[str]) -> Periodic:
-    chosen = tuple(periodic)
-    if unknown := [axis for axis in chosen if axis not in AXES]:
-        raise InputError(f"periodic: {unknown[0]!r} is no axis; choose from {', '.join(AXES)}")
-    z, y, x = (axis in chosen for axis in AXES)
-    return z, y, x
+def _log_warnings(lines: Iterable[object]) -> None:
+    for line in lines:
+        log.warning("%s", line)
 
 
 def _study(

@@ -19,6 +19,7 @@ from scipy.ndimage import gaussian_filter
 from test_transport import direct
 
 from hpcres.cli import commands
+from hpcres.cli.console import with_options
 from hpcres.errors import InputError
 from hpcres.lengths import MICROMETERS, Length, cubic, edges_of, parse_length, parse_voxel_edges, unit_name
 from hpcres.study_file import load_study
@@ -324,7 +325,7 @@ def hpcres(*arguments: str | Path) -> tuple[int, str, str]:
     """Exit status, or the InputError as 2, and the output and error of a command in this process."""
     result = CliRunner().invoke(commands, [str(a) for a in arguments])
     if isinstance(result.exception, InputError):
-        return 2, result.stdout, str(result.exception)
+        return 2, result.stdout, with_options(str(result.exception))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr

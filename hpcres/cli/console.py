@@ -13,8 +13,8 @@ from hpcres.signals import is_first_rank
 
 _LINE_SECONDS = 5.0
 _OPTIONS = (
-    "checkpoint|crop|device|memory|metrics|output|overwrite|periodic|phases|scheduler|scratch|set|tiles|transport|"
-    "worker_wait"
+    "check|checkpoint|conductivity|crop|device|estimate|field|lags|memory|metrics|output|overwrite|periodic|phase|"
+    "phases|profile|rtol|scheduler|scratch|set|tiles|transport|voxel_size|worker_wait"
 )
 """Arguments of library functions that are options of commands."""
 
@@ -35,7 +35,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stage = record.name.partition(".")[2]
-        echo(with_options(f"{stage}: {record.getMessage()}" if stage else record.getMessage()), err=True)
+        echo_message(f"{stage}: {record.getMessage()}" if stage else record.getMessage(), err=True)
 
 
 def show_log() -> None:
@@ -54,10 +54,15 @@ def echo(text: object, err: bool = False) -> None:
     print(text, file=sys.stderr if err else sys.stdout, flush=True)
 
 
+def echo_message(message: object, err: bool = False) -> None:
+    """Print a line of the library, which names arguments, with options in their place."""
+    echo(with_options(str(message)), err=err)
+
+
 def echo_notes(lines: Iterable[object]) -> None:
-    """Print each line on stderr."""
+    """Print each line of the library on stderr."""
     for line in lines:
-        echo(line, err=True)
+        echo_message(line, err=True)
 
 
 def warn(lines: Iterable[object]) -> None:

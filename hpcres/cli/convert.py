@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from hpcres.cli.console import echo, echo_notes, progress_of, warn
-from hpcres.cli.inputs import is_study, refuse_settings, voxel_edges_of
 from hpcres.cli.options import Stage, overwrite_option, parse_phases, study_options, volume_argument, voxel_size_option
 from hpcres.errors import InputError
+from hpcres.inputs import is_study, refuse_settings, voxel_edges_of
 from hpcres.lengths import cubic
 from hpcres.study_file import load_study
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from hpcres.cli.console import echo
-from hpcres.cli.inputs import study_for
 from hpcres.cli.options import Stage, overwrite_option, study_argument, study_options
+from hpcres.inputs import study_for
 from hpcres.signals import end_if_signalled
 from hpcres.study_file import save_study
 

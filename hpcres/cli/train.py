@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from hpcres.cli.console import echo, warn
-from hpcres.cli.inputs import study_for
 from hpcres.cli.options import Stage, overwrite_option, study_argument, study_options
 from hpcres.cores import limit_spinning
+from hpcres.inputs import study_for
 from hpcres.signals import is_first_rank
 
 

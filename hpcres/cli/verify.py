@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from hpcres.cli.console import command_line, echo, progress_of
-from hpcres.cli.inputs import is_study, refuse_settings
 from hpcres.cli.options import Stage, study_options
 from hpcres.errors import Unfinished
+from hpcres.inputs import is_study, refuse_settings
 from hpcres.study_file import load_study
 
 

@@ -30,6 +30,7 @@ class Ranks(Protocol):
 
     rank: int
     on_node: int
+    cores: int
 
     @property
     def communicator(self) -> Any:

@@ -1,8 +1,8 @@
-"""Transport solved by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
+"""The same transport by TauFactor (Kench et al. 2023), which many groups use, as a second opinion."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -13,6 +13,7 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
 from hpcres.memory import free_bytes
+from hpcres.transport import parse_crop
 from hpcres.volumes.volume import Volume
 
 _BYTES_PER_VOXEL = 64
@@ -23,7 +24,7 @@ _CONVERGENCE = 1e-3
 
 @dataclass(frozen=True)
 class Check:
-    """Transport of the same system by another solver.
+    """The same transport by another solver.
 
     Attributes
     ----------
@@ -44,51 +45,65 @@ class Check:
     reason: str
 
     def __str__(self) -> str:
-        """Format the check as one line."""
         return (
             f"{self.solver}: D_rel {self.D_rel:.6g}, tau {self.tau:.6g}, D_rel {self.difference:+.2%} of ours; "
             f"{self.reason}"
         )
 
 
-def refuse_taufactor(path: str, shape: Sequence[int], voxel_size: Sequence[float], periodic: Sequence[bool]) -> None:
-    """Raise InputError where TauFactor cannot solve a volume, before the time of a solve is spent.
+def refuse_check(
+    check: str,
+    volumes: Iterable[Volume],
+    voxel_size: Sequence[float],
+    *,
+    asked: Mapping[str, object],
+    crop: str | None = None,
+) -> None:
+    """Raise InputError where TauFactor cannot solve the volumes, before the time of a solve is spent.
+
+    TauFactor solves one phase of cubic voxels with insulated sides, with the whole volume in memory.
 
     Parameters
     ----------
-    path : str
-        Of the volume, for the message.
-    shape : sequence of int
-        Voxels z, y, x that are solved.
+    check : str
+        Name of the other solver; `taufactor` is the only one.
+    volumes : iterable of Volume
+        Labels (z, y, x).
     voxel_size : sequence of float
         Edges z, y, x in one unit.
-    periodic : sequence of bool
-        Axes z, y, x whose sides meet.
+    asked : mapping
+        Argument → its value, of those that TauFactor has no counterpart for.
+    crop : str, optional
+        The part of the volumes that is solved.
 
     Raises
     ------
     InputError
-        Voxels are not cubic, sides are periodic, or there is too little memory.
+        There is no such solver, one of `asked` is set, voxels are not cubic, or there is too little memory.
     """
-    if len(set(voxel_size)) > 1:
-        raise InputError(f"{path}: TauFactor's solver takes cubic voxels only; drop the check")
-    if any(periodic):
-        raise InputError(f"{path}: TauFactor's solver takes insulated sides only; drop the check")
-    need, free = prod(shape) * _BYTES_PER_VOXEL, free_bytes()
-    if need > free:
-        raise InputError(
-            f"{path}: TauFactor needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; drop the "
-            "check, or take a part of the volume"
-        )
+    if check != "taufactor":
+        raise InputError(f"`check`: {check!r} is no solver that hpcres can ask; write 'taufactor', or drop it")
+    if other := next((name for name, value in asked.items() if value), None):
+        raise InputError(f"`check` {check}: TauFactor cannot solve with `{other}`; drop one of them")
+    for volume in volumes:
+        shape = volume.shape if crop is None else parse_crop(crop, volume.shape).shape
+        if len(set(voxel_size)) > 1:
+            raise InputError(f"{volume.path}: TauFactor's solver takes cubic voxels only; drop the check")
+        need, free = prod(shape) * _BYTES_PER_VOXEL, free_bytes()
+        if need > free:
+            raise InputError(
+                f"{volume.path}: TauFactor needs {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free; "
+                "drop the check, or take a part of the volume"
+            )
 
 
 def by_taufactor(volume: Volume, result: Mapping[str, Any]) -> Check:
-    """Solve with TauFactor the system of `result`, one of the results of transport.json.
+    """Solve with TauFactor what `result`, one of those of transport.json, has solved.
 
     Parameters
     ----------
     volume : Volume
-        Labels (z, y, x) that `refuse_taufactor` does not refuse.
+        Labels (z, y, x) that `refuse_check` does not refuse.
     result : mapping
         One phase of conductivity 1, converged or not percolating.
 

@@ -1,7 +1,8 @@
-"""The inputs of the commands: a study, or a bare volume and its voxel size."""
+"""The inputs of the stages: a study, or a bare volume and its voxel size."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ def is_study(source: str) -> bool:
     return Path(source).suffix in (".yaml", ".yml")
 
 
-def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | None) -> Study:
+def study_for(stage: str, source: str, settings: Sequence[str], output: str | None) -> Study:
     """Load the study, after a check that the stage can save its copy beside the results.
 
     The check is made before hours of work.
@@ -28,13 +29,13 @@ def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | 
     Parameters
     ----------
     stage : str
-        Name of the command.
+        Name of the stage.
     source : str
         Path of the study file.
-    settings : tuple of str
-        Values of --set.
+    settings : sequence of str
+        `section.key=value`; these take precedence over the file.
     output : str or None
-        Value of --output.
+        Folder of results, in place of the study's own.
 
     Raises
     ------
@@ -46,24 +47,24 @@ def study_for(stage: str, source: str, settings: tuple[str, ...], output: str | 
     if copy.exists() and copy.samefile(source):
         if settings or output:
             raise InputError(
-                f"{copy}: is the study that is read, and the settings from --set and --output would be saved in it; "
-                "write elsewhere with --output, or copy the study first"
+                f"{copy}: is the study that is read, and the settings from `set` and `output` would be saved in it; "
+                "write elsewhere with `output`, or copy the study first"
             )
         return study
     refuse_output(copy, STUDY, inputs=[*study.inputs, *files_of(source)], renewed=True)
     return study
 
 
-def refuse_settings(source: str, settings: tuple[str, ...]) -> None:
-    """Raise InputError if --set is given with a volume."""
+def refuse_settings(source: str, settings: Sequence[str]) -> None:
+    """Raise InputError if settings of a study are given with a volume."""
     if settings:
-        raise InputError(f"--set {settings[0]}: {source} is a volume, not a study; drop --set")
+        raise InputError(f"`set` {settings[0]}: {source} is a volume, not a study; drop `set`")
 
 
 def refuse_voxel_size(source: str, voxel_size: str | None) -> None:
-    """Raise InputError if --voxel-size is given with a study."""
+    """Raise InputError if a voxel size is given with a study."""
     if voxel_size:
-        raise InputError(f"{source}: a study has its own voxel size; drop --voxel-size")
+        raise InputError(f"{source}: a study has its own voxel size; drop `voxel_size`")
 
 
 def painted_volume(study: Study) -> Volume:
@@ -74,7 +75,7 @@ def painted_volume(study: Study) -> Volume:
     InputError
         The store does not exist yet.
     """
-    from hpcres.volumes.formats import open_volume
+    from hpcres.volumes.formats import open_volume  # zarr; commands that need no volume start without it
 
     if not study.labels_path.exists():
         raise InputError(f"{study.labels_path}: not there yet; run hpcres infer first")
@@ -82,7 +83,7 @@ def painted_volume(study: Study) -> Volume:
 
 
 def voxel_edges_of(volume: Volume, text: str | None) -> tuple[VoxelEdges, list[str]]:
-    """Return the voxel size from --voxel-size, else from the file, and notes on an unknown or overridden size.
+    """Return the voxel size that is given, else the file's own, and notes on an unknown or overridden size.
 
     The notes are printed beside a result only: an error is one line.
 
@@ -91,7 +92,7 @@ def voxel_edges_of(volume: Volume, text: str | None) -> tuple[VoxelEdges, list[s
     volume : Volume
         The input.
     text : str or None
-        Value of --voxel-size.
+        The voxel size that is given: one length, or three along z, y and x.
 
     Returns
     -------
@@ -103,21 +104,21 @@ def voxel_edges_of(volume: Volume, text: str | None) -> tuple[VoxelEdges, list[s
     Raises
     ------
     InputError
-        --voxel-size cannot be parsed, or the file gives the voxel size along some axes only.
+        `text` cannot be parsed, or the file gives the voxel size along some axes only.
     """
     own = volume.edges
     try:
         edges = parse_voxel_edges(text) if text else own
     except ValueError as error:
-        raise InputError(f"--voxel-size: {error}") from None
+        raise InputError(f"`voxel_size`: {error}") from None
     if text and not edges.agrees_with(own):
-        return edges, [f"{volume.path}: --voxel-size {edges} overrides the file's own, {own}"]
+        return edges, [f"{volume.path}: `voxel_size` {edges} overrides the file's own, {own}"]
     if not text:
-        _, unit = edges.lengths(volume.path, "give all three with --voxel-size Z,Y,X, such as 1um,250nm,250nm")
+        _, unit = edges.lengths(volume.path, "give all three with `voxel_size` Z,Y,X, such as 1um,250nm,250nm")
         because = f" ({own.note})" if own.note else ""
         if unit == "voxel":
             return edges, [f"{volume.path}: gives no voxel size{because}; lengths are in voxels"]
         if unit == "unit":
             found = f"{volume.path}: gives only the ratio of the voxel edges, {own}{because}"
-            return edges, [f"{found}; give lengths with --voxel-size"]
+            return edges, [f"{found}; give lengths with `voxel_size`"]
     return edges, []
