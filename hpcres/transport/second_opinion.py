@@ -45,6 +45,7 @@ class Check:
     reason: str
 
     def __str__(self) -> str:
+        """Format the check as one line."""
         return (
             f"{self.solver}: D_rel {self.D_rel:.6g}, tau {self.tau:.6g}, D_rel {self.difference:+.2%} of ours; "
             f"{self.reason}"
