@@ -498,3 +498,15 @@ def test_a_volume_of_another_size_than_the_low_res_makes_is_refused(client, tmp_
         agreement(
             study, open_volume(tmp_path / "low.npy"), open_volume(tmp_path / "sharp.npy"), client=client, progress=False
         )
+
+
+def test_the_threads_of_a_local_client_are_not_profiled(monkeypatch):
+    """CPython 3.11 can wait for itself in sys._current_frames, which Dask's profiler calls every ten milliseconds."""
+    from hpcres.metrics.schedule import local_client
+
+    called = []
+    plain = sys._current_frames
+    monkeypatch.setattr(sys, "_current_frames", lambda: called.append(1) or plain())
+    with local_client(1) as client:
+        client.submit(time.sleep, 0.3).result()
+    assert not called

@@ -108,8 +108,9 @@ def local_client(threads: int | None = None) -> Iterator[Client]:
     from distributed import Client, LocalCluster
 
     with (
-        # A computer that slept longer than this has a worker still.
-        dask.config.set({"distributed.scheduler.worker-ttl": None}),
+        # A computer that slept longer than the first has a worker still. The profiler calls sys._current_frames, in
+        # which CPython 3.11 waits for itself for ever if the garbage collector frees a threading.local there.
+        dask.config.set({"distributed.scheduler.worker-ttl": None, "distributed.worker.profile.enabled": False}),
         # Threads share the address space, so results and open files are never copied between processes.
         LocalCluster(
             n_workers=1,
