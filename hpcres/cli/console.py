@@ -90,7 +90,7 @@ def every(seconds: float) -> Callable[[], bool]:
 
 @contextmanager
 def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
-    """Show the progress of a stage: a bar on a terminal, else a line every few seconds and at the end.
+    """Show the progress of a stage.
 
     Parameters
     ----------
@@ -102,16 +102,10 @@ def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
     function
         To be called with the number of pieces of work that are done and their total number.
     """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
+    from hpcres.progress import progress_display
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(stage, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        return
-    due = every(_LINE_SECONDS)
-    yield lambda done, total: echo(f"{stage}: {done} of {total}", err=True) if due() or done == total else None
+    with progress_display(stage) as show:
+        yield lambda done, total: show(done, total=total)
 
 
 def progress_lines() -> Callable[[str], None]:

@@ -42,7 +42,8 @@ from hpcres.compiled import compiled
 from hpcres.counting import counts
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
-from hpcres.metrics.schedule import Source, block_shape, block_voxels, finished, follow, shown, submit, threads_of
+from hpcres.metrics.schedule import Source, block_shape, block_voxels, finished, follow, submit, threads_of
+from hpcres.progress import progress_display
 from hpcres.signals import half_made
 from hpcres.volumes.files import atomic_write
 from hpcres.volumes.formats import map_npy, read_npz
@@ -367,7 +368,7 @@ def _solve(client: Client, job: _Job, side: int, what: str, progress: bool) -> N
     active = {at for at in job.places if at[job.axis] == first}
     known: dict[tuple[Triple, Triple], bytes] = {}
     reached, sweeps, voxels = dict.fromkeys(job.places, 0), 0, prod(job.shape)
-    with shown(what, voxels, progress) as show:
+    with progress_display(what, voxels, shown=progress) as show:
         while active:
             places, active, waiting = sorted(active), set(), len(active)
             futures = submit(client, _relax, places, job=job, side=side)

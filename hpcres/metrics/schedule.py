@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from hpcres.cores import cores
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import Box, Triple, triple
 from hpcres.memory import keep_freed_memory
+from hpcres.progress import progress_display
 from hpcres.signals import end_if_signalled
 from hpcres.study import RawHeader
 from hpcres.volumes.formats import open_volume
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 64 * 2**20
 _SLAB_BYTES = 16 * 2**20
 """Of a block that are held at a time: what a core's share of cache has room for."""
-_LINE_SECONDS, _POLL_SECONDS = 5.0, 0.1
+_POLL_SECONDS = 0.1
 WORKER_WAIT_SECONDS = 900.0
 """How long a run waits for a worker once none is left: as long as a batch system may take to start another."""
 
@@ -365,48 +363,6 @@ def submit_with_neighbours(
     return client.compute(joined)
 
 
-@contextmanager
-def shown(what: str, total: int, progress: bool = True) -> Iterator[Callable[[int, str], None]]:
-    """Show how much of `total` is done: a bar on a terminal, else a line every few seconds.
-
-    Parameters
-    ----------
-    what : str
-        Name of the work.
-    total : int
-        Amount of the work.
-    progress : bool
-        False to show nothing.
-
-    Yields
-    ------
-    callable
-        show(done, words): shows that `done` is done, in these words.
-    """
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[words]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (progress and console.is_terminal),
-        transient=True,
-    )
-    said = time.monotonic()
-    with bar:
-        job = bar.add_task(what, total=total, words="")
-
-        def show(done: int, words: str) -> None:
-            nonlocal said
-            bar.update(job, completed=done, words=words)
-            if progress and not console.is_terminal and time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                print(f"{what}: {words}", file=sys.stderr, flush=True)
-
-        yield show
-
-
 def finished(futures: Sequence[Future[Any]], what: str) -> Iterator[Future[Any]]:
     """Yield futures as they finish; the first exception of a task, or a signal, ends the rest and is raised."""
     from distributed import CancelledError, as_completed
@@ -435,6 +391,6 @@ def finished(futures: Sequence[Future[Any]], what: str) -> Iterator[Future[Any]]
 
 def follow(futures: Sequence[Future[Any]], what: str, progress: bool = True) -> None:
     """Wait for all futures and show how many are done; the first exception of a task ends the rest and is raised."""
-    with shown(what, len(futures), progress) as show:
+    with progress_display(what, len(futures), shown=progress) as show:
         for done, _ in enumerate(finished(futures, what), 1):
-            show(done, f"{done} of {len(futures)}")
+            show(done)

@@ -15,6 +15,7 @@ import torch
 
 from hpcres.checkpoint import Checkpoint
 from hpcres.errors import InputError
+from hpcres.progress import duration
 from hpcres.study import Study
 from hpcres.training.distributed import Processes
 from hpcres.training.recipes import Choice
@@ -215,8 +216,8 @@ def _outlook(study: Study, seconds: float, steps_done: int = 0, seconds_done: fl
     left = inf if settings.minutes is None else max(0.0, 60 * settings.minutes - seconds_done)
     steps = min(settings.steps - steps_done, max(1, ceil(min(left / seconds, settings.steps))))
     verb, more = ("took", "more ") if steps_done else ("takes", "")
-    total = _duration(min(left, steps * seconds))
-    message = f"a step {verb} about {_duration(seconds)}: about {steps} {more}steps in {total}"
+    total = duration(min(left, steps * seconds))
+    message = f"a step {verb} about {duration(seconds)}: about {steps} {more}steps in {total}"
     if steps * seconds > 3600 * study.cluster.train_hours:
         message += (
             f", longer than cluster.train_hours {study.cluster.train_hours:g}; set training.minutes, or add the recipe "
@@ -231,15 +232,8 @@ def _refusal(study: Study, narrowest: Study, seconds: float, group: Processes) -
     narrowed = ", the narrowest that network.least_width allows," if narrowest is not study else ""
     return (
         f"training.minutes: {settings.minutes:g} allows about {steps:.2g} steps of a generator of width "
-        f"{narrowest.network.width}{narrowed} at {_duration(seconds)} each on this machine; fewer than {least} steps "
+        f"{narrowest.network.width}{narrowed} at {duration(seconds)} each on this machine; fewer than {least} steps "
         f"(training.least_steps) give no usable generator; set training.minutes to {ceil(least * seconds / 60)} or "
         "more, or add the recipe for few cores (base: [yours.yaml, hpcres:fast])"
         + ("" if group.device.type == "cuda" else ", or use a GPU")
     )
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

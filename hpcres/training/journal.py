@@ -10,16 +10,15 @@ import csv
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hpcres.progress import Show, on_terminal, progress_display
 from hpcres.training.events import Events
 from hpcres.training.folder import RunFolder
 from hpcres.volumes.phases import PHASE_COLOURS
@@ -103,7 +102,8 @@ class Journal:
         self._run = run
         self._reported = [one for one in shown if one.column in columns]
         self._found = [one for one in shown if one.column in quality]
-        self._live: Live | None = None
+        self._display = ExitStack()
+        self._show: Show | None = None
         if run is None:
             return
         folder = run.path
@@ -115,15 +115,9 @@ class Journal:
                 picture.unlink()
         self._events = Events(folder / "tensorboard", resume_step)
         self._score, self._beside = "", [""] * sum(one.in_table for one in self._found)
-        console = Console(stderr=True)
-        if live and console.is_terminal:
+        if live and on_terminal():
             self._shown: deque[list[str]] = deque(maxlen=_SHOWN_ROWS)
-            self._progress = Progress(
-                TextColumn("training"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console
-            )
-            self._task = self._progress.add_task("", total=1.0)
-            self._live = Live(self._progress, console=console, refresh_per_second=2)
-            self._live.start()
+            self._show = self._display.enter_context(progress_display("training", 1.0))
 
     def note(self, message: str) -> None:
         """Show a message to the user."""
@@ -145,18 +139,17 @@ class Journal:
         self._rows.add(row)
         step = int(row["step"])
         self._events.add(step, {f"training/{name}": v for name, v in row.items() if name not in ("step", "seconds")})
-        if self._live is not None:
+        if self._show is not None:
             shown = [f"{step}", f"{row['seconds']:.0f}", *(one.text(row) for one in self._reported)]
             shown += [*(f"{row[name]:.3f}" for name in self._fractions), self._score, *self._beside]
             self._shown.append(shown)
-            self._progress.update(self._task, completed=done)
             table = Table("step", "s", *(one.label for one in self._reported), box=None)
             beside = [one.label for one in self._found if one.in_table]
             for name in [*(name.removeprefix("fraction_") for name in self._fractions), "score", *beside]:
                 table.add_column(name)
             for one in self._shown:
                 table.add_row(*one)
-            self._live.update(Group(table, self._progress))
+            self._show(done, f"{done:.0%}", above=table)
             return
         fractions = " ".join(f"{name.removeprefix('fraction_')} {row[name]:.3f}" for name in self._fractions)
         parts = [f"{done:4.0%}", f"{row['seconds']:.0f} s", f"step {step}"]
@@ -186,7 +179,7 @@ class Journal:
         image.save(self._run.path / "training-slices" / f"step-{step:08d}.png")
         self._score = f"{row['score']:.2f}{' best' if is_best else ''}"
         self._beside = [one.text(row) for one in self._found if one.in_table]
-        if self._live is None:
+        if self._show is None:
             parts = [f"      judged at step {step}: score {self._score}"]
             self.note("  ".join([*parts, *(f"{one.label} {one.text(row)}" for one in self._found)]))
 
@@ -201,8 +194,7 @@ class Journal:
         """Stop the live table and close the files."""
         if self._run is None:
             return
-        if self._live is not None:
-            self._live.stop()
+        self._display.close()
         for file in (self._rows, self._judged, self._events):
             if file is not None:
                 file.close()
