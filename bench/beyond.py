@@ -214,7 +214,7 @@ def probabilities(keep: Path, options: argparse.Namespace) -> str:
         of_ours, of_truth = (block_fractions(labels, len(phases)) for labels in (ours, truth))
         off = " / ".join(f"{value:.3f}" for value in np.abs(of_ours - of_truth).mean(axis=(1, 2, 3)))
         same = (of_ours.argmax(0) == of_truth.argmax(0)).mean()
-        errors = [worst_area("reference")(found), tpb_error(found), found["low_res"]["lattice_imprint"]]
+        errors = [worst_area("reference")(found), tpb_error(found), found["low_res"]["grid_artefact"]]
         rows.append(
             [
                 name,
@@ -233,7 +233,7 @@ def probabilities(keep: Path, options: argparse.Namespace) -> str:
         "phase fractions",
         "areas",
         "TPB",
-        "imprint",
+        "grid artefact",
     ]
     return table(heads, rows)
 

@@ -369,7 +369,7 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
         Figure("minutes trained", ours_only("minutes"), form=".1f"),
         Figure("best score, of step", ours_only("best_step"), form=".0f"),
     ]
-    agreement, imprint = of_volume("low_res", "agreement"), of_volume("low_res", "lattice_imprint")
+    agreement, artefact = of_volume("low_res", "agreement"), of_volume("low_res", "grid_artefact")
     long = case == "sofc" and minutes >= 30
     noise = [
         Figure("gratings, of a million voxels", ours_only("gratings"), form=".0f"),
@@ -398,7 +398,7 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
             Figure("low-res agreement", agreement, None if long else above(0.995), ".2%"),
             Figure("tv1", seen("tv1"), below(0.03 if long else 0.04)),
             Figure("tv4", seen("tv4"), below(0.06 if long else 0.08)),
-            Figure("changed faces by position in the lattice, off flat", imprint, below(0.10) if long else None, ".1%"),
+            Figure("grid artefact", artefact, below(0.10) if long else None, ".1%"),
             *noise,
             *common,
         ]
@@ -409,7 +409,7 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
             Figure("low-res agreement", agreement, above(0.98) if barred else None, ".2%"),
             Figure("tv1 against the slices", seen("tv1")),
             Figure("tv4 against the slices", seen("tv4")),
-            Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),
+            Figure("grid artefact", artefact, form=".1%"),
             *noise,
             *common,
         ]
@@ -426,7 +426,7 @@ def figures_of(case: str, minutes: float, scale: str, phases: Sequence[str]) -> 
     return [
         *by_plane,
         Figure("low-res agreement (lamellae kept)", agreement, form=".2%"),
-        Figure("changed faces by position in the lattice, off flat", imprint, form=".1%"),
+        Figure("grid artefact", artefact, form=".1%"),
         *noise,
         *common,
     ]

@@ -63,6 +63,7 @@ def progress_display(
     bar: bool = True,
     line: Callable[[str], None] | None = None,
     seconds: float = _LINE_SECONDS,
+    keep: bool = False,
 ) -> Iterator[Show]:
     """Show the progress of a piece of work on stderr while the context lasts.
 
@@ -80,6 +81,8 @@ def progress_display(
         Called with each line where no bar is shown. By default the line is printed on stderr behind `what`.
     seconds : float
         Least time between two lines. The last line, at the end of the work, comes in any case.
+    keep : bool
+        Whether what a terminal shows last stays there.
 
     Yields
     ------
@@ -101,7 +104,7 @@ def progress_display(
             BarColumn(),
             TextColumn("{task.fields[words]}"),
             console=Console(stderr=True),
-            transient=True,
+            transient=not keep,
         ) as display:
             job = display.add_task(what, total=total, words="")
 
@@ -125,17 +128,20 @@ def _shower(
     known: float | None, draw: Callable[[str, float, float | None, RenderableType | None], None], seconds: float
 ) -> Show:
     """Return a function that draws the state of the work with the time left, at most once in so many seconds."""
-    began = drawn = time.monotonic()
+    drawn, first = time.monotonic(), list[tuple[float, float]]()
 
     def show(done: float, words: str = "", *, total: float | None = None, above: RenderableType | None = None) -> None:
         nonlocal drawn
         now, whole = time.monotonic(), known if total is None else total
-        if now - drawn <= seconds and not (whole is not None and done >= whole):
+        if not first:  # work that goes on where it stopped does not begin at 0
+            first.append((now, done))
+        if now - drawn < seconds and not (whole is not None and done >= whole):
             return
         drawn = now
         text = words or (f"{done:g}" if whole is None else f"{done:g} of {whole:g}")
-        if whole is not None and 0 < done < whole:
-            text += f", {duration((now - began) * (whole - done) / done)} left"
+        began, before = first[0]
+        if whole is not None and before < done < whole:
+            text += f", {duration((now - began) * (whole - done) / (done - before))} left"
         draw(text, done, whole, above)
 
     return show

@@ -30,6 +30,7 @@ from hpcres.errors import InputError
 from hpcres.families import Family, family_of, register
 from hpcres.geometry import MIRROR, REPLICATE, Boundaries, Boundary
 from hpcres.lengths import Length, parse_length
+from hpcres.old_names import rename_old_settings
 
 PATCH_VOXELS = 64
 """Scale factors are 64/d, because d low-res voxels must fill so many high-res ones exactly."""
@@ -130,40 +131,6 @@ def parse_boundary(value: Any) -> Boundaries:
             raise ValueError(f"{word!r} is no boundary; use one of {', '.join(get_args(Boundary))}")
     z, y, x = words
     return z, y, x
-
-
-RENAMED = {"training": {"surroundings": "context", "settling_cubes": "recalibration_cubes"}}
-"""By section, names that settings had until 2026-11, and what they are called now."""
-
-
-def rename_old_keys(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rename settings that have an old name, in place.
-
-    Parameters
-    ----------
-    settings : dict
-        Sections of a study; changed in place.
-
-    Returns
-    -------
-    list of pairs of str
-        Old and new dotted name of each setting that was renamed.
-
-    Raises
-    ------
-    InputError
-        The old and the new name of a setting are both there.
-    """
-    found = []
-    for section, names in RENAMED.items():
-        given = settings.get(section)
-        for old, new in names.items():
-            if isinstance(given, dict) and old in given:
-                if new in given:
-                    raise InputError(f"{section}.{old}: is the old name of {section}.{new}, and both are set; keep one")
-                given[new] = given.pop(old)
-                found.append((f"{section}.{old}", f"{section}.{new}"))
-    return found
 
 
 class Section(BaseModel):
@@ -780,7 +747,7 @@ class Study(Section):
             The text is not a valid study.
         """
         settings = json.loads(text)
-        rename_old_keys(settings)
+        rename_old_settings(settings)
         model = study_model(settings)
         if model is Study:
             settings["training"] = {"real_patches": "slices", "penalties": "slices"} | settings.get("training", {})

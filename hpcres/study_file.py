@@ -18,8 +18,9 @@ import yaml
 from pydantic import ValidationError
 
 from hpcres.errors import InputError
+from hpcres.old_names import RENAMED_SETTINGS, rename_old_settings
 from hpcres.outputs import STUDY, STUDY_MARK, refuse_output
-from hpcres.study import RENAMED, Section, Study, rename_old_keys, study_model
+from hpcres.study import Section, Study, study_model
 from hpcres.volumes.files import atomic_write
 
 log = logging.getLogger("hpcres")
@@ -86,7 +87,7 @@ def _read(path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{path}: no settings in it; a study file is a list of `key: value` lines")
     folder = path.resolve().parent
-    for old, new in rename_old_keys(raw):
+    for old, new in rename_old_settings(raw):
         log.warning("%s: %s is now %s; the old name is read all the same", path, old, new)
     raw = _over_paths(raw, lambda text, _: _place(text, folder))
     if "output" in raw:
@@ -203,7 +204,7 @@ def _override(raw: dict[str, Any], setting: str) -> None:
     if not equals or not key:
         raise InputError(f"`set` {setting}: no value; write section.key=value")
     *sections, last = key.strip().split(".")
-    if len(sections) == 1 and last in (renamed := RENAMED.get(sections[0], {})):
+    if len(sections) == 1 and last in (renamed := RENAMED_SETTINGS.get(sections[0], {})):
         log.warning("`set` %s: it is now %s.%s; the old name is read all the same", key, sections[0], renamed[last])
         last = renamed[last]
     place: Any = raw

@@ -18,7 +18,7 @@ import pytest
 import torch
 from small_volumes import plain_counts
 
-from hpcres.counting.lattice import changed_faces, lattice_imprint
+from hpcres.counting.lattice import changed_faces, grid_artefact
 from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
@@ -405,12 +405,12 @@ def test_what_the_low_res_lattice_leaves_in_a_volume(client, tmp_path):
         differ = np.mean(np.diff(low.astype(int), axis=axis) != 0)
         assert found[0]["changed_faces"][name] == pytest.approx([differ, 0, 0, 0])
         assert found[1]["changed_faces"][name] == pytest.approx([2 / 3] * 4, abs=0.02)
-    assert found[0]["lattice_imprint"] == pytest.approx(3)
-    assert found[1]["lattice_imprint"] < 0.02
+    assert found[0]["grid_artefact"] == pytest.approx(3)
+    assert found[1]["grid_artefact"] < 0.02
     # Three faces for a period of 16: nothing is said of positions that have none. One voxel has no face at all.
     every_other = np.indices((4, 4, 4)).sum(0) % 2
     for volume in (every_other, every_other[:1, :1, :1], np.zeros((4, 4, 4))):
-        assert lattice_imprint(*changed_faces(volume, Box.whole(volume.shape), 16)) == 0
+        assert grid_artefact(*changed_faces(volume, Box.whole(volume.shape), 16)) == 0
 
 
 @pytest.mark.parametrize("isotropic", [True, False])

@@ -8,10 +8,12 @@ import yaml
 from small_training import study_of
 
 from hpcres.errors import InputError
-from hpcres.study import RENAMED, Study
+from hpcres.old_names import RENAMED_SETTINGS, with_new_result_names
+from hpcres.study import Study
 from hpcres.study_file import load_study, save_study
+from hpcres.training.journal import _Rows
 
-OLD = RENAMED["training"]
+OLD = RENAMED_SETTINGS["training"]
 
 
 @pytest.fixture
@@ -58,3 +60,19 @@ def test_the_study_of_an_old_checkpoint_is_read(study):
     for old, name in OLD.items():
         content["training"][old] = content["training"].pop(name)
     assert Study.of_json(json.dumps(content)) == new
+
+
+def test_an_old_result_file_is_read_and_says_so_in_a_line(caplog):
+    old = {"low_res": {"agreement": 1.0, "lattice_imprint": 0.2}, "planes": [{"lattice_imprint": 0.1}]}
+    with caplog.at_level(logging.WARNING):
+        new = with_new_result_names(old, "metrics.json")
+    assert new == {"low_res": {"agreement": 1.0, "grid_artefact": 0.2}, "planes": [{"grid_artefact": 0.1}]}
+    told = ["metrics.json: lattice_imprint is now grid_artefact; the old name is read all the same"]
+    assert [record.getMessage() for record in caplog.records] == told
+
+
+def test_rows_of_an_old_quality_csv_are_kept_by_a_run_that_goes_on(tmp_path):
+    (tmp_path / "quality.csv").write_text("step,score,lattice_imprint\n10,2,0.5\n20,1,0.25\n30,1,0.125\n")
+    rows = _Rows(tmp_path / "quality.csv", ["step", "score", "grid_artefact"], 20)
+    rows.close()
+    assert (tmp_path / "quality.csv").read_text().split() == ["step,score,grid_artefact", "10,2,0.5", "20,1,0.25"]

@@ -26,9 +26,9 @@ def test_lines_come_every_few_seconds_and_at_the_end_and_say_the_time_left(clock
             clock[0] += 1
             show(done)
     lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == "counting: 6 of 40, 34 s left"
+    assert lines[0] == "counting: 5 of 40, 35 s left"
     assert lines[-1] == "counting: 40 of 40"
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 def test_a_total_that_becomes_known_later_and_words_in_place_of_numbers(clock, capfd):
@@ -37,7 +37,7 @@ def test_a_total_that_becomes_known_later_and_words_in_place_of_numbers(clock, c
         show(3)
         clock[0] += 10
         show(5, "half of the way", total=10)
-    assert capfd.readouterr().err.splitlines() == ["solving: 3", "solving: half of the way, 20 s left"]
+    assert capfd.readouterr().err.splitlines() == ["solving: 3", "solving: half of the way, 25 s left"]
 
 
 def test_nothing_is_shown_where_nobody_asked(clock, capfd):

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from small_training import ALONE, anisotropic, blobs, content, study_of
 
+from hpcres import progress
 from hpcres.checkpoint import load_checkpoint
 from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError
@@ -59,7 +60,7 @@ def test_errors_are_zero_of_the_same_and_grow_with_what_differs():
     image = blobs((1, 200, 200), 0)
     same = errors_between(slice_statistics([image], 3), slice_statistics([image], 3), True)
     assert set(same.values()) == {0.0}
-    assert set(same) | {"disagreement", "lattice_imprint"} == set(GOOD)
+    assert set(same) | {"disagreement", "grid_artefact"} == set(GOOD)
     turned = errors_between(slice_statistics([image.transpose(0, 2, 1)], 3), slice_statistics([image], 3), True)
     assert turned["area_error"] == pytest.approx(0)
     whole, halved = slice_statistics([image], 3), image[:, ::2, ::2].repeat(2, 1).repeat(2, 2)
@@ -99,8 +100,8 @@ def test_a_generator_that_gives_back_the_images_is_judged_by_its_plane(tmp_path,
     assert smooth["score"] < 0.5 * rough["score"]
     assert rough["score"] == pytest.approx(np.mean([rough[key] / good for key, good in GOOD.items() if key in rough]))
     steps = blobs((16, 16, 16), 2).repeat(4, 0).repeat(4, 1).repeat(4, 2)  # faces at one position in four only
-    assert judge.evaluate(painted(steps), ALONE.device)[0]["lattice_imprint"] == pytest.approx(3)
-    assert max(smooth["lattice_imprint"], rough["lattice_imprint"]) < 0.5
+    assert judge.evaluate(painted(steps), ALONE.device)[0]["grid_artefact"] == pytest.approx(3)
+    assert max(smooth["grid_artefact"], rough["grid_artefact"]) < 0.5
 
 
 @pytest.mark.parametrize("scale", ["4", "8", "16/3"])
@@ -196,7 +197,7 @@ def test_the_best_is_kept_and_told_of(tmp_path, monkeypatch, capfd):
 def test_the_live_table_shows_the_last_judgement_where_there_is_one(tmp_path, monkeypatch, judging):
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=200)
-    monkeypatch.setattr(journal, "Console", lambda **_: console)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
     row = {"step": 2, "seconds": 1.0, "wasserstein": 0.1, "voxel_loss": 0.2, "low_res_agreement": 0.93, "fraction_a": 1}
     judged = {
         "step": 1,

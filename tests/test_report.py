@@ -142,7 +142,7 @@ def test_the_page_shows_every_metric_beside_truth_images_and_published(finished)
     assert "89 generator steps" in text
 
 
-def test_appearance_and_the_imprint_of_the_lattice_stand_there_with_what_they_mean(finished):
+def test_appearance_and_the_grid_artefact_of_the_lattice_stand_there_with_what_they_mean(finished):
     study, _, metrics = finished
     page = page_of(study)
     text = text_of(page)
@@ -154,10 +154,10 @@ def test_appearance_and_the_imprint_of_the_lattice_stand_there_with_what_they_me
         assert " ".join(numbers) in text
         grade = "good" if errors[0] <= max(quarters) else "fair" if errors[0] <= 2 * max(quarters) else "poor"
         assert f"<td class='strong {grade}'>{numbers[0]}<" in page
-    assert f"Lattice imprint {metrics['low_res']['lattice_imprint']:.1%}" in text
+    assert f"Grid artefact {metrics['low_res']['grid_artefact']:.1%}" in text
     assert "Matter knows nothing of the low-res lattice" in text
     assert "the lower, the less can be told apart" in text
-    assert "alt='lattice imprint'" in page
+    assert "alt='grid artefact'" in page
 
 
 def test_box_agreement_and_visible_fractions_stand_there_with_notes_where_they_are_off(finished, tmp_path):

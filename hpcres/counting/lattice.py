@@ -44,7 +44,7 @@ def changed_faces(window: np.ndarray, own: Box, period: int) -> np.ndarray:
     return found
 
 
-def lattice_imprint(changed: np.ndarray, every: np.ndarray) -> float:
+def grid_artefact(changed: np.ndarray, every: np.ndarray) -> float:
     """Return the largest relative departure of the share of changed faces at a position from its axis's mean.
 
     Only positions that have faces are compared. A departure is a share of the mean over the axis.

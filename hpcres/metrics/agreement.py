@@ -34,7 +34,7 @@ Two entries tell what the low-res lattice left in the volume, at scale factor p/
 
 - `changed_faces`: {axis: [share of faces along it that part two phases, by their position modulo p]}, position 0 where
   a group of q low-res voxels begins
-- `lattice_imprint`: the largest departure of one of these shares from its axis's mean, as a share of that mean
+- `grid_artefact`: the largest departure of one of these shares from its axis's mean, as a share of that mean
 
 Matter does not depend on the lattice, so these shares are equal but for chance.
 """
@@ -51,7 +51,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hpcres.counting.lattice import changed_faces, lattice_imprint
+from hpcres.counting.lattice import changed_faces, grid_artefact
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
 from hpcres.imaging import ImagingOperator, block_majority, one_hot
@@ -251,7 +251,7 @@ def agreement(
         "box_confusion": _by_name(names, box_confusion),
         **_shares(names, voxels, study.scale_factor.numerator**3, found),
         "changed_faces": dict(zip(AXES, (changed / np.maximum(every, 1)).tolist(), strict=True)),
-        "lattice_imprint": lattice_imprint(changed, every),
+        "grid_artefact": grid_artefact(changed, every),
     }
 
 

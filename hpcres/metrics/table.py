@@ -168,7 +168,7 @@ def metrics_text(result: Mapping[str, Any]) -> str:
         if off := low_res.get("fraction_difference"):
             each = ", ".join(f"{name} {value:.4g}" for name, value in off.items())
             lines.append(f"fractions in low-res voxels differ by {each} in the mean")
-        lines.append(f"faces by position in the low-res lattice: {low_res['lattice_imprint']:.1%} from flat at most")
+        lines.append(f"faces by position in the low-res lattice: {low_res['grid_artefact']:.1%} from flat at most")
     lines += list(_appearance_lines(result))
     for one in result.get("published") or ():
         spread_text = f" ± {one['spread']:g}" if one.get("spread") is not None else ""

@@ -229,7 +229,7 @@ def _low_res_table(low_res: Mapping[str, Any] | None) -> str:
         "<section><h2>Agreement with the low-res volume</h2>"
         f"<p><b>{low_res['agreement']:.3%}</b> of {low_res['voxels_compared']:,} low-res voxels are what the imaging "
         f"operator makes of the super-resolved volume. {compared}, so these shares have no error.</p>{off}"
-        f"{page.table(heads, lines, 'one')}{_box_table(low_res)}{_imprint(low_res)}</section>"
+        f"{page.table(heads, lines, 'one')}{_box_table(low_res)}{_grid_artefact(low_res)}</section>"
     )
 
 
@@ -279,12 +279,12 @@ def _box_table(low_res: Mapping[str, Any]) -> str:
     )
 
 
-def _imprint(low_res: Mapping[str, Any]) -> str:
+def _grid_artefact(low_res: Mapping[str, Any]) -> str:
     """Return the figure of where phases part, by position in the low-res lattice, relative to the axis's mean."""
     shares = {axis: np.array(low_res["changed_faces"][axis]) for axis in AXES}
     means = {axis: float(one.mean()) for axis, one in shares.items()}
     text = (
-        f"<p><b>Lattice imprint {low_res['lattice_imprint']:.1%}</b>: the largest departure of these bars from 1. "
+        f"<p><b>Grid artefact {low_res['grid_artefact']:.1%}</b>: the largest departure of these bars from 1. "
         "Matter knows nothing of the low-res lattice, so its bars are level but for chance; a bar above 1 is a place "
         "where phases part because a low-res voxel ends there.</p>"
     )
@@ -302,7 +302,7 @@ def _imprint(low_res: Mapping[str, Any]) -> str:
     axes.set_xlabel("position of a face in the low-res lattice, high-res voxels", fontsize=8)
     axes.set_ylabel("faces that part phases / mean", fontsize=8)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    return text + page.svg(figure, "lattice imprint")
+    return text + page.svg(figure, "grid artefact")
 
 
 def _appearance(metrics: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.lengths import VoxelEdges
 from hpcres.metrics.table import short_unit, size_text
+from hpcres.old_names import with_new_result_names
 from hpcres.reports import page
 from hpcres.reports.numbers import metrics_sections, transport_section, verdict
 from hpcres.reports.slices import UNKNOWN_COLOUR, View, exists, palette, slices_section, training_crop
@@ -307,6 +308,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return with_new_result_names(json.loads(path.read_text(encoding="utf-8")), path)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); remove it and run its stage again") from None

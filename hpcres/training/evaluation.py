@@ -2,9 +2,8 @@
 
 The generator is applied to a few fixed low-res cubes, which together are typical of the volume. The slices of the
 generated cubes are compared with the images (metrics.appearance). The imaging operator is applied to the generated
-cubes, and the result is compared with the low-res cubes they were made from. The imprint of the low-res lattice in them
-is measured (metrics.agreement). The score is the mean of all errors, each in units of what counts as good; lower is
-better.
+cubes, and the result is compared with the low-res cubes they were made from. The grid artefact in them is measured
+(metrics.agreement). The score is the mean of all errors, each in units of what counts as good; lower is better.
 
 Two more errors are reported and are not part of the score. The imaging operator does not weigh all voxels of a low-res
 voxel's block alike, so a generator can put a phase where it is hardly seen. `box_disagreement` is the share of known
@@ -17,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hpcres.counting.lattice import changed_faces, lattice_imprint
+from hpcres.counting.lattice import changed_faces, grid_artefact
 from hpcres.counting.slices import SliceStatistics, errors_between, plane_statistics, slice_statistics
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, block_majority, likeliest, one_hot
@@ -36,7 +35,7 @@ GOOD = {
     "disagreement": 0.005,
     "tv1": 0.03,
     "tv4": 0.06,
-    "lattice_imprint": 0.1,
+    "grid_artefact": 0.1,
 }
 """The error of each kind that counts as good. It adds 1 to the sum whose mean is the score."""
 _JUDGED = 2**31 + 1
@@ -74,7 +73,7 @@ class Evaluator:
         every = self._errors(self._images[0], self._images[0])
         tpb = ["tpb", "tpb_images"] if "tpb_error" in every else []
         beside = ["box_disagreement", "visible_fraction_error"]
-        return ["score", *every, "disagreement", "lattice_imprint", *beside, *tpb]
+        return ["score", *every, "disagreement", "grid_artefact", *beside, *tpb]
 
     def _errors(self, ours: SliceStatistics, images: SliceStatistics) -> dict[str, float]:
         if self._correction is None:
@@ -121,7 +120,7 @@ class Evaluator:
         worst["disagreement"] = 1 - right / max(1, voxels)
         period = self._study.scale_factor.numerator
         faces = [changed_faces(cube, Box.whole(cube.shape), period) for cube in inner]
-        worst["lattice_imprint"] = lattice_imprint(*np.sum(faces, axis=0))
+        worst["grid_artefact"] = grid_artefact(*np.sum(faces, axis=0))
         found_tpb = {"tpb": ours[0].tpb, "tpb_images": self._images[0].tpb} if "tpb_error" in worst else {}
         score = float(np.mean([worst[key] / GOOD[key] for key in worst]))
         return {"score": score, **worst, **blocks.errors(), **found_tpb}, painted[0][len(painted[0]) // 2].numpy()

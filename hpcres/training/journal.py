@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
+from hpcres.old_names import with_new_columns
 from hpcres.progress import Show, on_terminal, progress_display
 from hpcres.training.events import Events
 from hpcres.training.folder import RunFolder
@@ -117,7 +118,7 @@ class Journal:
         self._score, self._beside = "", [""] * sum(one.in_table for one in self._found)
         if live and on_terminal():
             self._shown: deque[list[str]] = deque(maxlen=_SHOWN_ROWS)
-            self._show = self._display.enter_context(progress_display("training", 1.0))
+            self._show = self._display.enter_context(progress_display("training", 1.0, keep=True))
 
     def note(self, message: str) -> None:
         """Show a message to the user."""
@@ -205,7 +206,7 @@ def _rows_up_to(path: Path, columns: list[str], step: int) -> list[list[str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    if header != columns:
+    if with_new_columns(header) != columns:
         return []
     # A kill can cut the last row short.
     return [row for row in rows if len(row) == len(columns) and int(row[0]) <= step]

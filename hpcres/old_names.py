@@ -1,0 +1,89 @@
+"""Names that settings and results had until 2026-11, and what they are called now. Old files are read all the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from hpcres.errors import InputError
+
+log = logging.getLogger("hpcres")
+
+RENAMED_SETTINGS = {"training": {"surroundings": "context", "settling_cubes": "recalibration_cubes"}}
+"""By section of a study, the old and the new name of each setting that was renamed."""
+RENAMED_RESULTS = {"lattice_imprint": "grid_artefact"}
+"""Old and new name of each key of metrics.json, which is also a column of quality.csv, that was renamed."""
+
+
+def rename_old_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rename settings that have an old name, in place.
+
+    Parameters
+    ----------
+    settings : dict
+        Sections of a study; changed in place.
+
+    Returns
+    -------
+    list of pairs of str
+        Old and new dotted name of each setting that was renamed.
+
+    Raises
+    ------
+    InputError
+        The old and the new name of a setting are both there.
+    """
+    found = []
+    for section, names in RENAMED_SETTINGS.items():
+        given = settings.get(section)
+        for old, new in names.items():
+            if isinstance(given, dict) and old in given:
+                if new in given:
+                    raise InputError(f"{section}.{old}: is the old name of {section}.{new}, and both are set; keep one")
+                given[new] = given.pop(old)
+                found.append((f"{section}.{old}", f"{section}.{new}"))
+    return found
+
+
+def with_new_result_names(result: Any, path: object) -> Any:
+    """Return the content of a metrics.json with new names in place of old ones.
+
+    The user is told of each old name in one line.
+
+    Parameters
+    ----------
+    result : object
+        Content of the file: mappings, lists and values.
+    path : object
+        The file, for the line.
+
+    Returns
+    -------
+    object
+        A copy with new names.
+
+    Examples
+    --------
+    >>> with_new_result_names({"low_res": {"lattice_imprint": 0.1}}, "metrics.json")
+    {'low_res': {'grid_artefact': 0.1}}
+    """
+    found = set[str]()
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        found.update(value.keys() & RENAMED_RESULTS.keys())
+        return {RENAMED_RESULTS.get(key, key): renamed(one) for key, one in value.items()}
+
+    content = renamed(result)
+    for old in sorted(found):
+        log.warning("%s: %s is now %s; the old name is read all the same", path, old, RENAMED_RESULTS[old])
+    return content
+
+
+def with_new_columns(columns: Sequence[str]) -> list[str]:
+    """Return the columns of a quality.csv with new names in place of old ones."""
+    return [RENAMED_RESULTS.get(column, column) for column in columns]
