@@ -1,8 +1,8 @@
-"""From one level to the next: which parts are joined to one, and the conductances between the joined parts.
+"""From one level to the next: which aggregates are joined to one, and the conductances between the joined aggregates.
 
-In the robust form two parts are joined only by a strong edge: one whose conductance is not below STRONG times the
-largest conductance of either part. Two particles in one cell that are separated by a poor conductor so keep a potential
-of their own. Cells grow as `form.Form.step` says (semi-coarsening).
+In the robust form two aggregates are joined only by a strong edge: one whose conductance is not below STRONG times the
+largest conductance of either aggregate. Two particles in one cell that are separated by a poor conductor so keep a
+potential of their own. Cells grow as `form.Form.step` says (semi-coarsening).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from hpcres.transport.coarse import CHUNK, Each, Graph, Level, accumulated, inde
 from hpcres.transport.form import Form
 from hpcres.transport.vectors import compiled
 
-STRONG = 0.1  # of the largest conductance of a part
+STRONG = 0.1  # of the largest conductance of an aggregate
 
 
 @compiled
 def count_members(numbers, cells_next, step, row0, row1):
-    """Return the largest number of parts in one cell of the next level."""
+    """Return the largest number of aggregates in one cell of the next level."""
     most = 0
     for row in range(row0, row1):
         z, y = row // cells_next[1], row % cells_next[1]
@@ -37,7 +37,7 @@ def count_members(numbers, cells_next, step, row0, row1):
 
 @compiled
 def _gather_members(numbers, rows, step, place, z, y, x, members):
-    """List the parts of the cells below one cell of the next level; `place` (4, 2) moves on along the rows."""
+    """List the aggregates of the cells below one cell of the next level; `place` (4, 2) moves on along the rows."""
     n = 0
     for d in range(4):
         zz, yy = step[0] * z + (d >> 1), step[1] * y + (d & 1)
@@ -63,22 +63,22 @@ def _start_rows(rows, cells, step, z, y, place):
 
 @compiled
 def find_largest(starts, values, to_faces, largest, begin, end):
-    """Set largest[i] to the largest conductance of part i, including that to the outer faces."""
+    """Set largest[i] to the largest conductance of aggregate i, including that to the outer faces."""
     for i in range(begin, end):
         largest[i] = to_faces[i]
         for k in range(starts[i], starts[i + 1]):
             largest[i] = max(largest[i], values[k])
 
 
-COUPLED, FACE_DOMINATED = 1, 2  # bits of a part's kind
+COUPLED, FACE_DOMINATED = 1, 2  # bits of an aggregate's kind
 
 
 @compiled
 def find_kinds(starts, places, values, to_faces, largest, kinds, begin, end):
-    """Set kinds[i] to the kind of part i.
+    """Set kinds[i] to the kind of aggregate i.
 
-    The kind is COUPLED | FACE_DOMINATED where all edges of the part are weak compared with its conductance to the outer
-    faces. It is COUPLED where the part has an edge that is strong for both of its parts. Else it is 0.
+    The kind is COUPLED | FACE_DOMINATED where all edges of the aggregate are weak compared with its conductance to the
+    outer faces. It is COUPLED where the aggregate has an edge that is strong for both of its aggregates. Else it is 0.
     """
     for i in range(begin, end):
         most = values.dtype.type(0)
@@ -91,7 +91,7 @@ def find_kinds(starts, places, values, to_faces, largest, kinds, begin, end):
 
 
 @compiled
-def join_parts(
+def join_aggregates(
     starts,
     places,
     values,
@@ -108,15 +108,16 @@ def join_parts(
     numbers_next,
     counts,
 ):
-    """Join the parts of a level within each cell of the next level.
+    """Join the aggregates of a level within each cell of the next level.
 
-    `parent` receives, for each part, the number within its next cell (0, 1, …) of the part that it is joined to.
-    `numbers_next` receives the number of parts of each next cell.
+    `parent` receives, for each aggregate, the number within its next cell (0, 1, …) of the aggregate that it is joined
+    to. `numbers_next` receives the number of aggregates of each next cell.
 
-    In the plain form `largest` is None, and all that is connected within the next cell becomes one part. In the robust
-    form, parts that strong edges connect become one part. All face-dominated parts of the next cell become one, since
-    relaxation alone finds their potentials. A part of kind 0, such as a pocket of a poor conductor in a good one, is
-    joined to the neighbour of its strongest edge, since it would otherwise remain on every level.
+    In the plain form `largest` is None, and all that is connected within the next cell becomes one aggregate. In the
+    robust form, aggregates that strong edges connect become one aggregate. All face-dominated aggregates of the next
+    cell become one, since relaxation alone finds their potentials. An aggregate of kind 0, such as a pocket of a poor
+    conductor in a good one, is joined to the neighbour of its strongest edge, since it would otherwise remain on every
+    level.
     """
     members, up = np.empty(most, np.int64), np.empty(most, np.int64)
     place = np.zeros((4, 2), np.int64)
@@ -175,7 +176,7 @@ def join_parts(
 
 
 @compiled
-def number_parts(numbers, rows, step, rows_next, numbers_next, most, row0, row1, parent):
+def number_aggregates(numbers, rows, step, rows_next, numbers_next, most, row0, row1, parent):
     """Change `parent` from the number within a cell to the number within the level."""
     members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
     for row in range(row0, row1):
@@ -207,10 +208,10 @@ def connect(
     degrees,
     to_faces_next,
 ):
-    """Find the neighbours of the next level's parts in some rows of cells.
+    """Find the neighbours of the next level's aggregates in some rows of cells.
 
-    Returns, for red and for black parts, the places of the neighbours and the sums of conductances to them. Sets
-    degrees[i + 1] to the number of neighbours of part i, and adds the conductances to the outer faces to
+    Returns, for red and for black aggregates, the places of the neighbours and the sums of conductances to them. Sets
+    degrees[i + 1] to the number of neighbours of aggregate i, and adds the conductances to the outer faces to
     `to_faces_next`.
     """
     members, place, begin = np.empty(most, np.int64), np.zeros((4, 2), np.int64), np.zeros(2, np.int64)
@@ -261,14 +262,14 @@ def connect(
 
 
 def couplings_of(graph: Graph, form: Form, each: Each) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Compute the arguments `largest` and `kinds` of `join_parts`; None, None in the plain form."""
+    """Compute the arguments `largest` and `kinds` of `join_aggregates`; None, None in the plain form."""
     if not form.robust:
         return None, None
-    parts = len(graph.to_faces)
-    largest, kinds = np.empty(parts, graph.values.dtype), np.empty(parts, np.uint8)
-    each(lambda a, b: find_largest(graph.starts, graph.values, graph.to_faces, largest, a, b), parts, CHUNK)
+    aggregates = len(graph.to_faces)
+    largest, kinds = np.empty(aggregates, graph.values.dtype), np.empty(aggregates, np.uint8)
+    each(lambda a, b: find_largest(graph.starts, graph.values, graph.to_faces, largest, a, b), aggregates, CHUNK)
     csr = (graph.starts, graph.places, graph.values)
-    each(lambda a, b: find_kinds(*csr, graph.to_faces, largest, kinds, a, b), parts, CHUNK)
+    each(lambda a, b: find_kinds(*csr, graph.to_faces, largest, kinds, a, b), aggregates, CHUNK)
     return largest, kinds
 
 
@@ -293,7 +294,7 @@ def coarser(level: Level, graph: Graph, form: Form, each: Each) -> tuple[Graph, 
     graph : Graph
         The graph of the next level.
     rows : np.ndarray
-        Where the parts of each row of cells of the next level begin, as `Level.rows`.
+        Where the aggregates of each row of cells of the next level begin, as `Level.rows`.
     """
     step = form.step(level.cells)
     numbers = graph.numbers.astype(np.int32, copy=False)
@@ -302,21 +303,23 @@ def coarser(level: Level, graph: Graph, form: Form, each: Each) -> tuple[Graph, 
     at_once = max(1, rows // 64)
     most = max(each(lambda a, b: count_members(numbers, below, step, a, b), rows, at_once))
     numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
-    parent = np.full(level.parts, -1, graph.places.dtype)
+    parent = np.full(level.aggregates, -1, graph.places.dtype)
     csr = (graph.starts, graph.places, graph.values)
     couplings = couplings_of(graph, form, each)
     each(
-        lambda a, b: join_parts(
+        lambda a, b: join_aggregates(
             *csr, numbers, level.rows, below, step, most, *couplings, a, b, parent, numbers_next, counts
         ),
         rows,
         at_once,
     )
-    rows_next, parts = accumulated(counts)
+    rows_next, aggregates = accumulated(counts)
     each(
-        lambda a, b: number_parts(numbers, level.rows, step, rows_next, numbers_next, most, a, b, parent), rows, at_once
+        lambda a, b: number_aggregates(numbers, level.rows, step, rows_next, numbers_next, most, a, b, parent),
+        rows,
+        at_once,
     )
-    degrees, to_faces = np.zeros(parts + 1, np.int32), np.zeros(parts, graph.to_faces.dtype)
+    degrees, to_faces = np.zeros(aggregates + 1, np.int32), np.zeros(aggregates, graph.to_faces.dtype)
     found = each(
         lambda a, b: connect(
             *csr,
@@ -336,8 +339,8 @@ def coarser(level: Level, graph: Graph, form: Form, each: Each) -> tuple[Graph, 
         rows,
         at_once,
     )
-    # Units come in the order of rows, so red ones one after the other, then black ones, are in the order of parts.
-    kind = index_type(parts)
+    # Units come in the order of rows, so red ones one after the other, then black ones, are in the order of aggregates.
+    kind = index_type(aggregates)
     places = np.concatenate([part[0] for part in found] + [part[2] for part in found]).astype(kind, copy=False)
     values = np.concatenate([part[1] for part in found] + [part[3] for part in found])
     level.parent, level.step = parent, step

@@ -1,10 +1,10 @@
-"""Cells of voxels, and the parts of each: the aggregates of the first coarse level.
+"""Cells of voxels, and the aggregates of each: the aggregates of the first coarse level.
 
 A cell is a block of step[0] × step[1] × step[2] voxels. A step is 1 along an axis that is not coarsened, else 2. Places
 within a cell are numbered 4 dz + 2 dy + dx. `tables` are three arrays whose index is a cell's number: the number of its
-parts, the part of each place, and the mask of the conducting places. In the plain form parts are the connected
-components of the mask, and the number of a cell is its mask (`TABLES`). Where conductivities separate parts, the number
-of a cell is the rank of its partition among all partitions (`partition_tables`).
+aggregates, the aggregate of each place, and the mask of the conducting places. In the plain form aggregates are the
+connected components of the mask, and the number of a cell is its mask (`TABLES`). Where conductivities separate
+aggregates, the number of a cell is the rank of its partition among all partitions (`partition_tables`).
 
 Arrays, `geometry`, `bits` and `g` are those of `fine`.
 """
@@ -20,8 +20,8 @@ from hpcres.transport.vectors import add, compiled, inlined, load, popcount, sto
 
 @compiled
 def _components() -> tuple[np.ndarray, np.ndarray]:
-    """Find the connected parts of each of the 256 blocks of 2×2×2 voxels: their number, and the part of each voxel."""
-    number, part = np.zeros(256, np.uint8), np.zeros((256, 8), np.uint8)
+    """Count the aggregates of each of the 256 blocks of 2×2×2 voxels, and find the one of each voxel."""
+    number, aggregate = np.zeros(256, np.uint8), np.zeros((256, 8), np.uint8)
     for mask in range(256):
         left, found = mask, 0
         while left:
@@ -37,22 +37,22 @@ def _components() -> tuple[np.ndarray, np.ndarray]:
                 grown = more
             for i in range(8):
                 if grown >> i & 1:
-                    part[mask, i] = found
+                    aggregate[mask, i] = found
             found += 1
             left &= ~grown
         number[mask] = found
-    return number, part
+    return number, aggregate
 
 
 # The step of most volumes: a constant, so that the kernels of a row are compiled for it without its tests.
 CUBE = (2, 2, 2)
-PARTS, PART = _components()
-TABLES = (PARTS, PART, np.arange(256, dtype=np.uint8))
+AGGREGATES, AGGREGATE = _components()
+TABLES = (AGGREGATES, AGGREGATE, np.arange(256, dtype=np.uint8))
 
 
 @compiled
 def _completions():
-    """Tabulate the number of ways to partition k more places where m parts exist, as [k, m].
+    """Tabulate the number of ways to partition k more places where m aggregates exist, as [k, m].
 
     A place may also insulate, which is one more choice.
     """
@@ -67,7 +67,7 @@ COMPLETIONS = _completions()
 
 
 @compiled
-def _fill_partitions(completions, numbers, part, mask):
+def _fill_partitions(completions, numbers, aggregate, mask):
     for rank in range(len(numbers)):
         left, begun = rank, 0
         for i in range(8):
@@ -76,7 +76,7 @@ def _fill_partitions(completions, numbers, part, mask):
             left -= which * per_choice
             begun = max(begun, which)
             if which:
-                part[rank, i] = which - 1
+                aggregate[rank, i] = which - 1
                 mask[rank] |= 1 << i
         numbers[rank] = begun
 
@@ -88,9 +88,9 @@ def partition_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Returns
     -------
     numbers : ndarray of uint8, shape (21147,)
-        Parts of each partition.
-    part : ndarray of uint8, shape (21147, 8)
-        Part of each place; 0 where a place insulates.
+        Aggregates of each partition.
+    aggregate : ndarray of uint8, shape (21147, 8)
+        Aggregate of each place; 0 where a place insulates.
     mask : ndarray of uint8, shape (21147,)
         Bit i is set where place i conducts.
     """
@@ -138,17 +138,17 @@ def find_cells(bits, step, cells, z0, z1):
 def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
     """Set `cells` (z, y, x) to the rank of each cell's partition in planes z0 … z1 - 1 of cells.
 
-    Two neighbouring voxels are in one part only where strong[axis, label, label]. Returns the number of conducting
+    Two neighbouring voxels are in one aggregate only where strong[axis, label, label]. Returns the number of conducting
     voxels.
     """
-    voxels, part = 0, np.zeros(8, np.int64)
+    voxels, aggregate = 0, np.zeros(8, np.int64)
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
             for x in range(cells.shape[2]):
                 mask = _mask_of_cell(bits, z, y, x, step)
                 voxels += popcount(mask)
                 for i in range(8):
-                    part[i] = i
+                    aggregate[i] = i
                 for axis in range(3):
                     bit = 4 >> axis
                     for i in range(8):
@@ -158,28 +158,29 @@ def find_split_cells(bits, labels, strong, step, completions, cells, z0, z1):
                         here = labels[step[0] * z + (i >> 2), step[1] * y + (i >> 1 & 1), step[2] * x + (i & 1)]
                         there = labels[step[0] * z + (j >> 2), step[1] * y + (j >> 1 & 1), step[2] * x + (j & 1)]
                         if strong[axis, here, there]:
-                            low, high = min(part[i], part[j]), max(part[i], part[j])
+                            low, high = min(aggregate[i], aggregate[j]), max(aggregate[i], aggregate[j])
                             for other in range(8):
-                                if part[other] == high:
-                                    part[other] = low
+                                if aggregate[other] == high:
+                                    aggregate[other] = low
                 rank, begun = np.int64(0), 0
                 for i in range(8):
                     if mask >> i & 1:
-                        # part[i] is the first place of its part, whose entry already holds minus the part's number.
-                        if part[i] == i:
+                        # aggregate[i] is the first place of its aggregate, whose entry already holds minus the
+                        # aggregate's number.
+                        if aggregate[i] == i:
                             rank += (begun + 1) * completions[7 - i, begun]
                             begun += 1
-                            part[i] = -begun
+                            aggregate[i] = -begun
                         else:
-                            part[i] = part[part[i]]
-                            rank += -part[i] * completions[7 - i, begun]
+                            aggregate[i] = aggregate[aggregate[i]]
+                            rank += -aggregate[i] * completions[7 - i, begun]
                 cells[z, y, x] = rank
     return voxels
 
 
 @compiled
-def count_parts(cells, tables, counts, z0, z1):
-    """Count the parts of red and black cells of each row of cells into `counts` (2, planes, rows of cells)."""
+def count_aggregates(cells, tables, counts, z0, z1):
+    """Count the aggregates of red and black cells of each row of cells into `counts` (2, planes, rows of cells)."""
     for z in range(z0, z1):
         for y in range(cells.shape[1]):
             both = np.zeros(2, np.int64)
@@ -189,21 +190,21 @@ def count_parts(cells, tables, counts, z0, z1):
 
 
 @compiled
-def restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
-    """Set `coarse` to the sums over the parts of a row of cells.
+def restrict_row(cells, tables, step, aggregates, z, y, S, back, here, width, coarse, pair):
+    """Set `coarse` to the sums over the aggregates of a row of cells.
 
     `back` and `here` are the places in S where the rows of voxels of the row of cells begin.
     """
     if step == CUBE:
-        _restrict_row(cells, tables, CUBE, parts, z, y, S, back, here, width, coarse, pair)
+        _restrict_row(cells, tables, CUBE, aggregates, z, y, S, back, here, width, coarse, pair)
     else:
-        _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair)
+        _restrict_row(cells, tables, step, aggregates, z, y, S, back, here, width, coarse, pair)
 
 
 @inlined
-def _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse, pair):
-    rows, numbers, part, mask = cells.shape[1], tables[0], tables[1], tables[2]
-    places = (parts[0, z * rows + y], parts[1, z * rows + y])
+def _restrict_row(cells, tables, step, aggregates, z, y, S, back, here, width, coarse, pair):
+    rows, numbers, aggregate, mask = cells.shape[1], tables[0], tables[1], tables[2]
+    places = (aggregates[0, z * rows + y], aggregates[1, z * rows + y])
     even, odd = (places[1], places[0]) if z + y & 1 else places
     wide, flat = step[2] - 1, 15 >> step[2] - 1
     for x in range(cells.shape[2]):
@@ -233,7 +234,7 @@ def _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse
             for i in range(8):
                 if mask[cell] >> i & 1:
                     at = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + step[2] * x + (i & 1)
-                    coarse[place + part[cell, i]] += S[at]
+                    coarse[place + aggregate[cell, i]] += S[at]
         if x & 1:
             odd += number
         else:
@@ -241,21 +242,21 @@ def _restrict_row(cells, tables, step, parts, z, y, S, back, here, width, coarse
 
 
 @compiled
-def prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few):
-    """Set the rows of voxels of a row of cells to scale × the values of the parts.
+def prolong_row(cells, tables, step, aggregates, z, y, coarse, scale, E, back, here, width, few):
+    """Set the rows of voxels of a row of cells to scale × the values of the aggregates.
 
     The values at insulating voxels of a cell have no meaning.
     """
     if step == CUBE:
-        _prolong_row(cells, tables, CUBE, parts, z, y, coarse, scale, E, back, here, width, few)
+        _prolong_row(cells, tables, CUBE, aggregates, z, y, coarse, scale, E, back, here, width, few)
     else:
-        _prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few)
+        _prolong_row(cells, tables, step, aggregates, z, y, coarse, scale, E, back, here, width, few)
 
 
 @inlined
-def _prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here, width, few):
-    rows, numbers, part = cells.shape[1], tables[0], tables[1]
-    places = (parts[0, z * rows + y], parts[1, z * rows + y])
+def _prolong_row(cells, tables, step, aggregates, z, y, coarse, scale, E, back, here, width, few):
+    rows, numbers, aggregate = cells.shape[1], tables[0], tables[1]
+    places = (aggregates[0, z * rows + y], aggregates[1, z * rows + y])
     even, odd = (places[1], places[0]) if z + y & 1 else places
     wide, flat = step[2] - 1, 15 >> step[2] - 1
     for first in range(0, cells.shape[2], flat + 1):
@@ -286,7 +287,7 @@ def _prolong_row(cells, tables, step, parts, z, y, coarse, scale, E, back, here,
             for i in range(8 if number > 1 else 0):
                 if (i >> 2) < step[0] and (i >> 1 & 1) < step[1] and (i & 1) < step[2]:
                     to = (here if i >> 2 else back) + (width if i >> 1 & 1 else 0) + step[2] * x + (i & 1)
-                    E[to] = scale * coarse[place + part[cell, i]]
+                    E[to] = scale * coarse[place + aggregate[cell, i]]
 
 
 # ---- the first coarse level --------------------------------------------------------------------------------
@@ -304,21 +305,21 @@ def _half_at(labels, resistance, step, z, y, x, i):
 
 
 @compiled
-def connect_parts(
-    cells, tables, step, parts, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill
+def connect_aggregates(
+    cells, tables, step, aggregates, geometry, g, labels, resistance, starts, places, values, to_faces, row0, row1, fill
 ):
-    """Find the conductances between parts of neighbouring cells, and of one cell.
+    """Find the conductances between aggregates of neighbouring cells, and of one cell.
 
     The kernel works on the rows of cells row0 … row1 - 1 (z × rows + y). It is run twice. First, without `fill`, it
-    sets starts[i + 1] to the number of neighbours of part i. Then, with `starts` the running sum, it sets `places` and
-    `values` of the neighbours of each part, and `to_faces`, the conductance to the two outer faces.
+    sets starts[i + 1] to the number of neighbours of aggregate i. Then, with `starts` the running sum, it sets `places`
+    and `values` of the neighbours of each aggregate, and `to_faces`, the conductance to the two outer faces.
     """
     deep, rows, columns = cells.shape
-    numbers, part, mask = tables
+    numbers, aggregate, mask = tables
     axis, first, last = geometry[7], geometry[8], geometry[9]
     between = np.zeros((8, 8), np.float64)
     written = np.zeros(8, np.int64)
-    # Where the parts of the next cell start, of colours 0 and 1, in this row and the four beside it.
+    # Where the aggregates of the next cell start, of colours 0 and 1, in this row and the four beside it.
     place = np.zeros((5, 2), np.int64)
     near = np.zeros(5, np.int64)
     for row in range(row0, row1):
@@ -330,7 +331,7 @@ def connect_parts(
             near[side] = zz * rows + yy if zz >= 0 and yy >= 0 else -1
         for side in range(5):
             if near[side] >= 0:
-                place[side, 0], place[side, 1] = parts[0, near[side]], parts[1, near[side]]
+                place[side, 0], place[side, 1] = aggregates[0, near[side]], aggregates[1, near[side]]
         for x in range(columns):
             cell = cells[z, y, x]
             colour = z + y + x & 1
@@ -355,9 +356,9 @@ def connect_parts(
                         elif xx == x - 1:
                             other = place[4, there] - numbers[neighbour]
                         elif xx == 0:
-                            other = parts[there, row]
+                            other = aggregates[there, row]
                         else:
-                            other = parts[there, row + 1] - numbers[neighbour]
+                            other = aggregates[there, row + 1] - numbers[neighbour]
                     if not neighbour:
                         continue
                     along = side >> 1
@@ -392,7 +393,7 @@ def connect_parts(
                         h = _half_at(labels, resistance, step, z, y, x, i) + _half_at(
                             labels, resistance, step, zz, yy, xx, j
                         )
-                        between[part[cell, i], part[neighbour, j]] += g[along] / h
+                        between[aggregate[cell, i], aggregate[neighbour, j]] += g[along] / h
                     for a in range(number):
                         for b in range(amount):
                             if between[a, b] > 0 and own + a != other + b:
@@ -407,11 +408,15 @@ def connect_parts(
                     for i in range(8):
                         for along in range(3):
                             j = i ^ (4 >> along)
-                            if not own_mask >> i & 1 or not own_mask >> j & 1 or part[cell, i] == part[cell, j]:
+                            if (
+                                not own_mask >> i & 1
+                                or not own_mask >> j & 1
+                                or aggregate[cell, i] == aggregate[cell, j]
+                            ):
                                 continue
                             h = _half_at(labels, resistance, step, z, y, x, i)
                             h += _half_at(labels, resistance, step, z, y, x, j)
-                            between[part[cell, i], part[cell, j]] += g[along] / h
+                            between[aggregate[cell, i], aggregate[cell, j]] += g[along] / h
                     for a in range(number):
                         for b in range(number):
                             if between[a, b] > 0:
@@ -427,7 +432,7 @@ def connect_parts(
                             ends = (at == first) + (at == last)
                             if ends:
                                 h = _half_at(labels, resistance, step, z, y, x, i)
-                                to_faces[own + part[cell, i]] += ends * g[axis] / h
+                                to_faces[own + aggregate[cell, i]] += ends * g[axis] / h
                 if not fill:
                     for a in range(number):
                         starts[own + a + 1] = written[a]

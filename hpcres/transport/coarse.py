@@ -1,12 +1,12 @@
-"""The coarse levels: graphs of aggregates, called parts, and a multigrid cycle over them.
+"""The coarse levels: graphs of aggregates, and a multigrid cycle over them.
 
-Cells of level 1 are 2×2×2 voxels, those of the next level 2×2×2 cells, and so on. A part is a connected part of the
-conducting voxels of one cell. An edge joins parts of cells that share a face, so the graph has two colours, those of
-the cells' parity, unless a periodic axis has an odd number of cells. Red parts come first; parts of one colour are in
-the order of rows of cells (z, y), then x. `aggregation` makes a level from the one below it.
+Cells of level 1 are 2×2×2 voxels, those of the next level 2×2×2 cells, and so on. An aggregate is a connected part of
+the conducting voxels of one cell. An edge joins aggregates of cells that share a face, so the graph has two colours,
+those of the cells' parity, unless a periodic axis has an odd number of cells. Red aggregates come first; aggregates of
+one colour are in the order of rows of cells (z, y), then x. `aggregation` makes a level from the one below it.
 
-In the robust form an edge may join parts of one cell, which have one colour. A sweep then updates both from their old
-values. The conductances of such edges are added to the diagonal a second time, so that the sweep converges (l1
+In the robust form an edge may join aggregates of one cell, which have one colour. A sweep then updates both from their
+old values. The conductances of such edges are added to the diagonal a second time, so that the sweep converges (l1
 smoothing: Baker, Falgout, Kolev & Yang, SIAM J. Sci. Comput. 33, 2011).
 """
 
@@ -21,35 +21,38 @@ import numpy as np
 from hpcres.transport.form import PLAIN_CORRECTION, Form
 from hpcres.transport.vectors import compiled, inlined
 
-SLOTS = 6  # neighbours of a part that are stored with it; few have more
-CHUNK = 1 << 14  # parts that one thread takes at a time
+SLOTS = 6  # neighbours of an aggregate that are stored with it; few have more
+CHUNK = 1 << 14  # aggregates that one thread takes at a time
 
 
 @dataclass
 class Graph:
-    """Graph of the parts of a level.
+    """Graph of the aggregates of a level.
 
-    Part i has the neighbours places[starts[i] … starts[i + 1] - 1], over the conductances `values` at the same indices.
+    Aggregate i has the neighbours places[starts[i] … starts[i + 1] - 1], over the conductances `values` at the same
+    indices.
     """
 
     starts: np.ndarray
     places: np.ndarray
     values: np.ndarray
-    to_faces: np.ndarray  # conductance of each part to the two outer faces
-    numbers: np.ndarray  # parts of each cell (z, y, x)
+    to_faces: np.ndarray  # conductance of each aggregate to the two outer faces
+    numbers: np.ndarray  # aggregates of each cell (z, y, x)
 
 
 @dataclass
 class Level:
-    """A level: the graph of its parts as cycles read it.
+    """A level: the graph of its aggregates as cycles read it.
 
-    `places` and `values` hold six neighbours of every part, with value 0 where there are fewer. `more` holds the
-    remaining neighbours, in the order of parts.
+    `places` and `values` hold six neighbours of every aggregate, with value 0 where there are fewer. `more` holds the
+    remaining neighbours, in the order of aggregates.
     """
 
-    rows: np.ndarray  # (2, rows of cells + 1), int64: where the parts of a row begin, red and black
+    rows: np.ndarray  # (2, rows of cells + 1), int64: where the aggregates of a row begin, red and black
     cells: tuple[int, int, int]
-    mixed: bool  # edges between parts of one colour: in a cell, or across a periodic axis with an odd number of cells
+    mixed: (
+        bool  # edges between aggregates of one colour: in a cell, or across a periodic axis with an odd number of cells
+    )
     diagonal: np.ndarray
     places: np.ndarray
     values: np.ndarray
@@ -57,23 +60,23 @@ class Level:
     to_faces: np.ndarray | None = None  # in the robust form, whose residuals are sums of currents
     step: tuple[int, int, int] = (2, 2, 2)  # cells of this level in one of the next, z, y, x
     correction: float = PLAIN_CORRECTION
-    parent: np.ndarray | None = None  # the part of the next level that each is in
+    parent: np.ndarray | None = None  # the aggregate of the next level that each is in
     inverse: np.ndarray | None = None
     factors: Any = None  # LU factors of the last level's matrix, where `inverse` is None
 
     def __post_init__(self) -> None:
         """Allocate b and x and, for a mixed level, spare."""
-        sizes = (self.parts, self.parts, self.parts * self.mixed)
+        sizes = (self.aggregates, self.aggregates, self.aggregates * self.mixed)
         self.b, self.x, self.spare = (np.zeros(n, self.diagonal.dtype) for n in sizes)
 
     @property
-    def parts(self) -> int:
-        """Number of parts."""
+    def aggregates(self) -> int:
+        """Number of aggregates."""
         return len(self.diagonal)
 
     @property
     def red(self) -> int:
-        """Number of red parts."""
+        """Number of red aggregates."""
         return int(self.rows[1, 0])
 
     @property
@@ -88,7 +91,7 @@ class Level:
 
 @compiled
 def relax_from_zero(b, diagonal, x, begin, end):
-    """Relax parts begin … end - 1 from x = 0."""
+    """Relax aggregates begin … end - 1 from x = 0."""
     for i in range(begin, end):
         x[i] = b[i] / diagonal[i]
 
@@ -116,7 +119,7 @@ def _neighbours(places, values, x, i):
 
 @compiled
 def relax(places, values, more_of, more_places, more_values, diagonal, b, x, out, begin, end):
-    """Relax the parts begin … end - 1 of one colour from the values of the other."""
+    """Relax the aggregates begin … end - 1 of one colour from the values of the other."""
     for i in range(begin, end):
         out[i] = (b[i] + _neighbours(places, values, x, i)) / diagonal[i]
     k = _first_after(more_of, begin)
@@ -148,7 +151,7 @@ def restrict(
     row1,
     coarse,
 ):
-    """Set `coarse` to the residual of `colours` colours, summed over each part of the next level.
+    """Set `coarse` to the residual of `colours` colours, summed over each aggregate of the next level.
 
     `colours` is 1 for red alone, the only colour with a residual after a sweep. The kernel works on the rows row0 …
     row1 - 1 of the next level's cells, which no other thread writes. Where to_faces is not None, the residual is a sum
@@ -186,7 +189,7 @@ def restrict(
 
 @compiled
 def prolong(coarse, parent, x, scale, begin, end):
-    """Add scale × the value of each part's parent to x, for parts begin … end - 1."""
+    """Add scale × the value of each aggregate's parent to x, for aggregates begin … end - 1."""
     for i in range(begin, end):
         x[i] += scale * coarse[parent[i]]
 
@@ -203,9 +206,9 @@ def multiply_dense(matrix, b, x):
 
 @compiled
 def fill_slots(starts, places, values, to_faces, red, mixed, diagonal, slots, slot_values, begin, end):
-    """Fill the first six neighbours of each part, and the sum of all its conductances; return how many more there are.
+    """Fill the first six neighbours of each aggregate and the sum of all its conductances; return how many more it has.
 
-    With `mixed` a part with neighbours of its own colour is made a neighbour of itself, with the sum of the
+    With `mixed` an aggregate with neighbours of its own colour is made a neighbour of itself, with the sum of the
     conductances to these. The sum is added to the diagonal too, so that the product of matrix and vector does not
     change.
     """
@@ -231,7 +234,7 @@ def fill_slots(starts, places, values, to_faces, red, mixed, diagonal, slots, sl
 
 @compiled
 def fill_more(starts, places, values, red, mixed, more_of, more_places, more_values, at, begin, end):
-    """Fill the neighbours of the parts begin … end - 1 beyond their first six, from place `at` on."""
+    """Fill the neighbours of the aggregates begin … end - 1 beyond their first six, from place `at` on."""
     for i in range(begin, end):
         own = np.float64(0)
         for k in range(starts[i], starts[i + 1]):
@@ -247,7 +250,7 @@ def fill_more(starts, places, values, red, mixed, more_of, more_places, more_val
 
 @compiled
 def count_of_one_colour(starts, places, red, begin, end):
-    """Count the edges between parts of one colour."""
+    """Count the edges between aggregates of one colour."""
     n = 0
     for i in range(begin, end):
         for k in range(starts[i], starts[i + 1]):
@@ -301,7 +304,7 @@ def as_level(
     graph : Graph
         The graph of the level.
     rows : np.ndarray
-        int64 (2, rows of cells + 1), where the parts of a row begin, red and black.
+        int64 (2, rows of cells + 1), where the aggregates of a row begin, red and black.
     periodic : sequence of bool
         Axes z, y, x whose sides meet.
     form : Form
@@ -309,25 +312,27 @@ def as_level(
     each : Each
         Runs kernels in parallel.
     mixed : bool, optional
-        Whether edges may join parts of one cell; None to find out.
+        Whether edges may join aggregates of one cell; None to find out.
 
     Returns
     -------
     Level
     """
-    parts, kind, red = len(graph.to_faces), graph.places.dtype, int(rows[1, 0])
-    diagonal = np.empty(parts, form.dtype)
-    places, values = np.empty((parts, SLOTS), kind), np.empty((parts, SLOTS), form.dtype)
+    aggregates, kind, red = len(graph.to_faces), graph.places.dtype, int(rows[1, 0])
+    diagonal = np.empty(aggregates, form.dtype)
+    places, values = np.empty((aggregates, SLOTS), kind), np.empty((aggregates, SLOTS), form.dtype)
     csr = (graph.starts, graph.places, graph.values)
     cells: Any = graph.numbers.shape
     odd = any(p and n % 2 for p, n in zip(periodic, cells, strict=True))
     if mixed is None:
-        mixed = form.robust and sum(each(lambda a, b: count_of_one_colour(*csr[:2], red, a, b), parts, CHUNK)) > 0
+        mixed = form.robust and sum(each(lambda a, b: count_of_one_colour(*csr[:2], red, a, b), aggregates, CHUNK)) > 0
     l1 = form.robust and (mixed or odd)
-    found = each(lambda a, b: fill_slots(*csr, graph.to_faces, red, l1, diagonal, places, values, a, b), parts, CHUNK)
+    found = each(
+        lambda a, b: fill_slots(*csr, graph.to_faces, red, l1, diagonal, places, values, a, b), aggregates, CHUNK
+    )
     before = np.concatenate([[0], np.cumsum(found)]).astype(np.int64)
     more = np.empty(before[-1], kind), np.empty(before[-1], kind), np.empty(before[-1], form.dtype)
-    each(lambda a, b: fill_more(*csr, red, l1, *more, before[a // CHUNK], a, b), parts, CHUNK)
+    each(lambda a, b: fill_more(*csr, red, l1, *more, before[a // CHUNK], a, b), aggregates, CHUNK)
     to_faces = graph.to_faces if form.robust else None
     return Level(rows, cells, mixed or odd, diagonal, places, values, more, to_faces, correction=form.correction)
 
@@ -355,10 +360,10 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
         elif level.inverse is not None:
             multiply_dense(level.inverse, level.b, level.x)
         else:
-            each(lambda a, b: relax_from_zero(level.b, level.diagonal, level.x, a, b), level.parts, CHUNK)
+            each(lambda a, b: relax_from_zero(level.b, level.diagonal, level.x, a, b), level.aggregates, CHUNK)
         return
     below = levels[at + 1]
-    red, parts, x, b = level.red, level.parts, level.x, level.b
+    red, aggregates, x, b = level.red, level.aggregates, level.x, level.b
     graph = (level.places, level.values, *level.more, level.diagonal, b)
     rows = below.cells[0] * below.cells[1]
     scale = level.diagonal.dtype.type(level.correction)
@@ -377,7 +382,7 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
             x[red:] = 0
         elif level.mixed:
             sweep(0, red)
-        sweep(red, parts)
+        sweep(red, aggregates)
         each(
             lambda i, j: restrict(
                 *graph,
@@ -395,9 +400,9 @@ def cycle(levels: list[Level], at: int, each: Each, visits: int = 2) -> None:
                 below.b,
             ),
             rows,
-            max(1, rows // 64) if parts > CHUNK else rows,
+            max(1, rows // 64) if aggregates > CHUNK else rows,
         )
         cycle(levels, at + 1, each)
-        each(lambda i, j: prolong(below.x, level.parent, x, scale, i, j), parts if level.mixed else red, CHUNK)
-        sweep(red, parts)
+        each(lambda i, j: prolong(below.x, level.parent, x, scale, i, j), aggregates if level.mixed else red, CHUNK)
+        sweep(red, aggregates)
         sweep(0, red)

@@ -27,7 +27,7 @@ from hpcres.transport.threads import Threads
 
 PIECES = 100  # of a volume: what a pass needs for one is small beside the vectors
 LEAST_PIECE = 1 << 22  # voxels; with fewer, a GPU waits for the next launch
-MATRIX = 512  # parts of a level from which on the cycle is one matrix: one launch instead of hundreds
+MATRIX = 512  # aggregates of a level from which on the cycle is one matrix: one launch instead of hundreds
 RED = (0, 3, 5, 6)  # places of a cell of 2×2×2, 4 dz + 2 dy + dx, with even z + y + x
 WORK_BYTES, WORK_BYTES_SEVERAL = 34, 50  # held at once for a voxel of a piece, its margins included
 Piece = tuple[int, int, int, int]
@@ -107,14 +107,14 @@ class DeviceSystem(System):
         super().__init__(*arguments, in_float64=in_float64)
         planes, rows, columns = self.geometry[:3]
         self._width = columns + columns % 2
-        number = self.levels[0].parts
+        number = self.levels[0].aggregates
         self._cycle = _Cycle(self.levels, self.threads, device)
         self.levels = []
         put = self._put
         words = np.ascontiguousarray(self.bits[1:-1, 1:-1, 1:-1])
         self._bits = put(words.view(np.uint8)[:, :, : -(-columns // 8)])
         self._before = put((self.rows[:-1].astype(np.int64) - 1).reshape(planes, rows))
-        self._parts = put(self.parts[:, :-1].astype(coarse.index_type(number + 1)))
+        self._aggregates = put(self.aggregates[:, :-1].astype(coarse.index_type(number + 1)))
         self._labels = None if self.labels is None else put(self.labels)
         self._resistance = None if self.resistance is None else put(self.resistance)
         self.dtype = torch.float64 if self.form.dtype is np.float64 else torch.float32
@@ -122,7 +122,7 @@ class DeviceSystem(System):
         within = [i for i in range(8) if all((i >> 2 - a & 1) < n for a, n in enumerate(self.step))]
         self._places = RED if self.step == (2, 2, 2) else tuple(within)
         self._cells = put(self.cells.astype(np.int16)) if self.split else None
-        self._numbers, self._part_of_place = put(self.tables[0]), put(self.tables[1].T[list(self._places)])
+        self._numbers, self._aggregate_of_place = put(self.tables[0]), put(self.tables[1].T[list(self._places)])
         edge = max((planes * rows / PIECES) ** 0.5, (LEAST_PIECE / columns) ** 0.5)
         deep, high = (-(-n // (2 * max(1, round(n / edge)))) * 2 for n in (planes, rows))
         self._pieces = [
@@ -132,7 +132,7 @@ class DeviceSystem(System):
         ]
         self._most = (deep + 6) * (high + 6) * self._width
         # Only sweeps on the host need them.
-        del self.cells, self.parts
+        del self.cells, self.aggregates
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -143,12 +143,12 @@ class DeviceSystem(System):
         own = [
             self._bits,
             self._before,
-            self._parts,
+            self._aggregates,
             self._labels,
             self._resistance,
             self._cells,
             self._numbers,
-            self._part_of_place,
+            self._aggregate_of_place,
         ]
         vectors = (3 * self.dtype.itemsize + (8 if self.form.robust else 4)) * (self.voxels + 1)
         return sum(t.nbytes for t in own if t is not None) + self._cycle.bytes + vectors
@@ -237,16 +237,16 @@ class DeviceSystem(System):
         # The sweep leaves nothing at black voxels, and at red ones what black ones changed.
         left = w.around(B).mul_(w.inner(w.mask, 3))
         of_places = torch.stack([left[_of_cell(i, self.step)] for i in self._places])
-        self._cycle.b.index_add_(0, w.parts_of_places(0).view(-1), of_places.view(-1))
+        self._cycle.b.index_add_(0, w.aggregates_of_places(0).view(-1), of_places.view(-1))
 
     def _sweep_up(self, piece: Piece, r: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Set z of the piece, and return its part of r · z."""
         w = _Window(self, piece, 3)
         R, D = r[w.inner(w.places, 1)], w.inverse_diagonal()
         A = R * D
-        parts = w.parts_of_places(2)
-        of_places = self._cycle.x.index_select(0, parts.view(-1)).view(parts.shape)
-        del parts
+        aggregates = w.aggregates_of_places(2)
+        of_places = self._cycle.x.index_select(0, aggregates.view(-1)).view(aggregates.shape)
+        del aggregates
         for place, i in enumerate(self._places):
             A[_of_cell(i, self.step)].add_(of_places[place], alpha=self.form.correction)
         A.mul_(w.red(A)).mul_(w.inner(w.mask, 1))
@@ -451,8 +451,8 @@ class _Window:
         between = self._between[axis][beyond if axis == 0 else own, beyond if axis == 1 else own]
         return _total(drop.mul_(between.view(drop.shape) if axis == 3 else between))
 
-    def parts_of_places(self, margin: int) -> torch.Tensor:
-        """Return the part of each voxel at the system's places, (place, z, y, x of cells).
+    def aggregates_of_places(self, margin: int) -> torch.Tensor:
+        """Return the aggregate of each voxel at the system's places, (place, z, y, x of cells).
 
         The values where nothing conducts have no meaning. `margin` must be even.
         """
@@ -470,32 +470,39 @@ class _Window:
         cell = cell.int().view(-1)
         number = system._numbers.index_select(0, cell).view(shape)
         row = z[:, None] * (system.geometry[1] // step[1]) + y[None, :]
-        start = torch.empty(shape, dtype=system._parts.dtype, device=system.device)
+        start = torch.empty(shape, dtype=system._aggregates.dtype, device=system.device)
         for odd in (0, 1):
             some = number[..., odd::2]
-            # The parts of one colour of cells are counted along a row.
-            begin = system._parts[z[:, None] + y[None, :] + odd & 1, row].unsqueeze(-1)
+            # The aggregates of one colour of cells are counted along a row.
+            begin = system._aggregates[z[:, None] + y[None, :] + odd & 1, row].unsqueeze(-1)
             start[..., odd::2] = some.cumsum(2, dtype=start.dtype).sub_(some).add_(begin)
-        part = system._part_of_place.index_select(1, cell).view(-1, *shape)
-        return part + start
+        aggregate = system._aggregate_of_place.index_select(1, cell).view(-1, *shape)
+        return aggregate + start
 
 
 class _Level:
-    """A coarse level on the device: six neighbours of every part, the first of all, then the second, and so on."""
+    """A coarse level on the device: six neighbours of every aggregate, the first of all, then the second, and so on."""
 
     def __init__(self, level: Level, device: torch.device) -> None:
         def put(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        self.parts, self.red, self.mixed, self.correction = level.parts, level.red, level.mixed, level.correction
+        self.aggregates, self.red, self.mixed, self.correction = (
+            level.aggregates,
+            level.red,
+            level.mixed,
+            level.correction,
+        )
         self.diagonal = put(level.diagonal)
         self.places, self.values = put(level.places.T), put(level.values.T)
         self.more = tuple(map(put, level.more))
         self.more_from_black = int(np.searchsorted(level.more[0], level.red))
-        self.parent = None if level.parent is None else put(level.parent[: level.parts if level.mixed else level.red])
-        # One element more, for what is in no part.
+        self.parent = (
+            None if level.parent is None else put(level.parent[: level.aggregates if level.mixed else level.red])
+        )
+        # One element more, for what is in no aggregate.
         self.to_faces = None if level.to_faces is None else put(level.to_faces)
-        self.b, self.x = (torch.zeros(level.parts + 1, dtype=self.diagonal.dtype, device=device) for _ in range(2))
+        self.b, self.x = (torch.zeros(level.aggregates + 1, dtype=self.diagonal.dtype, device=device) for _ in range(2))
 
     @property
     def bytes(self) -> int:
@@ -504,7 +511,7 @@ class _Level:
         return sum(t.nbytes for t in arrays if t is not None)
 
     def around(self, begin: int, end: int) -> torch.Tensor:
-        """Return b + the sum over neighbours of conductance × x, of red parts (from 0 to `red`), black ones or all."""
+        """Return b + the sum of conductance × x over neighbours, of red aggregates (0 to `red`), black ones or all."""
         s = self.b[begin:end].clone()
         for places, values in zip(self.places, self.values, strict=True):
             s.addcmul_(values[begin:end], self.x.index_select(0, places[begin:end]))
@@ -516,7 +523,7 @@ class _Level:
         return s
 
     def residual(self, end: int) -> torch.Tensor:
-        """Return the residual of the first `end` parts.
+        """Return the residual of the first `end` aggregates.
 
         That of a robust level is a sum of currents (see `coarse.restrict`).
         """
@@ -532,7 +539,7 @@ class _Level:
         return s
 
     def sweep(self, begin: int, end: int) -> None:
-        """Relax the parts begin … end - 1: red ones, black ones or all."""
+        """Relax the aggregates begin … end - 1: red ones, black ones or all."""
         if end > begin:
             torch.div(self.around(begin, end), self.diagonal[begin:end], out=self.x[begin:end])
 
@@ -542,16 +549,16 @@ class _Cycle:
 
     def __init__(self, levels: list[Level], threads: Threads, device: torch.device) -> None:
         """Move the levels to the device; `levels` is emptied."""
-        at = next((i for i, level in enumerate(levels) if level.parts <= MATRIX), len(levels) - 1)
+        at = next((i for i, level in enumerate(levels) if level.aggregates <= MATRIX), len(levels) - 1)
         lowest = levels[at]
         self._matrix: torch.Tensor | None = None
-        self._factors = lowest.factors if lowest.parts > MATRIX else None
-        if lowest.parts <= MATRIX or lowest.inverse is not None:
-            matrix = np.empty((lowest.parts, lowest.parts), lowest.b.dtype)
-            for part in range(lowest.parts):
-                lowest.b[:], lowest.b[part] = 0, 1
+        self._factors = lowest.factors if lowest.aggregates > MATRIX else None
+        if lowest.aggregates <= MATRIX or lowest.inverse is not None:
+            matrix = np.empty((lowest.aggregates, lowest.aggregates), lowest.b.dtype)
+            for aggregate in range(lowest.aggregates):
+                lowest.b[:], lowest.b[aggregate] = 0, 1
                 coarse.cycle(levels, at, threads.each)
-                matrix[:, part] = lowest.x
+                matrix[:, aggregate] = lowest.x
             self._matrix = torch.from_numpy(matrix).to(device)
         del levels[at + 1 :]
         self._levels = []
@@ -567,7 +574,7 @@ class _Cycle:
     def run(self, at: int = 0) -> None:
         """Set x ≈ A⁻¹ b on a level."""
         level = self._levels[at]
-        red, parts, x, b = level.red, level.parts, level.x, level.b
+        red, aggregates, x, b = level.red, level.aggregates, level.x, level.b
         if at + 1 == len(self._levels):
             if self._factors is not None:
                 solved = self._factors.solve(b[:-1].double().cpu().numpy())
@@ -577,7 +584,7 @@ class _Cycle:
             else:
                 torch.mv(self._matrix, b[:-1], out=x[:-1])
             return
-        below, corrected = self._levels[at + 1], parts if level.mixed else red
+        below, corrected = self._levels[at + 1], aggregates if level.mixed else red
         parent = level.parent
         assert parent is not None
         for visit in range(2):
@@ -586,10 +593,10 @@ class _Cycle:
                 torch.div(b[:red], level.diagonal[:red], out=x[:red])
             elif level.mixed:
                 level.sweep(0, red)
-            level.sweep(red, parts)
+            level.sweep(red, aggregates)
             below.b.zero_()
             below.b.index_add_(0, parent, level.residual(corrected))
             self.run(at + 1)
             x[:corrected].add_(below.x.index_select(0, parent), alpha=level.correction)
-            level.sweep(red, parts)
+            level.sweep(red, aggregates)
             level.sweep(0, red)

@@ -263,8 +263,10 @@ def _invert_row(bits, rows, r, z, y, geometry, g, labels, resistance, width, c, 
 
 
 @compiled
-def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scratch, c):
-    """Sweep from zero and set `coarse` to the rest of the residual r, summed over each part.
+def sweep_down(
+    unit, geometry, g, bits, rows, cells, tables, step, aggregates, labels, resistance, r, coarse, scratch, c
+):
+    """Sweep from zero and set `coarse` to the rest of the residual r, summed over each aggregate.
 
     The sweep is Gauss–Seidel, red then black. The rest is what it leaves of r.
     """
@@ -335,13 +337,29 @@ def sweep_down(unit, geometry, g, bits, rows, cells, tables, step, parts, labels
             for j in range(MARGIN, height + MARGIN, step[1]):
                 at, y = j * width + PAD, (y0 + j - MARGIN) // step[1]
                 restrict_row(
-                    cells, tables, step, parts, zz // step[0], y, S, first + at, here + at, width, coarse, pair
+                    cells, tables, step, aggregates, zz // step[0], y, S, first + at, here + at, width, coarse, pair
                 )
 
 
 @compiled
 def sweep_up(
-    unit, geometry, g, bits, rows, cells, tables, step, parts, labels, resistance, r, coarse, scale, z_out, scratch, c
+    unit,
+    geometry,
+    g,
+    bits,
+    rows,
+    cells,
+    tables,
+    step,
+    aggregates,
+    labels,
+    resistance,
+    r,
+    coarse,
+    scale,
+    z_out,
+    scratch,
+    c,
 ):
     """Set z_out to the sweep of `sweep_down` plus scale × the coarse correction, then the reverse sweep.
 
@@ -376,7 +394,7 @@ def sweep_up(
                         cells,
                         tables,
                         step,
-                        parts,
+                        aggregates,
                         zz // step[0],
                         y // step[1],
                         coarse,

@@ -18,9 +18,9 @@ from hpcres.transport.solver import Solver
 from hpcres.transport.threads import Threads
 from hpcres.transport.voxels import Voxels, tau_of_layers
 
-DENSE = 160  # parts of a level that is solved by its inverse
-FACTORED = 4000  # parts of a robust level of one cell, from which on it is not made coarser
-MOST_FACTORED = 50000  # parts of a level whose matrix is factored
+DENSE = 160  # aggregates of a level that is solved by its inverse
+FACTORED = 4000  # aggregates of a robust level of one cell, from which on it is not made coarser
+MOST_FACTORED = 50000  # aggregates of a level whose matrix is factored
 
 
 class System(Voxels, Solver):
@@ -108,29 +108,31 @@ def hierarchy(level: Level, graph: Graph, form: Form, periodic: Sequence[bool], 
     list of Level
     """
     levels, robust = [level], form.robust
-    while levels[-1].parts > DENSE:
+    while levels[-1].aggregates > DENSE:
         alone = max(levels[-1].cells) == 1
-        if alone and not (robust and levels[-1].parts > FACTORED):
+        if alone and not (robust and levels[-1].aggregates > FACTORED):
             break
         graph_next, rows_next = coarser(levels[-1], graph, form, threads.each)
-        if alone and len(graph_next.to_faces) > 0.9 * levels[-1].parts:
+        if alone and len(graph_next.to_faces) > 0.9 * levels[-1].aggregates:
             levels[-1].parent = None
             break
         graph, form = graph_next, form.after(levels[-1].step)
         levels.append(coarse.as_level(graph, rows_next, periodic, form, threads.each))
     last = levels[-1]
-    if last.parts <= DENSE or (robust and last.parts <= MOST_FACTORED):
-        of = np.repeat(np.arange(last.parts), np.diff(graph.starts))
+    if last.aggregates <= DENSE or (robust and last.aggregates <= MOST_FACTORED):
+        of = np.repeat(np.arange(last.aggregates), np.diff(graph.starts))
         values = graph.values.astype(np.float64)
         # The diagonal of a robust level holds the terms of l1 smoothing, too.
-        diagonal = np.bincount(of, values, last.parts) + graph.to_faces if robust else last.diagonal.astype(np.float64)
-        if last.parts <= DENSE:
+        diagonal = (
+            np.bincount(of, values, last.aggregates) + graph.to_faces if robust else last.diagonal.astype(np.float64)
+        )
+        if last.aggregates <= DENSE:
             matrix = np.diag(diagonal)
             np.add.at(matrix, (of, graph.places), -values)
             last.inverse = np.linalg.inv(matrix) if robust else np.linalg.inv(matrix).astype(np.float32)
         else:
-            every = np.arange(last.parts)
+            every = np.arange(last.aggregates)
             entries = np.concatenate([-values, diagonal])
             where = np.concatenate([of, every]), np.concatenate([graph.places, every])
-            last.factors = splu(csc_matrix((entries, where), (last.parts, last.parts)))
+            last.factors = splu(csc_matrix((entries, where), (last.aggregates, last.aggregates)))
     return levels

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.counting.disjoint_sets import merge, root
-from hpcres.transport.cells import PART, PARTS, find_cells
+from hpcres.transport.cells import AGGREGATE, AGGREGATES, find_cells
 from hpcres.transport.threads import Threads
 from hpcres.transport.vectors import compiled, popcount
 
@@ -25,29 +25,29 @@ def _count(cells, counts, z0, z1):
         for y in range(cells.shape[1]):
             n = 0
             for x in range(cells.shape[2]):
-                n += PARTS[cells[z, y, x]]
+                n += AGGREGATES[cells[z, y, x]]
             counts[z, y] = n
 
 
 @compiled
 def _join_cells(up, cell, own, other, beyond, bit, near):
-    """Join the parts of two neighbouring cells that touch.
+    """Join the aggregates of two neighbouring cells that touch.
 
-    The parts begin at `own` and `beyond`; `other` lies in + direction.
+    The aggregates begin at `own` and `beyond`; `other` lies in + direction.
     """
     touching = cell >> bit & other & near
-    if PARTS[cell] == 1 and PARTS[other] == 1:
+    if AGGREGATES[cell] == 1 and AGGREGATES[other] == 1:
         if touching:
             merge(up, own, beyond)
         return
     for i in range(8):
         if touching >> i & 1:
-            merge(up, own + PART[cell, i + bit], beyond + PART[other, i])
+            merge(up, own + AGGREGATE[cell, i + bit], beyond + AGGREGATE[other, i])
 
 
 @compiled
 def _join_rows(cells, starts, up, z0, z1, only_across):
-    """Join parts within planes z0 … z1 - 1 of cells; or, `only_across`, those of plane z0 with the plane before."""
+    """Join aggregates in planes z0 … z1 - 1 of cells; or, `only_across`, those of plane z0 with the plane before."""
     _, rows, columns = cells.shape
     for z in range(z0, z1):
         for y in range(rows):
@@ -57,40 +57,40 @@ def _join_rows(cells, starts, up, z0, z1, only_across):
             back = z > z0 or only_across
             for x in range(columns):
                 cell = np.int64(cells[z, y, x])
-                number = np.int64(PARTS[cell])
+                number = np.int64(AGGREGATES[cell])
                 if cell:
                     if not only_across:
-                        for part in range(number):
-                            up[here + part] = here + part
+                        for aggregate in range(number):
+                            up[here + aggregate] = here + aggregate
                         if x and cells[z, y, x - 1]:
                             other = np.int64(cells[z, y, x - 1])
-                            _join_cells(up, other, here - PARTS[other], cell, here, 1, 0x55)
+                            _join_cells(up, other, here - AGGREGATES[other], cell, here, 1, 0x55)
                         if y and cells[z, y - 1, x]:
                             _join_cells(up, np.int64(cells[z, y - 1, x]), before, cell, here, 2, 0x33)
                     if back and cells[z - 1, y, x]:
                         _join_cells(up, np.int64(cells[z - 1, y, x]), above, cell, here, 4, 0x0F)
                 here += number
                 if y:
-                    before += PARTS[cells[z, y - 1, x]]
+                    before += AGGREGATES[cells[z, y - 1, x]]
                 if back:
-                    above += PARTS[cells[z - 1, y, x]]
+                    above += AGGREGATES[cells[z - 1, y, x]]
 
 
 @compiled
-def _line(cells, starts, z, y, columns, parts):
-    """Set `parts` to the parts of a row of voxels, -1 where they insulate."""
+def _line(cells, starts, z, y, columns, aggregates):
+    """Set `aggregates` to the aggregates of a row of voxels, -1 where they insulate."""
     at = starts[(z >> 1) * cells.shape[1] + (y >> 1)]
     for x in range(columns):
         cell = cells[z >> 1, y >> 1, x >> 1]
         place = 4 * (z & 1) + 2 * (y & 1) + (x & 1)
-        parts[x] = at + PART[cell, place] if cell >> place & 1 else -1
+        aggregates[x] = at + AGGREGATE[cell, place] if cell >> place & 1 else -1
         if x & 1:
-            at += PARTS[cell]
+            at += AGGREGATES[cell]
 
 
 @compiled
 def _join_sides(cells, starts, up, shape, axis):
-    """Join the parts that meet across the two sides normal to `axis`."""
+    """Join the aggregates that meet across the two sides normal to `axis`."""
     a, b = np.empty(shape[2], np.int64), np.empty(shape[2], np.int64)
     for i in range(shape[1 if axis == 0 else 0]):
         if axis == 2:
@@ -112,7 +112,7 @@ def _join_sides(cells, starts, up, shape, axis):
 
 @compiled
 def _flatten(up, begin, end):
-    """Point every part at its root; the number of a root is never above those of its parts."""
+    """Point every aggregate at its root; the number of a root is never above those of its aggregates."""
     for i in range(begin, end):
         up[i] = root(up, i)
 
@@ -140,10 +140,10 @@ def _mark_faces(cells, starts, up, shape, touches):
             row, place = (z >> 1) * rows + (y >> 1), 4 * (z & 1) + 2 * (y & 1)
             cell = cells[z >> 1, y >> 1, 0]
             if cell >> place & 1:
-                touches[up[starts[row] + PART[cell, place]]] |= 16
+                touches[up[starts[row] + AGGREGATE[cell, place]]] |= 16
             cell, place = cells[z >> 1, y >> 1, columns - 1], place + (shape[2] - 1 & 1)
             if cell >> place & 1:
-                touches[up[starts[row + 1] - PARTS[cell] + PART[cell, place]]] |= 32
+                touches[up[starts[row + 1] - AGGREGATES[cell] + AGGREGATE[cell, place]]] |= 32
 
 
 @compiled
@@ -159,9 +159,9 @@ def _select(cells, starts, up, touches, both, bits, z0, z1):
                     continue
                 kept = 0
                 for i in range(8):
-                    if cell >> i & 1 and touches[up[at + PART[cell, i]]] & both == both:
+                    if cell >> i & 1 and touches[up[at + AGGREGATE[cell, i]]] & both == both:
                         kept |= 1 << i
-                at += PARTS[cell]
+                at += AGGREGATES[cell]
                 left_out += popcount(cell & ~kept)
                 k, shift = (x >> 3) + 1, 2 * (x & 7)
                 for d in range(4):
@@ -214,8 +214,8 @@ class Clusters:
         counts = np.empty(self._cells.shape[:2], np.int64)
         each(lambda a, b: _count(self._cells, counts, a, b), deep, step)
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        parts = int(self._starts[-1])
-        self._up = np.empty(parts, np.int32 if parts < 2**31 else np.int64)
+        aggregates = int(self._starts[-1])
+        self._up = np.empty(aggregates, np.int32 if aggregates < 2**31 else np.int64)
         each(lambda a, b: _join_rows(self._cells, self._starts, self._up, a, b, False), deep, step)
         for z in range(step, deep, step):
             _join_rows(self._cells, self._starts, self._up, z, z + 1, True)
@@ -224,8 +224,8 @@ class Clusters:
         for axis in range(3):
             if periodic[axis]:
                 _join_sides(self._cells, self._starts, self._up, size, axis)
-        _flatten(self._up, 0, parts)
-        self._touches = np.zeros(parts, np.uint8)
+        _flatten(self._up, 0, aggregates)
+        self._touches = np.zeros(aggregates, np.uint8)
         _mark_faces(self._cells, self._starts, self._up, size, self._touches)
 
     @property
@@ -273,7 +273,7 @@ def _groups(a, b, up):
         up[i] = root(up, i)
 
 
-_SLAB = 1 << 44  # above any number of parts of one slab
+_SLAB = 1 << 44  # above any number of aggregates of one slab
 
 
 def join_clusters(place: Any, found: list[Clusters], periodic: bool) -> list[int]:

@@ -95,11 +95,11 @@ class RankPlace(Place):
 
     # Whether a slab fits was settled before any was read (`check_memory`), and nothing outlives the process.
 
-    def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
+    def expect(self, kept: int, aggregates: int, labels: int, form: Form, shape: Sequence[int]) -> None:
         """Do nothing: whether a slab fits was settled before any was read."""
         return
 
-    def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
+    def refuse_coarse(self, aggregates: int, bits: int, voxels: int) -> None:
         """Do nothing: whether a slab fits was settled before any was read."""
         return
 
@@ -162,7 +162,7 @@ class RankPlace(Place):
         slab, level = slabs[0], self.level(slabs[0])
         size = np.dtype(slab.form.dtype).itemsize
         vectors = slab.form.bytes_of_vectors * slab.voxels
-        vectors += size * (2 * level.parts + 2 * int(slab.starts(2)[1, -1]))
+        vectors += size * (2 * level.aggregates + 2 * int(slab.starts(2)[1, -1]))
         labels = 0 if slab.labels is None else slab.labels.nbytes
         return vectors + level.bytes + labels + slab.bits.nbytes + slab.cells.nbytes + slab.rows.nbytes
 

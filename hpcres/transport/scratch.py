@@ -26,7 +26,7 @@ from hpcres.transport.slabs import Extent, Place, Slab
 
 _AT_HAND = 3  # levels of slabs: as many as there are stages in a pass
 _LEVEL = ("diagonal", "places", "values", "parent")
-BYTES_PER_PART = 180  # of level 2 and all above: 64 each, a quarter more for those above, and what set-up adds
+BYTES_PER_AGGREGATE = 180  # of level 2 and all above: 64 each, a quarter more for those above, and what set-up adds
 BYTES_OF_PYTHON = 256 << 20  # interpreter, libraries and compiled kernels, which count as memory used
 BYTES_PER_SLAB_VOXEL = 60  # conducting ones of a slab: three of level 1, vectors, set-up
 
@@ -45,7 +45,7 @@ class ScratchPlace(Place):
         self._stored: dict[int, tuple[_File, list[tuple[int, tuple[int, ...], Any]], Any]] = {}
         self._labels: OrderedDict[int, np.ndarray] = OrderedDict()
         self.read_bytes = self.written_bytes = 0
-        self._more = self._wide = 1.0  # memory of a slab and of a part, over that of the plain form
+        self._more = self._wide = 1.0  # memory of a slab and of an aggregate, over that of the plain form
 
     def run(self, slabs: Sequence[Slab], *stages: Callable[[Slab], None]) -> None:
         """Run each stage on every slab.
@@ -144,7 +144,7 @@ class ScratchPlace(Place):
             )
             to_faces = more[3] if slab.form.robust else None
             self._levels[slab.number] = Level(
-                slab.parts,
+                slab.aggregates,
                 cells,
                 mixed,
                 diagonal,
@@ -172,13 +172,13 @@ class ScratchPlace(Place):
         """Copy `whole` to a vector at level 2."""
         vector.memory[:] = whole
 
-    def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
+    def expect(self, kept: int, aggregates: int, labels: int, form: Form, shape: Sequence[int]) -> None:
         """Say how much scratch storage a solve will take, and raise InputError where that is not free."""
         wider = max(e.planes / (e.end - e.begin) for e in self.extents)
-        # Level 1 has as many parts as cells of 2×2×2 voxels in the plain form, and more in the robust form.
+        # Level 1 has as many aggregates as cells of 2×2×2 voxels in the plain form, and more in the robust form.
         self._more = max(1.0, form.bytes_of_levels(shape) / BYTES_OF_CUBIC[1])
         self._wide = 1.6 if form.dtype is np.float64 else 1.0
-        need = int(form.bytes_of_vectors * kept + parts * (8 + 64 * wider) * self._more + labels * wider)
+        need = int(form.bytes_of_vectors * kept + aggregates * (8 + 64 * wider) * self._more + labels * wider)
         free = shutil.disk_usage(self.folder).free
         if need > free:
             raise InputError(
@@ -187,15 +187,15 @@ class ScratchPlace(Place):
             )
         self._say(f"out of core: {len(self.extents)} slabs, up to {_size(need)} of scratch storage in {self.folder}")
 
-    def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
+    def refuse_coarse(self, aggregates: int, bits: int, voxels: int) -> None:
         """Raise InputError where levels from 2 on, bits, a slab and Python do not fit into the memory limit."""
         widest = max(e.planes for e in self.extents) / self.extents[-1].end
         slab = int(BYTES_PER_SLAB_VOXEL * self._more * voxels * widest)
-        coarse = int(BYTES_PER_PART * self._wide * parts)
+        coarse = int(BYTES_PER_AGGREGATE * self._wide * aggregates)
         need = coarse + bits + slab
         if need > self.limit:
             raise InputError(
-                f"`memory` {_size(self.limit + BYTES_OF_PYTHON)}: levels from 2 on ({parts} parts) take "
+                f"`memory` {_size(self.limit + BYTES_OF_PYTHON)}: levels from 2 on ({aggregates} aggregates) take "
                 f"{_size(coarse)}, bits {_size(bits)}, a slab {_size(slab)} and Python "
                 f"{_size(BYTES_OF_PYTHON)}, which all stay in memory; give `memory` "
                 f"{-(-(need + BYTES_OF_PYTHON) // 2**20)}MiB, or start it under MPI on more nodes"

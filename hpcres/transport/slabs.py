@@ -1,6 +1,6 @@
 """The solver of `multigrid` on slabs of planes, which lie in the memory of several ranks or on scratch storage.
 
-A slab knows 8 planes of its neighbours on both sides. A cell of level 2 is 4 voxels, so that parts, their numbers
+A slab knows 8 planes of its neighbours on both sides. A cell of level 2 is 4 voxels, so that aggregates, their numbers
 within a plane and their neighbours follow without communication. Own planes begin at multiples of 8, where cells have
 the colours of the whole volume. Vectors are as in memory, the planes of the neighbours included, and refreshed before a
 kernel reads them; `Place` says how. Level 1 stays in slabs, as a graph of which each slab knows its part. Levels from 2
@@ -87,14 +87,14 @@ def cut(planes: int, number: int, deep: int, periodic: bool) -> list[Extent]:
 
 @dataclass
 class Piece:
-    """A slab's contribution to the graph of level 2, its own parts only, red then black."""
+    """A slab's contribution to the graph of level 2, its own aggregates only, red then black."""
 
     counts: np.ndarray  # (2, own rows of cells)
     degrees: tuple[np.ndarray, np.ndarray]
     places: tuple[np.ndarray, np.ndarray]  # numbered within the slab
     values: tuple[np.ndarray, np.ndarray]
     to_faces: tuple[np.ndarray, np.ndarray]
-    numbers: np.ndarray  # parts of each cell (z, y, x)
+    numbers: np.ndarray  # aggregates of each cell (z, y, x)
 
 
 class Slab(Voxels):
@@ -134,12 +134,12 @@ class Slab(Voxels):
         return self.own[0] // self.planes_per(kind), -(-self.own[1] // self.planes_per(kind))
 
     def starts(self, kind: int) -> np.ndarray:
-        """Return where each plane begins in a vector of voxels, or of parts of level 1 or 2: (colours, planes + 1)."""
+        """Return where a plane begins in a vector of voxels or of aggregates of level 1 or 2: (colours, planes + 1)."""
         if kind == 0:
             return self.rows[None, :: self.geometry[1]]
         if kind == 1:
-            return self.parts[:, :: self.cells.shape[1]]
-        return self.parts_next[:, :: self.cells_next[1]]
+            return self.aggregates[:, :: self.cells.shape[1]]
+        return self.aggregates_next[:, :: self.cells_next[1]]
 
     def own_part(self, kind: int) -> list[slice]:
         """Return the own part of a vector, by colour."""
@@ -147,7 +147,7 @@ class Slab(Voxels):
         return [slice(int(row[a]), int(row[b])) for row in self.starts(kind)]
 
     def build(self) -> tuple[Level, Piece]:
-        """Build level 1 of this slab, and its own part of level 2."""
+        """Build level 1 of this slab, and its own aggregate of level 2."""
         graph, each, step = self.first_graph(), self.threads.each, self.step_next
         level = self.first_level(graph, (False, *self.periodic[1:]))
         below: Any = tuple(-(-n // s) for n, s in zip(level.cells, step, strict=True))
@@ -156,27 +156,27 @@ class Slab(Voxels):
         at_once = max(1, rows // 64)
         most = max(each(lambda a, b: aggregation.count_members(numbers, below, step, a, b), rows, at_once))
         numbers_next, counts = np.zeros(below, np.int32), np.zeros((2, rows), np.int64)
-        parent = np.full(level.parts, -1, graph.places.dtype)
+        parent = np.full(level.aggregates, -1, graph.places.dtype)
         csr = (graph.starts, graph.places, graph.values)
-        # Edges of parts in the outermost planes of the halo are missing here. No part within 4 planes of the own ones
-        # depends on them.
+        # Edges of aggregates in the outermost planes of the halo are missing here. No aggregate within 4 planes of the
+        # own ones depends on them.
         couplings = aggregation.couplings_of(graph, self.form, each)
         each(
-            lambda a, b: aggregation.join_parts(
-                *csr, numbers, self.parts, below, step, most, *couplings, a, b, parent, numbers_next, counts
+            lambda a, b: aggregation.join_aggregates(
+                *csr, numbers, self.aggregates, below, step, most, *couplings, a, b, parent, numbers_next, counts
             ),
             rows,
             at_once,
         )
-        self.parts_next, parts = coarse.accumulated(counts)
+        self.aggregates_next, aggregates = coarse.accumulated(counts)
         each(
-            lambda a, b: aggregation.number_parts(
-                numbers, self.parts, step, self.parts_next, numbers_next, most, a, b, parent
+            lambda a, b: aggregation.number_aggregates(
+                numbers, self.aggregates, step, self.aggregates_next, numbers_next, most, a, b, parent
             ),
             rows,
             at_once,
         )
-        degrees, to_faces = np.zeros(parts + 1, np.int64), np.zeros(parts, self.form.dtype)
+        degrees, to_faces = np.zeros(aggregates + 1, np.int64), np.zeros(aggregates, self.form.dtype)
         lowest, highest = self.own_planes(2)
         first, last = lowest * below[1], highest * below[1]
         found = each(
@@ -184,10 +184,10 @@ class Slab(Voxels):
                 *csr,
                 graph.to_faces,
                 numbers,
-                self.parts,
+                self.aggregates,
                 step,
                 numbers_next,
-                self.parts_next,
+                self.aggregates_next,
                 parent,
                 most,
                 first + a,
@@ -232,7 +232,7 @@ class Place(ABC):
 
     @abstractmethod
     def vector(self, slabs: Sequence[Slab], kind: int) -> Any:
-        """Make a vector of zeros, at voxels (kind 0) or at parts of level 1 or 2.
+        """Make a vector of zeros, at voxels (kind 0) or at aggregates of level 1 or 2.
 
         of(slab, planes, colours) of the vector is a slab's array with the planes of its neighbours refreshed. put(slab,
         array) keeps the slab's own part.
@@ -258,15 +258,15 @@ class Place(ABC):
         """Keep the labels of a slab and its neighbours, and return a function that reads them again."""
 
     @abstractmethod
-    def expect(self, kept: int, parts: int, labels: int, form: Form, shape: Sequence[int]) -> None:
+    def expect(self, kept: int, aggregates: int, labels: int, form: Form, shape: Sequence[int]) -> None:
         """Prepare for a solve.
 
         Parameters
         ----------
         kept : int
             Conducting voxels.
-        parts : int
-            Parts in cells of 2×2×2 voxels.
+        aggregates : int
+            Aggregates in cells of 2×2×2 voxels.
         labels : int
             Voxels whose labels are needed.
         form : Form
@@ -276,8 +276,8 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def refuse_coarse(self, parts: int, bits: int, voxels: int) -> None:
-        """Raise InputError where so many parts of level 2, in the whole volume, and bytes of bits are too much."""
+    def refuse_coarse(self, aggregates: int, bits: int, voxels: int) -> None:
+        """Raise InputError where so many aggregates of level 2, in the whole volume, and bytes of bits are too much."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -334,15 +334,15 @@ class SlabSolver(Solver):
             self._mixed = level.mixed
             pieces.append(piece)
         counted = place.everyone([piece.counts for piece in pieces])
-        rows, parts = coarse.accumulated(np.concatenate(counted, axis=1))
+        rows, aggregates = coarse.accumulated(np.concatenate(counted, axis=1))
         below = slabs[0].cells_next[1]
         self.starts = rows[:, ::below]
-        kind = coarse.index_type(parts)
+        kind = coarse.index_type(aggregates)
         for slab, piece in zip(slabs, pieces, strict=True):
             named = self._numbers_in_volume(slab).astype(kind, copy=False)
             piece.places = (named[piece.places[0]], named[piece.places[1]])
         voxels = sum(slab.own_part(0)[0].stop - slab.own_part(0)[0].start for slab in slabs)
-        place.refuse_coarse(parts, sum(slab.bits.nbytes + slab.cells.nbytes for slab in slabs), voxels)
+        place.refuse_coarse(aggregates, sum(slab.bits.nbytes + slab.cells.nbytes for slab in slabs), voxels)
         all_pieces = place.to_first(pieces)
         self.levels: list[Level] = []
         if all_pieces is not None:
@@ -367,7 +367,7 @@ class SlabSolver(Solver):
         self.b_next, self.x_next = place.vector(slabs, 2), place.vector(slabs, 2)
 
     def _numbers_in_volume(self, slab: Slab) -> np.ndarray:
-        """Return the numbers in the volume of the parts of level 2 that a slab knows."""
+        """Return the numbers in the volume of the aggregates of level 2 that a slab knows."""
         starts, planes = slab.starts(2), self.starts.shape[1] - 1
         numbers = np.empty(starts[1, -1], np.int64)
         for k in range(starts.shape[1] - 1):
@@ -518,8 +518,8 @@ class SlabSolver(Solver):
                 x,
                 level.to_faces,
                 level.parent,
-                slab.parts,
-                slab.parts_next,
+                slab.aggregates,
+                slab.aggregates_next,
                 level.cells,
                 slab.cells_next,
                 level.step,
@@ -637,7 +637,7 @@ def solve_in_slabs(
     fraction, mean = float(counted[conducts].sum()) / voxels, float(counted @ of_label) / voxels
     again = join_clusters(place, found, periodic[0])[axis]
     through = [one.through(axis) for one in found]
-    parts = sum(len(one.touches) for one in found)
+    aggregates = sum(len(one.touches) for one in found)
     del found
     sums = np.sum(place.everyone([(t.voxels, t.clusters_left_out, t.voxels_left_out) for t in through]), axis=0)
     kept = int(sums[0])
@@ -653,7 +653,7 @@ def solve_in_slabs(
 
     def solver_of(in_float64: bool) -> SlabSolver:
         form = Form.of(shape, spacing, resistance, in_float64)
-        place.expect(kept, parts, 0 if uniform else voxels, form, shape)
+        place.expect(kept, aggregates, 0 if uniform else voxels, form, shape)
         place.hold(held)
         slabs = []
         for number in place.here:

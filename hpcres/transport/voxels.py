@@ -13,8 +13,8 @@ from hpcres.transport.aggregation import STRONG
 from hpcres.transport.cells import (
     COMPLETIONS,
     TABLES,
-    connect_parts,
-    count_parts,
+    connect_aggregates,
+    count_aggregates,
     find_cells,
     find_split_cells,
     partition_tables,
@@ -89,7 +89,7 @@ class Voxels:
         self.step = form.step(self.shape)
         cells = tuple(n // s for n, s in zip((planes, even[1], shape[2] + shape[2] % 2), self.step, strict=True))
         each = threads.each
-        # Conductivities far apart separate the parts of a cell; else parts follow from the mask.
+        # Conductivities far apart separate the aggregates of a cell; else aggregates follow from the mask.
         self.split = form.robust and form.several
         self.tables: Any = partition_tables() if self.split else TABLES
         self.cells = np.empty(cells, np.uint16 if self.split else np.uint8)
@@ -105,25 +105,34 @@ class Voxels:
         self.rows = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
 
     def first_graph(self) -> Graph:
-        """Make the graph of level 1, and set `parts`, where the parts of each row of cells begin."""
+        """Make the graph of level 1, and set `aggregates`, where the aggregates of each row of cells begin."""
         each, cells = self.threads.each, self.cells.shape
         counts = np.empty((2, *cells[:2]), np.int64)
-        each(lambda a, b: count_parts(self.cells, self.tables, counts, a, b), cells[0], 8)
-        self.parts, number = coarse.accumulated(counts.reshape(2, -1))
+        each(lambda a, b: count_aggregates(self.cells, self.tables, counts, a, b), cells[0], 8)
+        self.aggregates, number = coarse.accumulated(counts.reshape(2, -1))
         starts, nothing = np.zeros(number + 1, np.int32), (np.empty(0, np.int32), np.empty(0, self.form.dtype))
         to_faces = np.zeros(number, self.form.dtype)
-        shared = (self.cells, self.tables, self.step, self.parts, self.geometry, self.g, self.labels, self.resistance)
+        shared = (
+            self.cells,
+            self.tables,
+            self.step,
+            self.aggregates,
+            self.geometry,
+            self.g,
+            self.labels,
+            self.resistance,
+        )
         rows = cells[0] * cells[1]
         step = max(1, rows // 64)
-        each(lambda a, b: connect_parts(*shared, starts, *nothing, to_faces, a, b, False), rows, step)
+        each(lambda a, b: connect_aggregates(*shared, starts, *nothing, to_faces, a, b, False), rows, step)
         starts = coarse.running(starts)
         places, values = np.empty(starts[-1], coarse.index_type(number)), np.empty(starts[-1], self.form.dtype)
-        each(lambda a, b: connect_parts(*shared, starts, places, values, to_faces, a, b, True), rows, step)
+        each(lambda a, b: connect_aggregates(*shared, starts, places, values, to_faces, a, b, True), rows, step)
         return Graph(starts, places, values, to_faces, self.tables[0][self.cells])
 
     def first_level(self, graph: Graph, periodic: Sequence[bool]) -> Level:
         """Make level 1 from its graph."""
-        return coarse.as_level(graph, self.parts, periodic, self.form, self.threads.each, self.split)
+        return coarse.as_level(graph, self.aggregates, periodic, self.form, self.threads.each, self.split)
 
     def _over(self, kernel: Callable[..., Any], *arguments: Any) -> list[Any]:
         def one(unit: Any) -> Any:
@@ -151,10 +160,10 @@ class Voxels:
 
     @property
     def _cell_tables(self) -> tuple[Any, ...]:
-        return self.rows, self.cells, self.tables, self.step, self.parts, self.labels, self.resistance
+        return self.rows, self.cells, self.tables, self.step, self.aggregates, self.labels, self.resistance
 
     def sweep_down(self, r: np.ndarray, b: np.ndarray) -> None:
-        """Set b to what a red then black sweep from zero leaves of r, summed over each part."""
+        """Set b to what a red then black sweep from zero leaves of r, summed over each aggregate."""
         self._over(fine.sweep_down, *self._cell_tables, r, b)
 
     def sweep_up(self, r: np.ndarray, coarse_x: np.ndarray, z: np.ndarray) -> list[float]:
