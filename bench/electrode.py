@@ -20,7 +20,7 @@ import yaml
 from hpcres.counting import counts
 from hpcres.counting.named import Named, summary
 from hpcres.geometry import Box
-from hpcres.metrics.measure import measure
+from hpcres.metrics.measure import Work, measure
 from hpcres.metrics.schedule import connect
 from hpcres.phantoms import imaged
 from hpcres.study import Study, SubVolumes
@@ -161,7 +161,7 @@ def of_cubes(volume: Path, target: Path, study: Study, cubes: int) -> dict[str, 
     if not target.exists():
         settings = SubVolumes(count=cubes, voxels=EDGE, transport_count=cubes)
         with connect() as client:
-            found = measure(open_volume(str(volume)), client=client, phases=study.phases, settings=settings)
+            found = measure(open_volume(str(volume)), Work(client), phases=study.phases, settings=settings)
         write_json(target, found["subvolumes"])
     found = json.loads(target.read_text())
     d_rel = {

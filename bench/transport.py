@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def status(name: str) -> int:
 def solve_alone(settings: dict) -> None:
     """One solve in a process of its own; prints a JSON line."""
     from hpcres.geometry import Box
-    from hpcres.transport import solve
+    from hpcres.transport import SolveSettings
+    from hpcres.transport.in_memory import solve
     from hpcres.volumes.formats import open_volume
 
     edge = settings["edge"]
@@ -49,20 +51,20 @@ def solve_alone(settings: dict) -> None:
     else:
         volume = open_volume(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
         labels = np.ascontiguousarray(volume.read(Box((0, 0, 0), (edge,) * 3)))
-    how = {"directions": settings["direction"], "spacing": settings["spacing"], "rtol": settings["rtol"]}
-    how |= {"device": None}
+    asked = SolveSettings(settings["direction"], settings["spacing"], rtol=settings["rtol"])
+    how = {"device": None}
     if settings["device"] is not None:
         from hpcres.transport.device import find_device
 
         how |= {"device": find_device(settings["device"])}
-    solve(labels[:32, :32, :32].copy(), conductivity, **how)  # compiles
+    solve(labels[:32, :32, :32].copy(), conductivity, asked, **how)  # compiles
     before, seconds, iterated = status("VmRSS"), {threads: [] for threads in settings["threads"]}, []
     for _ in range(settings["repeats"]):
         for threads in settings["threads"]:  # by turns, because neighbours on the machine come and go
             iterated.clear()
             how |= {"threads": threads, "report": lambda *_: iterated.append(time.perf_counter())}
             started = time.perf_counter()
-            one = solve(labels, conductivity, **how)[settings["direction"]]
+            one = solve(labels, conductivity, asked, **how)[settings["direction"]]
             seconds[threads].append(time.perf_counter() - started)
     held = status("VmHWM") - before + labels.nbytes if settings["device"] is None else one.bytes
     line = {
@@ -79,11 +81,12 @@ def solve_alone(settings: dict) -> None:
 
 
 def measure(label: int = 1, checkout: str | None = None, **settings: object) -> dict:
-    """Solves in a process of its own; checkout: a folder with another version of hpcres, whose code is run."""
+    """Solves in a process of its own; checkout: a folder with another version of hpcres, whose bench is run."""
     usual = {"edge": 256, "threads": [1], "rtol": 1e-3, "blobs": False, "repeats": 2, "device": None}
     usual |= {"conductivity": {label: 1.0}, "spacing": (1, 1, 1), "direction": "z"}
-    command = [sys.executable, __file__, "--alone", json.dumps({**usual, **settings})]
-    environment = os.environ if checkout is None else {**os.environ, "PYTHONPATH": os.path.abspath(checkout)}
+    root = Path(__file__).resolve().parents[1] if checkout is None else Path(checkout).resolve()
+    command = [sys.executable, str(root / "bench/transport.py"), "--alone", json.dumps({**usual, **settings})]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -138,16 +141,24 @@ print((time.perf_counter() - started) / {iterations})
 def solve_store(settings: dict) -> None:
     """One solve of a store, as `hpcres tortuosity` does it; each rank prints a JSON line."""
     from hpcres.inference.ranks import join_ranks
-    from hpcres.transport import tortuosity
+    from hpcres.transport import Conducting, Means, SolveSettings, tortuosity
     from hpcres.volumes.formats import open_volume
 
     volume, said = open_volume(settings["store"]), []
     with join_ranks() as ranks:
-        shared = {"comm": ranks.communicator, "on_node": ranks.on_node, "memory": settings["limit"], "only": ("1",)}
-        shared |= {"directions": "z", "threads": settings["threads"], "scratch": Path(settings["scratch"])}
-        tortuosity(volume, crop="0:64,0:32,0:32", **{**shared, "memory": settings["limit"] and 280 << 20})  # compiles
+        means = Means(
+            settings["threads"],
+            comm=ranks.communicator,
+            on_node=ranks.on_node,
+            memory=settings["limit"],
+            scratch=Path(settings["scratch"]),
+            say=said.append,
+        )
+        asked = Conducting(only=("1",)), SolveSettings("z")
+        small = replace(means, memory=settings["limit"] and 280 << 20, say=lambda line: None)
+        tortuosity(volume, *asked, small, crop="0:64,0:32,0:32")  # compiles
         before, started = status("VmRSS"), time.perf_counter()
-        one = tortuosity(volume, **shared, say=said.append)["results"][0]
+        one = tortuosity(volume, *asked, means)["results"][0]
         line = {
             "rank": ranks.rank,
             "seconds": time.perf_counter() - started,
@@ -211,7 +222,7 @@ def compare_blocks() -> None:
 
     import tifffile
 
-    from hpcres.transport import tortuosity
+    from hpcres.transport import Conducting, Means, SolveSettings, tortuosity
     from hpcres.volumes.formats import open_volume
 
     electrode = tifffile.imread(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
@@ -224,8 +235,17 @@ def compare_blocks() -> None:
             np.save(f"{folder}/a.npy", labels)
             volume = open_volume(f"{folder}/a.npy")
             for estimate in (None, 64):  # compiles
-                tortuosity(volume, only=only, directions="z", crop="0:16,0:16,0:16", estimate=estimate)
-            exact, guesses = (tortuosity(volume, only=only, threads=1, estimate=e)["results"] for e in (None, 64))
+                tortuosity(
+                    volume,
+                    conducting=Conducting(only=only),
+                    settings=SolveSettings(directions="z"),
+                    crop="0:16,0:16,0:16",
+                    estimate=estimate,
+                )
+            exact, guesses = (
+                tortuosity(volume, conducting=Conducting(only=only), means=Means(threads=1), estimate=e)["results"]
+                for e in (None, 64)
+            )
             for i, (one, guess) in enumerate(zip(exact, guesses, strict=True)):
                 whole, mean = one["D_rel"], guess["estimate"]["mean_D_rel"]
                 # Blocks are solved once for all three directions.

@@ -22,7 +22,8 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import cg, splu
 
 from hpcres.phantoms import chi2_field, separator, three_phase
-from hpcres.transport import solve
+from hpcres.transport import SolveSettings
+from hpcres.transport.in_memory import solve
 from hpcres.transport.multigrid import System
 from hpcres.transport.voxels import unpacked
 
@@ -185,10 +186,8 @@ def compare_far(first: int, number: int) -> None:
             one = solve(
                 labels,
                 conductivity,
-                directions=direction,
-                rtol=rtol,
+                SolveSettings((direction,), rtol=rtol, **settings),
                 threads=1,
-                **settings,
                 keep=lambda direction, system, x, k, to=kept: to.append(system),
             )[direction]
             if not one.percolates:
@@ -220,10 +219,8 @@ def stops(labels, conductivity, settings, axis: int) -> list[tuple[float, float,
         one = solve(
             labels,
             conductivity,
-            directions="zyx"[axis],
-            rtol=float(rtol),
+            SolveSettings(("zyx"[axis],), rtol=float(rtol), **settings),
             threads=1,
-            **settings,
             keep=None if truth else lambda direction, system, x, k: kept.append(system),
         )["zyx"[axis]]
         if not one.percolates:

@@ -119,6 +119,7 @@ def measure(
     >>> found.volume_fraction["solid"], found.specific_surface_area.faces["solid"], found.length_unit
     (0.5, 0.0625, 'micrometer')
     """
+    from hpcres.metrics.measure import Work
     from hpcres.metrics.measure import measure as measured
     from hpcres.metrics.schedule import local_client
 
@@ -132,13 +133,12 @@ def measure(
         return Measurement.of(
             measured(
                 source,
-                client=connected,
+                Work(connected, progress=progress),
                 phases=names,
                 voxel_size=_edges(source, voxel_size),
                 periodic=meeting_sides(periodic),
                 settings=subvolumes,
                 seed=seed,
-                progress=progress,
                 statistics=Metrics().model_copy(update={"statistics": chosen}) if chosen else None,
             )
         )
@@ -196,6 +196,7 @@ def tortuosity(
     >>> tortuosity(np.ones((8, 8, 8), bool)).tau
     1.0
     """
+    from hpcres.transport import Conducting, Means, SolveSettings
     from hpcres.transport import tortuosity as solved
     from hpcres.transport.second_opinion import by_taufactor, refuse_check
 
@@ -219,14 +220,9 @@ def tortuosity(
     _warn_of_absent_chunks(source)
     found = solved(
         source,
-        phases=names,
-        only=() if phase is None else (str(phase),),
-        conductivity=conductivity,
-        directions=(direction,),
-        spacing=spacing,
-        periodic=sides,
-        rtol=rtol,
-        threads=threads,
+        Conducting(names, () if phase is None else (str(phase),), conductivity),
+        SolveSettings((direction,), spacing, sides, rtol),
+        Means(threads),
     )["results"][0]
     if found["state"] == "not converged":
         raise Unfinished(

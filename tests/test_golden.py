@@ -21,7 +21,7 @@ from hpcres.counting import counts
 from hpcres.counting.named import Named, described
 from hpcres.geometry import Box
 from hpcres.study_file import load_study
-from hpcres.transport import tortuosity
+from hpcres.transport import SolveSettings, tortuosity
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import array_volume
 
@@ -103,7 +103,7 @@ def test_counts_are_what_they_were():
 
 
 def test_transport_is_what_it_was():
-    found = tortuosity(array_volume(volume(), "golden"), rtol=1e-5)["results"]
+    found = tortuosity(array_volume(volume(), "golden"), settings=SolveSettings(rtol=1e-5))["results"]
     known = GOLDEN["transport"]
     assert [(one["phase"], one["direction"], one["state"]) for one in found] == [tuple(key) for key, _ in known]
     for one, (_, d_rel) in zip(found, known, strict=True):

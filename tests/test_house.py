@@ -117,6 +117,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "lengths",
         "metrics",
         "outputs",
+        "progress",
         "reports",
         "signals",
         "study",

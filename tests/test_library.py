@@ -165,7 +165,9 @@ def test_taufactor_is_a_second_opinion_that_agrees(monkeypatch):
     assert found.check.D_rel == pytest.approx(found.D_rel, rel=3e-3)
     assert found.check.difference == pytest.approx(found.check.D_rel / found.D_rel - 1)
     assert "TauFactor 1." in str(found)
-    monkeypatch.setattr("hpcres.transport.solve", lambda *_, **__: pytest.fail("solved before it was refused"))
+    monkeypatch.setattr(
+        "hpcres.transport.in_memory.solve", lambda *_, **__: pytest.fail("solved before it was refused")
+    )
     with pytest.raises(hpcres.InputError, match="'jury' is no solver"):
         hpcres.tortuosity(mask, check="jury")
     with pytest.raises(hpcres.InputError, match="cannot solve with `conductivity`"):

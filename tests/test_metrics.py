@@ -24,7 +24,7 @@ from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
 from hpcres.lengths import cubic
 from hpcres.metrics.agreement import agreement
-from hpcres.metrics.measure import count_volume, measure, measure_study
+from hpcres.metrics.measure import Work, count_volume, measure, measure_study
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
 from hpcres.study import Study, SubVolumes
@@ -50,7 +50,7 @@ def test_sides_that_meet_have_faces_and_edges_between_them(client, tmp_path):
     volume = open_volume(tmp_path / "a.npy")
     for block in ((4, 6, 8), (3, 2, 5), (1, 1, 1)):
         found = {
-            periodic: measure(volume, client=client, periodic=periodic, block=block, progress=False)
+            periodic: measure(volume, Work(client, block=block, progress=False), periodic=periodic)
             for periodic in ((False, False, False), (True, False, False), (False, True, True))
         }
         faces = [one["counts"]["faces"]["0|1"] for one in found.values()]
@@ -75,7 +75,7 @@ def test_every_voxel_is_read_once(client, tmp_path, monkeypatch):
         return inner(box, *rest)
 
     monkeypatch.setattr(module, "_count_inner", lambda box, **fixed: counting(box, fixed["source"], fixed["labels"]))
-    measure(open_volume(tmp_path / "a.npy"), client=client, block=(5, 4, 6), progress=False)
+    measure(open_volume(tmp_path / "a.npy"), Work(client, block=(5, 4, 6), progress=False))
     assert (reads == 1).all()
 
 
@@ -89,7 +89,7 @@ def numbers(result: dict) -> dict:
 @real
 def test_the_electrode_has_its_published_numbers_for_any_chunking(client):
     volume = open_volume(DATA / "electrode.tiff")
-    whole = measure(volume, client=client, progress=False)
+    whole = measure(volume, Work(client, progress=False))
     fractions = [round(v, 6) for v in whole["volume_fraction"].values()]
     assert list(whole["volume_fraction"]) == ["0", "85", "170"]
     surfaces = [round(v, 6) for v in whole["specific_surface_area"]["faces"].values()]
@@ -101,7 +101,7 @@ def test_the_electrode_has_its_published_numbers_for_any_chunking(client):
     assert whole["interphase_area"]["0|170"] == sum(truth.faces[0, 170]) / sum(truth.all_faces)
     assert whole["tpb"]["normalised"] == sum(truth.edges[0, 85, 170]) / sum(truth.all_edges)
     for block in ((100, 130, 256), (256, 31, 77)):
-        assert measure(volume, client=client, block=block, progress=False) == whole
+        assert measure(volume, Work(client, block=block, progress=False)) == whole
 
 
 def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
@@ -111,10 +111,9 @@ def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
     study = small_study(tmp_path)
     found = measure(
         open_volume(tmp_path / "a.npy"),
-        client=client,
+        Work(client, progress=False),
         phases=("pore", "solid"),
         voxel_size=cubic(study.high_res.voxel_size),
-        progress=False,
     )
     assert found["specific_surface_area"]["unit"] == "1/micrometer"
     assert found["specific_surface_area"]["faces"]["pore"] == pytest.approx(1 / (4 * 0.065), rel=1e-12)
@@ -137,13 +136,13 @@ def test_blocks_that_cannot_be_read_are_listed_and_nothing_is_returned(client, t
     )
     store.write(0, Box((0, 0, 0), (16, 16, 16)), np.zeros((16, 16, 16), np.uint8))
     with pytest.raises(Unfinished, match=r"z 16:32 y 0:16 x 0:16.*never written"):
-        measure(open_volume(tmp_path / "half.zarr"), client=client, block=(16, 16, 16), progress=False)
+        measure(open_volume(tmp_path / "half.zarr"), Work(client, block=(16, 16, 16), progress=False))
 
 
 def test_an_unknown_label_names_itself(client, tmp_path):
     np.save(tmp_path / "a.npy", np.full((4, 4, 4), 9, np.uint8))
     with pytest.raises(InputError, match="label 9"):
-        measure(open_volume(tmp_path / "a.npy"), client=client, phases=("pore", "solid"), progress=False)
+        measure(open_volume(tmp_path / "a.npy"), Work(client, progress=False), phases=("pore", "solid"))
 
 
 def test_a_scheduler_that_is_not_there_is_an_input_error(tmp_path):
@@ -158,12 +157,12 @@ def test_a_running_scheduler_gives_the_same_numbers_by_address_and_by_file(clien
     a = np.random.default_rng(9).integers(0, 3, (20, 24, 28)).astype(np.uint8)
     np.save(tmp_path / "a.npy", a)
     volume, cubes = open_volume(tmp_path / "a.npy"), SubVolumes(count=3, voxels=8)
-    here = measure(volume, client=client, settings=cubes, progress=False)
+    here = measure(volume, Work(client, progress=False), settings=cubes)
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         (tmp_path / "scheduler.json").write_text(json.dumps(cluster.scheduler.identity(), default=str))
         for address in (cluster.scheduler_address, str(tmp_path / "scheduler.json")):
             with connect(address) as remote:
-                assert measure(volume, client=remote, settings=cubes, block=(7, 24, 9), progress=False) == here
+                assert measure(volume, Work(remote, block=(7, 24, 9), progress=False), settings=cubes) == here
 
 
 @contextmanager
@@ -283,7 +282,7 @@ def test_subvolumes_measure_the_cubes_they_name(client, tmp_path):
     np.save(tmp_path / "a.npy", a)
     cubes = SubVolumes(count=12, voxels=16)
     volume = open_volume(tmp_path / "a.npy")
-    found = measure(volume, client=client, settings=cubes, seed=5, progress=False)["subvolumes"]
+    found = measure(volume, Work(client, progress=False), settings=cubes, seed=5)["subvolumes"]
     assert found["starts"] == [list(p) for p in positions(5, a.shape, 12, 16)]
     assert len({tuple(s) for s in found["starts"]}) > 6
     for place, (z, y, x) in enumerate(found["starts"]):
@@ -296,7 +295,7 @@ def test_subvolumes_measure_the_cubes_they_name(client, tmp_path):
     values = found["volume_fraction"]["1"]
     assert values["mean"] == pytest.approx(np.mean(values["values"]))
     assert values["std"] == pytest.approx(np.std(values["values"], ddof=1))
-    small = measure(volume, client=client, settings=SubVolumes(count=2, voxels=64), progress=False)
+    small = measure(volume, Work(client, progress=False), settings=SubVolumes(count=2, voxels=64))
     assert "do not fit" in small["subvolumes"]["skipped"]
 
 
@@ -306,9 +305,8 @@ def test_subvolume_transport_has_zero_diffusivity_where_nothing_percolates(clien
     np.save(tmp_path / "a.npy", a)
     found = measure(
         open_volume(tmp_path / "a.npy"),
-        client=client,
+        Work(client, progress=False),
         settings=SubVolumes(count=1, voxels=16, transport_count=1),
-        progress=False,
     )["subvolumes"]["transport"]
     assert found["0"]["x"]["D_rel"]["values"] == [0.0]
     assert found["0"]["x"]["percolating"] == 0

@@ -22,7 +22,8 @@ from hpcres.signals import handling_signals
 from hpcres.training.adversarial import Models
 from hpcres.training.folder import RunFolder, recover
 from hpcres.training.loop import train
-from hpcres.transport import solve, tortuosity
+from hpcres.transport import tortuosity
+from hpcres.transport.in_memory import solve
 from hpcres.volumes.absent import absent_chunks
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import probabilities
@@ -176,7 +177,9 @@ def results_of(file: Path) -> dict[tuple[str, str], float]:
 
 def test_results_merge_and_are_solved_once(here, capfd, monkeypatch):
     solved = []
-    monkeypatch.setattr("hpcres.transport.solve", lambda *a, **k: solved.append(k["directions"]) or solve(*a, **k))
+    monkeypatch.setattr(
+        "hpcres.transport.in_memory.solve", lambda *a, **k: solved.append(a[2].directions) or solve(*a, **k)
+    )
     assert run(["tortuosity", "v.npy", "--phase", "0", "--output", "t.json"]) == 0
     assert len(solved) == 3
     assert run(["tortuosity", "v.npy", "--output", "t.json"]) == 0
@@ -231,7 +234,7 @@ def test_a_stopped_run_saves_its_results_and_a_rerun_solves_the_rest(here, capfd
             os.kill(os.getpid(), 15)
         return solve(*arguments, **settings)
 
-    monkeypatch.setattr("hpcres.transport.solve", third_is_stopped)
+    monkeypatch.setattr("hpcres.transport.in_memory.solve", third_is_stopped)
     assert run(["tortuosity", "v.npy", "--output", "t.json"]) == 75
     said = capfd.readouterr().err.splitlines()[-1]
     assert said == (

@@ -18,13 +18,13 @@ from PIL import Image
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.lengths import Length, cubic
-from hpcres.metrics.measure import header, measure, measure_study
+from hpcres.metrics.measure import Work, header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.reports.numbers import metrics_sections
 from hpcres.reports.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes
-from hpcres.transport import SCHEMA, describe, tortuosity
+from hpcres.transport import SCHEMA, Conducting, SolveSettings, describe, tortuosity
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS
@@ -81,7 +81,10 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
     with connect(threads=2) as client:
         metrics = measure_study(study, volume, client=client, progress=False, command="hpcres metrics study.yaml")
     write_json(study.metrics_path, metrics)
-    both = [tortuosity(v, phases=study.phases, directions="z") for v in (volume, open_volume(study.reference.volume))]
+    both = [
+        tortuosity(v, conducting=Conducting(phases=study.phases), settings=SolveSettings(directions="z"))
+        for v in (volume, open_volume(study.reference.volume))
+    ]
     published = [p.model_dump(mode="json") for p in study.reference.published]
     write_json(
         study.transport_path,
@@ -297,7 +300,7 @@ def test_a_bare_volume_has_a_page(tmp_path):
     np.save(tmp_path / "v.npy", labels)
     volume = open_volume(tmp_path / "v.npy")
     with connect(threads=2) as client:
-        measured = measure(volume, client=client, settings=SubVolumes(count=4, voxels=8), progress=False)
+        measured = measure(volume, Work(client, progress=False), settings=SubVolumes(count=4, voxels=8))
     path = report_volume(volume, {**header(), "volume": measured}, tmp_path / "report.html")
     page = path.read_text(encoding="utf-8")
     shown = pictures(page)["v.npy, yx plane"]
@@ -324,10 +327,12 @@ def test_a_bare_volume_shows_all_that_metrics_shows_and_takes_what_was_measured(
     assert "from out" not in said
     # Numbers that no measurement gives, so that one sees where they are from.
     with connect(threads=2) as client:
-        entry = measure(open_volume(tmp_path / "v.npy"), client=client, progress=False)
+        entry = measure(open_volume(tmp_path / "v.npy"), Work(client, progress=False))
     entry["volume_fraction"]["0"] = 0.98765
     write_json(tmp_path / "out/metrics.json", {**header("hpcres metrics v.npy"), "volume": entry})
-    solution = tortuosity(open_volume(tmp_path / "v.npy"), directions="z", only=["0"])
+    solution = tortuosity(
+        open_volume(tmp_path / "v.npy"), conducting=Conducting(only=["0"]), settings=SolveSettings(directions="z")
+    )
     solution["results"][0]["D_rel"] = 0.12345
     transport = {"schema": SCHEMA, "hpcres": "0", "command": "", "solver": describe(1e-3), "volume": solution}
     transport |= {"reference": None, "published": [], "absent_chunks": []}

@@ -433,14 +433,14 @@ def test_everything_asked_for_is_in_the_file(client, tmp_path):
 
 
 def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
-    from hpcres.metrics.measure import measure
+    from hpcres.metrics.measure import Work, measure
     from hpcres.metrics.table import metric_rows, metrics_text
     from hpcres.reports.write import report_volume
 
     every = Metrics(statistics=("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"))
     np.save(tmp_path / "a.npy", structure(3, (48, 52, 50), [0, 1, 2]))
     volume = open_volume(tmp_path / "a.npy")
-    entry = measure(volume, client=client, statistics=every, scratch=tmp_path, progress=False)
+    entry = measure(volume, Work(client, scratch=tmp_path, progress=False), statistics=every)
     text = metrics_text({"volume": entry})
     assert "± standard error" in text
     assert "mean geodesic tortuosity" in text

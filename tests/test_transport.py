@@ -19,8 +19,9 @@ from scipy.sparse.linalg import spsolve
 from hpcres import cli
 from hpcres.errors import InputError
 from hpcres.metrics.table import with_error
-from hpcres.transport import cells, check_memory, parse_crop, solve, solve_phase, solver, tortuosity
+from hpcres.transport import Conducting, FieldStore, SolveSettings, cells, check_memory, parse_crop, solver, tortuosity
 from hpcres.transport.form import Form
+from hpcres.transport.in_memory import solve, solve_phase
 from hpcres.transport.percolation import Clusters
 from hpcres.transport.solver import ROBUST_ROUNDING, Solver, claimed_error, error_bound
 from hpcres.transport.threads import Threads
@@ -86,7 +87,7 @@ def direct(labels, conductivity, axis, spacing=(1, 1, 1), periodic=(False, False
 
 def check(labels, conductivity, rtol=1e-3, **settings) -> int:
     """Every direction against the direct solve: the true error is within the estimate, which is within rtol."""
-    found = solve(labels, conductivity, rtol=rtol, **settings)
+    found = solve(labels, conductivity, SolveSettings(rtol=rtol, **settings))
     periodic = settings.get("periodic", (False, False, False))
     checked = 0
     for axis, direction in enumerate("zyx"):
@@ -134,7 +135,7 @@ def test_flat_voxels_match_a_direct_solve_in_few_iterations(ratio):
     labels = (field > np.quantile(field, 0.55)).astype(np.uint8)
     for spacing in ((ratio, 1, 1), (1, 1, ratio), (1, ratio**0.5, ratio)):
         assert check(labels, {1: 1.0}, spacing=spacing) == 3
-        assert max(one.iterations for one in solve(labels, {1: 1.0}, spacing=spacing).values()) <= 15
+        assert max(one.iterations for one in solve(labels, {1: 1.0}, SolveSettings(spacing=spacing)).values()) <= 15
 
 
 @pytest.mark.parametrize("poor", [1e-2, 1e-4, 1e-6, 1e-9])
@@ -142,7 +143,7 @@ def test_conductivities_far_apart_match_closed_forms_and_a_direct_solve(poor):
     layers = np.zeros((16, 16, 16), np.uint8)
     layers[(np.arange(16) // 2) % 2 == 1] = 1
     for spacing in ((1, 1, 1), (30, 1, 1), (1, 1, 200)):
-        found = solve(layers, {1: 1.0, 0: poor}, rtol=1e-5, spacing=spacing)
+        found = solve(layers, {1: 1.0, 0: poor}, SolveSettings(rtol=1e-5, spacing=spacing))
         assert found["z"].state == "converged"
         assert -ROBUST_ROUNDING <= found["z"].d_rel / (2 * poor / (1 + poor)) - 1 <= found["z"].error < 1e-5
         assert found["x"].d_rel == pytest.approx((1 + poor) / 2, rel=1e-5)
@@ -163,10 +164,8 @@ def test_what_is_claimed_holds_for_voxels_to_1000_and_conductivities_to_1e9():
         one = solve(
             labels,
             conductivity,
-            directions=direction,
-            rtol=1e-4,
+            SolveSettings((direction,), rtol=1e-4, **settings),
             threads=1,
-            **settings,
             keep=lambda direction, system, x, k: kept.append(system),
         )[direction]
         if one.percolates:
@@ -266,10 +265,10 @@ def test_partitions_of_a_cell_are_ranked_and_unranked():
 
 def test_a_direction_one_voxel_thin_is_a_column_each():
     labels = np.random.default_rng(2).integers(0, 3, (1, 20, 30)).astype(np.uint8)
-    one = solve(labels, {1: 1.0}, directions="z")["z"]
+    one = solve(labels, {1: 1.0}, SolveSettings(directions="z"))["z"]
     assert one.d_rel == pytest.approx((labels == 1).mean(), rel=1e-6)
     assert one.tau == pytest.approx(1.0, rel=1e-6)
-    several = solve(labels, {0: 1e-4, 1: 1.0, 2: 0.5}, directions="z", spacing=(100, 1, 1))["z"]
+    several = solve(labels, {0: 1e-4, 1: 1.0, 2: 0.5}, SolveSettings(directions="z", spacing=(100, 1, 1)))["z"]
     assert several.d_rel == pytest.approx(np.array([1e-4, 1.0, 0.5])[labels].mean(), rel=1e-5)
 
 
@@ -288,7 +287,7 @@ def test_sides_that_meet_match_a_direct_solve(periodic):
 def test_uniform_phase_has_tau_one_in_every_direction():
     for shape in [(12, 10, 14), (2, 2, 2), (5, 33, 17)]:
         for spacing in [(1, 1, 1), (1, 5, 2)]:
-            for solution in solve_phase(np.ones(shape, bool), spacing=spacing).values():
+            for solution in solve_phase(np.ones(shape, bool), SolveSettings(spacing=spacing)).values():
                 assert solution.state == "converged"
                 assert solution.tau == pytest.approx(1.0, abs=ROUNDING)
 
@@ -313,7 +312,7 @@ def test_straight_channel_has_tau_one_and_its_area_as_diffusivity():
 def test_many_channels_stay_apart_up_to_the_coarsest_level():
     mask = np.zeros((40, 34, 34), bool)
     mask[:, ::2, ::2] = True
-    assert solve_phase(mask, directions="z")["z"].d_rel == pytest.approx(0.25, rel=ROUNDING)
+    assert solve_phase(mask, SolveSettings(directions="z"))["z"].d_rel == pytest.approx(0.25, rel=ROUNDING)
 
 
 def test_layers_in_series_and_in_parallel():
@@ -321,7 +320,7 @@ def test_layers_in_series_and_in_parallel():
     labels[3:7], labels[7:] = 1, 2
     k = {0: 1.0, 1: 0.1, 2: 5.0}
     shares = [3 / 12, 4 / 12, 5 / 12]
-    found = solve(labels, k, rtol=1e-6, profile=True)
+    found = solve(labels, k, SolveSettings(rtol=1e-6, profile=True))
     series = 1 / sum(share / k[i] for i, share in enumerate(shares))
     parallel = sum(share * k[i] for i, share in enumerate(shares))
     assert found["z"].d_rel == pytest.approx(series, rel=2e-6)
@@ -336,7 +335,9 @@ def test_layers_in_series_and_in_parallel():
 
 def test_layers_of_a_profile_add_up_to_the_volume():
     mask = np.random.default_rng(2).random((14, 15, 16)) < 0.7
-    for axis, (_, one) in enumerate(solve_phase(mask, rtol=1e-6, profile=True, periodic=(False, True, True)).items()):
+    for axis, (_, one) in enumerate(
+        solve_phase(mask, SolveSettings(rtol=1e-6, profile=True, periodic=(False, True, True))).items()
+    ):
         kept = np.asarray(one.profile)
         through = ndimage.label(mask)[0] == 1  # all but a few voxels are one cluster
         fraction = through.mean(axis=tuple(a for a in range(3) if a != axis))
@@ -346,7 +347,7 @@ def test_layers_of_a_profile_add_up_to_the_volume():
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_diagonal_checkerboard_of_one_voxel_does_not_percolate(axis):
     mask = np.indices((6, 7, 8)).sum(0) % 2 == 0
-    one = solve_phase(mask, directions="zyx"[axis])["zyx"[axis]]
+    one = solve_phase(mask, SolveSettings(directions="zyx"[axis]))["zyx"[axis]]
     assert (one.state, one.clusters_left_out, one.voxels_left_out) == ("not percolating", 168, 168)
 
 
@@ -357,7 +358,11 @@ def test_checkerboard_of_columns_has_the_geometric_mean():
         tile = np.kron(np.array([[0, 1], [1, 0]], np.uint8), np.ones((n, n), np.uint8))
         tile = np.roll(tile, n // 2, axis=0)  # the faces at potential 0 and 1 are then mirror planes
         labels = np.tile(tile[:, :, None], (1, 1, 2))
-        found.append(solve(labels, {0: 1.0, 1: 3.0}, directions="z", periodic=(True, True, True), rtol=1e-5)["z"].d_rel)
+        found.append(
+            solve(labels, {0: 1.0, 1: 3.0}, SolveSettings(directions="z", periodic=(True, True, True), rtol=1e-5))[
+                "z"
+            ].d_rel
+        )
     errors = [abs(d / 3**0.5 - 1) for d in found]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.01
@@ -374,7 +379,7 @@ def test_slanted_strip_of_twenty_voxels_is_a_chain_of_resistors(width, tau):
     for i in range(n):
         for j in range(width):
             mask[i, (i * (width - 1) + j) % mask.shape[1]] = True
-    one = solve_phase(mask, directions="z", periodic=(False, True, False), rtol=1e-5)["z"]
+    one = solve_phase(mask, SolveSettings(directions="z", periodic=(False, True, False), rtol=1e-5))["z"]
     assert one.tau == pytest.approx(tau, rel=1e-5)
 
 
@@ -388,7 +393,7 @@ def test_slanted_strip_of_squares_is_a_chain_of_resistors():
     mask = np.zeros((n, n + 1, n + 1), bool)
     for i in range(n):
         mask[i, i : i + 2, i : i + 2] = True
-    one = solve_phase(mask, directions="z", rtol=1e-5)["z"]
+    one = solve_phase(mask, SolveSettings(directions="z", rtol=1e-5))["z"]
     assert one.tau == pytest.approx(4 * (37 + 7 / 12) / 20, rel=1e-5)
     assert round(one.tau, 5) == 7.51667
 
@@ -405,7 +410,7 @@ def test_insulating_spheres_on_a_simple_cubic_lattice_match_sangani_and_acrivos(
         at = (np.arange(n // 2) + 0.5) / n
         z, y, x = np.meshgrid(at, at, at, indexing="ij")
         outside = z**2 + y**2 + x**2 > radius**2
-        found.append(solve_phase(outside, directions="z", rtol=1e-5)["z"])
+        found.append(solve_phase(outside, SolveSettings(directions="z", rtol=1e-5))["z"])
     phi = [one.volume_fraction for one in found]
     # The voxels' own share differs from c a little; to first order D follows it.
     corrected = [one.d_rel + (exact - sangani_acrivos(1 - p)) for one, p in zip(found, phi, strict=True)]
@@ -433,7 +438,7 @@ def test_taufactor_agrees_on_64_voxels():
     mask = gaussian_filter(np.random.default_rng(4).random((64, 64, 64)), 2.5) > 0.5
     peer = Solver(mask.astype(np.uint8), device="cpu")
     peer.solve(verbose=False, conv_crit=1e-3)
-    ours = solve_phase(mask, directions="z", rtol=1e-5)["z"]
+    ours = solve_phase(mask, SolveSettings(directions="z", rtol=1e-5))["z"]
     assert float(peer.D_rel[0]) == pytest.approx(ours.d_rel, rel=3e-3)
 
 
@@ -443,7 +448,7 @@ def test_the_electrode_has_its_known_tau_in_few_iterations(label, tau):
     labels = open_volume(DATA / "electrode.tiff").read
     from hpcres.geometry import Box
 
-    one = solve(labels(Box.whole((256, 256, 256))), {label: 1.0}, directions="z")["z"]
+    one = solve(labels(Box.whole((256, 256, 256))), {label: 1.0}, SolveSettings(directions="z"))["z"]
     assert 0 <= tau / one.tau - 1 + 2e-6 < one.error + 2e-6 < 1e-3
     assert one.iterations <= 5
     assert one.bytes < 20 * 256**3
@@ -457,9 +462,8 @@ def test_any_number_of_threads_gives_the_same_bits():
             solve(
                 labels,
                 conductivity,
+                SolveSettings(periodic=(False, False, True), profile=True),
                 threads=n,
-                periodic=(False, False, True),
-                profile=True,
                 keep=lambda direction, system, x, k, to=fields[n]: to.append(x.copy()),
             )
             for n in fields
@@ -476,7 +480,7 @@ def test_iterations_do_not_grow_with_the_volume():
     iterations = []
     for repeats in (1, 2):
         mask = np.tile(field < np.quantile(field, 0.4), (repeats,) * 3)
-        iterations.append(solve_phase(mask, directions="z", rtol=1e-4)["z"].iterations)
+        iterations.append(solve_phase(mask, SolveSettings(directions="z", rtol=1e-4))["z"].iterations)
     assert iterations[1] <= iterations[0] + 1
 
 
@@ -505,12 +509,9 @@ def test_fields_hold_the_potential_and_a_flux_that_is_the_same_through_every_lay
     np.save(tmp_path / "a.npy", a)
     found = tortuosity(
         open_volume(tmp_path / "a.npy"),
-        phases=("pore", "gel", "solid"),
-        conductivity={"pore": 1.0, "gel": 0.2},
-        rtol=1e-6,
-        field=str(tmp_path / "fields.zarr"),
-        spacing=(1.0, 2.0, 1.5),
-        periodic=(False, False, True),
+        conducting=Conducting(phases=("pore", "gel", "solid"), conductivity={"pore": 1.0, "gel": 0.2}),
+        settings=SolveSettings(rtol=1e-6, spacing=(1.0, 2.0, 1.5), periodic=(False, False, True)),
+        field=FieldStore(str(tmp_path / "fields.zarr")),
     )
     for axis, direction in enumerate("zyx"):
         potential = np.asarray(zarr.open_array(tmp_path / "fields.zarr" / "pore + gel" / direction / "potential"))
@@ -523,7 +524,7 @@ def test_fields_hold_the_potential_and_a_flux_that_is_the_same_through_every_lay
         layers = np.nansum(flux[axis], axis=tuple(k for k in range(3) if k != axis)) / (a.size / a.shape[axis])
         assert layers == pytest.approx([one["D_rel"]] * a.shape[axis], rel=2e-2)
     with pytest.raises(InputError, match="exists already"):
-        tortuosity(open_volume(tmp_path / "a.npy"), field=str(tmp_path / "fields.zarr"))
+        tortuosity(open_volume(tmp_path / "a.npy"), field=FieldStore(str(tmp_path / "fields.zarr")))
 
 
 def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
@@ -531,7 +532,12 @@ def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
     a[:, :4] = 1
     np.save(tmp_path / "a.npy", a)
     volume = open_volume(tmp_path / "a.npy")
-    found = tortuosity(volume, phases=("pore", "solid"), directions="zy", crop="0:8,2:8,:")
+    found = tortuosity(
+        volume,
+        conducting=Conducting(phases=("pore", "solid")),
+        settings=SolveSettings(directions="zy"),
+        crop="0:8,2:8,:",
+    )
     assert found["crop"] == [[0, 8], [2, 8], [0, 8]]
     assert [(r["phase"], r["direction"], r["state"]) for r in found["results"]] == [
         ("pore", "z", "converged"),
@@ -541,8 +547,10 @@ def test_tortuosity_of_a_file_names_phases_and_crop(tmp_path):
     ]
     assert found["results"][2]["D_rel"] == pytest.approx(1 / 3, rel=ROUNDING)
     with pytest.raises(InputError, match="no such phase"):
-        tortuosity(volume, phases=("pore", "solid"), only=("gold",))
-    thin = tortuosity(volume, phases=("pore", "solid"), crop="0:1,:,:", directions="z")["results"]
+        tortuosity(volume, conducting=Conducting(phases=("pore", "solid"), only=("gold",)))
+    thin = tortuosity(
+        volume, conducting=Conducting(phases=("pore", "solid")), settings=SolveSettings(directions="z"), crop="0:1,:,:"
+    )["results"]
     assert [r["D_rel"] for r in thin] == pytest.approx([0.5, 0.5])  # a column each
     for bad in ("0:8", "0:9,:,:", "a:b,:,:", "4:4,:,:"):
         with pytest.raises(InputError, match="`crop`"):
@@ -586,7 +594,7 @@ def test_labels_of_any_integer_type_keep_their_names(tmp_path):
     a = np.full((6, 6, 6), -5, np.int16)
     a[:, 2:] = 1000
     np.save(tmp_path / "a.npy", a)
-    found = tortuosity(open_volume(tmp_path / "a.npy"), directions="z")["results"]
+    found = tortuosity(open_volume(tmp_path / "a.npy"), settings=SolveSettings(directions="z"))["results"]
     assert [(r["phase"], r["labels"]) for r in found] == [("-5", [-5]), ("1000", [1000])]
     assert found[1]["D_rel"] == pytest.approx(2 / 3, rel=ROUNDING)
 
@@ -599,8 +607,8 @@ def test_a_volume_beyond_memory_is_refused_with_numbers_before_it_is_read():
 def test_memory_is_checked_again_with_the_voxels_that_conduct(monkeypatch):
     labels = np.ones((15, 16, 17), np.uint8)
     free = 16 * 16 * 16 * 60
-    monkeypatch.setattr("hpcres.transport.free_bytes", lambda: free)
+    monkeypatch.setattr("hpcres.transport.memory_need.free_bytes", lambda: free)
     check_memory(labels.shape)  # 16 bytes a voxel where 40 % are taken to conduct
-    solve(labels, {1: 1.0}, directions="z")  # 37
+    solve(labels, {1: 1.0}, SolveSettings(directions="z"))  # 37
     with pytest.raises(InputError, match="100% conduct, twice over along x because 17 is odd"):
-        solve(labels, {1: 1.0}, directions="z", periodic=(False, False, True))
+        solve(labels, {1: 1.0}, SolveSettings(directions="z", periodic=(False, False, True)))

@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from hpcres.cli import main
 from hpcres.errors import InputError
+from hpcres.transport import Conducting, FieldStore, Means, SolveSettings, tortuosity
 from hpcres.transport import device as module
-from hpcres.transport import solve, solve_phase, tortuosity
 from hpcres.transport.device import DeviceSystem, _Window, check_device_memory
+from hpcres.transport.in_memory import solve, solve_phase
 from hpcres.transport.threads import Threads
-from hpcres.transport.voxels import pack
+from hpcres.transport.voxels import Medium, pack
 from hpcres.volumes.formats import open_volume
 
 DEVICES = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(min(1, torch.cuda.device_count())))]
@@ -65,12 +66,8 @@ def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(device, 
         solve(
             labels,
             conductivity,
-            spacing=spacing,
-            periodic=periodic,
-            profile=True,
+            SolveSettings(spacing=spacing, periodic=periodic, profile=True, rtol=1e-4),
             device=where,
-            rtol=1e-4,
-            # In the robust form the cores hold a potential in two floats, a device in float64.
             keep=lambda direction, system, x, k, to=to: to.append(sum(x) if isinstance(x, tuple) else x),
         )
         for to, where in zip(fields, (None, device), strict=True)
@@ -89,43 +86,45 @@ def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(device, 
 @pytest.mark.parametrize("conductivity", [{1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.1}])
 def test_device_matches_a_direct_solve(device, conductivity):
     labels = np.random.default_rng(7).integers(0, 3, (13, 14, 17)).astype(np.uint8)
-    found = solve(labels, conductivity, rtol=1e-6, spacing=(1, 2, 1), device=device)
+    found = solve(labels, conductivity, SolveSettings(rtol=1e-6, spacing=(1, 2, 1)), device=device)
     for axis, direction in enumerate("zyx"):
         assert found[direction].d_rel == pytest.approx(direct(labels, conductivity, axis, (1, 2, 1)), rel=3e-6)
 
 
 def test_closed_forms_on_the_device(device):
-    for solution in solve_phase(np.ones((5, 33, 17), bool), spacing=(1, 5, 2), device=device).values():
+    for solution in solve_phase(np.ones((5, 33, 17), bool), SolveSettings(spacing=(1, 5, 2)), device=device).values():
         assert solution.tau == pytest.approx(1.0, abs=1e-6)
     labels = np.zeros((12, 10, 8), np.uint8)
     labels[3:7], labels[7:] = 1, 2
     k = {0: 1.0, 1: 0.1, 2: 5.0}
-    found = solve(labels, k, rtol=1e-6, device=device)
+    found = solve(labels, k, SolveSettings(rtol=1e-6), device=device)
     assert found["z"].d_rel == pytest.approx(1 / (3 / 12 + 4 / 12 / 0.1 + 5 / 12 / 5), rel=3e-6)
     assert found["x"].d_rel == pytest.approx(3 / 12 + 4 / 12 * 0.1 + 5 / 12 * 5, rel=3e-6)
     n = 20  # a slanted strip, three voxels a row: a chain of resistors (see test_transport)
     mask = np.zeros((n, 2 * n, 2), bool)
     for i in range(n):
         mask[i, np.arange(2 * i, 2 * i + 3) % (2 * n)] = True
-    one = solve_phase(mask, directions="z", periodic=(False, True, False), rtol=1e-6, device=device)["z"]
+    one = solve_phase(mask, SolveSettings(directions="z", periodic=(False, True, False), rtol=1e-6), device=device)["z"]
     assert one.tau == pytest.approx(3 * (55 + 2 * 11 / 30) / 20, rel=1e-5)
     mask = np.indices((6, 7, 8)).sum(0) % 2 == 0
-    assert solve_phase(mask, directions="z", device=device)["z"].state == "not percolating"
+    assert solve_phase(mask, SolveSettings(directions="z"), device=device)["z"].state == "not percolating"
 
 
 def test_the_matrix_may_be_all_of_a_cycle_or_nothing(device, monkeypatch):
     labels = np.random.default_rng(3).integers(0, 2, (14, 16, 18)).astype(np.uint8)
     labels[:, ::2] = 1
-    cores = solve(labels, {1: 1.0}, directions="z")["z"]
+    cores = solve(labels, {1: 1.0}, SolveSettings(directions="z"))["z"]
     for parts in (0, 10**4):
         monkeypatch.setattr(module, "MATRIX", parts)
-        ours = solve(labels, {1: 1.0}, directions="z", device=device)["z"]
+        ours = solve(labels, {1: 1.0}, SolveSettings(directions="z"), device=device)["z"]
         assert (ours.iterations, ours.d_rel) == (cores.iterations, pytest.approx(cores.d_rel, rel=1e-6))
     mask = np.zeros((6, 38, 38), bool)
     mask[:, ::2, ::2] = True  # 361 channels stay apart: the lowest level has no inverse
     for parts in (0, 400):
         monkeypatch.setattr(module, "MATRIX", parts)
-        assert solve_phase(mask, directions="z", device=device)["z"].d_rel == pytest.approx(0.25, rel=1e-6)
+        assert solve_phase(mask, SolveSettings(directions="z"), device=device)["z"].d_rel == pytest.approx(
+            0.25, rel=1e-6
+        )
 
 
 def test_fields_from_the_device_are_those_of_the_cores(device, tmp_path):
@@ -137,10 +136,10 @@ def test_fields_from_the_device_are_those_of_the_cores(device, tmp_path):
         stores.append(tmp_path / f"{where}.zarr")
         tortuosity(
             open_volume(tmp_path / "a.npy"),
-            conductivity={"0": 1.0, "1": 0.2},
-            directions="y",
-            device=where,
-            field=str(stores[-1]),
+            conducting=Conducting(conductivity={"0": 1.0, "1": 0.2}),
+            settings=SolveSettings(directions="y"),
+            means=Means(device=where),
+            field=FieldStore(str(stores[-1])),
         )
     for name in ("potential", "flux"):
         cores, ours = (np.asarray(zarr.open_array(store / "0 + 1" / "y" / name)) for store in stores)
@@ -192,7 +191,7 @@ def test_device_holds_at_most_16_bytes_a_voxel_and_waits_only_for_scalars(monkey
     )
     with Watch() as watch:
         k = {1: 1.0, 2: 0.2} if several else {1: 1.0}
-        one = solve(labels, k, directions="z", device=torch.device("cpu"), rtol=0.01)["z"]
+        one = solve(labels, k, SolveSettings(directions="z", rtol=0.01), device=torch.device("cpu"))["z"]
     assert one.state == "converged"
     assert held[0] < watch.most <= one.bytes
     assert watch.most <= 16 * labels.size
@@ -205,7 +204,12 @@ def test_device_holds_at_most_16_bytes_a_voxel_and_waits_only_for_scalars(monkey
 def test_places_beyond_32_bits():
     seen = []
     mask = np.random.default_rng(4).random((16, 18, 20)) < 0.7
-    solve_phase(mask, directions="z", device=torch.device("cpu"), keep=lambda _, system, x, k: seen.append(system))
+    solve_phase(
+        mask,
+        SolveSettings(directions="z"),
+        device=torch.device("cpu"),
+        keep=lambda _, system, x, k: seen.append(system),
+    )
     before = _Window(seen[0], (4, 12, 6, 18), 3)
     seen[0]._before += 2**33
     after = _Window(seen[0], (4, 12, 6, 18), 3)
@@ -225,12 +229,9 @@ def test_passes_use_nothing_of_the_host(monkeypatch, several):
         system = DeviceSystem(
             torch.device("meta"),
             bits,
-            labels.shape,
-            (1, 2, 1),
-            0,
-            (False, True, True),
+            Medium(labels.shape, (1, 2, 1), 0, (False, True, True), resistance if several else None),
             threads,
-            *((labels, resistance) if several else ()),
+            labels if several else None,
         )
         with Watch() as watch:
             x, r, z = (system.vector() for _ in range(3))

@@ -16,9 +16,11 @@ from small_painting import command, mpirun
 
 from hpcres.errors import InputError
 from hpcres.metrics.table import transport_text
-from hpcres.transport import solve, tortuosity
+from hpcres.transport import Conducting, FieldStore, Means, SolveSettings, tortuosity
+from hpcres.transport.in_memory import solve
 from hpcres.transport.scratch import BYTES_OF_PYTHON, ScratchPlace
-from hpcres.transport.slabs import cut, solve_in_slabs
+from hpcres.transport.slab import cut
+from hpcres.transport.slabs import VolumeInSlabs, solve_in_slabs
 from hpcres.transport.threads import Threads
 from hpcres.transport.voxels import planes_of_unit
 from hpcres.volumes.formats import open_volume
@@ -57,12 +59,9 @@ def test_ranks_find_the_bits_of_one_process_fields_and_profile_included(volume, 
     conductivity, periodic = {"0": 1.0, "1": poor}, (False, True, False)
     alone = tortuosity(
         open_volume(volume),
-        conductivity=conductivity,
-        directions="zx",
-        periodic=periodic,
-        profile=True,
-        field=str(tmp_path / "alone.zarr") if with_fields else None,
-        rtol=1e-4,
+        conducting=Conducting(conductivity=conductivity),
+        settings=SolveSettings(directions="zx", periodic=periodic, profile=True, rtol=1e-4),
+        field=FieldStore(str(tmp_path / "alone.zarr")) if with_fields else None,
     )["results"]
     arguments = ["--conductivity", "0=1", "--conductivity", f"1={poor}", "--direction", "z", "--direction", "x"]
     arguments += ["--periodic", "y", "--profile", "--rtol", "1e-4"]
@@ -84,12 +83,12 @@ def test_ranks_find_the_bits_of_one_process_fields_and_profile_included(volume, 
 def test_a_rank_that_fails_ends_the_job(volume, tmp_path):
     script = tmp_path / "faulty.py"
     script.write_text(
-        "import os\nfrom hpcres import cli\nfrom hpcres.transport import slabs\n"
-        "start = slabs.SlabSolver.start\n"
+        "import os\nfrom hpcres import cli\nfrom hpcres.transport.slab_solver import SlabSolver\n"
+        "start = SlabSolver.start\n"
         "def fails(self, x):\n"
         "    if os.environ['OMPI_COMM_WORLD_RANK'] == '1': raise RuntimeError('gone')\n"
         "    return start(self, x)\n"
-        "slabs.SlabSolver.start = fails\ncli.main()\n"
+        "SlabSolver.start = fails\ncli.main()\n"
     )
     begin = time.monotonic()
     target = tmp_path / "x.json"
@@ -106,7 +105,7 @@ def test_what_levels_are_made_of_reaches_one_rank_in_any_number_of_messages(tmp_
     script = tmp_path / "gather.py"
     script.write_text(
         "import numpy as np\nfrom mpi4py import MPI\nfrom hpcres.transport import ranked\n"
-        "from hpcres.transport.slabs import Extent\n"
+        "from hpcres.transport.slab import Extent\n"
         "ranked._MESSAGE = 1000\nplace = ranked.RankPlace(MPI.COMM_WORLD, [Extent(0, 8, 0, 8), Extent(8, 16, 8, 0)])\n"
         "mine = [np.arange(n) * (1 + place.rank) for n in (0, 1, 125, 126, 4000)], np.eye(3)[:, 1:], place.rank\n"
         "found = place.to_first([mine])\nassert (found is None) == (place.rank == 1)\n"
@@ -124,7 +123,11 @@ def test_memory_is_refused_on_several_ranks_and_odd_periodic_axes_in_one_line(vo
     assert done.returncode == 2
     assert done.stderr.count("hpcres: --memory") == 1
     with pytest.raises(InputError, match=r"`periodic` x: .*multiple of 2.*not 33.*`crop`"):
-        tortuosity(open_volume(volume), periodic=(False, False, True), directions="z", memory=1000)
+        tortuosity(
+            open_volume(volume),
+            settings=SolveSettings(periodic=(False, False, True), directions="z"),
+            means=Means(memory=1000),
+        )
 
 
 # ---- out of core -------------------------------------------------------------------------------------------
@@ -147,24 +150,14 @@ def test_slabs_on_scratch_storage_find_the_bits_of_the_solver_in_memory(
     tmp_path, shape, periodic, conductivity, spacing
 ):
     labels = (np.random.default_rng(3).random(shape) < 0.5).astype(np.uint8)
-    alone = solve(labels, conductivity, spacing=spacing, periodic=periodic, rtol=1e-4, profile=True)
+    alone = solve(labels, conductivity, SolveSettings(spacing=spacing, periodic=periodic, rtol=1e-4, profile=True))
     for axis, direction in enumerate("zyx"):
         sides = tuple(p and a != axis for a, p in enumerate(periodic))
         with Threads(2) as threads:
             place = ScratchPlace(tmp_path, TINY, cut(shape[0], 100, 16, sides[0]), lambda line: None)
-            one = solve_in_slabs(
-                place,
-                lambda a, b: labels[a:b],
-                shape,
-                conductivity,
-                direction,
-                spacing,
-                sides,
-                1e-4,
-                threads,
-                16,
-                profile=True,
-            )
+            volume = VolumeInSlabs(place, lambda a, b: labels[a:b], shape, 16)
+            settings = SolveSettings(spacing=spacing, periodic=sides, rtol=1e-4, profile=True)
+            one = solve_in_slabs(volume, conductivity, direction, settings, threads)
         other = alone[direction]
         assert one.d_rel == pytest.approx(other.d_rel, rel=1e-12)
         assert one.profile == pytest.approx(other.profile, rel=1e-9)
@@ -185,9 +178,8 @@ def test_clusters_that_wind_through_slabs_are_counted_once(tmp_path):
     mask[30:34, 4, 9] = 1
     place = ScratchPlace(tmp_path, TINY, cut(64, 100, 16, False), lambda line: None)
     with Threads(1) as threads:
-        one = solve_in_slabs(
-            place, lambda a, b: mask[a:b], mask.shape, {1: 1.0}, "z", (1, 1, 1), (False,) * 3, 1e-3, threads, 16
-        )
+        volume = VolumeInSlabs(place, lambda a, b: mask[a:b], mask.shape, 16)
+        one = solve_in_slabs(volume, {1: 1.0}, "z", SolveSettings(), threads)
     assert (one.clusters_left_out, one.voxels_left_out) == (2, 101 + 4)
     assert one.d_rel == pytest.approx(1 / 96, rel=1e-6)
 
@@ -195,11 +187,12 @@ def test_clusters_that_wind_through_slabs_are_counted_once(tmp_path):
 MEASURED = """
 import sys
 from pathlib import Path
-from hpcres.transport import tortuosity
+from hpcres.transport import Conducting, Means, SolveSettings, tortuosity
 from hpcres.volumes.formats import open_volume
 def solved(path, limit):
-    return tortuosity(open_volume(path), only=("1",), directions="z", memory=limit, threads=1,
-        scratch=Path(sys.argv[3]), say=lambda line: print(line, flush=True))["results"][0]["D_rel"]
+    means = Means(memory=limit, threads=1, scratch=Path(sys.argv[3]), say=lambda line: print(line, flush=True))
+    found = tortuosity(open_volume(path), Conducting(only=("1",)), SolveSettings(directions="z"), means)
+    return found["results"][0]["D_rel"]
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
 solved(sys.argv[2], 260 << 20)
@@ -229,28 +222,32 @@ def test_memory_well_below_the_vectors_is_enough_and_kept_to(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "GiB of scratch storage" in done.stdout or "MiB of scratch storage" in done.stdout
     d_rel, peak = done.stdout.split()[-2:]
-    assert float(d_rel) == pytest.approx(solve(mask, {1: 1.0}, directions="z")["z"].d_rel, rel=1e-9)
+    assert float(d_rel) == pytest.approx(solve(mask, {1: 1.0}, SolveSettings(directions="z"))["z"].d_rel, rel=1e-9)
     assert int(peak) < limit
 
 
 def test_a_full_disk_and_too_little_memory_are_one_line(solid, tmp_path, monkeypatch):
-    settings = {"only": ("1",), "directions": "z", "scratch": tmp_path}
+
+    def solved(memory: int) -> None:
+        means = Means(memory=memory, scratch=tmp_path)
+        tortuosity(open_volume(solid), Conducting(only=("1",)), SolveSettings(directions="z"), means)
+
     with pytest.raises(InputError, match=r"`memory` 256MiB: levels from 2 on .* give `memory` 2[0-9]+MiB"):
-        tortuosity(open_volume(solid), memory=100_000, **settings)
+        solved(100_000)
 
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(InputError, match=r"no space left for scratch storage.*`scratch`"):
-        tortuosity(open_volume(solid), memory=BYTES_OF_PYTHON + 5_000_000, **settings)
+        solved(BYTES_OF_PYTHON + 5_000_000)
 
 
 def test_a_kill_leaves_no_scratch_files(solid, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    slow = "import time\nfrom hpcres import cli\nfrom hpcres.transport import slabs\n"
-    slow += "slabs.SlabSolver.start = lambda *_: (print('here', flush=True), time.sleep(60))\ncli.main()\n"
+    slow = "import time\nfrom hpcres import cli\nfrom hpcres.transport.slab_solver import SlabSolver\n"
+    slow += "SlabSolver.start = lambda *_: (print('here', flush=True), time.sleep(60))\ncli.main()\n"
     (tmp_path / "slow.py").write_text(slow)
     arguments = ["tortuosity", str(solid), "--memory", "261MiB", "--scratch", str(scratch)]
     with subprocess.Popen([sys.executable, tmp_path / "slow.py", *arguments], stdout=subprocess.PIPE, text=True) as one:
@@ -272,8 +269,9 @@ def test_blocks_as_resistors_are_exact_where_layers_are_blocks_and_say_what_they
     labels = np.zeros((150, 70, 64), np.uint8)  # blocks of 64, 64 and 22 planes
     labels[64:128] = 1
     np.save(tmp_path / "a.npy", labels)
-    settings = {"conductivity": {"0": 1.0, "1": 0.1}, "directions": "zy", "estimate": 64, "spacing": (2.0, 1.0, 1.0)}
-    along, across = tortuosity(open_volume(tmp_path / "a.npy"), **settings)["results"]
+    settings = SolveSettings(directions="zy", spacing=(2.0, 1.0, 1.0))
+    conducting = Conducting(conductivity={"0": 1.0, "1": 0.1})
+    along, across = tortuosity(open_volume(tmp_path / "a.npy"), conducting, settings, estimate=64)["results"]
     shares = (86 / 150, 64 / 150)
     assert along["D_rel"] == pytest.approx(1 / (shares[0] + shares[1] / 0.1), rel=1e-5)
     assert across["D_rel"] == pytest.approx(shares[0] + shares[1] * 0.1, rel=1e-5)
@@ -292,8 +290,15 @@ def test_blocks_lose_a_pore_that_winds_between_them(tmp_path):
     mask = np.zeros((70, 70, 4), np.uint8)
     mask[:40, 10] = mask[39, 10:66] = mask[39:, 65] = 1
     np.save(tmp_path / "a.npy", mask)
-    exact = tortuosity(open_volume(tmp_path / "a.npy"), only=("1",), directions="z")["results"][0]
-    guess = tortuosity(open_volume(tmp_path / "a.npy"), only=("1",), directions="z", estimate=64)["results"][0]
+    exact = tortuosity(
+        open_volume(tmp_path / "a.npy"), conducting=Conducting(only=("1",)), settings=SolveSettings(directions="z")
+    )["results"][0]
+    guess = tortuosity(
+        open_volume(tmp_path / "a.npy"),
+        conducting=Conducting(only=("1",)),
+        settings=SolveSettings(directions="z"),
+        estimate=64,
+    )["results"][0]
     assert exact["state"] == "converged"
     # That blocks do not percolate is no statement about the volume.
     assert (guess["state"], guess["D_rel"], guess["tau"]) == ("estimate", 0.0, None)

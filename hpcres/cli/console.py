@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from hpcres.signals import is_first_rank
 
-_LINE_SECONDS = 5.0
 _OPTIONS = (
     "check|checkpoint|conductivity|crop|device|estimate|field|lags|memory|metrics|output|overwrite|periodic|phase|"
     "phases|profile|rtol|scheduler|scratch|set|tiles|transport|voxel_size|worker_wait"
@@ -71,23 +69,6 @@ def warn(lines: Iterable[object]) -> None:
         echo_notes(f"warning: {line}" for line in lines)
 
 
-def every(seconds: float) -> Callable[[], bool]:
-    """Return a function that says whether `seconds` have passed since it last returned True.
-
-    The first period starts when `every` is called.
-    """
-    last = time.monotonic()
-
-    def due() -> bool:
-        nonlocal last
-        if time.monotonic() - last <= seconds:
-            return False
-        last = time.monotonic()
-        return True
-
-    return due
-
-
 @contextmanager
 def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of a stage.
@@ -106,12 +87,6 @@ def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
 
     with progress_display(stage) as show:
         yield lambda done, total: show(done, total=total)
-
-
-def progress_lines() -> Callable[[str], None]:
-    """Return a function that prints a line if none was printed in the last few seconds."""
-    due = every(_LINE_SECONDS)
-    return lambda line: echo(line, err=True) if due() else None
 
 
 def command_line() -> str:

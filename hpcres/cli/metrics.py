@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from hpcres.cli.console import command_line, echo, echo_notes, warn
+from hpcres.cli.console import echo, echo_notes, warn
 from hpcres.cli.options import (
     Stage,
     axis_choice,
+    given,
     overwrite_option,
     scheduler_option,
     study_options,
@@ -36,7 +37,7 @@ _STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum",
 @click.option("--lags", type=click.IntRange(1), help="Largest distance of correlations, in voxels.  [default: 64]")
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON instead of a table.")
-def metrics(as_json: bool, **given: Any) -> None:
+def metrics(scheduler: str | None, worker_wait: float, as_json: bool, **options: Any) -> None:
     """Measure volume fractions, surface and interphase areas, TPB and more, with the standard error of each number.
 
     Measured besides are their spread over sub-volumes, correlations, chords, connected shares and spectra.
@@ -53,9 +54,9 @@ def metrics(as_json: bool, **given: Any) -> None:
     the same volume, or with --overwrite those of another.
     """
     from hpcres.metrics.table import metrics_text
-    from hpcres.result_files import write_metrics
+    from hpcres.result_files import MetricsOptions, Workers, write_metrics
 
-    found = write_metrics(**given, command=command_line(), warn=warn)
+    found = write_metrics(given(options), MetricsOptions(**options), Workers(scheduler, worker_wait), warn)
     echo_notes(found.notes)
     echo(json.dumps(found.result, indent=1, ensure_ascii=False) if as_json else metrics_text(found.result))
     if found.path is not None:

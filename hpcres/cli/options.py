@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hpcres.cli.console import command_line
 from hpcres.errors import InputError
 from hpcres.signals import handling_signals
 from hpcres.study import checked_phase_name
+
+if TYPE_CHECKING:
+    from hpcres.result_files import Given
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -56,6 +60,24 @@ worker_wait_option = click.option(
     help="How long to wait for new workers once a running scheduler has lost its last.",
 )
 axis_choice = click.Choice(("z", "y", "x"))
+
+
+def given(options: dict[str, Any]) -> Given:
+    """Take source, output and what belongs to them out of the options of a command.
+
+    Parameters
+    ----------
+    options : dict
+        Options by name; those that are returned are removed.
+
+    Returns
+    -------
+    Given
+    """
+    from hpcres.result_files import Given
+
+    names = ("source", "settings", "output", "voxel_size", "overwrite")
+    return Given(command=command_line(), **{name: options.pop(name) for name in names if name in options})
 
 
 def parse_bytes(option: str, text: str | None) -> int | None:

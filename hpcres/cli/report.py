@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from hpcres.cli.console import command_line, echo, echo_notes, warn
+from hpcres.cli.console import echo, echo_notes, warn
 from hpcres.cli.options import (
     Stage,
+    given,
     scheduler_option,
     study_options,
     volume_argument,
@@ -25,7 +26,7 @@ from hpcres.cli.options import (
 @voxel_size_option
 @click.option("--metrics", metavar="FILE", help="Of a bare volume; metrics.json beside the page.")
 @click.option("--transport", metavar="FILE", help="Of a bare volume; transport.json beside the page.")
-def report(**given: Any) -> None:
+def report(scheduler: str | None, worker_wait: float, **options: Any) -> None:
     """One HTML page: slices, metrics beside their references, distributions, training, provenance.
 
     \b
@@ -37,8 +38,8 @@ def report(**given: Any) -> None:
     read from the folder of the page, or from --metrics and --transport. Without a metrics file the volume is measured
     first.
     """
-    from hpcres.result_files import write_report
+    from hpcres.result_files import Workers, write_report
 
-    path, notes = write_report(**given, command=command_line(), warn=warn)
+    path, notes = write_report(given(options), Workers(scheduler, worker_wait), **options, warn=warn)
     echo_notes(notes)
     echo(path)

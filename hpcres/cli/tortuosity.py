@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from hpcres.cli.console import command_line, echo, echo_message, progress_lines, warn
+from hpcres.cli.console import echo, echo_message, warn
 from hpcres.cli.options import (
     Stage,
     axis_choice,
+    given,
     overwrite_option,
     parse_bytes,
     parse_conductivities,
@@ -60,17 +61,7 @@ from hpcres.cli.options import (
 )
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON.")
-def tortuosity(
-    source: str,
-    settings: tuple[str, ...],
-    output: str | None,
-    voxel_size: str | None,
-    conductivity: tuple[str, ...],
-    memory: str | None,
-    overwrite: bool,
-    as_json: bool,
-    **others: Any,
-) -> None:
+def tortuosity(conductivity: tuple[str, ...], memory: str | None, as_json: bool, **options: Any) -> None:
     """Relative diffusivity and tortuosity factor of whole phases, exactly, with their error.
 
     \b
@@ -92,22 +83,15 @@ def tortuosity(
     from hpcres.result_files import write_transport
     from hpcres.transport.options import TransportOptions
 
-    options = TransportOptions(
-        conductivity=parse_conductivities(conductivity), memory=parse_bytes("--memory", memory), **others
-    )
+    source = given(options)
+    options |= {"conductivity": parse_conductivities(conductivity), "memory": parse_bytes("--memory", memory)}
     with join_ranks() as ranks:
         found = write_transport(
             source,
-            options,
+            TransportOptions(**options),
             ranks=ranks,
-            settings=settings,
-            output=output,
-            voxel_size=voxel_size,
-            overwrite=overwrite,
-            command=command_line(),
-            resume_with=f"run {'it without --overwrite' if overwrite else 'the same command'} to go on",
+            resume_with=f"run {'it without --overwrite' if source.overwrite else 'the same command'} to go on",
             show=partial(echo_message, err=as_json),
-            progress=progress_lines(),
             warn=warn,
         )
         if ranks.rank == 0 and as_json:

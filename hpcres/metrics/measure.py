@@ -191,20 +191,39 @@ def count_volume(
     return total
 
 
+@dataclass(frozen=True)
+class Work:
+    """What does the measuring, and how.
+
+    Parameters
+    ----------
+    client : Client
+        Dask client.
+    block : Triple, optional
+        Shape of a block; by default one that follows from chunks and threads.
+    scratch : Path, optional
+        A folder for the statistics that all workers see.
+    progress : bool
+        Whether to show progress.
+    """
+
+    client: Client
+    block: Triple | None = None
+    scratch: Path | None = None
+    progress: bool = True
+
+
 def measure(
     volume: Volume,
+    work: Work,
     *,
-    client: Client,
     phases: Sequence[str] | None = None,
     voxel_size: VoxelEdges | None = None,
     settings: SubVolumes | None = None,
     seed: int = 0,
     within: Sequence[int] | None = None,
     periodic: Periodic = OPEN,
-    block: Triple | None = None,
     statistics: Metrics | None = None,
-    scratch: Path | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Measure one volume: everything that metrics.json holds in its `volume` entry.
 
@@ -212,8 +231,8 @@ def measure(
     ----------
     volume : Volume
         Labels (z, y, x).
-    client : Client
-        Dask client.
+    work : Work
+        Dask client, blocks, scratch folder, progress.
     phases : sequence of str, optional
         Names of labels 0, 1, 2, …; by default what the file knows, else the labels as they are found.
     voxel_size : VoxelEdges, optional
@@ -226,14 +245,8 @@ def measure(
         Draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
     periodic : tuple of bool
         Axes z, y, x whose two sides meet. Sub-volumes and statistics stay inside the volume in any case.
-    block : Triple, optional
-        Shape of a block; by default one that follows from chunks and threads.
     statistics : Metrics, optional
         Which statistics to compute, and how; None for none.
-    scratch : Path, optional
-        A folder for the statistics that all workers see.
-    progress : bool
-        Whether to show progress.
 
     Returns
     -------
@@ -250,6 +263,7 @@ def measure(
     size, unit = (voxel_size or volume.edges).lengths(volume.path)
     names = tuple(phases) if phases is not None else volume.phases
     known = None if names is None else tuple(range(len(names)))
+    client, block, progress = work.client, work.block, work.progress
     total = count_volume(volume, client=client, labels=known, periodic=periodic, block=block, progress=progress)
     named = Named(dict(enumerate(names)) if names is not None else {i: str(i) for i in total.labels}, size, unit)
     result = {
@@ -273,7 +287,7 @@ def measure(
         result["subvolumes"] = _named_distributions(spread, named)
     if statistics is not None:
         result["statistics"] = measure_statistics(
-            volume, named, statistics, client=client, seed=seed, block=block, scratch=scratch, progress=progress
+            volume, named, statistics, client=client, seed=seed, block=block, scratch=work.scratch, progress=progress
         )
     return result
 
@@ -352,7 +366,7 @@ def measure_study(
     def measured(one: Volume, periodic: Periodic = OPEN) -> dict[str, Any]:
         return measure(
             one,
-            client=client,
+            Work(client, scratch=study.folder, progress=progress),
             phases=study.phases,
             voxel_size=size,
             settings=settings,
@@ -360,8 +374,6 @@ def measure_study(
             within=within,
             periodic=periodic,
             statistics=study.metrics,
-            scratch=study.folder,
-            progress=progress,
         )
 
     from hpcres.metrics.agreement import agreement  # torch; measuring a bare volume does without

@@ -20,7 +20,8 @@ from hpcres.counting.counts import Counts
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import SubVolumes
-from hpcres.transport import Solution, solve_phase
+from hpcres.transport import Solution, SolveSettings
+from hpcres.transport.in_memory import solve_phase
 from hpcres.volumes.volume import Volume
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _transport_of_cube(
     start: Triple, source: Source, edge: int, labels: tuple[int, ...], lengths: tuple[float, float, float]
 ) -> dict[int, dict[str, Solution]]:
     cube = _cube(start, source, edge)
-    return {i: solve_phase(cube == i, directions=AXES, spacing=lengths, threads=1) for i in labels}
+    return {i: solve_phase(cube == i, SolveSettings(directions=AXES, spacing=lengths), threads=1) for i in labels}
 
 
 def _cube(start: Triple, source: Source, edge: int) -> np.ndarray:

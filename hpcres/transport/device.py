@@ -24,6 +24,7 @@ from hpcres.transport.coarse import Level
 from hpcres.transport.multigrid import System
 from hpcres.transport.solver import Solved
 from hpcres.transport.threads import Threads
+from hpcres.transport.voxels import Medium
 
 PIECES = 100  # of a volume: what a pass needs for one is small beside the vectors
 LEAST_PIECE = 1 << 22  # voxels; with fewer, a GPU waits for the next launch
@@ -99,12 +100,14 @@ def check_device_memory(
 class DeviceSystem(System):
     """A `System` whose vectors and levels are on a device; its potential comes back as an array."""
 
-    def __init__(self, device: torch.device, *arguments: Any, in_float64: bool = False) -> None:
-        """Set up the system on the host and copy it to the device; `arguments` are those of `System`."""
+    def __init__(
+        self, device: torch.device, bits: np.ndarray, medium: Medium, threads: Threads, labels: np.ndarray | None = None
+    ) -> None:
+        """Set up the system on the host and copy it to the device; all other arguments are those of `System`."""
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        super().__init__(*arguments, in_float64=in_float64)
+        super().__init__(bits, medium, threads, labels)
         planes, rows, columns = self.geometry[:3]
         self._width = columns + columns % 2
         number = self.levels[0].aggregates

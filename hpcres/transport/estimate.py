@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -16,7 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 
 from hpcres.geometry import AXES, Box
-from hpcres.transport import solve
+from hpcres.transport.in_memory import solve
+from hpcres.transport.problem import SolveSettings
 
 UNRELIABILITY = (
     "an estimate of unknown error, measured -100 to +9 % off as a network and -6 to +680 % as a mean, of either sign"
@@ -99,7 +99,8 @@ def solve_blocks(
     shape: Sequence[int],
     edge: int,
     conductivity: Mapping[int, float],
-    **settings: Any,
+    settings: SolveSettings,
+    threads: int | None = None,
 ) -> Blocks:
     """Solve every block of edge³ voxels alone, along all three axes.
 
@@ -113,8 +114,10 @@ def solve_blocks(
         Edge of a block in voxels.
     conductivity : mapping
         Positive conductivities of the labels that conduct.
-    settings
-        As of `solve`.
+    settings : SolveSettings
+        Voxel edges and exactness.
+    threads : int, optional
+        By default all cores.
 
     Returns
     -------
@@ -128,7 +131,7 @@ def solve_blocks(
     for place in np.ndindex(*number):
         z, y, x = ((e[i], e[i + 1]) for e, i in zip(ends, place, strict=True))
         labels = read(Box((z[0], y[0], x[0]), (z[1], y[1], x[1])))
-        found = solve(labels, conductivity, **settings)
+        found = solve(labels, conductivity, settings, threads=threads)
         for axis, direction in enumerate(AXES):
             d_rel[(axis, *place)] = found[direction].d_rel or 0.0
             converged &= found[direction].state != "not converged"

@@ -16,7 +16,7 @@ from hpcres.transport.coarse import Graph, Level
 from hpcres.transport.form import Form, contrast
 from hpcres.transport.solver import Solver
 from hpcres.transport.threads import Threads
-from hpcres.transport.voxels import Voxels, tau_of_layers
+from hpcres.transport.voxels import Medium, Voxels, tau_of_layers
 
 DENSE = 160  # aggregates of a level that is solved by its inverse
 FACTORED = 4000  # aggregates of a robust level of one cell, from which on it is not made coarser
@@ -26,8 +26,9 @@ MOST_FACTORED = 50000  # aggregates of a level whose matrix is factored
 class System(Voxels, Solver):
     """Bits, vectors and the hierarchy of one volume and direction."""
 
-    def __init__(self, *arguments: Any, in_float64: bool = False) -> None:
-        super().__init__(*arguments, in_float64=in_float64)
+    def __init__(self, bits: np.ndarray, medium: Medium, threads: Threads, labels: np.ndarray | None = None) -> None:
+        """Set up level 1 and those above it; the arguments are those of `Voxels`."""
+        super().__init__(bits, medium, threads, labels)
         self.contrast = contrast(self.resistance)
         graph = self.first_graph()
         level = self.first_level(graph, self.periodic)

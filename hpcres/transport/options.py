@@ -6,14 +6,15 @@ Messages name the options as `hpcres.result_files.write_transport` takes them.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpcres.errors import InputError
-from hpcres.geometry import Periodic, meeting_sides
-from hpcres.transport import BLOCK_VOXELS, DEFAULT_RTOL
+from hpcres.geometry import AXES, Periodic, meeting_sides
+from hpcres.transport.phases import BLOCK_VOXELS, Conducting, FieldStore, Watch, tortuosity
+from hpcres.transport.problem import DEFAULT_RTOL, Means, SolveSettings
 from hpcres.transport.second_opinion import refuse_check
 from hpcres.volumes.volume import Volume
 
@@ -78,6 +79,33 @@ class TransportOptions:
     def block(self) -> int | None:
         """Edge of the blocks of an estimate, in voxels; None for a solution."""
         return BLOCK_VOXELS if self.estimate else None
+
+    def solve(
+        self,
+        volume: Volume,
+        *,
+        phases: Sequence[str] | None,
+        spacing: Sequence[float],
+        means: Means,
+        field: FieldStore | None,
+        report: Callable[[str, str, int, float, float], None],
+        finished: Callable[[dict[str, Any]], None],
+        solved: Callable[[Mapping[str, Any]], dict[str, Any] | None],
+    ) -> dict[str, Any]:
+        """Solve a volume as the options say; the arguments are those of `phases.tortuosity` and its dataclasses.
+
+        With a store for potential and flux density every system is solved anew.
+        """
+        return tortuosity(
+            volume,
+            Conducting(phases, self.phase, self.conductivity),
+            SolveSettings(self.direction or AXES, spacing, self.sides, self.rtol, self.profile),
+            means,
+            crop=self.crop,
+            estimate=self.block,
+            field=field,
+            watch=Watch(report, finished, None if field else solved),
+        )
 
     def open_device(self) -> Any:
         """Return the torch device that `device` names, or None; InputError if there is none of this name."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from hpcres.transport.coarse import Level
 from hpcres.transport.form import Form
-from hpcres.transport.slabs import Extent, Place, Slab
+from hpcres.transport.place import Place
+from hpcres.transport.slab import Extent, Slab
 
 _DOWN, _UP = 0, 1  # tags: towards the first plane, towards the last
 _MESSAGE = 1 << 30  # bytes; MPI counts with 31 bits

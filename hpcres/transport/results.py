@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 
 from hpcres.errors import InputError
 from hpcres.signals import set_saved, signals_received, stopped_by
-from hpcres.transport import tortuosity
 from hpcres.volumes.files import METADATA_FILES, write_json
 from hpcres.volumes.volume import Volume
 
@@ -132,6 +131,64 @@ class ResultsFile:
         if self.path is not None:
             write_json(self.path, self.content)
 
+    def solve_missing(
+        self,
+        which: str,
+        volume: Volume,
+        solve: Callable[..., Any],
+        *,
+        ranks: Ranks,
+        show: Callable[[dict[str, Any], bool], None],
+        resume_with: str,
+    ) -> list[str]:
+        """Solve the systems of one volume that the file lacks, and save the file after each solve.
+
+        Parameters
+        ----------
+        which : str
+            "volume" or "reference", the entry of the file.
+        volume : Volume
+            Labels z, y, x.
+        solve : callable
+            solve(finished=…, solved=…) solves the systems; the two are called as `hpcres.transport.Watch` says.
+        ranks : Ranks
+            The processes that solve together; rank 0 saves.
+        show : callable
+            Called on every rank with each result and whether it was in the file before.
+        resume_with : str
+            How the user resumes after a signal, for the message.
+
+        Returns
+        -------
+        list of str
+            Phase and direction of each solve that did not converge.
+
+        Raises
+        ------
+        InputError
+            The file holds results of another volume.
+        Stopped
+            A signal came to any rank; after a solve, when its result is saved.
+        """
+        digest = ranks.from_first(lambda: self.digest_for(which, volume))
+        entry, unsolved = self.entry(which, volume, digest), []
+
+        def finished(result: dict[str, Any]) -> None:
+            solved_before = entry.solved(result) is result
+            if result["state"] == "not converged":
+                unsolved.append(f"{result['phase']}, {result['direction']}")
+            show(result, solved_before)
+            if not solved_before:
+                entry.add(result)
+                if ranks.rank == 0 and self.path is not None:
+                    self.save()
+                    set_saved(f"finished results are in {self.path}; {resume_with}")
+            if numbers := [number for of_rank in ranks.everyone(signals_received()) for number in of_rank]:
+                raise stopped_by(numbers[0])
+
+        solve(finished=finished, solved=entry.solved)
+        return unsolved
+
 
 class Entry:
     """The results of one volume in a file."""
@@ -165,75 +222,6 @@ class Entry:
             self._results.append(result)
         shared = {name: common(self._results, name) for name in ("crop", "voxel_size")}
         self._file.content[self._which] = {**self._about, **shared, "results": self._results}
-
-
-def solve_missing(
-    file: ResultsFile,
-    which: str,
-    volume: Volume,
-    *,
-    ranks: Ranks,
-    show: Callable[[dict[str, Any], bool], None],
-    resume_with: str,
-    **settings: Any,
-) -> list[str]:
-    """Solve the systems of one volume that the file lacks, and save the file after each solve.
-
-    Parameters
-    ----------
-    file
-        The file, after `ResultsFile.resume`.
-    which
-        "volume" or "reference", the entry of the file.
-    volume
-        Labels z, y, x.
-    ranks
-        The processes that solve together; rank 0 saves.
-    show
-        Called on every rank with each result and whether it was in the file before.
-    resume_with
-        How the user resumes after a signal, for the message.
-    settings
-        As of `hpcres.transport.tortuosity`. With `field` every system is solved anew, for its potential.
-
-    Returns
-    -------
-    list of str
-        Phase and direction of each solve that did not converge.
-
-    Raises
-    ------
-    InputError
-        The file holds results of another volume.
-    Stopped
-        A signal came to any rank; after a solve, when its result is saved.
-    """
-    digest = ranks.from_first(lambda: file.digest_for(which, volume))
-    entry = file.entry(which, volume, digest)
-    unsolved = []
-
-    def finished(result: dict[str, Any]) -> None:
-        solved_before = entry.solved(result) is result
-        if result["state"] == "not converged":
-            unsolved.append(f"{result['phase']}, {result['direction']}")
-        show(result, solved_before)
-        if not solved_before:
-            entry.add(result)
-            if ranks.rank == 0 and file.path is not None:
-                file.save()
-                set_saved(f"finished results are in {file.path}; {resume_with}")
-        if numbers := [number for of_rank in ranks.everyone(signals_received()) for number in of_rank]:
-            raise stopped_by(numbers[0])
-
-    tortuosity(
-        volume,
-        finished=finished,
-        solved=None if settings.get("field") else entry.solved,
-        comm=ranks.communicator,
-        on_node=ranks.on_node,
-        **settings,
-    )
-    return unsolved
 
 
 def common(results: list[dict[str, Any]], setting: str) -> Any:

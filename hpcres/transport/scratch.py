@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from hpcres.errors import InputError
-from hpcres.transport import BYTES_OF_CUBIC
 from hpcres.transport.coarse import Level
 from hpcres.transport.form import Form
-from hpcres.transport.slabs import Extent, Place, Slab
+from hpcres.transport.memory_need import BYTES_OF_CUBIC
+from hpcres.transport.place import Place
+from hpcres.transport.slab import Extent, Slab
 
 _AT_HAND = 3  # levels of slabs: as many as there are stages in a pass
 _LEVEL = ("diagonal", "places", "values", "parent")

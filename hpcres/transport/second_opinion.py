@@ -13,7 +13,7 @@ import numpy as np
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
 from hpcres.memory import free_bytes
-from hpcres.transport import parse_crop
+from hpcres.transport.problem import parse_crop
 from hpcres.volumes.volume import Volume
 
 _BYTES_PER_VOXEL = 64

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box
-from hpcres.transport import BYTES_OF_CUBIC, BYTES_PER_VOXEL, Report, Solution, check_memory, solve
 from hpcres.transport.fields import FIELD_PLANES
 from hpcres.transport.form import Form
+from hpcres.transport.in_memory import solve
+from hpcres.transport.memory_need import BYTES_OF_CUBIC, BYTES_PER_VOXEL, check_memory
+from hpcres.transport.place import Place
+from hpcres.transport.problem import Keep, Means, Report, Solution, SolveSettings
 from hpcres.transport.ranked import RankPlace
 from hpcres.transport.scratch import BYTES_OF_PYTHON, BYTES_PER_SLAB_VOXEL, ScratchPlace
-from hpcres.transport.slabs import HALO, Place, Slab, cut, solve_in_slabs
+from hpcres.transport.slab import HALO, Slab, cut
+from hpcres.transport.slabs import VolumeInSlabs, solve_in_slabs
 from hpcres.transport.threads import Threads
 from hpcres.transport.voxels import by_label, planes_of_unit
 from hpcres.volumes.volume import Volume
 
 
 class SlabVolume:
-    """The planes of a box of a volume, on the ranks of `comm` or, without, for one process of `memory` bytes.
+    """The planes of a box of a volume, on the ranks of a communicator or for one process that may hold so many bytes.
 
     `found` maps each label in it to the number (uint8) that the label has in what `read` gives.
     """
 
-    def __init__(
-        self,
-        volume: Volume,
-        box: Box,
-        *,
-        comm: Any,
-        on_node: int,
-        memory: int | None,
-        scratch: Path,
-        threads: int,
-        whole_chunks: bool,
-        say: Callable[[str], None],
-    ) -> None:
-        self._volume, self._box, self._scratch = volume, box, scratch
-        self._memory = None if memory is None else max(0, memory - BYTES_OF_PYTHON)
-        self._threads, self._say, self._comm = threads, say, comm
+    def __init__(self, volume: Volume, box: Box, means: Means, *, whole_chunks: bool) -> None:
+        """Read and count the labels; with `whole_chunks` slabs are whole chunks of a store of fields."""
+        comm = means.comm
+        self._volume, self._box, self._scratch = volume, box, means.scratch
+        self._memory = None if means.memory is None else max(0, means.memory - BYTES_OF_PYTHON)
+        self._threads, self._say, self._comm = means.threads or cores(), means.say, comm
         deep, self._active = box.shape[0], comm
         size = comm.Get_size() if comm else 1
         self._unit = FIELD_PLANES if whole_chunks else planes_of_unit(deep, size)
@@ -57,8 +52,8 @@ class SlabVolume:
             if self._works:
                 own = cut(deep, self._number, self._unit, False)[comm.Get_rank()]
                 # The first rank gathers levels from 2 on: 2 bytes a voxel of the volume, an eighth of what planes take.
-                gathered = deep // 8 // on_node if comm.Get_rank() == 0 and self._number > 1 else 0
-                check_memory((own.planes + gathered, *box.shape[1:]), on_node=on_node)
+                gathered = deep // 8 // means.on_node if comm.Get_rank() == 0 and self._number > 1 else 0
+                check_memory((own.planes + gathered, *box.shape[1:]), on_node=means.on_node)
                 begin, end = max(0, own.begin - HALO), min(own.end + HALO, deep)
                 self._held = begin, self._raw(begin, end)
         self.counts = self._count()
@@ -113,16 +108,12 @@ class SlabVolume:
     def solve(
         self,
         conductivity: Mapping[int, float],
+        settings: SolveSettings,
         *,
-        directions: Sequence[str],
-        spacing: Sequence[float],
-        periodic: Sequence[bool],
-        rtol: float,
-        profile: bool,
-        report: Report | None,
-        keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
+        report: Report | None = None,
+        keep: Keep | None = None,
     ) -> dict[str, Solution]:
-        """Solve as `transport.solve`, on every rank.
+        """Solve as `in_memory.solve`, on every rank.
 
         `keep` gets each slab here in place of the whole system.
 
@@ -130,8 +121,8 @@ class SlabVolume:
         ----------
         conductivity : mapping
             Positive conductivities by number of the label.
-        directions, spacing, periodic, rtol, profile, report, keep
-            As of `transport.solve`.
+        settings, report, keep
+            As of `in_memory.solve`.
 
         Returns
         -------
@@ -144,8 +135,8 @@ class SlabVolume:
             A periodic axis has a length that slabs do not allow, or the solve would not fit.
         """
         found = {}
-        for direction in directions:
-            solution = self._solve(conductivity, direction, spacing, periodic, rtol, profile, report, keep)
+        for direction in settings.directions:
+            solution = self._solve(conductivity, direction, settings, report, keep)
             found[direction] = self._comm.bcast(solution) if self._comm else solution
         return {direction: one for direction, one in found.items() if one is not None}
 
@@ -153,11 +144,10 @@ class SlabVolume:
         self,
         edge: int,
         conductivity: Mapping[int, float],
+        settings: SolveSettings,
         *,
-        directions: Sequence[str],
-        spacing: Sequence[float],
-        rtol: float,
-        **_: Any,
+        report: Any = None,
+        keep: Any = None,
     ) -> dict[str, Solution]:
         """Solve blocks of this edge alone, and put them together as resistors (see `estimate`).
 
@@ -167,8 +157,10 @@ class SlabVolume:
             Edge of the blocks in voxels.
         conductivity : mapping
             Positive conductivities by number of the label.
-        directions, spacing, rtol
-            As of `transport.solve`; other settings are ignored.
+        settings : SolveSettings
+            Directions, voxel edges, and exactness of each block.
+        report, keep
+            Not called: an estimate has no iterations and no potential.
 
         Returns
         -------
@@ -183,12 +175,12 @@ class SlabVolume:
             def read(box: Box) -> np.ndarray:
                 return self._small(self._volume.read(box.relative_to([-a for a in self._box.start])))
 
-            settings = {"spacing": spacing, "rtol": rtol, "threads": self._threads}
-            self._blocks = key, solve_blocks(read, self._box.shape, edge, conductivity, **settings)
+            alone = SolveSettings(spacing=settings.spacing, rtol=settings.rtol)
+            self._blocks = key, solve_blocks(read, self._box.shape, edge, conductivity, alone, self._threads)
         blocks = self._blocks[1]
         found = {}
-        for direction in directions:
-            d_rel = blocks.network(AXES.index(direction), spacing)
+        for direction in settings.directions:
+            d_rel = blocks.network(AXES.index(direction), settings.edges)
             seconds = time.perf_counter() - start
             # A network that does not percolate does not say that the volume does not: its state is the same.
             found[direction] = Solution(
@@ -218,34 +210,21 @@ class SlabVolume:
         self,
         conductivity: Mapping[int, float],
         direction: str,
-        spacing: Sequence[float],
-        periodic: Sequence[bool],
-        rtol: float,
-        profile: bool,
+        settings: SolveSettings,
         report: Report | None,
-        keep: Callable[[str, Any, Any, Mapping[int, float]], None] | None,
+        keep: Keep | None,
     ) -> Solution | None:
-        shape, axis = self._box.shape, AXES.index(direction)
+        shape = self._box.shape
         numbers = {number: self.counts[v] for v, number in self.found.items()}
         conducting = sum(numbers[label] for label in conductivity)
         if self._memory is not None:
-            form = Form.of(shape, spacing, by_label(conductivity)[2])
+            form = Form.of(shape, settings.edges, by_label(conductivity)[2])
             levels = form.bytes_of_levels(shape)
             need = BYTES_PER_VOXEL * prod(shape) + (form.bytes_of_vectors + levels) * conducting
             if need <= self._memory:
-                return solve(
-                    self.read(0, shape[0]),
-                    conductivity,
-                    directions=(direction,),
-                    spacing=spacing,
-                    periodic=periodic,
-                    rtol=rtol,
-                    threads=self._threads,
-                    profile=profile,
-                    report=report,
-                    keep=keep,
-                )[direction]
-        sides = tuple(bool(p) and a != axis and shape[a] > 1 for a, p in enumerate(periodic))
+                labels, alone = self.read(0, shape[0]), replace(settings, directions=(direction,))
+                return solve(labels, conductivity, alone, threads=self._threads, report=report, keep=keep)[direction]
+        sides = settings.sides(direction, shape)
         for a, p in enumerate(sides):
             step = 4 if a == 0 else 2
             if p and (shape[a] % step or shape[a] < 8):
@@ -270,19 +249,14 @@ class SlabVolume:
             assert keep is not None
             keep(direction, slab, x, conductivity)
 
+        volume = VolumeInSlabs(place, self.read, shape, unit)
         with Threads(self._threads) as threads:
             solution = solve_in_slabs(
-                place,
-                self.read,
-                shape,
+                volume,
                 conductivity,
                 direction,
-                spacing,
-                sides,
-                rtol,
+                settings,
                 threads,
-                unit,
-                profile=profile,
                 report=None if report is None else lambda *now: report(direction, *now),
                 keep=keep_slab if keep else None,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -24,38 +25,77 @@ from hpcres.transport.form import Form
 from hpcres.transport.threads import Threads
 
 
+@dataclass(frozen=True)
+class Medium:
+    """A whole volume and the direction of the transport, as the equations see them.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Voxels z, y, x.
+    spacing : sequence of float
+        Voxel edges z, y, x.
+    axis : int
+        Axis of the transport.
+    periodic : sequence of bool
+        Axes z, y, x whose two sides meet.
+    resistance : ndarray, optional
+        Of each of 256 labels; None where all that conducts conducts alike.
+    in_float64 : bool
+        As of `Form.of`.
+    """
+
+    shape: Sequence[int]
+    spacing: Sequence[float]
+    axis: int
+    periodic: Sequence[bool]
+    resistance: np.ndarray | None = None
+    in_float64: bool = False
+
+
+@dataclass(frozen=True)
+class Planes:
+    """Planes of a volume.
+
+    Parameters
+    ----------
+    first : int
+        The first one.
+    own : tuple of int
+        Planes own[0] … own[1] - 1 after the first are worked on.
+    unit : int
+        Planes of a unit of work.
+    """
+
+    first: int
+    own: tuple[int, int]
+    unit: int
+
+
 class Voxels:
     """The conducting voxels of a volume, or of some of its planes, and the kernels on them."""
 
     def __init__(
         self,
         bits: np.ndarray,
-        shape: Sequence[int],
-        spacing: Sequence[float],
-        axis: int,
-        periodic: Sequence[bool],
+        medium: Medium,
         threads: Threads,
         labels: np.ndarray | None = None,
-        resistance: np.ndarray | None = None,
-        *,
-        first: int = 0,
-        own: tuple[int, int] | None = None,
-        unit_planes: int | None = None,
-        in_float64: bool = False,
+        planes_of: Planes | None = None,
     ) -> None:
         """Set up the voxels, cells and units.
 
-        `shape` is that of the whole volume. `bits` begin at its plane `first`, and planes own[0] … own[1] - 1 after
-        that one are worked on; without `own` they are the whole volume. `labels` are of the same planes. For
-        `in_float64` see `Form.of`.
+        `bits` and `labels` are of the planes `planes_of`; without, of the whole volume.
         """
+        shape, spacing, axis, resistance = medium.shape, medium.spacing, medium.axis, medium.resistance
+        first, own = (0, None) if planes_of is None else (planes_of.first, planes_of.own)
         self.shape, self.threads, self.bits = tuple(shape), threads, bits
         self.labels, self.resistance, self.first = labels, resistance, first
         planes, even = bits.shape[0] - 2, tuple(n + n % 2 for n in shape)
         words = -(-shape[2] // 16)
         assert bits.shape[1:] == (even[1] + 2, words + 2), (bits.shape, shape)
         assert planes == even[0] or own is not None, (bits.shape, shape)
-        self.periodic = tuple(bool(p) and a != axis for a, p in enumerate(periodic))
+        self.periodic = tuple(bool(p) and a != axis for a, p in enumerate(medium.periodic))
         around = (self.periodic[0] and own is None, *self.periodic[1:])
         set_borders(bits, around)
         before = first if axis == 0 else 0
@@ -72,14 +112,14 @@ class Voxels:
         h = np.asarray(spacing, np.float64)
         unit = h[0] * h[1] * h[2] / h[axis] ** 2
         # Conductances in units of one face along the axis, so that D_rel = energy × length / area in voxels.
-        self.form = form = Form.of(self.shape, spacing, resistance, in_float64)
+        self.form = form = Form.of(self.shape, spacing, resistance, medium.in_float64)
         if resistance is not None:
             resistance = self.resistance = resistance.astype(form.dtype)
         self.g = tuple(form.dtype(h.prod() / step**2 / unit) for step in h)
         self.to_d_rel = shape[axis] / (prod(shape) // shape[axis])
         rows = max(2, min(even[1], 2 * (16384 // (words * 16 + 32)), 32))
         self.own = own or (0, planes)
-        deep = unit_planes or planes_of_unit(shape[0])
+        deep = planes_of_unit(shape[0]) if planes_of is None else planes_of.unit
         self.units = [
             (z, min(z + deep, self.own[1]), y, min(y + rows, even[1]))
             for z in range(self.own[0], self.own[1], deep)
