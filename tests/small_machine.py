@@ -31,7 +31,7 @@ def machine() -> dict[str, object]:
     from numba.core.registry import cpu_target
 
     from hpcres.compiled import register_floats
-    from hpcres.engines import lanes
+    from hpcres.simd.registers import WIDEST, width_of
 
     numpy_has = np._core._multiarray_umath.__cpu_features__
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
@@ -41,7 +41,7 @@ def machine() -> dict[str, object]:
         "numba": name,
         "numba_has_avx512": "+avx512f" in features,
         "register_floats": register_floats(),
-        "widest": lanes.width_of(lanes.WIDEST),
+        "widest": width_of(WIDEST),
     }
 
 

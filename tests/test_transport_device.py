@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from hpcres.cli import main
 from hpcres.errors import InputError
-from hpcres.transport import Conducting, FieldStore, Means, SolveSettings, tortuosity
+from hpcres.transport import Conducting, FieldStore, Means, SolveSettings, device_levels, tortuosity
 from hpcres.transport import device as module
-from hpcres.transport.device import DeviceSystem, _Window, check_device_memory
+from hpcres.transport.device import DeviceSystem, check_device_memory
+from hpcres.transport.device_window import Window
 from hpcres.transport.in_memory import solve, solve_phase
 from hpcres.transport.threads import Threads
 from hpcres.transport.voxels import Medium, pack
@@ -35,7 +36,7 @@ INSULATED = (False, False, False)
 def device(request, monkeypatch) -> torch.device:
     """Small volumes in many pieces, and cycles over several levels above the matrix."""
     monkeypatch.setattr(module, "LEAST_PIECE", 1 << 11)
-    monkeypatch.setattr(module, "MATRIX", 60)
+    monkeypatch.setattr(device_levels, "MATRIX", 60)
     return request.param
 
 
@@ -115,13 +116,13 @@ def test_the_matrix_may_be_all_of_a_cycle_or_nothing(device, monkeypatch):
     labels[:, ::2] = 1
     cores = solve(labels, {1: 1.0}, SolveSettings(directions="z"))["z"]
     for parts in (0, 10**4):
-        monkeypatch.setattr(module, "MATRIX", parts)
+        monkeypatch.setattr(device_levels, "MATRIX", parts)
         ours = solve(labels, {1: 1.0}, SolveSettings(directions="z"), device=device)["z"]
         assert (ours.iterations, ours.d_rel) == (cores.iterations, pytest.approx(cores.d_rel, rel=1e-6))
     mask = np.zeros((6, 38, 38), bool)
     mask[:, ::2, ::2] = True  # 361 channels stay apart: the lowest level has no inverse
     for parts in (0, 400):
-        monkeypatch.setattr(module, "MATRIX", parts)
+        monkeypatch.setattr(device_levels, "MATRIX", parts)
         assert solve_phase(mask, SolveSettings(directions="z"), device=device)["z"].d_rel == pytest.approx(
             0.25, rel=1e-6
         )
@@ -210,9 +211,9 @@ def test_places_beyond_32_bits():
         device=torch.device("cpu"),
         keep=lambda _, system, x, k: seen.append(system),
     )
-    before = _Window(seen[0], (4, 12, 6, 18), 3)
+    before = Window(seen[0], (4, 12, 6, 18), 3)
     seen[0]._before += 2**33
-    after = _Window(seen[0], (4, 12, 6, 18), 3)
+    after = Window(seen[0], (4, 12, 6, 18), 3)
     assert torch.equal(after.places[after.mask], before.places[before.mask] + 2**33)
     assert (after.places[~after.mask] == seen[0].voxels).all()
 
@@ -221,7 +222,7 @@ def test_places_beyond_32_bits():
 def test_passes_use_nothing_of_the_host(monkeypatch, several):
     """On torch's `meta` device, which computes nothing and can hand nothing back."""
     monkeypatch.setattr(module, "LEAST_PIECE", 1 << 11)
-    monkeypatch.setattr(module, "MATRIX", 60)
+    monkeypatch.setattr(device_levels, "MATRIX", 60)
     labels = np.random.default_rng(5).integers(1, 3, (30, 32, 34)).astype(np.uint8)
     resistance = np.array([np.inf, 0.5, 5.0] + [np.inf] * 253, np.float32)
     with Threads(1) as threads:

@@ -13,10 +13,10 @@ import torch
 from small_painting import lively
 
 from hpcres.engines import winograd
-from hpcres.engines.lanes import NARROW
 from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.geometry import Box
 from hpcres.networks.superres import SuperResGenerator
+from hpcres.simd.registers import EIGHT
 
 CASES = {  # scale, width, blocks, padding, last stage, low-res shape
     "4": ("4", 3, 1, "replicate", "resize", (9, 8, 17)),
@@ -98,7 +98,7 @@ def test_every_block_gives_the_bits_of_the_whole(name, monkeypatch):
         stop = [min(n, a + int(rng.integers(1, 70))) for a, n in zip(start, whole.shape, strict=True)]
         block = Box(tuple(start), tuple(stop))
         assert (labels_of(network, window, block, memory) == labels[block.slices]).all(), block
-    monkeypatch.setattr(winograd, "WIDEST", NARROW)  # the registers of another machine
+    monkeypatch.setattr(winograd, "WIDEST", EIGHT)  # the registers of another machine
     assert (labels_of(network, window, whole, Memory()) == labels).all()
     monkeypatch.setattr(winograd, "_CACHE_BYTES", 2**15)  # the cache of another machine
     assert (labels_of(network, window, whole, Memory()) == labels).all()

@@ -4,7 +4,7 @@ Along an axis, four outputs of a layer are A·((G w) ∘ (B x)): six products. `
 where the layer has one, so no upsampled volume is ever stored. A transposed convolution of stride 2 is, per parity of
 its output, a convolution with two taps, with three products for two outputs. Cells of four outputs lie at multiples of
 four of each grid's global index. They are always computed whole, from all they can depend on, with the operations of
-`lanes` in one order. So the labels of a voxel are the same bits whatever block, tile, rank or thread computes them.
+`simd` in one order. So the labels of a voxel are the same bits whatever block, tile, rank or thread computes them.
 
 Maps are flat float32 arrays (z, y, x, channel). The memory per thread is `WinogradNetwork.block_bytes`.
 """
@@ -22,27 +22,25 @@ from typing import Any
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.engines.lanes import (
-    NARROW,
+from hpcres.errors import InputError
+from hpcres.geometry import Box, Triple, triple
+from hpcres.networks.stages import Stage, Stages
+from hpcres.simd.products import combination, fixed_combination, panel
+from hpcres.simd.registers import (
+    EIGHT,
     WIDEST,
     add,
-    combination,
-    fixed_combination,
     floats,
     fma,
     load,
+    load_splat,
     multiply,
-    panel,
     rectified,
-    splat,
     store,
     total,
     width_of,
     zero,
 )
-from hpcres.errors import InputError
-from hpcres.geometry import Box, Triple, triple
-from hpcres.networks.stages import Stage, Stages
 
 # ---- one axis ----------------------------------------------------------------------------------------------
 
@@ -266,7 +264,12 @@ def _along_x(values, at, step, strip, xo, xt, cell, channels, lanes):
 
 @compiled
 def _four(table, k, lanes):
-    return splat(table, k, lanes), splat(table, k + 1, lanes), splat(table, k + 2, lanes), splat(table, k + 3, lanes)
+    return (
+        load_splat(table, k, lanes),
+        load_splat(table, k + 1, lanes),
+        load_splat(table, k + 2, lanes),
+        load_splat(table, k + 3, lanes),
+    )
 
 
 @compiled
@@ -967,7 +970,7 @@ def _filled(channels: int) -> int:
 
 
 def _lanes(channels: int) -> np.generic:
-    return WIDEST if channels % width_of(WIDEST) == 0 else NARROW
+    return WIDEST if channels % width_of(WIDEST) == 0 else EIGHT
 
 
 def _rows_together(layer: _Layer, row: int) -> int:

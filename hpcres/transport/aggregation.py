@@ -13,8 +13,8 @@ import numpy as np
 
 from hpcres.counting.disjoint_sets import merge, root
 from hpcres.transport.coarse import CHUNK, Each, Graph, Level, accumulated, index_type, running
+from hpcres.transport.compiling import compiled
 from hpcres.transport.form import Form
-from hpcres.transport.vectors import compiled
 
 STRONG = 0.1  # of the largest conductance of an aggregate
 

@@ -6,7 +6,7 @@ aggregates, the aggregate of each place, and the mask of the conducting places. 
 connected components of the mask, and the number of a cell is its mask (`TABLES`). Where conductivities separate
 aggregates, the number of a cell is the rank of its partition among all partitions (`partition_tables`).
 
-Arrays, `geometry`, `bits` and `g` are those of `fine`.
+Arrays, `geometry`, `bits` and `g` are those of `rows`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from functools import cache
 
 import numpy as np
 
-from hpcres.transport.vectors import add, compiled, inlined, load, popcount, store
+from hpcres.simd.masks import popcount
+from hpcres.simd.registers import SIXTEEN, add, load, store
+from hpcres.transport.compiling import compiled, inlined
 
 
 @compiled
@@ -210,13 +212,13 @@ def _restrict_row(cells, tables, step, aggregates, z, y, S, back, here, width, c
     for x in range(cells.shape[2]):
         if not x & flat:
             o = step[2] * x
-            s = load(S, back + o)
+            s = load(S, back + o, SIXTEEN)
             if step[1] == 2:
-                s = add(s, load(S, back + width + o))
+                s = add(s, load(S, back + width + o, SIXTEEN))
             if step[0] == 2:
-                t = load(S, here + o)
+                t = load(S, here + o, SIXTEEN)
                 if step[1] == 2:
-                    t = add(t, load(S, here + width + o))
+                    t = add(t, load(S, here + width + o, SIXTEEN))
                 s = add(s, t)
             store(pair, 0, s)
         cell = cells[z, y, x]
@@ -270,7 +272,7 @@ def _prolong_row(cells, tables, step, aggregates, z, y, coarse, scale, E, back, 
             several |= number > 1
             at = step[2] * (x - first)
             few[at] = few[at + wide] = scale * coarse[place] if number else np.float32(0)
-        values, at = load(few, 0), step[2] * first
+        values, at = load(few, 0, SIXTEEN), step[2] * first
         store(E, back + at, values)
         if step[1] == 2:
             store(E, back + width + at, values)

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcres.transport.compiling import compiled, inlined
 from hpcres.transport.form import PLAIN_CORRECTION, Form
-from hpcres.transport.vectors import compiled, inlined
 
 SLOTS = 6  # neighbours of an aggregate that are stored with it; few have more
 CHUNK = 1 << 14  # aggregates that one thread takes at a time

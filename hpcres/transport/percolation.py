@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from hpcres.counting.disjoint_sets import merge, root
+from hpcres.simd.masks import popcount
 from hpcres.transport.cells import AGGREGATE, AGGREGATES, find_cells
+from hpcres.transport.compiling import compiled
 from hpcres.transport.threads import Threads
-from hpcres.transport.vectors import compiled, popcount
 
 _SLABS = 16
 
@@ -199,7 +200,7 @@ class Through:
 
 
 class Clusters:
-    """The 6-connected clusters of conducting voxels (bits as in `fine`), found once for several directions.
+    """The 6-connected clusters of conducting voxels (bits as in `rows`), found once for several directions.
 
     Clusters go on across the sides that meet (`periodic` z, y, x).
     """

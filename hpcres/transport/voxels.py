@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.transport import coarse, fine
+from hpcres.transport import coarse, fluxes, sweeps
 from hpcres.transport.aggregation import STRONG
 from hpcres.transport.cells import (
     COMPLETIONS,
@@ -22,6 +22,7 @@ from hpcres.transport.cells import (
 )
 from hpcres.transport.coarse import Graph, Level
 from hpcres.transport.form import Form
+from hpcres.transport.rows import count_rows, pack_planes, scratch_floats
 from hpcres.transport.threads import Threads
 
 
@@ -125,7 +126,7 @@ class Voxels:
             for z in range(self.own[0], self.own[1], deep)
             for y in range(0, even[1], rows)
         ]
-        self.floats = fine.scratch_floats(rows, words)
+        self.floats = scratch_floats(rows, words)
         self.step = form.step(self.shape)
         cells = tuple(n // s for n, s in zip((planes, even[1], shape[2] + shape[2] % 2), self.step, strict=True))
         each = threads.each
@@ -141,7 +142,7 @@ class Voxels:
         else:
             self.voxels = sum(each(lambda a, b: find_cells(bits, self.step, self.cells, a, b), cells[0], 8))
         counts = np.empty((planes, even[1]), np.int64)
-        each(lambda a, b: fine.count_rows(bits, counts, a, b), planes, 16)
+        each(lambda a, b: count_rows(bits, counts, a, b), planes, 16)
         self.rows = np.concatenate([[0], np.cumsum(counts.reshape(-1))])
 
     def first_graph(self) -> Graph:
@@ -188,15 +189,15 @@ class Voxels:
         For v see `Solver.solution`.
         """
         high, low = v if isinstance(v, tuple) else (v, None)
-        return self._over(fine.energy, self.rows, self.labels, self.resistance, high, low, end)
+        return self._over(fluxes.energy, self.rows, self.labels, self.resistance, high, low, end)
 
     def subtract_applied(self, p: Any, alpha: float, end: float, r: np.ndarray) -> None:
         """Set r -= alpha × (A p - b), where b is what the last face at potential `end` sends in."""
         high, low = p if isinstance(p, tuple) else (p, None)
         if self.form.robust:
-            self._over(fine.subtract_outflow, self.rows, self.labels, self.resistance, high, low, alpha, end, r)
+            self._over(fluxes.subtract_outflow, self.rows, self.labels, self.resistance, high, low, alpha, end, r)
         else:
-            self._over(fine.subtract_applied, self.rows, self.labels, self.resistance, high, alpha, end, r)
+            self._over(fluxes.subtract_applied, self.rows, self.labels, self.resistance, high, alpha, end, r)
 
     @property
     def _cell_tables(self) -> tuple[Any, ...]:
@@ -204,18 +205,18 @@ class Voxels:
 
     def sweep_down(self, r: np.ndarray, b: np.ndarray) -> None:
         """Set b to what a red then black sweep from zero leaves of r, summed over each aggregate."""
-        self._over(fine.sweep_down, *self._cell_tables, r, b)
+        self._over(sweeps.sweep_down, *self._cell_tables, r, b)
 
     def sweep_up(self, r: np.ndarray, coarse_x: np.ndarray, z: np.ndarray) -> list[float]:
         """Compute z from the coarse solution; return the sum of r · z of each unit."""
         scale = self.form.dtype(self.form.correction)
-        return self._over(fine.sweep_up, *self._cell_tables, r, coarse_x, scale, z)
+        return self._over(sweeps.sweep_up, *self._cell_tables, r, coarse_x, scale, z)
 
     def fill_ramp(self, x: Any) -> None:
         """Set x to the potential of a uniform volume."""
         high = x[0] if isinstance(x, tuple) else x
         self.threads.each(
-            lambda a, b: fine.fill_ramp(self.geometry, self.bits, self.rows, high, a, b), self.geometry[0], 16
+            lambda a, b: fluxes.fill_ramp(self.geometry, self.bits, self.rows, high, a, b), self.geometry[0], 16
         )
 
     def add_to_solution(self, x: Any, p: np.ndarray, alpha: float, own: slice = slice(None)) -> None:
@@ -223,12 +224,12 @@ class Voxels:
         if not isinstance(x, tuple):
             return self.add_scaled(x[own], p[own], 1.0, alpha)
         high, low, along = x[0][own], x[1][own], p[own]
-        self.threads.each(lambda i, j: fine.add_two_floats(high, low, along, alpha, i, j), len(high), 1 << 20)
+        self.threads.each(lambda i, j: fluxes.add_two_floats(high, low, along, alpha, i, j), len(high), 1 << 20)
 
     def add_scaled(self, y: np.ndarray, x: np.ndarray, scale_y: float, scale_x: float) -> None:
         """Set y = scale_y · y + scale_x · x."""
         a, b = self.form.dtype(scale_y), self.form.dtype(scale_x)
-        self.threads.each(lambda i, j: fine.add_scaled(y, x, a, b, i, j), len(y), 1 << 20)
+        self.threads.each(lambda i, j: fluxes.add_scaled(y, x, a, b, i, j), len(y), 1 << 20)
 
     def conductivity(self, of_label: np.ndarray) -> float:
         """Sum the conductivity over the own voxels that take part; `of_label` holds the conductivities."""
@@ -349,7 +350,7 @@ class Voxels:
         total = np.zeros((z1 - z0, *self.shape[1:]))
         for part in x if isinstance(x, tuple) else (x,):
             out = np.full(total.shape, np.nan, self.form.dtype)
-            fine.unpack(self.geometry, self.bits, self.rows, part, z0, out)
+            fluxes.unpack(self.geometry, self.bits, self.rows, part, z0, out)
             total += out
         return total
 
@@ -440,10 +441,10 @@ def planes_of_unit(planes: int, least: int = 1) -> int:
 
 
 def pack(labels: np.ndarray, conducts: np.ndarray, threads: Threads) -> np.ndarray:
-    """Pack into bits (as in `fine`) the voxels of uint8 labels (z, y, x) for which conducts[label]."""
+    """Pack into bits (as in `rows`) the voxels of uint8 labels (z, y, x) for which conducts[label]."""
     nz, ny, nx = labels.shape
     bits = np.zeros((nz + nz % 2 + 2, ny + ny % 2 + 2, -(-nx // 16) + 2), np.uint16)
-    threads.each(lambda a, b: fine.pack(labels, conducts, bits, a, b), nz, 8)
+    threads.each(lambda a, b: pack_planes(labels, conducts, bits, a, b), nz, 8)
     return bits
 
 
