@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcres.counting.counts import Counts, add, count, finalize
+from hpcres.counting.counts import count
+from hpcres.counting.totals import Counts, add, finalize
 from hpcres.geometry import AXES, Box, triple
 from hpcres.study_file import load_study
 from hpcres.training.samples import LowResCubes

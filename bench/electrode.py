@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from hpcres.counting import counts
+from hpcres.counting import counts, totals
 from hpcres.counting.named import Named, summary
 from hpcres.geometry import Box
 from hpcres.metrics.measure import Work, measure
@@ -182,10 +182,10 @@ def of_squares(study: Study, number: int) -> dict[str, dict[str, list[float]]]:
         image = images[chosen]
         first = [int(random.integers(n - EDGE + 1)) for n in image.shape]
         square = image[tuple(slice(a, a + EDGE) for a in first)]
-        found = counts.finalize(
+        found = totals.finalize(
             counts.count(square[None], labels=range(len(study.phases))), (1.0, 1.0, 1.0), range(len(study.phases))
         )
-        for metric, by_key in counts.by_metric(found).items():
+        for metric, by_key in totals.by_metric(found).items():
             for key, value in by_key.items():
                 values.setdefault(metric, {}).setdefault(key, []).append(value)
     return _shown(named.values({m: {k: summary(v) for k, v in keys.items()} for m, keys in values.items()}))

@@ -152,7 +152,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-    from hpcres.counting import counts
+    from hpcres.counting import counts, totals
     from hpcres.geometry import Box
     from hpcres.volumes.convert import convert
     from hpcres.volumes.formats import open_volume
@@ -188,7 +188,7 @@ def main() -> None:
         times = []
         for _ in range(5):
             began = time.process_time()
-            counts.finalize(counts.count(crop, labels=labels), (1, 1, 1))
+            totals.finalize(counts.count(crop, labels=labels), (1, 1, 1))
             times.append(time.process_time() - began)
         theirs = taufactor_seconds(crop)
         print(f"\nan array of {arguments.taufactor}³ in memory, seconds")

@@ -28,7 +28,7 @@ MIRROR: Boundaries = ("mirror", "mirror", "mirror")
 AXES = "zyx"
 
 
-def triple(values: Sequence[int]) -> Triple:
+def triple(values: Iterable[int]) -> Triple:
     """Return three numbers as a tuple of int."""
     z, y, x = (int(v) for v in values)
     return z, y, x

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from hpcres.counting import counts
+from hpcres.counting import totals
 from hpcres.geometry import Box, triple
 
 SHAPE = (21, 50, 67)
@@ -33,7 +33,7 @@ def random_boxes(shape, count=12, seed=1) -> list[Box]:
     return boxes
 
 
-def plain_counts(a: np.ndarray, periodic=(False, False, False)) -> counts.Counts:
+def plain_counts(a: np.ndarray, periodic=(False, False, False)) -> totals.Counts:
     """The same counts by whole-array slicing; nothing of the code under test."""
     if any(periodic):
         # One more plane where the sides meet, less what that plane alone would add.
@@ -42,7 +42,7 @@ def plain_counts(a: np.ndarray, periodic=(False, False, False)) -> counts.Counts
     return plain_owned(a, a.shape)
 
 
-def plain_owned(a: np.ndarray, owned: tuple[int, int, int]) -> counts.Counts:
+def plain_owned(a: np.ndarray, owned: tuple[int, int, int]) -> totals.Counts:
     """Of voxels, faces and edges whose first voxel lies within `owned`."""
     labels = [int(v) for v in np.unique(a)]
     faces: dict[tuple[int, int], list[int]] = {}
@@ -64,7 +64,7 @@ def plain_owned(a: np.ndarray, owned: tuple[int, int, int]) -> counts.Counts:
                 shown = np.stack([(four == i).any(0) for i in some])
                 n = np.count_nonzero(shown.all(0) & np.isin(four, some).all(0))
                 edges.setdefault(some, [0, 0, 0])[axis] = n
-    return counts.Counts(
+    return totals.Counts(
         {i: int(np.count_nonzero(a[tuple(map(slice, owned))] == i)) for i in labels},
         {k: tuple(v) for k, v in faces.items() if any(v)},
         {k: tuple(v) for k, v in edges.items() if any(v)},

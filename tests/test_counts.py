@@ -8,25 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_volumes import plain_counts
 
-from hpcres.counting import counts
+from hpcres.counting import counts, totals
 from hpcres.errors import InputError
 from hpcres.geometry import Box, blocks, following
 
 
-def by_blocks(a: np.ndarray, block: tuple[int, int, int]) -> counts.Counts:
+def by_blocks(a: np.ndarray, block: tuple[int, int, int]) -> totals.Counts:
     """Each block with a margin of one voxel where the volume goes on."""
     parts = [counts.count(a[box.grown(0, 1, Box.whole(a.shape)).slices], box.shape) for box in blocks(a.shape, block)]
-    return counts.add_all(parts[::-1])
+    return totals.add_all(parts[::-1])
 
 
-def by_rims(a: np.ndarray, block: tuple[int, int, int], periodic=(False, False, False)) -> counts.Counts:
+def by_rims(a: np.ndarray, block: tuple[int, int, int], periodic=(False, False, False)) -> totals.Counts:
     """Each block once, its last planes with the first planes of those beyond."""
     boxes = blocks(a.shape, block)
     inner = [counts.count_inner(np.array_split(a[box.slices], -(-box.shape[0] // 2))) for box in boxes]
     parts, rims = [part for part, _ in inner], [rim for _, rim in inner]
     for rim, near in zip(rims, following(boxes, a.shape, periodic), strict=True):
         parts.append(counts.count_rim(rim, {step: rims[at] for step, at in near.items()}))
-    return counts.add_all(parts)
+    return totals.add_all(parts)
 
 
 edge = st.integers(1, 9)
@@ -48,7 +48,7 @@ def test_any_chunking_gives_the_counts_of_the_whole_and_those_of_plain_numpy(
     a = np.random.default_rng(seed).choice(np.array(labels, dtype), shape)
     whole = counts.count(a)
     assert by_blocks(a, block) == by_rims(a, block) == whole == plain_counts(a)
-    assert counts.finalize(by_rims(a, block), voxel_size) == counts.finalize(whole, voxel_size)
+    assert totals.finalize(by_rims(a, block), voxel_size) == totals.finalize(whole, voxel_size)
     assert by_rims(a, block, periodic) == plain_counts(a, periodic)
 
 
@@ -69,7 +69,7 @@ def test_taufactor_counts_the_same_faces_and_tpb_edges():
     areas = metrics.interfacial_areas(a, normalize=False, device="cpu")
     assert areas == {pair: sum(n) for pair, n in total.faces.items()}
     tpb = float(metrics.triple_phase_boundary(a))
-    assert counts.finalize(total, (1, 1, 1)).tpb_normalised == pytest.approx(tpb, rel=1e-6)
+    assert totals.finalize(total, (1, 1, 1)).tpb_normalised == pytest.approx(tpb, rel=1e-6)
 
 
 def test_where_sides_meet_every_voxel_has_one_edge_along_each_axis():
@@ -80,7 +80,7 @@ def test_where_sides_meet_every_voxel_has_one_edge_along_each_axis():
 
 def test_checkerboard_has_every_face_between_the_phases():
     a = (np.indices((4, 5, 6)).sum(0) % 2).astype(np.uint8)
-    found = counts.finalize(counts.count(a), (1, 1, 1))
+    found = totals.finalize(counts.count(a), (1, 1, 1))
     assert found.interphase_area[0, 1] == 1.0
     assert found.tpb_density == 0.0
     assert found.specific_surface_faces[0] == (3 * 5 * 6 + 4 * 4 * 6 + 4 * 5 * 5) / 120
@@ -91,7 +91,7 @@ def test_layers_have_their_area_along_one_axis_only():
     a[3:5] = 1  # two interfaces normal to z
     total = counts.count(a)
     assert total.faces == {(0, 1): (2 * 5 * 7, 0, 0)}
-    found = counts.finalize(total, (2.0, 3.0, 5.0))
+    found = totals.finalize(total, (2.0, 3.0, 5.0))
     assert found.specific_surface_faces[1] == pytest.approx(2 / (8 * 2.0), rel=1e-14)
     assert found.specific_surface_crofton[1] == pytest.approx(4 / 3 / (8 * 2.0), rel=1e-14)
 
@@ -101,7 +101,7 @@ def test_one_box_has_the_surface_of_a_cuboid_with_anisotropic_voxels():
     a[2:5, 3:7, 4:9] = 1
     hz, hy, hx = 0.5, 2.0, 3.0
     bz, by, bx = 3 * hz, 4 * hy, 5 * hx
-    found = counts.finalize(counts.count(a), (hz, hy, hx))
+    found = totals.finalize(counts.count(a), (hz, hy, hx))
     volume = a.size * hz * hy * hx
     assert found.specific_surface_faces[1] == pytest.approx(2 * (bz * by + by * bx + bz * bx) / volume, rel=1e-14)
     assert found.volume_fraction == {0: 1 - 60 / a.size, 1: 60 / a.size}
@@ -115,7 +115,7 @@ def test_three_phases_meeting_in_one_line_have_its_length(axis, length):
     a = np.moveaxis(a, 0, axis)
     total = counts.count(a)
     assert total.edges[0, 1, 2] == tuple(6 if k == axis else 0 for k in range(3))
-    found = counts.finalize(total, (0.5, 2.0, 3.0))
+    found = totals.finalize(total, (0.5, 2.0, 3.0))
     assert found.tpb_density == pytest.approx(6 * length / (216 * 3.0), rel=1e-14)
     assert found.tpb_normalised == 6 / (3 * 6 * 25)
 
@@ -123,7 +123,7 @@ def test_three_phases_meeting_in_one_line_have_its_length(axis, length):
 def test_slabs_of_three_phases_never_meet_in_a_line():
     a = np.repeat([0, 1, 2], 3).astype(np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
     assert counts.count(a).edges == {}
-    assert counts.finalize(counts.count(a), (1, 1, 1)).interphase_area == {
+    assert totals.finalize(counts.count(a), (1, 1, 1)).interphase_area == {
         (0, 1): 16 / (8 * 16 + 2 * 9 * 12),
         (0, 2): 0.0,
         (1, 2): 16 / (8 * 16 + 2 * 9 * 12),
@@ -134,7 +134,7 @@ def test_an_edge_of_four_phases_counts_once_and_under_its_own_name():
     a = np.array([[[0, 1], [2, 3]]] * 5, np.uint8)
     total = counts.count(a)
     assert total.edges == {(0, 1, 2, 3): (5, 0, 0)}
-    assert counts.finalize(total, (1, 1, 1)).tpb_normalised == 5 / sum(total.all_edges)
+    assert totals.finalize(total, (1, 1, 1)).tpb_normalised == 5 / sum(total.all_edges)
 
 
 def test_labels_that_cannot_be_phases_are_refused():

@@ -50,7 +50,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "networks": {"errors", "networks"},
     "engines": {"compiled", "engines", "errors", "geometry", "networks", "simd"},
     "conditions": {"errors", "geometry", "study", "volumes"},
-    "counting": {"compiled", "counting", "errors", "geometry", "lengths", "study"},
+    "counting": {"compiled", "counting", "errors", "geometry", "lengths", "simd", "study"},
     "imaging": {"networks", "study"},
     "volumes": {"compiled", "counting", "errors", "geometry", "lengths", "outputs", "signals", "study", "volumes"},
     "checkpoint": {"errors", "families", "networks", "outputs", "study", "volumes"},
@@ -168,7 +168,7 @@ KEEPERS = {
     "distributed": {"metrics/", "library.py"},
     "click": {"cli/"},
     "taufactor": {"transport/second_opinion.py"},
-    "numba": {"compiled.py", "kernel_cache.py", "simd/", "counting/counts.py"},
+    "numba": {"compiled.py", "kernel_cache.py", "simd/"},
 }
 COMMANDS = [
     "phantom",

@@ -12,7 +12,8 @@ import torch
 from scipy import integrate, stats
 
 from hpcres import phantoms
-from hpcres.counting.counts import count, finalize
+from hpcres.counting.counts import count
+from hpcres.counting.totals import finalize
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.counting.counts import pack_bits, pack_phases
+from hpcres.counting.few_phases import pack_phases
+from hpcres.counting.many_phases import pack_bits
 
 
 @compiled

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.counting.counts import popcount, trailing_zeros
+from hpcres.simd.words import popcount, trailing_zeros
 
 
 class Ends(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 
 from hpcres.compiled import compiled
 from hpcres.counting.chords import Rows
-from hpcres.counting.counts import popcount
 from hpcres.counting.disjoint_sets import merge, root
+from hpcres.simd.words import popcount
 
 _LOW, _HIGH = (1, 2, 4), (8, 16, 32)
 """Bits of a face: the first and the last plane along z, y, x."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hpcres.compiled import compiled
-from hpcres.counting.counts import popcount
+from hpcres.simd.words import popcount
 
 _STRIP = 512
 """Words compared at a time, so that a strip of every lag stays in the nearest caches."""

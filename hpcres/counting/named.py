@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcres.counting import counts
-from hpcres.counting.counts import Counts, Densities
+from hpcres.counting import totals
+from hpcres.counting.totals import Counts, Densities
 from hpcres.lengths import MICROMETERS
 
 
@@ -40,7 +40,7 @@ class Named:
         return "|".join(self.phases[i] for i in labels)
 
     def values(self, by_metric: Mapping[str, Mapping[tuple[int, ...], Any]]) -> dict[str, Any]:
-        """Replace labels by names in values per metric and labels (`counts.by_metric`).
+        """Replace labels by names in values per metric and labels (`totals.by_metric`).
 
         A value that has no labels stands by itself.
         """
@@ -65,7 +65,7 @@ def described(total: Counts, named: Named) -> dict[str, Any]:
     dict
         The entries `voxel_size` to `tpb` of a volume in metrics.json.
     """
-    found = counts.finalize(total, named.lengths, tuple(named.phases))
+    found = totals.finalize(total, named.lengths, tuple(named.phases))
     per_length = f"1/{named.length_unit}"
     return {
         "voxel_size": list(named.voxel_size),

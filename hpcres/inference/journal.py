@@ -20,8 +20,8 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-from hpcres.counting import counts
-from hpcres.counting.counts import Counts
+from hpcres.counting import totals
+from hpcres.counting.totals import Counts
 from hpcres.errors import InputError
 from hpcres.geometry import Box, Triple, triple
 from hpcres.volumes.stores import AgreementStore, LabelStore
@@ -214,7 +214,7 @@ class Noted:
     files: tuple[tuple[int, int], ...]
     """Bytes and checksum in each store of the job, in the order of `open_stores`."""
     counts: tuple[Mapping[str, Any], ...]
-    """Of a tile: voxels, faces and edges as `counting.counts.to_json` has them, of each seed."""
+    """Of a tile: voxels, faces and edges as `counting.totals.to_json` has them, of each seed."""
 
 
 class Journal:
@@ -349,7 +349,7 @@ def total_counts(store: LabelStore, seeds: int) -> list[Counts]:
     """
     noted = read_journal(store.path)
     lines = [noted[0, box.start].counts for box in store.shard_boxes(0)]
-    total = [counts.add_all([counts.from_json(line[seed]) for line in lines]) for seed in range(seeds)]
+    total = [totals.add_all([totals.from_json(line[seed]) for line in lines]) for seed in range(seeds)]
     assert all(sum(one.voxels.values()) == prod(store.levels[0].shape) for one in total)
     return total
 

@@ -27,7 +27,7 @@ import torch
 from hpcres import __version__
 from hpcres.checkpoint import Checkpoint, load_checkpoint
 from hpcres.conditions import Conditions, conditions_of
-from hpcres.counting import counts
+from hpcres.counting import counts, totals
 from hpcres.counting.named import Named, described, spread
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.geometry import AXES, Tile, TilePlan, plan_tiles
@@ -428,7 +428,7 @@ class _Maker:
             # With the first voxels of the tiles on its + sides, to which its last faces and edges belong.
             painted = self.painter.paint(tile, conditions, seed=seed, more=1)
             with self.painter.timed("count"):
-                counted.append(counts.to_json(counts.count(painted, tile.write.shape, phases)))
+                counted.append(totals.to_json(counts.count(painted, tile.write.shape, phases)))
                 labels = labels if number else painted[own]
                 if len(self._job.seeds) > 1:
                     agree += painted[own] == labels

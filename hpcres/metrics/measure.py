@@ -36,10 +36,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcres import __version__
-from hpcres.counting import counts
-from hpcres.counting.counts import Counts, Rim
+from hpcres.counting import counts, totals
+from hpcres.counting.counts import Rim
 from hpcres.counting.named import Named, described, summary
 from hpcres.counting.slices import slice_statistics
+from hpcres.counting.totals import Counts
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Periodic, Triple, blocks, following
 from hpcres.lengths import VoxelEdges, cubic
@@ -116,13 +117,13 @@ def _count_rim(own: Leaf, beyond: Mapping[Triple, Leaf], path: str, labels: tupl
     if len(rims) < len(beyond):
         return inner, ()
     try:
-        return counts.add(inner, counts.count_rim(rim, rims, labels)), ()
+        return totals.add(inner, counts.count_rim(rim, rims, labels)), ()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
 def _add_parts(parts: Sequence[Part]) -> Part:
-    return counts.add_all([c for c, _ in parts]), tuple(f for _, failures in parts for f in failures)
+    return totals.add_all([c for c, _ in parts]), tuple(f for _, failures in parts for f in failures)
 
 
 def count_volume(
@@ -424,7 +425,7 @@ def measure_images(high_res: HighRes) -> dict[str, Any]:
     for image in high_res.images:
         phase_map.where = image.path
         for one in read_images(image.path):
-            total = counts.add(total, counts.count(phase_map.index(one[None]), labels=range(len(names))))
+            total = totals.add(total, counts.count(phase_map.index(one[None]), labels=range(len(names))))
     named = Named(dict(enumerate(names)), *cubic(high_res.voxel_size).lengths("high_res"))
     found = described(total, named)
     keep = ("voxel_size", "voxel_unit", "length_unit", "volume_fraction", "interphase_area")

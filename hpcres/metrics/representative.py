@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpcres.counting import counts
-from hpcres.counting.counts import Counts
+from hpcres.counting import counts, totals
+from hpcres.counting.totals import Counts
 from hpcres.geometry import Box, Triple, triple
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import Representative
@@ -193,7 +193,7 @@ def representative(
     follow(futures, f"representative volume of {Path(volume.path).name}", progress)
     values: dict[str, dict[tuple[int, ...], list[list[float]]]] = {}
     for (edge, _), cube in zip(items, client.gather(futures)[::-1], strict=True):
-        for metric, by_key in counts.by_metric(counts.finalize(cube, lengths, labels)).items():
+        for metric, by_key in totals.by_metric(totals.finalize(cube, lengths, labels)).items():
             for key, value in by_key.items():
                 per_size = values.setdefault(metric, {}).setdefault(key, [[] for _ in edges])
                 per_size[edges.index(edge)].append(value)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpcres.counting import counts
-from hpcres.counting.counts import Counts
+from hpcres.counting import counts, totals
+from hpcres.counting.totals import Counts
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics.schedule import Source, follow, submit
 from hpcres.study import SubVolumes
@@ -135,8 +135,8 @@ def subvolumes(
         transport = {i: {axis: [cube[i][axis] for cube in solved] for axis in AXES} for i in labels}
     values: dict[str, dict[tuple[int, ...], list[float]]] = {}
     for cube in client.gather(counting):
-        found = counts.finalize(cube, lengths, labels)
-        for metric, by_key in counts.by_metric(found).items():
+        found = totals.finalize(cube, lengths, labels)
+        for metric, by_key in totals.by_metric(found).items():
             for key, value in by_key.items():
                 values.setdefault(metric, {}).setdefault(key, []).append(value)
     return Distributions(edge, seed, starts, values, transport)

@@ -55,22 +55,6 @@ def _of_memory(what: str, kind: Register, place: Any) -> str:
 
 
 @intrinsic
-def popcount(typing: Any, number: Any) -> Any:
-    """Count the set bits of an int64."""
-    return types.int64(types.int64), lambda context, builder, signature, arguments: build_call(
-        builder, "llvm.ctpop.i64", ir.IntType(64), [arguments[0]]
-    )
-
-
-@intrinsic
-def lowest(typing: Any, number: Any) -> Any:
-    """Return the place of the lowest set bit of an int64 that is not 0."""
-    return types.int64(types.int64), lambda context, builder, signature, arguments: build_call(
-        builder, "llvm.cttz.i64", ir.IntType(64), [arguments[0], ir.Constant(ir.IntType(1), 1)]
-    )
-
-
-@intrinsic
 def spread(typing: Any, array: Any, index: Any, mask: Any) -> Any:
     """Load array[index], array[index + 1], … into the lanes of the mask, 0 into the others."""
     out = _register(array)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hpcres.conditions import Conditions
-from hpcres.counting.counts import MAX_PHASES, Counts, add, count, count_inner, count_rim
+from hpcres.counting.counts import count, count_inner, count_rim
+from hpcres.counting.totals import MAX_PHASES, Counts, add
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, MIRROR, Box, triple
 from hpcres.imaging import one_hot

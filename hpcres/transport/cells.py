@@ -15,8 +15,8 @@ from functools import cache
 
 import numpy as np
 
-from hpcres.simd.masks import popcount
 from hpcres.simd.registers import SIXTEEN, add, load, store
+from hpcres.simd.words import popcount
 from hpcres.transport.compiling import compiled, inlined
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcres.simd.masks import gathered, keep, load_few, lowest, popcount, store_few
+from hpcres.simd.masks import gathered, keep, load_few, store_few
 from hpcres.simd.registers import SIXTEEN, add, add_product, fma, load, multiply, no_sum, splat, subtract, total
+from hpcres.simd.words import popcount, trailing_zeros
 from hpcres.transport.compiling import compiled, inlined
 from hpcres.transport.rows import (
     MARGIN,
@@ -95,7 +96,7 @@ def unpack(geometry, bits, rows, v, z0, out):
             for k in range(geometry[3]):
                 left = np.int64(bits[z + 1, y + 1, k + 1])
                 while left:
-                    out[z - z0, y, 16 * k + lowest(left)] = v[at]
+                    out[z - z0, y, 16 * k + trailing_zeros(left)] = v[at]
                     left &= left - 1
                     at += 1
 
@@ -221,7 +222,7 @@ def fill_ramp(geometry, bits, rows, v, z0, z1):
             for k in range(geometry[3]):
                 left = np.int64(bits[z + 1, y + 1, k + 1])
                 while left:
-                    place = z if axis == 0 else y if axis == 1 else 16 * k + lowest(left)
+                    place = z if axis == 0 else y if axis == 1 else 16 * k + trailing_zeros(left)
                     v[at] = (place - first + 0.5) / (last - first + 1)
                     left &= left - 1
                     at += 1

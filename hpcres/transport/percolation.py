@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.counting.disjoint_sets import merge, root
-from hpcres.simd.masks import popcount
+from hpcres.simd.words import popcount
 from hpcres.transport.cells import AGGREGATE, AGGREGATES, find_cells
 from hpcres.transport.compiling import compiled
 from hpcres.transport.threads import Threads

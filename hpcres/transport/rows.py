@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcres.simd.masks import keep, popcount, spread
+from hpcres.simd.masks import keep, spread
 from hpcres.simd.registers import SIXTEEN, add, divide, fma, load, multiply, splat, store
+from hpcres.simd.words import popcount
 from hpcres.transport.cells import wrapped
 from hpcres.transport.compiling import compiled, inlined
 

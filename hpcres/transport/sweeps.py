@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hpcres.simd.masks import gathered, inverse, keep, popcount, spread, store_few
+from hpcres.simd.masks import gathered, inverse, keep, spread, store_few
 from hpcres.simd.registers import SIXTEEN, add, add_product, fma, load, multiply, no_sum, store, total
+from hpcres.simd.words import popcount
 from hpcres.transport.cells import prolong_row, restrict_row, wrapped
 from hpcres.transport.compiling import compiled, inlined
 from hpcres.transport.rows import (
