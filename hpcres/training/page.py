@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hpcres import pages
+from hpcres.old_names import with_new_columns
 
 _MOST_SLICES = 15
 
@@ -76,7 +77,7 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    return {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(header)}
+    return {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(with_new_columns(header))}
 
 
 def _curves(columns: dict[str, np.ndarray]) -> str:
