@@ -12,11 +12,9 @@ from small_training import blobs, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
-from hpcres.metrics.measure import header, measure
-from hpcres.metrics.schedule import connect
 from hpcres.old_names import RENAMED_SETTINGS, with_new_result_names
 from hpcres.reports.write import find_result, report_volume
-from hpcres.study import Metrics, Study, SubVolumes
+from hpcres.study import Study
 from hpcres.study_file import load_study, save_study
 from hpcres.training.journal import _Rows
 from hpcres.training.loop import train
@@ -83,7 +81,7 @@ def test_an_old_result_file_is_read_and_says_so_in_a_line(caplog):
 
 
 def test_a_report_reads_the_old_name_as_the_new_one(tmp_path, caplog):
-    np.save(tmp_path / "v.npy", blobs((16, 16, 16), 1))
+    np.save(tmp_path / "v.npy", blobs((16, 16, 16), 1, phases=2))
     volume = open_volume(tmp_path / "v.npy")
     groups = dict.fromkeys("01", 0.5)
     low_res = {
@@ -96,11 +94,20 @@ def test_a_report_reads_the_old_name_as_the_new_one(tmp_path, caplog):
         "changed_faces": {axis: [0.25, 0.2, 0.3, 0.25] for axis in "zyx"},
         "lattice_imprint": 0.2,
     }
-    with connect(threads=1) as client:
-        without = Metrics(statistics=())
-        entry = measure(volume, client=client, statistics=without, settings=SubVolumes(count=0), progress=False)
+    entry = {
+        "path": volume.path,
+        "shape": list(volume.shape),
+        "voxel_size": [1.0] * 3,
+        "voxel_unit": "voxel",
+        "length_unit": "voxel",
+        "phases": [{"label": 0, "name": "0"}, {"label": 1, "name": "1"}],
+        "volume_fraction": groups,
+        "specific_surface_area": {"unit": "1/voxel", "faces": groups, "crofton": groups},
+        "interphase_area": {"0|1": 0.1},
+        "tpb": {"unit": "1/voxel^2"},
+    }
     old = tmp_path / "measured.json"  # a file whose name ends in metrics.json must fit today's schema
-    write_json(old, {**header(), "volume": entry, "low_res": low_res})
+    write_json(old, {"schema": "hpcres metrics 1", "volume": entry, "low_res": low_res})
     with caplog.at_level(logging.WARNING):
         found = find_result(volume, "metrics", old, True, None)
     assert [record.getMessage() for record in caplog.records] == [
