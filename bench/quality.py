@@ -45,6 +45,7 @@ import yaml
 from scipy import ndimage
 
 from hpcres.geometry import Box
+from hpcres.old_names import with_new_result_names
 from hpcres.study import Study
 from hpcres.study_file import load_study
 from hpcres.volumes.convert import convert
@@ -458,7 +459,7 @@ def measured(config: Path, folder: Path, settings: Sequence[str]) -> Result:
         left_out = ["correlations", "chords", "connectivity", "spectrum", "representative"]
         less = ["--set=metrics.subvolumes.count=0", *(f"--without={name}" for name in left_out)]
         hpcres("metrics", str(config), f"--output={folder}", *settings, *less)
-    return json.loads(target.read_text())
+    return with_new_result_names(json.loads(target.read_text()), target)
 
 
 def run_of(config: Path, folder: Path, settings: Sequence[str]) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hpcres.errors import InputError
@@ -46,17 +46,15 @@ def rename_old_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def with_new_result_names(result: Any, path: object) -> Any:
-    """Return the content of a metrics.json with new names in place of old ones.
-
-    The user is told of each old name in one line.
+def with_new_result_names(result: Any, path: object = None) -> Any:
+    """Return results, as the content of a metrics.json, with new names in place of old ones.
 
     Parameters
     ----------
     result : object
-        Content of the file: mappings, lists and values.
-    path : object
-        The file, for the line.
+        Mappings, lists and values.
+    path : object, optional
+        The file. If it is given, the user is told of each old name in one line.
 
     Returns
     -------
@@ -65,7 +63,7 @@ def with_new_result_names(result: Any, path: object) -> Any:
 
     Examples
     --------
-    >>> with_new_result_names({"low_res": {"lattice_imprint": 0.1}}, "metrics.json")
+    >>> with_new_result_names({"low_res": {"lattice_imprint": 0.1}})
     {'low_res': {'grid_artefact': 0.1}}
     """
     found = set[str]()
@@ -79,11 +77,29 @@ def with_new_result_names(result: Any, path: object) -> Any:
         return {RENAMED_RESULTS.get(key, key): renamed(one) for key, one in value.items()}
 
     content = renamed(result)
-    for old in sorted(found):
-        log.warning("%s: %s is now %s; the old name is read all the same", path, old, RENAMED_RESULTS[old])
+    _tell(found, path)
     return content
 
 
-def with_new_columns(columns: Sequence[str]) -> list[str]:
-    """Return the columns of a quality.csv with new names in place of old ones."""
+def with_new_columns(columns: Sequence[str], path: object = None) -> list[str]:
+    """Return the columns of a quality.csv with new names in place of old ones.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        The columns.
+    path : object, optional
+        The file. If it is given, the user is told of each old name in one line.
+
+    Returns
+    -------
+    list of str
+        The columns with new names.
+    """
+    _tell(RENAMED_RESULTS.keys() & set(columns), path)
     return [RENAMED_RESULTS.get(column, column) for column in columns]
+
+
+def _tell(found: Iterable[str], path: object) -> None:
+    for old in sorted(found) if path is not None else ():
+        log.warning("%s: %s is now %s; the old name is read all the same", path, old, RENAMED_RESULTS[old])

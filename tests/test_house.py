@@ -39,6 +39,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "terminal": set(),
     "old_names": {"errors"},
     "progress": set(),
+    "pages": {"volumes"},
     "geometry": {"errors"},
     "noise": {"compiled", "geometry"},
     "lengths": {"errors", "geometry"},
@@ -69,6 +70,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "noise",
         "old_names",
         "outputs",
+        "pages",
         "progress",
         "signals",
         "study",
@@ -156,7 +158,18 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "phantoms",
     },
     "__init__": {"errors", "library", "results"},
-    "reports": {"counting", "errors", "geometry", "lengths", "metrics", "old_names", "reports", "study", "volumes"},
+    "reports": {
+        "counting",
+        "errors",
+        "geometry",
+        "lengths",
+        "metrics",
+        "old_names",
+        "pages",
+        "reports",
+        "study",
+        "volumes",
+    },
 }
 KEEPERS = {
     "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"},
@@ -167,6 +180,7 @@ KEEPERS = {
     "dask": {"metrics/"},
     "distributed": {"metrics/", "library.py"},
     "click": {"cli/"},
+    "jinja2": {"pages.py"},
     "taufactor": {"transport/second_opinion.py"},
     "numba": {"compiled.py", "kernel_cache.py", "simd/"},
 }
@@ -296,7 +310,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     )
     assert out.returncode == 0
     loaded = {line.split("|")[-1].strip() for line in out.stderr.splitlines() if line.startswith("import time")}
-    assert not loaded & {"torch", "zarr", "dask", "numba", "matplotlib"}
+    assert not loaded & {"torch", "zarr", "dask", "numba", "matplotlib", "jinja2"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

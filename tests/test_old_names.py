@@ -1,17 +1,26 @@
-"""Settings that were renamed are read under their old names, in study files, bases, --set and checkpoints."""
+"""Settings and results that were renamed are read under their old names, in every file that has them."""
 
+import csv
 import json
 import logging
 
+import numpy as np
 import pytest
+import torch
 import yaml
-from small_training import study_of
+from small_training import blobs, study_of
 
+from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
 from hpcres.old_names import RENAMED_SETTINGS, with_new_result_names
+from hpcres.reports.write import find_result, report_volume
 from hpcres.study import Study
 from hpcres.study_file import load_study, save_study
 from hpcres.training.journal import _Rows
+from hpcres.training.loop import train
+from hpcres.training.page import write_page
+from hpcres.volumes.files import write_json
+from hpcres.volumes.formats import open_volume
 
 OLD = RENAMED_SETTINGS["training"]
 
@@ -69,6 +78,75 @@ def test_an_old_result_file_is_read_and_says_so_in_a_line(caplog):
     assert new == {"low_res": {"agreement": 1.0, "grid_artefact": 0.2}, "planes": [{"grid_artefact": 0.1}]}
     told = ["metrics.json: lattice_imprint is now grid_artefact; the old name is read all the same"]
     assert [record.getMessage() for record in caplog.records] == told
+
+
+def test_a_report_reads_the_old_name_as_the_new_one(tmp_path, caplog):
+    np.save(tmp_path / "v.npy", blobs((16, 16, 16), 1, phases=2))
+    volume = open_volume(tmp_path / "v.npy")
+    groups = dict.fromkeys("01", 0.5)
+    low_res = {
+        "phases": ["0", "1"],
+        "agreement": 1.0,
+        "voxels_compared": 64,
+        "confusion": {"0": {"0": 32, "1": 0}, "1": {"0": 0, "1": 32}},
+        "volume_fraction": groups,
+        "of_volume": groups,
+        "changed_faces": {axis: [0.25, 0.2, 0.3, 0.25] for axis in "zyx"},
+        "lattice_imprint": 0.2,
+    }
+    entry = {
+        "path": volume.path,
+        "shape": list(volume.shape),
+        "voxel_size": [1.0] * 3,
+        "voxel_unit": "voxel",
+        "length_unit": "voxel",
+        "phases": [{"label": 0, "name": "0"}, {"label": 1, "name": "1"}],
+        "volume_fraction": groups,
+        "specific_surface_area": {"unit": "1/voxel", "faces": groups, "crofton": groups},
+        "interphase_area": {"0|1": 0.1},
+        "tpb": {"unit": "1/voxel^2"},
+    }
+    old = tmp_path / "measured.json"  # a file whose name ends in metrics.json must fit today's schema
+    write_json(old, {"schema": "hpcres metrics 1", "volume": entry, "low_res": low_res})
+    with caplog.at_level(logging.WARNING):
+        found = find_result(volume, "metrics", old, True, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{old}: lattice_imprint is now grid_artefact; the old name is read all the same"
+    ]
+    page = report_volume(volume, found, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<b>Grid artefact 20.0%</b>" in page
+
+
+def test_a_run_with_old_names_goes_on_and_says_so_in_a_line(tmp_path, caplog):
+    def study(steps):
+        training = {"steps": steps, "quality_steps": 1, "quality_cubes": 1, "cubes": 1, "critic_steps": 1}
+        return study_of(tmp_path, training=training | {"recalibration_cubes": 1})
+
+    first, longer = study(1), study(2)
+    train(first)
+    table = first.folder / "quality.csv"
+    table.write_text(table.read_text().replace("grid_artefact", "lattice_imprint"))
+    content = torch.load(first.checkpoint_path, weights_only=True)
+    best = content["training"]["best"]
+    best["lattice_imprint"] = best.pop("grid_artefact")
+    torch.save(content, first.checkpoint_path)
+    with caplog.at_level(logging.WARNING, logger="hpcres"):
+        assert train(longer).resumed_step == 1
+    assert [record.getMessage() for record in caplog.records if "is now" in record.getMessage()] == [
+        f"{table}: lattice_imprint is now grid_artefact; the old name is read all the same"
+    ]
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert all(float(row["grid_artefact"]) >= 0 for row in rows)
+    kept = load_checkpoint(longer.checkpoint_path).training_state["best"]
+    assert "grid_artefact" in kept
+    assert "lattice_imprint" not in kept
+
+
+def test_training_html_shows_an_old_quality_csv_under_the_new_name(tmp_path):
+    (tmp_path / "quality.csv").write_text("step,seconds,score,lattice_imprint\n10,1,2,0.5\n20,2,1,0.25\n")
+    assert "<th>score</th><th>grid artefact</th>" in write_page(tmp_path, "old").read_text(encoding="utf-8")
 
 
 def test_rows_of_an_old_quality_csv_are_kept_by_a_run_that_goes_on(tmp_path):

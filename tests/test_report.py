@@ -10,9 +10,11 @@ import os
 import re
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from hpcres.errors import InputError
@@ -21,6 +23,7 @@ from hpcres.lengths import Length, cubic
 from hpcres.metrics.measure import Work, header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
+from hpcres.pages import render
 from hpcres.reports.numbers import metrics_sections
 from hpcres.reports.write import find_result, report_study, report_volume
 from hpcres.study import Study, SubVolumes
@@ -288,6 +291,21 @@ def test_broken_json_is_named(finished, tmp_path):
     with pytest.raises(InputError, match=r"metrics\.json: not valid JSON"):
         report_study(other, open_volume(study.labels_path))
     assert not other.report_path.exists()
+
+
+def test_the_figures_of_the_page_are_svg(finished):
+    found = re.findall(r"src='data:image/svg\+xml;base64,([^']+)'", page_of(finished[0]))
+    assert len(found) >= 6
+    for data in found:
+        assert ElementTree.fromstring(base64.b64decode(data, validate=True)).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_template_escapes_what_it_is_given_and_needs_all_of_it():
+    page = render("provenance", facts={"<b>": "'a' & b", "empty": ""})
+    assert "<th>&lt;b&gt;</th><td>&#39;a&#39; &amp; b</td>" in page
+    assert "empty" not in page
+    with pytest.raises(UndefinedError, match="'facts' is undefined"):
+        render("provenance")
 
 
 def test_the_same_numbers_give_the_same_page(finished):

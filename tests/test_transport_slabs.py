@@ -309,7 +309,7 @@ def test_an_estimate_is_labelled_wherever_it_is_shown_and_never_the_default(tmp_
     from click.testing import CliRunner
 
     from hpcres.cli import commands
-    from hpcres.reports.numbers import _transport_table
+    from hpcres.reports.transport import transport_section
 
     np.save(tmp_path / "a.npy", np.random.default_rng(2).integers(0, 2, (40, 72, 40)).astype(np.uint8))
     arguments = ["tortuosity", str(tmp_path / "a.npy"), "--output", str(tmp_path / "t.json"), "--phase", "1"]
@@ -318,7 +318,7 @@ def test_an_estimate_is_labelled_wherever_it_is_shown_and_never_the_default(tmp_
     assert shown.output.count("% off as a network") == 4  # the heading and three directions
     found = json.loads((tmp_path / "t.json").read_text())
     assert "% off as a network" in found["solver"]["method"]
-    page = _transport_table(found)
+    page = transport_section(found, None, "")
     assert page.count("(estimate of blocks)") == 6
     assert "% off as a network" in page
     assert "upper bound" not in page + shown.output

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from html import escape
 from math import ceil, floor, log10
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.lengths import Spacing
-from hpcres.reports import page
+from hpcres.pages import render
+from hpcres.reports import drawing
 from hpcres.study import Study
 from hpcres.volumes.formats import file_of, read_images
 from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap, likeliest
@@ -52,12 +53,32 @@ class View:
     unknown: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Crop:
+    """The middle of a training image.
+
+    Attributes
+    ----------
+    source : str
+        Picture as a data URI.
+    name : str
+        Name of the image's file.
+    rows, columns : int
+        Size of the picture in pixels.
+    of_rows, of_columns : int
+        Size of the image in pixels.
+    """
+
+    source: str
+    name: str
+    rows: int
+    columns: int
+    of_rows: int
+    of_columns: int
+
+
 def slices_section(
-    views: Sequence[View],
-    legend: Mapping[str, np.ndarray],
-    voxel: Spacing,
-    unit: str,
-    crop: tuple[str, str, int] | None,
+    views: Sequence[View], legend: Mapping[str, np.ndarray], voxel: Spacing, unit: str, crop: Crop | None
 ) -> str:
     """Return the section with a grid of images, a row for each plane and a column for each volume.
 
@@ -73,8 +94,8 @@ def slices_section(
         Edges z, y, x of a high-res voxel, in `unit`.
     unit : str
         Symbol of the unit, for the scale bars.
-    crop : tuple or None
-        Picture, caption and columns of a training image, as `training_crop` gives them.
+    crop : Crop or None
+        The middle of a training image.
 
     Returns
     -------
@@ -83,7 +104,7 @@ def slices_section(
     """
     main = next(s for s in views if s.step == 1)
     middle = [n // 2 for n in main.volume.shape]
-    planes, pictures, shown_edge = [], [], 0
+    planes, shown_edge = [], 0
     for axis in range(3):
         sides = [a for a in range(3) if a != axis]
         start, stop = list(middle), [m + 1 for m in middle]
@@ -94,41 +115,31 @@ def slices_section(
             stop[a] = min(start[a] + _SLICE_VOXELS // period * period, main.volume.shape[a])
         region = Box(triple(start), triple(stop))
         shown_edge = region.shape[sides[1]]
-        plane = "".join(AXES[a] for a in sides)
-        planes.append(f"{AXES[axis]} = {middle[axis]}<br><small>{plane}</small>")
-        for view in views:
-            picture, alt = page.picture(_slice(view, region, axis), view.colours), f"{view.title}, {plane} plane"
-            bar = _scale_bar(shown_edge, voxel[sides[1]], unit)
-            high, wide = (region.shape[a] * voxel[a] for a in sides)
-            ratio = "" if len(set(voxel)) == 1 else f" style='aspect-ratio:{wide:.6g}/{high:.6g}'"
-            pictures.append(f"<div class='slice'><img alt='{escape(alt)}' src='{picture}'{ratio}>{bar}</div>")
-    if len(views) == 1:  # one volume: its planes side by side
-        cells = ["<div></div>", *(f"<div class='plane'>{plane}</div>" for plane in planes), "<div></div>", *pictures]
-    else:
-        cells = ["<div></div>", *(f"<div class='head'>{escape(view.title)}</div>" for view in views)]
-        for row, plane in enumerate(planes):
-            cells += [f"<div class='plane'>{plane}</div>", *pictures[row * len(views) : (row + 1) * len(views)]]
-    swatches = "".join(
-        f"<span><i style='background:rgb({','.join(str(int(c)) for c in colour)})'></i>{escape(name)}</span>"
-        for name, colour in legend.items()
-    )
-    columns = len(views) if len(views) > 1 else len(planes)
-    kind = "grid" if len(views) > 1 else "grid single"
-    grid = f"<div class='{kind}' style='--columns:{columns}'>{''.join(cells)}</div>"
-    whole = all(n <= _SLICE_VOXELS for n in main.volume.shape)
-    where = "Whole planes through the middle" if whole else f"The middle {shown_edge} voxels of the middle planes"
-    where += ", the same region in every column" if len(views) > 1 else ""
-    training = ""
-    if crop is not None:
-        picture, caption, edge = crop
-        training = (
-            f"<div class='training'><div class='slice'><img alt='training image' src='{picture}'>"
-            f"{_scale_bar(edge, voxel[2], unit)}</div><p>{caption}</p></div>"
+        name = "".join(AXES[a] for a in sides)
+        high, wide = (region.shape[a] * voxel[a] for a in sides)
+        pictures = [
+            {"alt": f"{view.title}, {name} plane", "source": drawing.picture(_slice(view, region, axis), view.colours)}
+            for view in views
+        ]
+        planes.append(
+            {
+                "axis": AXES[axis],
+                "middle": middle[axis],
+                "sides": name,
+                "pictures": pictures,
+                "bar": _scale_bar(shown_edge, voxel[sides[1]], unit),
+                "ratio": "" if len(set(voxel)) == 1 else f"{wide:.6g}/{high:.6g}",
+            }
         )
-    return (
-        f"<section><h2>Slices</h2><p class='legend'>{swatches}</p>{grid}"
-        f"<p class='note'>{where}; rows run along the first of the two axes named.</p>"
-        f"{training}</section>"
+    return render(
+        "slices",
+        titles=[view.title for view in views],
+        planes=planes,
+        legend=[(name, ",".join(str(int(c)) for c in colour)) for name, colour in legend.items()],
+        whole=all(n <= _SLICE_VOXELS for n in main.volume.shape),
+        shown_edge=shown_edge,
+        crop=crop,
+        crop_bar=None if crop is None else _scale_bar(crop.columns, voxel[2], unit),
     )
 
 
@@ -145,7 +156,7 @@ def _slice(view: View, region: Box, axis: int) -> np.ndarray:
     return likeliest(low_res).squeeze(axis)
 
 
-def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str, str, int] | None:
+def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> Crop | None:
     """Return the middle of the first high-res image; None if there is no image or its file does not exist.
 
     Parameters
@@ -159,8 +170,8 @@ def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str
 
     Returns
     -------
-    tuple or None
-        Picture as a data URI, caption as HTML, and number of columns.
+    Crop or None
+        The middle of the image.
     """
     if not study.high_res.images or not exists(study.high_res.images[0].path):
         return None
@@ -169,12 +180,7 @@ def training_crop(study: Study, colours: np.ndarray, shape: Triple) -> tuple[str
     edges = [min(_SLICE_VOXELS, max(shape), n) for n in first.shape]
     at = [(n - e) // 2 for n, e in zip(first.shape, edges, strict=True)]
     part = first[at[0] : at[0] + edges[0], at[1] : at[1] + edges[1]]
-    caption = (
-        f"<b>High-res training image</b> at the same magnification: the middle {edges[0]} × {edges[1]} pixels of "
-        f"{escape(Path(image.path).name)} ({first.shape[0]} × {first.shape[1]}). The super-resolved slices above "
-        "should look as if cut from the same material."
-    )
-    return page.picture(part, colours), caption, edges[1]
+    return Crop(drawing.picture(part, colours), Path(image.path).name, edges[0], edges[1], *first.shape)
 
 
 def palette(count: int) -> np.ndarray:
@@ -182,15 +188,13 @@ def palette(count: int) -> np.ndarray:
     return np.array([PHASE_COLOURS[i % len(PHASE_COLOURS)] for i in range(count)], float)
 
 
-def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> str:
-    """Return the HTML of a scale bar of a round length, at most a third of the image."""
+def _scale_bar(shown_voxels: int, voxel: float, unit: str) -> dict[str, Any]:
+    """Return the share of the image, in percent, and the text of a bar of a round length, at most a third of it."""
     longest = shown_voxels * voxel / 3
     power = 10.0 ** floor(log10(longest))
     length = max(step * power for step in (1, 2, 5) if step * power <= longest * (1 + 1e-9))
-    text, share = f"{length:g} {unit}", 100 * length / (shown_voxels * voxel)
-    if unit == "nm" and length >= 1000:
-        text = f"{length / 1000:g} µm"
-    return f"<div class='bar' style='width:{share:.2f}%'></div><div class='bartext'>{text}</div>"
+    text = f"{length / 1000:g} µm" if unit == "nm" and length >= 1000 else f"{length:g} {unit}"
+    return {"share": 100 * length / (shown_voxels * voxel), "text": text}
 
 
 def exists(path: str) -> bool:

@@ -5,24 +5,26 @@ If a stage has not made its results yet, the page says so and names the command 
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hpcres import __version__
 from hpcres.errors import InputError
 from hpcres.lengths import VoxelEdges
 from hpcres.metrics.table import short_unit, size_text
 from hpcres.old_names import with_new_result_names
-from hpcres.reports import page
-from hpcres.reports.numbers import metrics_sections, transport_section, verdict
+from hpcres.pages import render, write_page
+from hpcres.reports.numbers import metrics_sections
 from hpcres.reports.slices import UNKNOWN_COLOUR, View, exists, palette, slices_section, training_crop
+from hpcres.reports.training import training_section
+from hpcres.reports.transport import transport_section
+from hpcres.reports.verdict import verdict_section
 from hpcres.study import Study
 from hpcres.volumes.formats import file_of, open_volume
 from hpcres.volumes.phases import open_low_res
@@ -59,20 +61,26 @@ def report_study(study: Study, volume: Volume) -> Path:
     size = study.high_res.voxel_size
     legend = dict(zip(study.phases, colours, strict=True)) | low_legend
     stale = metrics is not None and _made_by(metrics["volume"].get("provenance")) != _made_by(volume.provenance)
-    body = [
-        page.header(study.name, f"{_shape_text(volume)} voxels of {size}, scale factor {study.scale_factor}"),
-        page.warning("metrics.json belongs to another labels.zarr; run hpcres metrics again") if stale else "",
-        *map(page.warning, notes),
-        verdict(metrics, study),
+    warnings = ["metrics.json belongs to another labels.zarr; run hpcres metrics again"] if stale else []
+    sections = [
+        verdict_section(metrics, study),
         slices_section(
             views, legend, (size.length,) * 3, short_unit(size.unit), training_crop(study, colours, volume.shape)
         ),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, "hpcres tortuosity"),
-        _training(study.folder / "training.csv"),
-        _provenance(_study_facts(study, volume, metrics, transport)),
+        training_section(study.folder / "training.csv"),
+        render("provenance", facts=_study_facts(study, volume, metrics, transport)),
     ]
-    return page.write(study.report_path, study.name, body)
+    return write_page(
+        study.report_path,
+        "page",
+        title=study.name,
+        subtitle=f"{_shape_text(volume)} voxels of {size}, scale factor {study.scale_factor}",
+        warnings=[*warnings, *notes],
+        sections=sections,
+        version=__version__,
+    )
 
 
 def _low_res_view(study: Study, colours: np.ndarray) -> tuple[list[View], dict[str, np.ndarray]]:
@@ -128,14 +136,16 @@ def report_volume(
     view = View(name, volume, Fraction(1), colours, labels)
     facts = {"volume": os.path.abspath(volume.path), "size": size_text(entry), "hpcres": metrics.get("hpcres", "")}
     solve = f"hpcres tortuosity {volume.path} --output {Path(target).parent / 'transport.json'}"
-    body = [
-        page.header(name, size_text(entry)),
+    facts |= {**_flat(volume.provenance), **_commands(metrics, transport)}
+    sections = [
         slices_section([view], legend, entry["voxel_size"], short_unit(entry["voxel_unit"]), None),
         *metrics_sections(metrics, "hpcres metrics"),
         transport_section(transport, metrics, solve),
-        _provenance({**facts, **_flat(volume.provenance), **_commands(metrics, transport)}),
+        render("provenance", facts=facts),
     ]
-    return page.write(Path(target), name, body)
+    return write_page(
+        Path(target), "page", title=name, subtitle=size_text(entry), warnings=[], sections=sections, version=__version__
+    )
 
 
 def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: VoxelEdges | None) -> dict[str, Any] | None:
@@ -191,72 +201,6 @@ def find_result(volume: Volume, stage: str, path: Path, given: bool, edges: Voxe
     file = file_of(volume.path)
     of_it = os.path.abspath(volume.path) == entry["path"] and path.stat().st_mtime >= os.stat(file).st_mtime
     return found if given or of_it else None
-
-
-def _training(path: Path) -> str:
-    """Return the section with curves of the columns that training.csv has."""
-    if not path.is_file():
-        return page.missing("Training", path.name, "hpcres train")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: np.array([_float(row.get(name)) for row in rows]) for name in (rows[0] if rows else {})}
-    if len(rows) < 2 or "step" not in columns:
-        return page.missing("Training", path.name, "hpcres train")
-    minutes = columns["seconds"] / 60 if "seconds" in columns else None
-    along, label = (minutes, "minutes") if minutes is not None else (columns["step"], "step")
-    fractions = [name for name in columns if name.startswith("fraction_")]
-    panels: list[tuple[str, list[str], str]] = [
-        ("Wasserstein distance", ["wasserstein"], "linear"),
-        ("critic and generator loss", ["critic_loss", "generator_loss"], "linear"),
-        ("voxel loss", ["voxel_loss"], "log"),
-        ("low-res agreement", ["low_res_agreement"], "linear"),
-        ("phase fractions of generated cubes", fractions, "linear"),
-        ("gradient penalty", ["gradient_penalty"], "linear"),
-    ]
-    known = {"step", "seconds", "learning_rate", *(name for _, names, _ in panels for name in names)}
-    panels += [(name.replace("_", " "), [name], "linear") for name in columns if name not in known]
-    panels = [(t, [n for n in names if n in columns], s) for t, names, s in panels]
-    panels = [panel for panel in panels if panel[1]]
-    lines = -(-len(panels) // 3)
-    figure = page.figure(11, 2.3 * lines)
-    for place, (title, names, scale) in enumerate(panels, 1):
-        axes = figure.add_subplot(lines, 3, place)
-        for number, name in enumerate(names):
-            values = columns[name]
-            colour = (page.OURS, page.TRUTH, page.IMAGES, "#b0487c", "#8064a2", "#4aa0a0")[number % 6]
-            axes.plot(along, values, color=colour, alpha=0.3 if len(rows) > 60 else 0.9, linewidth=1)
-            if len(rows) > 60:
-                axes.plot(along, _smooth(values), color=colour, linewidth=1.6)
-            if len(names) > 1:
-                axes.plot([], [], color=colour, label=name.removeprefix("fraction_").replace("_", " "))
-        if scale == "log" and all(np.nanmin(columns[n]) > 0 for n in names):
-            axes.set_yscale("log")
-        if len(names) > 1:
-            axes.legend(fontsize=7, frameon=False, labelcolor=page.INK)
-        axes.set_title(title, fontsize=8)
-        axes.set_xlabel(label, fontsize=7)
-        axes.tick_params(which="both", labelsize=7)
-    steps, time = int(columns["step"][-1]), "" if minutes is None else f" in {minutes[-1]:.1f} minutes"
-    return f"<section><h2>Training</h2><p>{steps:,} generator steps{time}.</p>{page.svg(figure, 'training')}</section>"
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the running mean over a thirtieth of the run."""
-    width = max(3, len(values) // 30)
-    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
-    return np.convolve(padded, np.full(width, 1 / width), mode="valid")
-
-
-def _float(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return float("nan")
-
-
-def _provenance(facts: Mapping[str, str]) -> str:
-    lines = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items() if value)
-    return f"<section><h2>Provenance</h2><div class='wide'><table class='facts'>{lines}</table></div></section>"
 
 
 def _study_facts(

@@ -206,7 +206,7 @@ def _rows_up_to(path: Path, columns: list[str], step: int) -> list[list[str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    if with_new_columns(header) != columns:
+    if with_new_columns(header, path) != columns:
         return []
     # A kill can cut the last row short.
     return [row for row in rows if len(row) == len(columns) and int(row[0]) <= step]

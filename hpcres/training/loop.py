@@ -20,6 +20,7 @@ from hpcres.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hpcres.conditions import conditions_volume
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.families import family_of
+from hpcres.old_names import with_new_result_names
 from hpcres.signals import handling_signals, set_saved
 from hpcres.study import Study
 from hpcres.study_file import save_study
@@ -156,7 +157,8 @@ class _Run:
         self.trainer, self.study, self.group, self.folder = trainer, trainer.study, group, folder
         self.threads, self.journal = threads, journal
         self.first_step, self.seconds_before = _progress_of(before)
-        self.best: dict[str, Any] | None = None if before is None else (before.training_state or {}).get("best")
+        best = None if before is None else (before.training_state or {}).get("best")
+        self.best: dict[str, Any] | None = with_new_result_names(best)
         """Step and judgement of the generator with the best score so far."""
         self.how_to_resume = "run it without overwriting to go on" if overwrite else "run the same command to go on"
         self._reported = self._saved = self._page_written = self.seconds_before

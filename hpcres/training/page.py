@@ -5,19 +5,14 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from html import escape
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from hpcres.volumes.files import atomic_write
+from hpcres import pages
+from hpcres.old_names import with_new_columns
 
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem;
-max-width: 1100px; color: #222 }
-img { max-width: 100% } figure { display: inline-block; margin: 0 12px 12px 0 } figcaption { font-size: 12px }
-figure img { width: 196px; image-rendering: pixelated } table { border-collapse: collapse; font-size: 13px }
-td, th { padding: 2px 7px; text-align: right; font-variant-numeric: tabular-nums } .best { font-weight: 600 }"""
 _MOST_SLICES = 15
 
 
@@ -37,44 +32,40 @@ def write_page(folder: Path, title: str) -> Path:
         Path of the page.
     """
     training, judged = (_columns(folder / name) for name in ("training.csv", "quality.csv"))
-    parts = [f"<h1>{escape(title)}</h1>"]
+    losses = quality = None
     if len(training.get("step", ())):
-        minutes = training["seconds"][-1] / 60
-        parts.append(f"<p>{int(training['step'][-1]):,} generator steps in {minutes:.1f} minutes.</p>")
-        parts.append(_curves(training, "losses"))
+        losses = {
+            "steps": int(training["step"][-1]),
+            "minutes": training["seconds"][-1] / 60,
+            "curves": _curves(training),
+        }
     if len(judged.get("step", ())):
         best = int(np.argmin(judged["score"]))
-        parts.append(
-            f"<h2>Quality</h2><p>Best score {judged['score'][best]:.2f} at step {int(judged['step'][best]):,}; lower "
-            "is better. Against what training was given, not a truth.</p>"
-        )
-        parts.append(_curves(judged, "quality"))
-        names = list(judged)
-        lines = [
-            f"<tr class='{'best' if row == best else ''}'>"
-            + "".join(f"<td>{_short(judged[name][row])}</td>" for name in names)
-            + "</tr>"
-            for row in sorted({best, *range(max(0, len(judged["step"]) - 10), len(judged["step"]))})
-        ]
-        heads = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
-        parts.append(f"<table><tr>{heads}</tr>{''.join(lines)}</table>")
-    pictures = sorted(folder.glob("training-slices/step-*.png"))
-    if pictures:
-        shown = sorted({round(i) for i in np.linspace(0, len(pictures) - 1, _MOST_SLICES)})
-        parts.append("<h2>One slice over time</h2>")
-        parts += [
-            f"<figure><img alt='' src='data:image/png;base64,{base64.b64encode(pictures[i].read_bytes()).decode()}'>"
-            f"<figcaption>step {int(pictures[i].stem[5:]):,}</figcaption></figure>"
-            for i in shown
-        ]
-    page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
-        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        shown = sorted({best, *range(max(0, len(judged["step"]) - 10), len(judged["step"]))})
+        quality = {
+            "score": judged["score"][best],
+            "step": int(judged["step"][best]),
+            "curves": _curves(judged),
+            "names": list(judged),
+            "rows": [
+                {"best": row == best, "texts": [_short(values[row]) for values in judged.values()]} for row in shown
+            ],
+        }
+    slices = [(int(path.stem[5:]), _base64(path.read_bytes())) for path in _shown_slices(folder)]
+    return pages.write_page(
+        folder / "training.html", "training", title=title, losses=losses, quality=quality, slices=slices
     )
-    target = folder / "training.html"
-    with atomic_write(target) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return target
+
+
+def _shown_slices(folder: Path) -> list[Path]:
+    """Return the pictures of the page: the first, the last and some between them."""
+    pictures = sorted(folder.glob("training-slices/step-*.png"))
+    places = {round(place) for place in np.linspace(0, len(pictures) - 1, _MOST_SLICES)} if pictures else ()
+    return [pictures[place] for place in sorted(places)]
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _short(value: float) -> str:
@@ -86,10 +77,11 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         header, *rows = list(csv.reader(file)) or [[]]
-    return {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(header)}
+    return {name: np.array([float(row[i]) for row in rows]) for i, name in enumerate(with_new_columns(header))}
 
 
-def _curves(columns: dict[str, np.ndarray], alt: str) -> str:
+def _curves(columns: dict[str, np.ndarray]) -> str:
+    """Return a PNG in base64 with a panel for each column, and one for all phase fractions."""
     names = [name for name in columns if name not in ("step", "seconds") and not name.startswith("fraction_")]
     shares = [name for name in columns if name.startswith("fraction_") and name != "fraction_error"]
     panels = [[name] for name in names] + ([["fraction_error"]] if "fraction_error" in columns else [])
@@ -116,4 +108,4 @@ def _curves(columns: dict[str, np.ndarray], alt: str) -> str:
             axes.set_xlabel("minutes", fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return _base64(buffer.getvalue())
