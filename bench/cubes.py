@@ -2,11 +2,10 @@
 
     python bench/cubes.py configs/case3-sofc-small.yaml --output FOLDER    a finished run: labels.zarr and its low-res
 
-Generators are judged, and batch-norm statistics taken, on a few cubes (training/samples.LowResCubes.typical). Which, is
-decided by the low-res volume alone; here the same cubes are cut from the painted volume, 40 draws of each kind, and
+Generators are judged, and batch-norm statistics taken, on a few cubes (training/data/cubes.LowResCubes.typical). Which,
+is decided by the low-res volume alone; here the same cubes are cut from the painted volume, 40 draws of each kind, and
 root mean squares of what they are off the whole volume are shown: fractions absolute, areas, of an anisotropic material
-by direction, and TPB relative.
-"""
+by direction, and TPB relative."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from hpcres.counting.counts import count
 from hpcres.counting.totals import Counts, add, finalize
 from hpcres.geometry import AXES, Box, triple
 from hpcres.study_file import load_study
-from hpcres.training.samples import LowResCubes
+from hpcres.training.data.cubes import LowResCubes
 from hpcres.volumes.formats import open_volume
 
 

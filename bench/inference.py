@@ -79,8 +79,9 @@ def rank(study: str) -> None:
     number = int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[-1 - number % len(cores)]})
+    from hpcres.inference.job import open_job
     from hpcres.inference.ranks import join_ranks
-    from hpcres.inference.run import infer, open_job
+    from hpcres.inference.run import infer
     from hpcres.study_file import load_study
 
     with join_ranks() as ranks:

@@ -39,10 +39,11 @@ from torch.utils.flop_counter import flop_registry
 
 from hpcres.study import Study
 from hpcres.study_file import load_study, recipe_settings, save_study
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import Processes, processes
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.trial import choose_precision
+from hpcres.training.wgan import Models
 
 _FAST = recipe_settings("fast")
 _OF_THE_RUN = ("minutes", "quality_steps", "keep", "warm_up_steps")
@@ -260,9 +261,10 @@ except ValidationError as found:
 PROCESSOR_SECONDS = (
     READ
     + """
-from hpcres.training.adversarial import Models
+from hpcres.training.wgan import Models
 from hpcres.training.distributed import processes
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 with processes(study.device, 1) as group:
     models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
     seconds = []

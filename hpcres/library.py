@@ -311,22 +311,24 @@ def infer(
     ------
     InputError, Stopped, Unfinished
     """
+    from hpcres.inference.job import JobOptions, open_job
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer as painted
-    from hpcres.inference.run import open_job
 
     loaded = None if study is None else _study(study, settings, output)
     with join_ranks() as ranks:
         job = open_job(
             loaded,
-            checkpoint=None if checkpoint is None else os.fspath(checkpoint),
-            low_res=low_res,
-            output=None if output is None else os.fspath(output),
-            tiles=tiles,
-            seed=seed,
-            device=device,
-            command="hpcres.infer",
-            inference={} if ensemble is None else {"ensemble": ensemble},
+            JobOptions(
+                checkpoint=None if checkpoint is None else os.fspath(checkpoint),
+                low_res=low_res,
+                output=None if output is None else os.fspath(output),
+                tiles=tiles,
+                seed=seed,
+                device=device,
+                command="hpcres.infer",
+                inference={} if ensemble is None else {"ensemble": ensemble},
+            ),
         )
         return open_volume(painted(job, ranks, overwrite=overwrite).store)
 

@@ -128,16 +128,17 @@ def _shower(
     known: float | None, draw: Callable[[str, float, float | None, RenderableType | None], None], seconds: float
 ) -> Show:
     """Return a function that draws the state of the work with the time left, at most once in so many seconds."""
-    drawn, first = time.monotonic(), list[tuple[float, float]]()
+    drawn, ended, first = time.monotonic(), False, list[tuple[float, float]]()
 
     def show(done: float, words: str = "", *, total: float | None = None, above: RenderableType | None = None) -> None:
-        nonlocal drawn
+        nonlocal drawn, ended
         now, whole = time.monotonic(), known if total is None else total
         if not first:  # work that goes on where it stopped does not begin at 0
             first.append((now, done))
-        if now - drawn < seconds and not (whole is not None and done >= whole):
+        last = whole is not None and done >= whole
+        if now - drawn < seconds and (ended or not last):
             return
-        drawn = now
+        drawn, ended = now, last
         text = words or (f"{done:g}" if whole is None else f"{done:g} of {whole:g}")
         began, before = first[0]
         if whole is not None and before < done < whole:

@@ -22,8 +22,9 @@ from small_painting import MPI, descendants, lively
 from small_training import blobs
 
 from hpcres.checkpoint import build_generator, load_checkpoint, save_checkpoint
+from hpcres.inference.job import open_job
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults
 from hpcres.study_file import load_study
 

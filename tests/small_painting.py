@@ -16,9 +16,10 @@ from hpcres.checkpoint import build_generator, save_checkpoint
 from hpcres.counting import counts
 from hpcres.counting.named import Named, described
 from hpcres.geometry import Box
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.journal import agreement_path
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
@@ -76,7 +77,9 @@ def lively(generator: SuperResGenerator) -> SuperResGenerator:
 
 def paint_alone(study: Path, output: Path, **options) -> Path:
     checkpoint = str(study.parent / "out" / "checkpoint.pt")
-    return infer(open_job(load_study(study, output=str(output)), checkpoint=checkpoint, **options), Ranks()).store
+    return infer(
+        open_job(load_study(study, output=str(output)), JobOptions(checkpoint=checkpoint, **options)), Ranks()
+    ).store
 
 
 def store_bytes(store: Path) -> dict[str, bytes]:

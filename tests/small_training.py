@@ -12,8 +12,8 @@ from scipy.ndimage import gaussian_filter
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.study import Study
-from hpcres.training.adversarial import Models
 from hpcres.training.distributed import Processes
+from hpcres.training.wgan import Models
 
 ALONE = Processes(0, 1, 1, torch.device("cpu"))
 

@@ -14,8 +14,9 @@ from small_painting import make_study, mpirun, paint_alone, store_bytes
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference.generate import Painter
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import Journal, infer, open_job
+from hpcres.inference.run import Journal, infer
 from hpcres.inference.verify import audit, find_faults, repair_job
 from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
@@ -82,7 +83,9 @@ def test_labels_altered_elsewhere_are_no_seam(store):
 
 
 def test_a_halo_that_is_too_short_paints_nothing(study, tmp_path):
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out/checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(tmp_path)), JobOptions(checkpoint=str(study.parent / "out/checkpoint.pt"))
+    )
     short = plan_tiles(job.plan.low_res_shape, job.plan.scale, (3, 3, 3), 2, 16)
     with pytest.raises(AssertionError, match="reads"):
         infer(replace(job, plan=short, settings=job.settings.model_copy(update={"tiles": (3, 3, 3)})), Ranks())
@@ -152,7 +155,7 @@ def test_a_store_from_a_raw_file_can_be_repaired(study, tmp_path):
 def test_half_precision_says_what_it_changes_and_stays_what_it_is(precision, study, store, tmp_path, capfd):
     checkpoint = str(study.parent / "out/checkpoint.pt")
     loaded = load_study(study, [f"inference.precision={precision}"], str(tmp_path / "half"))
-    half = infer(open_job(loaded, checkpoint=checkpoint, tiles="3x3x3"), Ranks()).store
+    half = infer(open_job(loaded, JobOptions(checkpoint=checkpoint, tiles="3x3x3")), Ranks()).store
     share = LabelStore.open(half).provenance["flips"]["share"]
     assert "measured" not in LabelStore.open(half).provenance  # its margins may differ by rounding
     assert 0 < share < 0.05
@@ -161,7 +164,12 @@ def test_half_precision_says_what_it_changes_and_stays_what_it_is(precision, stu
     differ = LabelStore.open(half).read(0, whole) != LabelStore.open(store).read(0, whole)
     assert 0 < differ.mean() < 0.05
     with pytest.raises(InputError, match=rf"was painted with arithmetic torch .*{precision}"):
-        infer(open_job(load_study(study, output=str(tmp_path / "half")), checkpoint=checkpoint, tiles="3x3x3"), Ranks())
+        infer(
+            open_job(
+                load_study(study, output=str(tmp_path / "half")), JobOptions(checkpoint=checkpoint, tiles="3x3x3")
+            ),
+            Ranks(),
+        )
     before = half / "0/c/1/1/1"
     content = before.read_bytes()
     before.unlink()

@@ -14,12 +14,13 @@ from small_training import ALONE, history, same, study_of, weights
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
-from hpcres.inference.run import open_job
+from hpcres.inference.job import open_job
 from hpcres.study_file import save_study
 from hpcres.training import autotune, trial
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import Processes
 from hpcres.training.loop import train
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.trial import _extrapolated, _sizes, choose_precision, estimated_seconds, step_seconds
 
 NETWORK = {"width": 4, "critic_width": 5, "padding": "zeros", "last_stage": "transposed", "least_width": 2}

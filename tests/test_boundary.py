@@ -21,7 +21,7 @@ from hpcres.conditions import Conditions
 from hpcres.errors import InputError
 from hpcres.geometry import Boundaries, Box, plan_tiles
 from hpcres.inference.generate import Painter, halo_of
-from hpcres.inference.run import open_job
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.verify import repair_job
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
@@ -277,7 +277,9 @@ def test_boundary_belongs_to_the_store(study, tmp_path, hpcres):
     loaded = load_checkpoint(study.parent / "out/checkpoint.pt")
     taught = tmp_path / "checkpoint.pt"
     save_checkpoint(taught, generator=loaded.generator, study=load_study(periodic), step=1)
-    alone = open_job(None, checkpoint=str(taught), low_res=str(study.parent / "low.npy"), output=str(tmp_path / "x"))
+    alone = open_job(
+        None, JobOptions(checkpoint=str(taught), low_res=str(study.parent / "low.npy"), output=str(tmp_path / "x"))
+    )
     assert alone.plan.boundaries == ("periodic", "replicate", "periodic")
 
 
@@ -287,7 +289,7 @@ def test_a_network_trained_with_surroundings_paints_with_a_mirror_unless_told_ot
         settings = [f"training.context={around}", *([f"inference.boundary={boundary}"] if boundary else [])]
         taught, used = tmp_path / f"{around}.pt", load_study(study, settings)
         save_checkpoint(taught, generator=loaded.generator, study=used, step=1)
-        alone = open_job(None, checkpoint=str(taught), low_res=low_res, output=str(tmp_path / "x"))
+        alone = open_job(None, JobOptions(checkpoint=str(taught), low_res=low_res, output=str(tmp_path / "x")))
         # A study that does not say leaves it to the checkpoint, whatever it would train.
-        by_study = open_job(load_study(study, settings[1:]), checkpoint=str(taught))
+        by_study = open_job(load_study(study, settings[1:]), JobOptions(checkpoint=str(taught)))
         assert alone.plan.boundaries == by_study.plan.boundaries == boundaries_of(expected)

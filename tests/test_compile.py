@@ -12,10 +12,11 @@ from small_training import ALONE, blobs, study_of
 from torch._dynamo.utils import counters
 
 from hpcres.study_file import save_study
-from hpcres.training import adversarial
-from hpcres.training.adversarial import Models
+from hpcres.training import compilation
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import processes
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.wgan import Models
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler, so torch.compile cannot work"
@@ -96,7 +97,7 @@ def test_cpus_of_two_kinds_do_not_share_compiled_code(monkeypatch):
         torch.compiler.config.cache_key_tag = ""
         torch.compiler.reset()
         counters.clear()
-        adversarial._compile(torch.nn.Linear(1, 1), torch.device("cpu"))  # compiles its trial only
+        compilation.compile_generator(torch.nn.Linear(1, 1), torch.device("cpu"))  # compiles its trial only
         misses.append(counters["inductor"]["fxgraph_cache_miss"] + counters["aot_autograd"]["autograd_cache_miss"] > 0)
     assert misses == [True, False, True]
 

@@ -12,10 +12,11 @@ from small_training import ALONE, anisotropic, atypical, study_of
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.study_file import save_study
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import processes
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.visible import beside
+from hpcres.training.wgan import Models
 
 
 def ranked_step(rank, size, port, study, folder):

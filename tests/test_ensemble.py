@@ -13,9 +13,10 @@ from small_painting import both_stores, command, flip, make_study, mpirun, paint
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.journal import StoreLock, agreement_path
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults, remove_faulty, repair_job
 from hpcres.study_file import load_study
 from hpcres.volumes.pyramid import coarsen_by_mean
@@ -26,7 +27,7 @@ from hpcres.volumes.stores import AgreementStore, LabelStore
 def ensemble(tmp_path_factory) -> Path:
     """Three seeds of a volume with two levels, and its study."""
     path = make_study(tmp_path_factory.mktemp("ensemble") / "s", "4", (68, 7, 6))
-    infer(open_job(load_study(path, ["inference.ensemble=3"]), tiles="9x2x2"), Ranks())
+    infer(open_job(load_study(path, ["inference.ensemble=3"]), JobOptions(tiles="9x2x2")), Ranks())
     return path
 
 
@@ -91,7 +92,9 @@ def test_an_ensemble_by_ranks_and_after_damage_is_the_same(ensemble, tmp_path):
             infer(repair_job(store), Ranks(), store_lock=store_lock)
         assert ours() == expected
         assert find_faults(store) == []
-    job = open_job(load_study(ensemble, ["inference.ensemble=3"], str(tmp_path)), checkpoint=checkpoint, tiles="9x2x2")
+    job = open_job(
+        load_study(ensemble, ["inference.ensemble=3"], str(tmp_path)), JobOptions(checkpoint=checkpoint, tiles="9x2x2")
+    )
     shutil.rmtree(shares)
     assert infer(job, Ranks()).painted == 9 * 2 * 2
     assert ours() == expected
@@ -101,17 +104,21 @@ def test_another_ensemble_is_another_job(ensemble, tmp_path):
     study = make_study(tmp_path / "s", "4", (9, 8, 7))
     output = tmp_path / "out"
     output.mkdir()
-    job = open_job(load_study(ensemble), tiles="9x2x2")
+    job = open_job(load_study(ensemble), JobOptions(tiles="9x2x2"))
     with pytest.raises(InputError, match="with ensemble 3, this job has 1"):
         infer(job, Ranks())
     (output / "labels-agreement.zarr").mkdir()
     options = ["inference.ensemble=2"]
-    job = open_job(load_study(study, options, str(output)), checkpoint=str(study.parent / "out/checkpoint.pt"))
+    job = open_job(
+        load_study(study, options, str(output)), JobOptions(checkpoint=str(study.parent / "out/checkpoint.pt"))
+    )
     with pytest.raises(InputError, match=r"labels-agreement.zarr: exists already"):
         infer(job, Ranks())
     assert os.listdir(output) == ["labels-agreement.zarr"]
     (output / "labels-agreement.zarr").rmdir()
     infer(job, Ranks())
-    alone = open_job(load_study(study, output=str(output)), checkpoint=str(study.parent / "out/checkpoint.pt"))
+    alone = open_job(
+        load_study(study, output=str(output)), JobOptions(checkpoint=str(study.parent / "out/checkpoint.pt"))
+    )
     infer(alone, Ranks(), overwrite=True)
     assert not (output / "labels-agreement.zarr").exists()

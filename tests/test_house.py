@@ -94,6 +94,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "memory",
         "signals",
         "outputs",
+        "progress",
         "counting",
     },
     "transport": {

@@ -25,8 +25,9 @@ from small_painting import (
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.inference.generate import Painter
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.noise import normals
 from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
@@ -73,7 +74,9 @@ def test_bad_input_under_mpirun_is_said_once(study, tmp_path):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same_store(threads, study, painted, tmp_path):
     settings = [f"inference.threads={threads}"]
-    job = open_job(load_study(study, settings, str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, settings, str(tmp_path)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     assert store_bytes(infer(job, Ranks()).store) == store_bytes(painted)
 
 
@@ -135,7 +138,7 @@ def test_labels_follow_seed_and_place(study, painted, tmp_path):
 @pytest.mark.parametrize("boundary", ["replicate", "periodic", "mirror"])
 def test_the_store_knows_its_numbers_when_the_last_tile_lands(scale, shape, tiles, boundary, tmp_path):
     path = make_study(tmp_path / "s", scale, shape)
-    job = open_job(load_study(path, [f"inference.boundary={boundary}"]), tiles=tiles)
+    job = open_job(load_study(path, [f"inference.boundary={boundary}"]), JobOptions(tiles=tiles))
     assert len(job.plan.tiles) > 1 or tiles == "1x1x1"
     refuse_other_numbers(infer(job, Ranks()).store)
     before = LabelStore.open(job.output).provenance["measured"]

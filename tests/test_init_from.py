@@ -12,8 +12,8 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.cli import commands
 from hpcres.errors import InputError
 from hpcres.study_file import save_study
-from hpcres.training.adversarial import Models
 from hpcres.training.loop import train
+from hpcres.training.wgan import Models
 
 TWO = {"phases": {0: "hole", 7: "solid"}}
 

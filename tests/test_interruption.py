@@ -37,9 +37,10 @@ from hpcres.checkpoint import load_checkpoint, save_checkpoint
 from hpcres.conditions import Conditions
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.journal import Journal, StoreLock, read_journal
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults, repair_job
 from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
@@ -51,7 +52,9 @@ def test_rerun_paints_what_is_missing_and_nothing_else(study, copy, painted):
     untouched = copy / "0/c/0/0/0"
     before = untouched.stat().st_mtime_ns
     (copy / "0/c/0/0/1.abc.partial").write_bytes(b"half")
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(copy.parent)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     again = infer(job, Ranks())
     assert again.painted == 1
     assert untouched.stat().st_mtime_ns == before
@@ -148,13 +151,17 @@ def test_without_locks_it_says_so_and_goes_on(study, painted, tmp_path, monkeypa
 def test_a_shard_that_a_loss_of_power_cut_short_is_painted_again(size, study, copy, painted):
     """Renamed into place and noted, but its bytes never reached the disk, or others did."""
     os.truncate(copy / "0/c/1/0/0", size)
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(copy.parent)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     assert infer(job, Ranks()).painted == 1
     assert store_bytes(copy) == store_bytes(painted)
 
 
 def test_unreadable_parts_of_the_input_are_listed(study, tmp_path):
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(tmp_path)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     volume, reads = job.conditions.volume, count()
 
     def read(box: Box) -> np.ndarray:
@@ -186,7 +193,11 @@ def test_a_failing_rank_ends_the_job_and_says_where(tmp_path):
 
 
 def test_an_error_of_one_rank_alone_does_not_hang_the_others(study, tmp_path):
-    fault = "def missing(*a, **k): raise InputError('low.npy: not on this node')\nif rank == 1: run.open_job = missing"
+    fault = (
+        "from hpcres.inference import job\n"
+        "def missing(*a, **k): raise InputError('low.npy: not on this node')\n"
+        "if rank == 1: job.open_job = missing"
+    )
     more = ["--output", str(tmp_path), "--checkpoint", str(study.parent / "out" / "checkpoint.pt")]
     done = mpirun(3, *with_fault(tmp_path, fault), "infer", str(study), *more)
     assert done.returncode == 2
@@ -229,7 +240,7 @@ def test_a_disk_that_takes_no_more_stops_every_rank_and_loses_nothing(ranks, err
     store = tmp_path / "o/labels.zarr"
     assert not list(store.rglob("*.partial"))
     assert 0 < len([p for p in (store / "0/c").rglob("*") if p.is_file()]) < 8
-    job = open_job(load_study(study, output=str(store.parent)), checkpoint=checkpoint)
+    job = open_job(load_study(study, output=str(store.parent)), JobOptions(checkpoint=checkpoint))
     infer(job, Ranks())
     assert store_bytes(store) == store_bytes(painted)
 
@@ -255,7 +266,9 @@ def test_a_read_only_store_is_said_in_one_line(ranks, study, copy, painted):
     assert done.stderr.count("read-only file system") == 1
     assert "Traceback" not in done.stderr
     assert store_bytes(copy) == before
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(copy.parent)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     infer(job, Ranks())
     assert store_bytes(copy) == store_bytes(painted)
 
@@ -293,7 +306,9 @@ def test_a_tile_that_cannot_be_written_is_listed(study, painted, tmp_path, monke
         write(self, level, box, labels)
 
     monkeypatch.setattr(LabelStore, "write", unlucky)
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(tmp_path)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     with pytest.raises(Unfinished, match=r"1 of 8 tiles failed: tile 5 \(z 32:36 y 0:16 x 16:28\).*Input/output"):
         infer(job, Ranks())
     assert not LabelStore.open(job.output).provenance["complete"]
@@ -310,7 +325,9 @@ def test_a_shard_that_no_journal_knows_is_painted_again(study, copy, painted):
     known = [line for line in lines if json.loads(line)["start"] not in ([0, 0, 16], [32, 0, 0])]
     journal.write_text("".join(known) + lines[0][:20])
     truncate(copy / "0/c/1/0/0")
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(copy.parent)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     assert infer(job, Ranks()).painted == 2
     assert store_bytes(copy) == store_bytes(painted)
     assert len(read_journal(copy)) == 8
@@ -318,7 +335,9 @@ def test_a_shard_that_no_journal_knows_is_painted_again(study, copy, painted):
 
 def test_a_store_without_its_journal_is_not_painted_anew_unasked(study, copy, painted):
     shutil.rmtree(copy.parent / "labels.zarr.journal")
-    job = open_job(load_study(study, output=str(copy.parent)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(copy.parent)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     with pytest.raises(InputError, match=r"labels.zarr.journal is not beside it"):
         infer(job, Ranks())
     with pytest.raises(InputError, match=r"put it back"), StoreLock(copy) as store_lock:
@@ -328,7 +347,9 @@ def test_a_store_without_its_journal_is_not_painted_anew_unasked(study, copy, pa
 
 
 def test_output_that_is_not_finite_is_no_labels(study, tmp_path):
-    job = open_job(load_study(study, output=str(tmp_path)), checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    job = open_job(
+        load_study(study, output=str(tmp_path)), JobOptions(checkpoint=str(study.parent / "out" / "checkpoint.pt"))
+    )
     job.checkpoint.generator.conv_end.bias[1] = float("inf")
     with pytest.raises(Unfinished, match=r"8 of 8 tiles failed.*not finite"):
         infer(job, Ranks())

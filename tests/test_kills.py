@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from small_painting import MPI, both_stores, command, descendants, make_study
 
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.journal import agreement_path, missing_shards, open_stores
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults
 from hpcres.study_file import load_study
 from hpcres.volumes.stores import LabelStore
@@ -39,8 +40,7 @@ def study(tmp_path_factory) -> Path:
 def whole(study) -> Path:
     job = open_job(
         load_study(study, SETTINGS, str(study.parent / "whole")),
-        tiles=TILES,
-        checkpoint=str(study.parent / "out/checkpoint.pt"),
+        JobOptions(tiles=TILES, checkpoint=str(study.parent / "out/checkpoint.pt")),
     )
     return infer(job, Ranks()).store
 

@@ -19,9 +19,9 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import Stopped
 from hpcres.outputs import LABELS, METRICS, refuse_output
 from hpcres.signals import handling_signals
-from hpcres.training.adversarial import Models
 from hpcres.training.folder import RunFolder, recover
 from hpcres.training.loop import train
+from hpcres.training.wgan import Models
 from hpcres.transport import tortuosity
 from hpcres.transport.in_memory import solve
 from hpcres.volumes.absent import absent_chunks

@@ -16,8 +16,8 @@ from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box, plan_tiles
 from hpcres.inference import generate, plan
 from hpcres.inference.generate import BLOCK_BYTES, Painter
+from hpcres.inference.job import open_job
 from hpcres.inference.plan import Cost, describe, large_plan
-from hpcres.inference.run import open_job
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study_file import load_study
 from hpcres.volumes.phases import PhaseMap

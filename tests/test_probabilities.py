@@ -23,17 +23,19 @@ from hpcres.cli import commands
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.inference.verify import audit, repair_job
 from hpcres.metrics.agreement import agreement
 from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
 from hpcres.study_file import load_study, save_study
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.loop import train
 from hpcres.training.losses import voxel_loss
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.wgan import Models
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import open_low_res, probabilities
 from hpcres.volumes.stores import LabelStore
@@ -75,7 +77,9 @@ def soft_study(path, given):
 
 def painted(path, output, **options):
     checkpoint = str(load_study(path).checkpoint_path)
-    store = infer(open_job(load_study(path, output=str(output)), checkpoint=checkpoint, **options), Ranks()).store
+    store = infer(
+        open_job(load_study(path, output=str(output)), JobOptions(checkpoint=checkpoint, **options)), Ranks()
+    ).store
     opened = LabelStore.open(store)
     return store, opened.read(0, Box.whole(opened.levels[0].shape))
 
@@ -253,9 +257,12 @@ def test_probabilities_are_part_of_the_store_and_come_back_for_its_repair(tmp_pa
     assert alone.returncode == 0, alone.stderr
     assert np.array_equal(open_volume(tmp_path / "alone.zarr").read(Box.whole(labels.shape)), labels)
     with pytest.raises(InputError, match=r"on probabilities; give a file for each of 3 channels \(pore; nickel;"):
-        open_job(None, checkpoint=checkpoint, low_res=files[:2], output=str(tmp_path / "x"))
+        open_job(None, JobOptions(checkpoint=checkpoint, low_res=files[:2], output=str(tmp_path / "x")))
     with pytest.raises(InputError, match="trained on labels; give one file of labels"):
-        open_job(None, checkpoint=str(path.parent / "out/checkpoint.pt"), low_res=files, output=str(tmp_path / "x"))
+        open_job(
+            None,
+            JobOptions(checkpoint=str(path.parent / "out/checkpoint.pt"), low_res=files, output=str(tmp_path / "x")),
+        )
     given[:, 0, 0, 0] = given[::-1, 0, 0, 0] + (given[:, 0, 0, 0].sum() == 0) * np.array([1.0, 0, 0])
     channels_of(path.parent, given)
     with pytest.raises(InputError, match="was painted with input_sha256"):
@@ -268,9 +275,9 @@ def test_labels_and_probabilities_are_different_trainings(tmp_path):
     path = make_study(tmp_path / "s", "4", (9, 8, 7))
     ours = soft_study(path, soft((9, 8, 7)))
     with pytest.raises(InputError, match="trained with a low-res volume of labels, the study has probabilities; train"):
-        open_job(load_study(ours), checkpoint=str(path.parent / "out/checkpoint.pt"))
+        open_job(load_study(ours), JobOptions(checkpoint=str(path.parent / "out/checkpoint.pt")))
     with pytest.raises(InputError, match="trained with a low-res volume of probabilities, the study has labels; train"):
-        open_job(load_study(path), checkpoint=str(path.parent / "soft/checkpoint.pt"))
+        open_job(load_study(path), JobOptions(checkpoint=str(path.parent / "soft/checkpoint.pt")))
     turned = ours.with_name("turned.yaml")
     content = yaml.safe_load(ours.read_text())
     content["low_res"]["channels"].reverse()
@@ -339,7 +346,7 @@ def as_ones(folder, volume, **more):
 
 @pytest.mark.parametrize("held", [2**29, 10])
 def test_cubes_are_those_of_labels(tmp_path, monkeypatch, held):
-    monkeypatch.setattr("hpcres.training.samples._HELD_BYTES", held)
+    monkeypatch.setattr("hpcres.training.data.cubes._HELD_BYTES", held)
     volume = blobs((20, 18, 17), 1)
     labels, given = LowResCubes(study_of(tmp_path, volume=volume)).draw(3, range(4), ALONE.device, 1, 0.2)
     cubes = LowResCubes(as_ones(tmp_path, volume))

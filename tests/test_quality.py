@@ -22,14 +22,14 @@ from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator
 from hpcres.study_file import load_study, save_study
 from hpcres.training import journal
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.evaluation import GOOD, Evaluator
 from hpcres.training.events import Events
 from hpcres.training.folder import RunFolder
 from hpcres.training.loop import train
 from hpcres.training.page import write_page
-from hpcres.training.samples import LowResCubes
 from hpcres.training.superres import SuperResTrainer
+from hpcres.training.wgan import Models
 from hpcres.volumes.images import images_by_plane
 from hpcres.volumes.phases import open_low_res
 

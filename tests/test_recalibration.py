@@ -10,14 +10,17 @@ from small_training import ALONE, anisotropic, blobs, content, one_image, study_
 from hpcres.checkpoint import load_checkpoint
 from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box
+from hpcres.inference.job import open_job
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.networks.resampling import center_crop
-from hpcres.training import recalibration, samples
-from hpcres.training.adversarial import Models
+from hpcres.training import recalibration
+from hpcres.training.data import draws
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.loop import train
 from hpcres.training.recalibration import matching_shifts
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.wgan import Models
 from hpcres.volumes.stores import LabelStore
 
 
@@ -73,7 +76,7 @@ def test_recalibration_cubes_are_typical_where_they_cannot_hold_every_voxel(tmp_
     training = {"context": 2, "reach_faces": reach_faces}
     low_res = LowResCubes(study_of(tmp_path, volume=blobs((40, 33, 16), 1), training=training))
     given = torch.cat(list(low_res.recalibration_inputs(8, 3, ALONE.device)))
-    typical = low_res.draw(0, low_res.typical(8, samples._RECALIBRATION), ALONE.device, samples._RECALIBRATION)[1]
+    typical = low_res.draw(0, low_res.typical(8, draws.RECALIBRATION), ALONE.device, draws.RECALIBRATION)[1]
     assert torch.equal(given, typical)
 
 

@@ -12,9 +12,9 @@ from hpcres.cli import commands
 from hpcres.errors import InputError, Stopped
 from hpcres.study_file import load_study, recipe_settings, save_study
 from hpcres.training import autotune
-from hpcres.training.adversarial import Models
 from hpcres.training.loop import train
 from hpcres.training.recipes import choices, feature_pixels
+from hpcres.training.wgan import Models
 
 SMALL = {
     "network": {"width": 3, "critic_width": 5, "residual_blocks": 1},

@@ -18,9 +18,10 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
 from hpcres.study_file import save_study
 from hpcres.training import superres
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.loop import train
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.wgan import Models
 
 EVERY_STEP = {"report_seconds": 1e-6, "checkpoint_minutes": 1e-9}
 

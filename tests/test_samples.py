@@ -5,8 +5,9 @@ import pytest
 import torch
 from small_training import ALONE, blobs, counted_patterns, counted_thin, one_image, study_of
 
-from hpcres.training import samples
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.data import slices as images_module
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +144,7 @@ def test_cubes_are_windows_of_the_volume_even_when_it_is_not_held(tmp_path, monk
     inner = slice(around, around + 16)
     assert torch.equal(seen[:, inner, inner, inner], held[0].long())
     assert abs(float(held[1][:, 3].std()) - 1) < 0.05
-    monkeypatch.setattr("hpcres.training.samples._HELD_BYTES", 100)
+    monkeypatch.setattr("hpcres.training.data.cubes._HELD_BYTES", 100)
     lazy = LowResCubes(study)
     assert lazy._held is None
     assert torch.equal(lazy.draw(0, range(8), ALONE.device)[1], held[1])
@@ -204,7 +205,7 @@ def test_patterns_of_the_images_are_those_of_all_that_patches_may_show(tmp_path,
     ]
     training = {"pattern_spacings": [3, 1], "pattern_pixels": pixels}
     study = study_of(tmp_path, images, {"isotropic": False}, training=training)
-    monkeypatch.setattr(samples, "_BAND_PIXELS", 700)
+    monkeypatch.setattr(images_module, "_BAND_PIXELS", 700)
     ways = {True: range(8), "mirrors": (0, 2, 4, 6), False: (0,)}[augment]
 
     def seen(stack, spacing, turned):
@@ -242,7 +243,7 @@ def test_thin_shares_of_the_images_are_those_of_all_that_patches_may_show(tmp_pa
         {"path": str(tmp_path / "side.npy"), "planes": ["zy", "xz"], "augment": augment},
         {"path": str(tmp_path / "top.npy"), "planes": ["yx", "xz"], "augment": augment},
     ]
-    monkeypatch.setattr(samples, "_BAND_PIXELS", 700)
+    monkeypatch.setattr(images_module, "_BAND_PIXELS", 700)
     thin = RealSlices(study_of(tmp_path, images, {"isotropic": False}), ALONE.device).thin.numpy().reshape(3, 2, 2)
 
     def seen(*stacks):

@@ -15,10 +15,13 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.inference.job import open_job
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.study import Imaging, LowRes, Training
-from hpcres.training.adversarial import Models, average_decay
+from hpcres.training.averaging import average_decay
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.diagonals import as_unsharp, diagonal_slices, pick_diagonals
 from hpcres.training.distributed import Processes
 from hpcres.training.loop import learning_rate, train
@@ -33,7 +36,7 @@ from hpcres.training.losses import (
     volume_slices,
     voxel_loss,
 )
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.wgan import Models
 from hpcres.volumes.stores import LabelStore
 
 

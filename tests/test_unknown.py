@@ -15,18 +15,20 @@ from hpcres.cli import commands
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.imaging import ImagingOperator, one_hot
+from hpcres.inference.job import open_job
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import infer, open_job
+from hpcres.inference.run import infer
 from hpcres.inference.verify import audit, repair_job
 from hpcres.metrics.agreement import agreement
 from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
 from hpcres.study_file import load_study
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.evaluation import Evaluator
 from hpcres.training.loop import train
 from hpcres.training.losses import voxel_loss
-from hpcres.training.samples import LowResCubes, RealSlices
+from hpcres.training.wgan import Models
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore

@@ -13,12 +13,13 @@ from small_training import ALONE, atypical, blobs, counted_patterns, study_of
 from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.imaging import ImagingOperator, one_hot
 from hpcres.study import Imaging
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.evaluation import Evaluator
 from hpcres.training.loop import train
 from hpcres.training.losses import block_loss, fraction_differences
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.visible import Correction, beside, patch_weights, tilt
+from hpcres.training.wgan import Models
 
 GROUPS = ((0, 2), (1,))
 """The low-res volume does not tell phase 2 from phase 0."""
@@ -284,7 +285,7 @@ def test_block_loss_is_nothing_where_the_blocks_are_as_labelled():
 def test_corrected_fractions_are_those_of_64_cubes_at_least(tmp_path, monkeypatch):
     """In 32 cubes the share of a hidden phase was 8 % off."""
     cubes = []
-    monkeypatch.setattr("hpcres.training.adversarial.match_fractions", lambda *given: cubes.append(given[2]))
+    monkeypatch.setattr("hpcres.training.wgan.match_fractions", lambda *given: cubes.append(given[2]))
     for asked in (2, 80):
         study = atypical(tmp_path, recalibration_cubes=asked)
         low_res = LowResCubes(study)

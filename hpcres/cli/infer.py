@@ -48,9 +48,9 @@ def infer(
     of the first of K seeds, labels-agreement.zarr holds the share of seeds that agree with them, and the attributes of
     labels.zarr how every metric varies with the seed.
     """
+    from hpcres.inference.job import JobOptions, open_job
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer as run
-    from hpcres.inference.run import open_job
     from hpcres.volumes.absent import absent_chunks
 
     # A network fed by noise alone needs no low-res volume; a study that is named must be there.
@@ -59,14 +59,16 @@ def infer(
         loaded = None if alone else study_for("infer", study, settings, output)
         job = open_job(
             loaded,
-            checkpoint=checkpoint,
-            low_res=low_res,
-            output=output,
-            tiles=tiles,
-            seed=seed,
-            device=device,
-            command=command_line(),
-            inference={} if ensemble is None else {"ensemble": ensemble},
+            JobOptions(
+                checkpoint=checkpoint,
+                low_res=low_res,
+                output=output,
+                tiles=tiles,
+                seed=seed,
+                device=device,
+                command=command_line(),
+                inference={} if ensemble is None else {"ensemble": ensemble},
+            ),
         )
         if ranks.rank == 0:
             warn(absent_chunks(*job.conditions.volumes))

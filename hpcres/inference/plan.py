@@ -15,7 +15,7 @@ from hpcres.cores import cores
 from hpcres.engines.winograd import WinogradNetwork
 from hpcres.geometry import Box, TilePlan, Triple, high_res_shape, plan_tiles, tiles_of_rank, triple
 from hpcres.inference.generate import Painter, halo_of
-from hpcres.inference.run import chunk_edge
+from hpcres.inference.job import chunk_edge
 from hpcres.networks.generator import Generator
 from hpcres.signals import end_if_signalled
 from hpcres.study import Study

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,76 +22,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcres import __version__
-from hpcres.checkpoint import Checkpoint, load_checkpoint
-from hpcres.conditions import Conditions, conditions_of
+from hpcres.conditions import Conditions
 from hpcres.counting import counts, totals
 from hpcres.counting.named import Named, described, spread
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.geometry import AXES, Tile, TilePlan, plan_tiles
-from hpcres.inference.generate import Painter, halo_of
-from hpcres.inference.journal import (
-    Journal,
-    StoreLock,
-    agreement_path,
-    missing_shards,
-    open_stores,
-    refuse_without_journal,
-    total_counts,
-)
+from hpcres.geometry import Tile
+from hpcres.inference.generate import Painter
+from hpcres.inference.identity import prepare
+from hpcres.inference.job import Job
+from hpcres.inference.journal import Journal, StoreLock, open_stores, total_counts
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.tasks import Dispatcher, Shard, WorkQueue
-from hpcres.lengths import Length, cubic
+from hpcres.lengths import cubic
 from hpcres.memory import keep_freed_memory
-from hpcres.outputs import LABELS, refuse_output
+from hpcres.progress import Show, progress_display
 from hpcres.signals import handling_signals
-from hpcres.study import Inference, LowRes, RawHeader, Study, parse_grid
-from hpcres.volumes.files import clear_leftovers
-from hpcres.volumes.sizes import compare_sizes, refuse_other_size
-from hpcres.volumes.stores import AgreementStore, LabelStore, code_chunks
+from hpcres.volumes.stores import LabelStore, code_chunks
 
 log = logging.getLogger("hpcres.infer")
-_IDENTITY = (
-    "weights_sha256",
-    "input_sha256",
-    "seed",
-    "ensemble",
-    "scale_factor",
-    "boundary",
-    "tile_voxels",
-    "chunk_voxels",
-    "arithmetic",
-)
-"""What decides every byte of a store; a rerun must agree in all of it."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-_LINE_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 """How often a rank looks for messages: far less than a tile takes, and a thousandth of a core."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to paint, from what, and where; pure data but for the generator and the lazily read volume."""
-
-    checkpoint: Checkpoint
-    conditions: Conditions
-    output: Path
-    plan: TilePlan
-    seed: int
-    settings: Inference
-    device: str
-    command: str
-    voxel_size: Length
-    """Of the output."""
-    notes: tuple[str, ...] = ()
-    """Lines for the user, before anything is painted."""
-    any_voxel_size: bool = False
-    """Go on in a store of another voxel size."""
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds of the ensemble; the labels are those of the first."""
-        return [(self.seed + number) % 2**64 for number in range(self.settings.ensemble)]
 
 
 @dataclass(frozen=True)
@@ -109,179 +58,9 @@ class Painted:
     """Seconds of all threads of all ranks, by part of the work: read, noise, network, write."""
 
 
-def chunk_edge(shape: Sequence[int], scale: Fraction, settings: Inference) -> int:
-    """Return the edge of the store's inner chunk, in voxels.
-
-    It is the setting `chunk_voxels`, or by default 128 where the shortest axis has at least 512 voxels, else 64.
-    """
-    return settings.chunk_voxels or (128 if min(shape) >= 512 else 64)
-
-
-def plan_job(checkpoint: Checkpoint, lattice: Sequence[int], settings: Inference) -> TilePlan:
-    """Plan the tiles of a lattice, with the halo of the loaded network.
-
-    Parameters
-    ----------
-    checkpoint
-        Checkpoint of the generator.
-    lattice
-        Voxels of the lattice along z, y, x.
-    settings
-        Settings of the inference. Where they have no boundary, that of the training is used.
-
-    Returns
-    -------
-    TilePlan
-        The tiles.
-    """
-    scale = checkpoint.scale
-    shape = [int(n * scale) for n in lattice]
-    return plan_tiles(
-        lattice,
-        scale,
-        settings.tiles,
-        halo_of(checkpoint.generator),
-        chunk_edge(shape, scale, settings),
-        settings.boundary or checkpoint.study.training.boundaries,
-    )
-
-
-def open_job(
-    study: Study | None,
-    *,
-    checkpoint: str | None = None,
-    low_res: str | Sequence[str] | None = None,
-    output: str | None = None,
-    tiles: str | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    command: str = "",
-    raw: Sequence[RawHeader | None] = (),
-    inference: Mapping[str, Any] | None = None,
-    voxel_size: Length | None = None,
-) -> Job:
-    """Collect a job from a study, or from a checkpoint and a low-res volume alone.
-
-    Parameters
-    ----------
-    study
-        Study of the job; None for a checkpoint alone, whose own study is used.
-    checkpoint
-        Path of the checkpoint; by default that of the study.
-    low_res
-        Path of a volume of labels, or paths of volumes of probabilities, one for each channel.
-    output
-        Path of the store. It is needed and used where there is no study.
-    tiles
-        Tiles along z, y, x, as of the option --tiles.
-    seed
-        Seed of the noise; by default that of the study.
-    device
-        Device; by default that of the study.
-    command
-        Command line, for the provenance.
-    raw
-        Headers of the low-res volumes that have none of their own.
-    inference
-        Settings that take precedence over the study's.
-    voxel_size
-        Voxel size of a store that exists; nothing is then compared with the study's.
-
-    Returns
-    -------
-    Job
-        The job, with no voxel painted yet.
-
-    Raises
-    ------
-    InputError
-        Where study, checkpoint and low-res volume disagree, or something is missing.
-    """
-    if study is None:
-        if checkpoint is None or output is None:
-            raise InputError("infer: without a study, a checkpoint and an output are needed; give both")
-        loaded = load_checkpoint(checkpoint)
-        basis, store = loaded.study, Path(output)
-        if low_res is None and basis.low_res is not None:
-            raise InputError(f"infer: the network of {checkpoint} is given a low-res volume; name one, or give a study")
-    else:
-        loaded = load_checkpoint(checkpoint or study.checkpoint_path)
-        _refuse_other_study(loaded, study)
-        basis, store = study, study.labels_path
-    source = basis.low_res
-    if low_res:
-        paths = [low_res] if isinstance(low_res, str) else low_res
-        if source is None:
-            raise InputError(f"{', '.join(paths)}: the network of {loaded.path} is given no low-res volume; name none")
-        source = source.at(paths, raw or [None] * len(paths))
-    settings = basis.inference.model_copy(update=dict(inference or {}))
-    if tiles is not None:
-        try:
-            settings = settings.model_copy(update={"tiles": parse_grid(tiles)})
-        except ValueError as error:
-            raise InputError(f"`tiles`: {error}") from None
-    conditions = conditions_of(basis.model_copy(update={"low_res": source, "inference": settings}))
-    plan = plan_job(loaded, conditions.shape, settings)
-    chosen = basis.seed if seed is None else seed
-    notes = [] if voxel_size else compare_sizes(basis, low_res=conditions.volume)
-    size = voxel_size or basis.high_res.voxel_size
-    return Job(
-        loaded,
-        conditions,
-        store,
-        plan,
-        chosen,
-        settings,
-        device or basis.device,
-        command,
-        size,
-        tuple(notes),
-        basis.allow_voxel_size_mismatch,
-    )
-
-
-def _refuse_other_study(checkpoint: Checkpoint, study: Study) -> None:
-    theirs = checkpoint.study
-    if checkpoint.family != study.network.family:
-        raise InputError(
-            f"{checkpoint.path}: its network is of the family {checkpoint.family}, the study's of "
-            f"{study.network.family}; train anew, or give the study it was trained with"
-        )
-    _refuse_other_low_res(checkpoint, theirs.low_res, study.low_res)
-    for what, old, new in (
-        ("phases", ", ".join(theirs.phases), ", ".join(study.phases)),
-        ("scale factor", checkpoint.scale, study.scale_factor),
-    ):
-        _refuse_other(checkpoint, what, old, new)
-    refuse_other_size(
-        checkpoint.path, cubic(theirs.high_res.voxel_size), study.high_res.voxel_size, study.allow_voxel_size_mismatch
-    )
-
-
-def _refuse_other_low_res(checkpoint: Checkpoint, theirs: LowRes | None, ours: LowRes | None) -> None:
-    _refuse_other(checkpoint, "a low-res volume of", _holds(theirs), _holds(ours))
-    if theirs is None or ours is None:
-        return
-    if ours.channels:
-        _refuse_other(checkpoint, "low-res channels", theirs.groups, ours.groups)
-    else:
-        _refuse_other(checkpoint, "low-res phases", dict(theirs.phases), dict(ours.phases))
-    _refuse_other(checkpoint, "unknown low-res labels", list(theirs.unknown), list(ours.unknown))
-
-
-def _holds(low_res: LowRes | None) -> str:
-    return "nothing" if low_res is None else low_res.holds
-
-
-def _refuse_other(checkpoint: Checkpoint, what: str, old: Any, new: Any) -> None:
-    if old != new:
-        raise InputError(
-            f"{checkpoint.path}: was trained with {what} {old}, the study has {new}; train anew, or give the "
-            "study it was trained with"
-        )
-
-
-def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, store_lock: StoreLock | None = None) -> Painted:
+def infer(
+    job: Job, ranks: Ranks, *, overwrite: bool = False, store_lock: StoreLock | None = None, live: bool = False
+) -> Painted:
     """Paint every tile that is missing, and make the pyramid meanwhile.
 
     Collective: every rank of `ranks` calls it.
@@ -296,6 +75,8 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, store_lock: StoreL
         Paint a store that exists anew.
     store_lock
         Lock of the store, where the caller has taken it.
+    live
+        Whether to show a bar, if stderr is a terminal, in place of lines to the logger hpcres.infer.
 
     Returns
     -------
@@ -314,10 +95,10 @@ def infer(job: Job, ranks: Ranks, *, overwrite: bool = False, store_lock: StoreL
         On every rank, where the disk is full.
     """
     with nullcontext(store_lock) if store_lock is not None else StoreLock(job.output) as held:
-        return _infer(job, ranks, overwrite, held)
+        return _infer(job, ranks, overwrite, held, live)
 
 
-def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock) -> Painted:
+def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock, live: bool) -> Painted:
     # Half precision is computed by torch, layer after layer into fresh memory; fp32 on a CPU in arrays that are kept.
     keep_freed_memory(shared_by_threads=True, large=job.settings.precision != "fp32")
     device = choose_device(job.device, ranks)
@@ -325,7 +106,7 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock) -> Pa
     code_chunks(threads)
     painter = Painter(job.checkpoint.generator, job.plan, job.seed, device, threads, job.settings.precision)
     try:
-        missing = ranks.from_first(lambda: _prepare(job, painter, overwrite, store_lock))
+        missing = ranks.from_first(lambda: prepare(job, painter, overwrite, store_lock))
         if job.settings.precision != "fp32" and missing:
             ranks.from_first(lambda: _compare_with_fp32(job, painter))
         stores, tiles = open_stores(job.output), sum(level == 0 for level, _ in missing)
@@ -343,7 +124,9 @@ def _infer(job: Job, ranks: Ranks, overwrite: bool, store_lock: StoreLock) -> Pa
         kept = f"what is painted is kept in {job.output}; {again}"
         with handling_signals("infer", kept) as received, Journal(job.output, ranks.rank) as journal:
             stop = _Stop(ranks, received, job.conditions, again)
-            outcome = ranks.everyone(_make(missing, _Maker(job, painter, stores, journal, stop), ranks, stop))
+            with progress_display("infer", tiles, shown=ranks.rank == 0, bar=live, line=log.info) as show:
+                maker = _Maker(job, painter, stores, journal, stop)
+                outcome = ranks.everyone(_make(missing, maker, ranks, stop, show))
             painted = sum(part[0] for part in outcome)
             stop.end_here_if_asked(job.output, f"{painted} of {tiles} missing tiles are painted")
             _end_if_failed(tiles, [line for part in outcome for line in part[1]])
@@ -451,7 +234,7 @@ def shares(seeds: int) -> np.ndarray:
     return ((2 * 255 * np.arange(seeds + 1) + seeds) // (2 * seeds)).astype(np.uint8)
 
 
-def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) -> tuple[int, list[str]]:
+def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop, show: Show) -> tuple[int, list[str]]:
     """Make shards until none is left; return the number of tiles that this rank painted, and what failed.
 
     A few shards are in work at a time, so that one is read or compressed while others compute. Once any rank is to
@@ -467,7 +250,7 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
     pause = _POLL_SECONDS if ranks.size > 1 else 0.5
     tiles = sum(level == 0 for level, _ in missing)
     painted, failed = 0, list[str]()
-    started = said = time.monotonic()
+    started = time.monotonic()
     begun: dict[Future[InputError | Unfinished | OSError | None], Shard] = {}
     with ThreadPoolExecutor(maker.painter.tiles_in_flight) as pool:
         while True:
@@ -487,10 +270,10 @@ def _make(missing: Sequence[Shard], maker: _Maker, ranks: Ranks, stop: _Stop) ->
                 elif shard[0] == 0:
                     painted += 1
                 dispatcher.done(shard, error is None)
-            now = time.monotonic()
-            if tasks is not None and tasks.tiles_done and now - said > _LINE_SECONDS:
-                said, rate = now, tasks.voxels_done / (now - started)
-                log.info(f"{tasks.tiles_done} of {tiles} tiles, {rate / 1e6:.3g} M voxels/s on all ranks together")
+            if tasks is not None and tasks.tiles_done:
+                rate = tasks.voxels_done / (time.monotonic() - started)
+                words = f"{tasks.tiles_done} of {tiles} tiles, {rate / 1e6:.3g} M voxels/s on all ranks together"
+                show(tasks.tiles_done, words)
 
 
 def _measured(job: Job, store: LabelStore) -> dict[str, Any]:
@@ -589,143 +372,6 @@ def choose_device(device: str, ranks: Ranks) -> torch.device:
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-
-
-def _prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock) -> list[Shard]:
-    """Create or check the store, and list the shards that are to be made. Rank 0 only."""
-    going_on, agreement = not overwrite and job.output.exists(), agreement_path(job.output)
-    if going_on:
-        _existing_provenance(job.output)
-        refuse_other_size(str(job.output), LabelStore.open(job.output).volume.edges, job.voxel_size, job.any_voxel_size)
-        refuse_without_journal(job.output)
-    else:
-        inputs = [*job.conditions.paths, job.checkpoint.path]
-        refuse_output(job.output, LABELS, inputs=inputs, overwrite=overwrite)
-        if len(job.seeds) > 1:
-            refuse_output(agreement, LABELS, inputs=inputs, overwrite=overwrite and _is_agreement(agreement))
-    store_lock.take()
-    for path in (job.output, agreement):
-        clear_leftovers(path)
-    if going_on:
-        refuse_changed(job, painter)
-    else:
-        identity = _identity(job, painter)
-        # Before the store: what a journal says of another store's shards must never meet this one's.
-        store_lock.forget_journals()
-        if overwrite and _is_agreement(agreement):
-            shutil.rmtree(agreement)
-        LabelStore.create(
-            job.output,
-            job.plan.shape,
-            shard=job.plan.tile_voxels,
-            chunk_voxels=job.plan.chunk_voxels,
-            voxel_size=job.voxel_size.length,
-            unit=job.voxel_size.unit,
-            phases=job.checkpoint.phases,
-            codec=job.settings.codec,
-            provenance={**identity, **_origin(job)},
-            overwrite=overwrite,
-        )
-    if len(job.seeds) > 1 and not agreement.exists():  # a kill can come between the two stores
-        _create_agreement(job, agreement)
-    return missing_shards(open_stores(job.output), len(job.seeds))
-
-
-def _create_agreement(job: Job, path: Path) -> None:
-    about = {
-        "stage": "infer",
-        "agreement": f"255 times the share of the seeds whose label is that of {job.output.name}, rounded",
-        "seeds": job.seeds,
-        "complete": False,
-    }
-    AgreementStore.create(
-        path,
-        job.plan.shape,
-        shard=job.plan.tile_voxels,
-        chunk_voxels=job.plan.chunk_voxels,
-        voxel_size=job.voxel_size.length,
-        unit=job.voxel_size.unit,
-        phases=(),
-        codec=job.settings.codec,
-        provenance=about,
-    )
-
-
-def _is_agreement(path: Path) -> bool:
-    try:
-        AgreementStore.open(path)
-    except InputError:
-        return False
-    return True
-
-
-def refuse_changed(job: Job, painter: Painter, besides: Sequence[str] = ()) -> None:
-    """Refuse a job that differs from the one that painted the store, in what decides the bytes of the store.
-
-    Parameters
-    ----------
-    job
-        Job on the store at job.output.
-    painter
-        Painter of the job.
-    besides
-        Keys of _IDENTITY that may differ.
-
-    Raises
-    ------
-    InputError
-        Where a key differs, or the store was not made by hpcres infer.
-    """
-    provenance = _existing_provenance(job.output)
-    identity = _identity(job, painter)
-    for key in (key for key in _IDENTITY if key not in besides):
-        old, new = provenance.get(key), identity[key]
-        if old != new:
-            raise InputError(
-                f"{job.output}: was painted with {key} {old}, this job has {new}; use `overwrite` to paint it "
-                "anew, or another `output`"
-            )
-
-
-def _existing_provenance(output: Path) -> dict[str, Any]:
-    provenance = LabelStore.open(output).provenance
-    if provenance.get("stage") != "infer":
-        raise InputError(f"{output}: is there already and not made by hpcres infer; choose another `output`")
-    return provenance
-
-
-def _identity(job: Job, painter: Painter) -> dict[str, Any]:
-    """Return the values of _IDENTITY.
-
-    The whole low-res volume is read once, which also finds any unknown label.
-    """
-    return {
-        "weights_sha256": job.checkpoint.sha256,
-        "input_sha256": job.conditions.digest(),
-        "seed": job.seed,
-        "ensemble": len(job.seeds),
-        "scale_factor": str(job.plan.scale),
-        "boundary": dict(zip(AXES, job.plan.boundaries, strict=True)),
-        "tile_voxels": list(job.plan.tile_voxels),
-        "chunk_voxels": job.plan.chunk_voxels,
-        "arithmetic": painter.arithmetic,
-    }
-
-
-def _origin(job: Job) -> dict[str, Any]:
-    return {
-        "stage": "infer",
-        "checkpoint": str(Path(job.checkpoint.path).resolve()),
-        **job.conditions.describe(),
-        "step": job.checkpoint.step,
-        "halo_low_res": job.plan.halo_low_res,
-        "codec": job.settings.codec,
-        "precision": job.settings.precision,
-        "tiles": list(job.plan.grid),
-        "versions": {**job.checkpoint.versions, "hpcres": __version__, "torch": str(torch.__version__)},
-        "command": job.command,
-        "complete": False,
-    }
 
 
 def _opening(job: Job, missing: int, ranks: Ranks, device: torch.device, threads: int) -> str:

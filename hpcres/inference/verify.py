@@ -19,9 +19,11 @@ import numpy as np
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box, Tile, TilePlan, high_res_shape, tiles_of_rank
 from hpcres.inference.generate import Painter
+from hpcres.inference.identity import refuse_changed
+from hpcres.inference.job import Job, JobOptions, open_job
 from hpcres.inference.journal import StoreLock, file_crc32, open_stores, read_journal, refuse_without_journal
 from hpcres.inference.ranks import Ranks
-from hpcres.inference.run import Job, choose_device, open_job, refuse_changed
+from hpcres.inference.run import choose_device
 from hpcres.lengths import RELATIVE, Length
 from hpcres.signals import end_if_signalled
 from hpcres.study import RawHeader, parse_boundary
@@ -162,23 +164,25 @@ def repair_job(path: Path, command: str = "") -> Job:
     headers = provenance["raw"] if isinstance(provenance["raw"], list) else [provenance["raw"]]
     job = open_job(
         None,
-        checkpoint=provenance["checkpoint"],
-        low_res=provenance["low_res"],
-        output=str(path),
-        seed=provenance["seed"],
-        device="auto",
-        command=command,
-        raw=[RawHeader(**header) if header else None for header in headers],
-        inference={
-            "tiles": tuple(provenance["tiles"]),
-            "chunk_voxels": provenance["chunk_voxels"],
-            "boundary": parse_boundary(provenance["boundary"]),
-            "precision": provenance["precision"],
-            "codec": provenance["codec"],
-            "ensemble": provenance["ensemble"],
-            **_output_voxels(provenance),
-        },
-        voxel_size=LabelStore.open(path).volume.edges.x or Length(1.0, RELATIVE),
+        JobOptions(
+            checkpoint=provenance["checkpoint"],
+            low_res=provenance["low_res"],
+            output=str(path),
+            seed=provenance["seed"],
+            device="auto",
+            command=command,
+            raw=[RawHeader(**header) if header else None for header in headers],
+            inference={
+                "tiles": tuple(provenance["tiles"]),
+                "chunk_voxels": provenance["chunk_voxels"],
+                "boundary": parse_boundary(provenance["boundary"]),
+                "precision": provenance["precision"],
+                "codec": provenance["codec"],
+                "ensemble": provenance["ensemble"],
+                **_output_voxels(provenance),
+            },
+            voxel_size=LabelStore.open(path).volume.edges.x or Length(1.0, RELATIVE),
+        ),
     )
     if job.checkpoint.sha256 != provenance["weights_sha256"]:
         raise InputError(

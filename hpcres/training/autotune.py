@@ -17,9 +17,10 @@ from hpcres.checkpoint import Checkpoint
 from hpcres.errors import InputError
 from hpcres.progress import duration
 from hpcres.study import Study
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import Processes
 from hpcres.training.recipes import Choice
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import WAITING_SHARE, Threads
 from hpcres.training.trial import choose_precision, short_trial, step_seconds, with_settings
 

@@ -23,7 +23,7 @@ from hpcres.imaging import ImagingOperator, block_majority, likeliest, one_hot
 from hpcres.networks.resampling import center_crop
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
-from hpcres.training.samples import LowResCubes
+from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.visible import Correction
 from hpcres.volumes.images import images_by_plane
 
@@ -39,7 +39,7 @@ GOOD = {
 }
 """The error of each kind that counts as good. It adds 1 to the sum whose mean is the score."""
 _JUDGED = 2**31 + 1
-"""Kind of draw for the cubes that are judged (samples.LowResCubes.draw)."""
+"""Kind of draw for the cubes that are judged (data.cubes.LowResCubes.draw)."""
 
 
 class Evaluator:

@@ -411,15 +411,15 @@ class Critics(nn.Module):
         Parameters
         ----------
         real : sequence of Tensor
-            Patches of the images by plane, as samples.CriticDraw.real.
+            Patches of the images by plane, as data.draws.CriticDraw.real.
         fake : sequence of Tensor
             Generated slices (slices, phases, rows, columns) by plane.
         mix : sequence of Tensor
-            As samples.CriticDraw.mix.
+            As data.draws.CriticDraw.mix.
         pairs : sequence of Tensor or None
-            As samples.CriticDraw.pairs.
+            As data.draws.CriticDraw.pairs.
         shares : sequence of float
-            As samples.CriticDraw.shares.
+            As data.draws.CriticDraw.shares.
 
         Returns
         -------

@@ -11,7 +11,7 @@ from torch import nn
 
 from hpcres.networks.resampling import center_crop
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.training.samples import LowResCubes
+from hpcres.training.data.cubes import LowResCubes
 
 _AT_ONCE = 8
 _EVERY = 7

@@ -13,15 +13,16 @@ from torch import nn
 from hpcres.checkpoint import Checkpoint
 from hpcres.networks.generator import Generator
 from hpcres.study import Study
-from hpcres.training.adversarial import Models, Outcome
 from hpcres.training.autotune import TooFewSteps, Tuned, autotune, with_recipe
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import Processes
 from hpcres.training.evaluation import Evaluator
 from hpcres.training.journal import Shown
 from hpcres.training.recipes import Choice, choices
-from hpcres.training.samples import LowResCubes, RealSlices
 from hpcres.training.threads import Threads
 from hpcres.training.visible import Beside, beside
+from hpcres.training.wgan import Models, Outcome
 
 _ASTRAY = 0.1
 """Share of the low-res voxels with which the best generator disagrees, above which something is wrong with a

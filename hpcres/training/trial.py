@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from hpcres.study import Study
-from hpcres.training.adversarial import Models
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.draws import critic_counts
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import Processes
-from hpcres.training.samples import LowResCubes, RealSlices, critic_counts
+from hpcres.training.wgan import Models
 
 _PART_SECONDS = 0.5
 """Longest part of a step that is timed, in seconds. A longer part is extrapolated from smaller inputs."""

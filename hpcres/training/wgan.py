@@ -8,23 +8,26 @@ this cube.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from hpcres.checkpoint import Checkpoint, build_generator, load_checkpoint
-from hpcres.errors import InputError
+from hpcres.checkpoint import Checkpoint, build_generator
 from hpcres.imaging import ImagingOperator, likeliest, one_hot
 from hpcres.networks.resampling import center_crop
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.study import Study
+from hpcres.training.averaging import average_decay
+from hpcres.training.compilation import compile_generator
+from hpcres.training.data.cubes import LowResCubes
+from hpcres.training.data.slices import RealSlices
 from hpcres.training.diagonals import diagonal_slices
 from hpcres.training.distributed import Processes
+from hpcres.training.init_from import take_over_weights
 from hpcres.training.losses import (
     Critics,
     as_labels,
@@ -40,7 +43,6 @@ from hpcres.training.losses import (
     voxel_loss,
 )
 from hpcres.training.recalibration import match_fractions, recalibrate_batch_norm
-from hpcres.training.samples import LowResCubes, RealSlices
 
 _NEWEST = 0.1
 """Weight of the newest step in the running means of shares."""
@@ -60,35 +62,6 @@ _CORRECTED_CUBES = 64
 volume, the share of a hidden phase in its group was 8 % off its share in the whole volume."""
 _OVERALL = 10.0
 """Weight of the visible fractions over all cubes, relative to the loss of single blocks."""
-_MUST_FIT = {
-    name: name.replace("_", " ") for name in ("scale", "width", "residual_blocks", "last_stage", "noise_sigma_voxels")
-}
-"""Settings of a generator that must be the same to begin from its weights, with their names in messages."""
-
-
-def average_decay(ema: float, growth: float, step: int) -> float:
-    """Return the decay of the averaged weights at `step`.
-
-    The decay is the share of itself that the averaged generator keeps in a step. Until the decay reaches `ema`, the
-    weight of a step in the average grows as the number of the step to the power of `growth` (Karras 2024). The
-    generator of a shorter average makes teeth of single voxels, which come and go during adversarial training. A longer
-    average still holds the first weights.
-
-    Parameters
-    ----------
-    ema : float
-        Largest decay.
-    growth : float
-        Exponent of the growth of a step's weight.
-    step : int
-        Number of the step, from 0.
-
-    Returns
-    -------
-    float
-        The decay, at most `ema`.
-    """
-    return min(ema, (1 + step) / (2 + growth + step))
 
 
 @dataclass(frozen=True)
@@ -128,7 +101,7 @@ class Models:
         group.synchronise_batch_norm(self.generator)
         self.generator.to(group.device)
         if settings.compile:
-            _compile(self.generator, group.device)
+            compile_generator(self.generator, group.device)
         weights = list(self.generator.parameters())
         self.average = [w.detach().clone() for w in weights] if settings.ema else None
         self.running_means: dict[str, Tensor] = {}
@@ -454,54 +427,13 @@ class Models:
         }
 
     def begin_from(self, path: str) -> None:
-        """Take over the weights of another training, and note them in `init_from`.
+        """Take over the weights of another training, and note them in `init_from` (see `take_over_weights`).
 
-        Layers whose number of phases differs keep their own new weights. The weights of the critics are taken if the
-        file has them (a best.pt has none) and if all but their first layers fit. The averaged weights begin with those
-        of the generator.
-
-        Parameters
-        ----------
-        path : str
-            Checkpoint of the other training.
-
-        Raises
-        ------
-        InputError
-            There is no such file, or the generators differ in more than the number of phases.
+        The averaged weights begin with those of the generator.
         """
-        if not os.path.isfile(path):
-            raise InputError(f"training.init_from: {path}: no such file; give the checkpoint.pt of another training")
-        other = load_checkpoint(path)
-        theirs, mine = other.generator.config, self.generator.config
-        if unlike := [key for key in _MUST_FIT if theirs[key] != mine[key]]:
-            differences = " and ".join(f"{_MUST_FIT[key]} {theirs[key]}, not {mine[key]}" for key in unlike)
-            raise InputError(
-                f"training.init_from: {path}: its generator has {differences} as this study, so its weights do not "
-                "fit; give the study the same, or begin from another checkpoint"
-            )
-        anew = []
-        misfits = _take_over(self.generator, other.generator.state_dict())
-        for layer, name in (("conv_first.weight", "first"), ("conv_end.weight", "last")):
-            if layer in misfits:
-                anew.append(f"the generator's {name} layer")
-        ours, critics = self.critics.state_dict(), (other.training_state or {}).get("critics", {})
-        fits = critics.keys() == ours.keys() and all(
-            critics[name].shape == ours[name].shape for name in ours if not name.endswith("layers.0.weight")
-        )
-        if not fits:
-            anew.append("the critics")
-        elif _take_over(self.critics, critics):
-            anew.append("the critics' first layer")
+        self.init_from = take_over_weights(path, self.generator, self.critics)
         if self.average is not None:
             self.average = [w.detach().clone() for w in self.generator.parameters()]
-        self.init_from = {
-            "path": os.path.abspath(path),
-            "sha256": other.sha256,
-            "step": other.step,
-            "phases": list(other.phases),
-            "made_anew": anew,
-        }
 
     def restore(self, before: Checkpoint) -> None:
         """Restore the state of the run that the checkpoint `before` holds."""
@@ -538,42 +470,3 @@ def _loss_at(means: Tensor, loss_of: Callable[[Tensor], Tensor], shares: Tensor)
     loss = loss_of(at)
     (slope,) = torch.autograd.grad(loss, at)
     return loss.detach() + (slope * (shares - shares.detach())).sum()
-
-
-def _compile(generator: SuperResGenerator, device: torch.device) -> None:
-    """Have the generator's forward compiled when it first runs; weights and their names stay as they are.
-
-    The critics are not compiled: torch.compile refuses a double backward (2.13: "does not currently support double
-    backward"), which a critic's gradient penalty needs. InputError is raised if nothing can be compiled on this
-    machine, which a trial shows.
-    """
-    _add_cpu_to_cache_key()
-    try:
-        torch.compile(lambda x: x * x + 1)(torch.ones(8, device=device))
-    except Exception as error:  # the tool chain's own, of many kinds
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"training.compile: torch.compile does not work on this machine "
-            f"({reason[0] if reason else type(error).__name__}); install a C++ compiler (g++, or name one in CXX), or "
-            "set training.compile=false"
-        ) from None
-    generator.compile(dynamic=False)
-
-
-def _add_cpu_to_cache_key() -> None:
-    """Make torch's cache of compiled code depend on the CPU's vector registers (from torch 2.7 on).
-
-    The key of this cache holds the GPU but not the CPU. A CPU without AVX-512 that shares the cache folder with one
-    that has it would run code made for registers of 16 floats. torch 2.13 then returns wrong values or crashes. A tag
-    that the user has set in TORCH_COMPILE_CACHE_KEY_TAG stays.
-    """
-    config = getattr(torch.compiler, "config", None)
-    if config is not None and not config.cache_key_tag:
-        config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-
-
-def _take_over(module: nn.Module, state: dict[str, Tensor]) -> set[str]:
-    """Load every tensor of `state` that has the shape of the module's own, and return the names of the others."""
-    misfits = {name for name, own in module.state_dict().items() if state[name].shape != own.shape}
-    module.load_state_dict({name: state[name] for name in state if name not in misfits}, strict=False)
-    return misfits
