@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpcres.engines.polyphase import Crop, refuse_not_finite
+from hpcres.engines.batches import refuse_not_finite
+from hpcres.engines.polyphase_layers import Crop
 from hpcres.networks.resampling import Taps, linear_taps, nearest_taps, resample
 from hpcres.networks.stages import Stage, Stages
 
