@@ -5,7 +5,8 @@
     python bench/transport.py --ranks 1 2 4 --edge 512        over MPI: time, memory of each rank (5 minutes)
     python bench/transport.py --memory 1GiB 2GiB --edge 512   out of core: time, memory, streamed bytes (5 minutes)
     python bench/transport.py --far               flat voxels and conductivities far apart (5 minutes)
-    python bench/transport.py --beside CHECKOUT   the same solves by another version of hpcres, by turns (2 minutes)
+    python bench/transport.py --beside CHECKOUT   the same solves by another version of hpcres, by turns (2 minutes);
+                                                  commit 903978b or later, since each version runs its own bench
     python bench/transport.py --blocks            how far off and how slow --estimate blocks is (2 minutes)
     python bench/transport.py --grow 256 512 1024 --device cuda    the same on a GPU, with seconds of an iteration there
 
@@ -108,12 +109,13 @@ def measure_far() -> None:
         )
 
 
-def compare_versions(checkout: str) -> None:
+def compare_versions(checkout: str, edge: int) -> None:
     """Seconds of cubic voxels by this version and another one, by turns; each the least of all turns."""
     print("| conductivity by label | D_rel, ours | theirs | seconds, ours | theirs | ratio |\n|" + "---|" * 6)
     for conductivity in ({0: 1.0}, {85: 1.0}, {170: 1.0}, {0: 1.0, 85: 0.5}):
         both = (None, checkout)
-        turns = [[measure(conductivity=conductivity, repeats=3, checkout=c) for c in both] for _ in range(3)]
+        settings = {"conductivity": conductivity, "edge": edge, "repeats": 3}
+        turns = [[measure(checkout=c, **settings) for c in both] for _ in range(3)]
         ours, theirs = (min(turn[i]["seconds"][0] for turn in turns) for i in (0, 1))
         several = ", ".join(f"{label}: {k:g}" for label, k in conductivity.items())
         print(
@@ -264,7 +266,7 @@ def main() -> None:
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, nargs="*", default=[], help="over MPI; 1 is one process in memory")
     parser.add_argument("--memory", nargs="*", default=[], metavar="SIZE", help="out of core")
-    parser.add_argument("--edge", type=int, default=512, help="of the volume for --ranks and --memory")
+    parser.add_argument("--edge", type=int, help="of the volume: 512 for --ranks and --memory, 256 for --beside")
     parser.add_argument("--threads", type=int, default=1, help="of each process, for --ranks and --memory")
     parser.add_argument("--scratch", metavar="DIR", help="for --memory")
     parser.add_argument("--blocks", action="store_true", help="the estimate from blocks against the whole volume")
@@ -282,10 +284,15 @@ def main() -> None:
         solve_store(json.loads(options.store))
         return
     if options.ranks or options.memory:
-        compare_stores(options.edge, options.ranks, options.memory, options.threads, options.scratch)
+        compare_stores(options.edge or 512, options.ranks, options.memory, options.threads, options.scratch)
         return
     if options.blocks or options.far or options.beside:
-        compare_blocks() if options.blocks else measure_far() if options.far else compare_versions(options.beside)
+        if options.blocks:
+            compare_blocks()
+        elif options.far:
+            measure_far()
+        else:
+            compare_versions(options.beside, options.edge or 256)
         return
     if options.grow:
         where = options.device or "one core"

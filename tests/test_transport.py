@@ -236,9 +236,9 @@ def test_what_rounding_of_the_solution_hides_is_claimed(unit, converges):
 
 
 def test_partitions_of_a_cell_are_ranked_and_unranked():
-    numbers, part, mask = cells.partition_tables()
+    numbers, aggregate, mask = cells.partition_tables()
     assert len(numbers) == 21147  # Bell's number of 9: eight voxels and what stands for those that insulate
-    assert len({(int(m), *map(int, p)) for m, p in zip(mask, part, strict=True)}) == 21147
+    assert len({(int(m), *map(int, p)) for m, p in zip(mask, aggregate, strict=True)}) == 21147
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, (16, 16, 32)).astype(np.uint8)
     conducts = np.arange(256) > 0
@@ -260,7 +260,7 @@ def test_partitions_of_a_cell_are_ranked_and_unranked():
                 for value in (1, 2, 3)
                 for n in range(1, ndimage.label(block == value)[1] + 1)
             ]
-            assert (part[cell, i] == part[cell, j]) == any(same)
+            assert (aggregate[cell, i] == aggregate[cell, j]) == any(same)
 
 
 def test_a_direction_one_voxel_thin_is_a_column_each():
