@@ -135,10 +135,22 @@ def test_a_new_family_works_in_every_stage(tmp_path, kind, toys):
     if kind is nearest:
         low = np.load(tmp_path / "low.npy")
         assert fractions["active"] == pytest.approx(low.mean(), abs=0.01)
+        by_strangers(toys, study, tmp_path / "out/metrics.json")
     else:
         assert max(fractions.values()) < 0.8
     toys("report", study)
     assert "<svg" in (tmp_path / "out/report.html").read_text() or "<img" in (tmp_path / "out/report.html").read_text()
+
+
+def by_strangers(toys, study, file):
+    """Measure on a worker that knows neither of the two families."""
+    from distributed import LocalCluster
+
+    alone = json.loads(file.read_text())
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        toys("metrics", study, "--scheduler", cluster.scheduler_address)
+    there = json.loads(file.read_text())
+    assert [there[key] for key in ("volume", "low_res")] == [alone[key] for key in ("volume", "low_res")]
 
 
 def test_the_labels_are_the_network_s_own(tmp_path, toys):
