@@ -14,6 +14,7 @@ import pytest
 import toy_families
 import yaml
 from small_painting import MPI, descendants, mpirun, store_bytes, truncate
+from test_bad_input import run
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
@@ -65,11 +66,18 @@ def written(folder, content):
     return path
 
 
-def toys(*arguments, **more):
-    command = [sys.executable, str(TOYS), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, **more)
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def toys(capfd):
+    """Run a command in this process, which knows both families; returns its status and what it printed."""
+
+    def run_here(*arguments: object, status: int = 0) -> tuple[str, str]:
+        capfd.readouterr()
+        found = run([str(one) for one in arguments])
+        printed = capfd.readouterr()
+        assert found == status, printed.err
+        return printed.out, printed.err
+
+    return run_here
 
 
 def killed(command, reached):
@@ -88,13 +96,13 @@ def killed(command, reached):
 
 
 @pytest.mark.parametrize("kind", [nearest, latent], ids=["nearest", "latents alone"])
-def test_a_new_family_works_in_every_stage(tmp_path, kind):
+def test_a_new_family_works_in_every_stage(tmp_path, kind, toys):
     (tmp_path / "whole").mkdir()
     study = written(tmp_path, kind(tmp_path))
     checkpoint, store = tmp_path / "out/checkpoint.pt", tmp_path / "out/labels.zarr"
     toys("train", study, "--output", tmp_path / "whole")
     killed([sys.executable, TOYS, "train", study], checkpoint.exists)
-    resumed = toys("train", study).stderr
+    _, resumed = toys("train", study)
     assert "going on from step" in resumed
     assert "this family is a toy" in resumed
     assert "the toy is done after 30 steps" in resumed
@@ -103,7 +111,7 @@ def test_a_new_family_works_in_every_stage(tmp_path, kind):
     assert (tmp_path / "out/best.pt").exists()
     assert (tmp_path / "out/training.csv").read_text().startswith("step,seconds,loss,learning_rate")
 
-    planned = toys("plan", study).stdout
+    planned, _ = toys("plan", study)
     assert "48 × 40 × 36 voxels" in planned
     toys("infer", study, "--output", tmp_path / "whole")
     shards = tmp_path / "out/labels.zarr.journal"
@@ -116,10 +124,10 @@ def test_a_new_family_works_in_every_stage(tmp_path, kind):
     assert store_bytes(store) == store_bytes(tmp_path / "whole/labels.zarr")  # however it is shared among ranks
     toys("verify", store)
     truncate(next(f for f in (tmp_path / "out/labels.zarr/0/c").rglob("*") if f.is_file()))
-    assert subprocess.run([sys.executable, TOYS, "verify", store], capture_output=True).returncode == 3
+    toys("verify", store, status=3)
     toys("verify", store, "--repair")
     assert store_bytes(store) == store_bytes(tmp_path / "whole/labels.zarr")
-    audited = toys("verify", store, "--audit", "3").stdout
+    audited, _ = toys("verify", store, "--audit", "3")
     assert "labels that differ 0 of" in audited
 
     toys("metrics", study)
@@ -127,13 +135,25 @@ def test_a_new_family_works_in_every_stage(tmp_path, kind):
     if kind is nearest:
         low = np.load(tmp_path / "low.npy")
         assert fractions["active"] == pytest.approx(low.mean(), abs=0.01)
+        by_strangers(toys, study, tmp_path / "out/metrics.json")
     else:
         assert max(fractions.values()) < 0.8
     toys("report", study)
     assert "<svg" in (tmp_path / "out/report.html").read_text() or "<img" in (tmp_path / "out/report.html").read_text()
 
 
-def test_the_labels_are_the_network_s_own(tmp_path):
+def by_strangers(toys, study, file):
+    """Measure on a worker that knows neither of the two families."""
+    from distributed import LocalCluster
+
+    alone = json.loads(file.read_text())
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        toys("metrics", study, "--scheduler", cluster.scheduler_address)
+    there = json.loads(file.read_text())
+    assert [there[key] for key in ("volume", "low_res")] == [alone[key] for key in ("volume", "low_res")]
+
+
+def test_the_labels_are_the_network_s_own(tmp_path, toys):
     """Of latents alone: what torch computes of the noise that the seed gives each voxel of the lattice."""
     import torch
 
@@ -183,34 +203,35 @@ def test_settings_are_those_of_the_family(tmp_path, change, words):
         load_study(written(tmp_path, latent(tmp_path) | change))
 
 
-def test_an_output_that_the_lattice_cannot_fill_is_refused(tmp_path, hpcres):
+def test_an_output_that_the_lattice_cannot_fill_is_refused(tmp_path, toys):
     study = written(tmp_path, latent(tmp_path))
-    toys("train", study)
+    toys("train", study, "--set", "training.steps=2")
     for setting, words in (
         ("inference.output_voxels=48x40x38", "no whole voxels of the lattice at scale factor 4; use multiples of 4"),
         ("inference.output_voxels=null", "inference.output_voxels: not set, and without low_res"),
     ):
-        done = subprocess.run([sys.executable, TOYS, "infer", study, "--set", setting], capture_output=True, text=True)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert words in done.stderr
+        _, told = toys("infer", study, "--set", setting, status=2)
+        assert told.count("\n") == 1
+        assert words in told
     # Without the family the checkpoint is refused in words.
-    done = hpcres("infer", "--checkpoint", str(tmp_path / "out/checkpoint.pt"), "--output", str(tmp_path / "x.zarr"))
-    assert done.returncode == 2
-    assert "family 'toy-latent', which this hpcres does not know" in done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(FAMILIES, "toy-latent")
+        checkpoint = tmp_path / "out/checkpoint.pt"
+        _, told = toys("infer", "--checkpoint", checkpoint, "--output", tmp_path / "x.zarr", status=2)
+    assert "family 'toy-latent', which this hpcres does not know" in told
 
 
-def test_a_study_of_another_family_than_the_checkpoint_is_refused(tmp_path):
+def test_a_study_of_another_family_than_the_checkpoint_is_refused(tmp_path, toys):
     study = written(tmp_path, nearest(tmp_path))
-    toys("train", study)
+    toys("train", study, "--set", "training.steps=2")
     content = nearest(tmp_path)
     content["network"] = {"family": "toy-latent"}
     del content["low_res"]
     content["inference"]["output_voxels"] = "48x40x36"
     other = written(tmp_path, content)
     for command in ("infer", "train"):
-        done = subprocess.run([sys.executable, TOYS, command, other], capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert "toy-nearest" in done.stderr
+        _, told = toys(command, other, status=2)
+        assert "toy-nearest" in told
 
 
 def test_the_model_of_a_study_is_its_family_s():

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -56,7 +57,7 @@ from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, blocks, high_res_shape, triple
 from hpcres.imaging import ImagingOperator, block_majority, one_hot
 from hpcres.metrics.schedule import Source, follow, submit
-from hpcres.study import Study
+from hpcres.study import Imaging, LowRes, Study
 from hpcres.volumes.phases import PhaseMap, likeliest
 from hpcres.volumes.volume import Volume
 
@@ -66,9 +67,30 @@ if TYPE_CHECKING:
 _BLOCK_HIGH_RES = 128
 
 
+@dataclass(frozen=True)
+class _Imaging:
+    """What of a study the comparison needs. A worker need not know the study's family of generators."""
+
+    scale: Fraction
+    phases: int
+    groups: tuple[tuple[int, ...], ...]
+    settings: Imaging
+    low_res: LowRes
+
+    @classmethod
+    def of(cls, study: Study) -> _Imaging:
+        groups = tuple(tuple(study.phases.index(name) for name in group) for group in study.low_res.groups)
+        return cls(study.scale_factor, len(study.phases), groups, study.imaging, study.low_res)
+
+    def operator(self) -> ImagingOperator:
+        return _operator(self.scale, self.groups, self.settings, bool(self.low_res.channels))
+
+
 @lru_cache(maxsize=4)
-def _operator(study_json: str) -> ImagingOperator:
-    return ImagingOperator.of(Study.of_json(study_json))
+def _operator(
+    scale: Fraction, groups: tuple[tuple[int, ...], ...], settings: Imaging, fractions: bool
+) -> ImagingOperator:
+    return ImagingOperator(scale, groups, settings, fractions)
 
 
 def compared_shape(study: Study, low_res_shape: Sequence[int]) -> Triple:
@@ -136,11 +158,10 @@ def _confusion(given: np.ndarray, found: np.ndarray, groups: int) -> np.ndarray:
     return np.bincount(pairs, minlength=groups * groups)[: groups * groups].reshape(groups, groups)
 
 
-def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> _Compared:
+def _compare(box: Box, low_res: Source, volume: Source, imaging: _Imaging) -> _Compared:
     """Compare the blocks of a low-res box, which starts at multiples of q (scale factor p/q)."""
-    study = Study.of_json(study_json)
-    operator, sharp, coarse = _operator(study_json), volume.open(), low_res.open()
-    p, q = study.scale_factor.numerator, study.scale_factor.denominator
+    operator, sharp, coarse = imaging.operator(), volume.open(), low_res.open()
+    p, q = imaging.scale.numerator, imaging.scale.denominator
     # The operator gives the volume's own values away from cut faces, in windows that start at whole low-res voxels.
     before = -(-operator.margin_voxels // p) * q
     start = triple([max(0, s - before) // q * q for s in box.start])
@@ -152,15 +173,15 @@ def _compare(box: Box, low_res: Source, volume: Source, study_json: str) -> _Com
     window = sharp.read(Box(first, triple(last)))
     around = box.grown(1, 1, Box.whole(coarse.shape))
     own = box.relative_to(around.start)
-    known_around = PhaseMap.of(study.low_res, low_res.path).index(coarse.read(around))
+    known_around = PhaseMap.of(imaging.low_res, low_res.path).index(coarse.read(around))
     known, given = known_around[own.slices], likeliest(known_around)[own.slices]
     asked = (..., *box.relative_to(start).slices)
     with torch.inference_mode():
         labels = torch.from_numpy(window.astype(np.int64))[None]
-        imaged = operator(one_hot(labels, len(study.phases)))[0][asked].numpy()
+        imaged = operator(one_hot(labels, imaging.phases))[0][asked].numpy()
         counted = operator.block_counts(labels)[asked]
         largest = block_majority(counted, torch.from_numpy(given)[None])[0].numpy()
-    n, counts = len(study.low_res.groups), counted[0].numpy()
+    n, counts = len(imaging.groups), counted[0].numpy()
     away = away_from_boundary(likeliest(known_around), own, n)
     sums = None
     if known.ndim == 4:
@@ -222,7 +243,7 @@ def agreement(
         blocks(shape, (edge,) * 3),
         low_res=Source.of(low_res),
         volume=Source.of(volume),
-        study_json=study.as_json(),
+        imaging=_Imaging.of(study),
     )
     follow(tasks, f"low-res agreement of {Path(volume.path).name}", progress)
     found = client.gather(tasks)
