@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from fractions import Fraction
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from hpcres.networks.stages import Inputs, Stages
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, ABC):
     """A network that turns what is given at low-res voxels into logits of phases at output voxels.
 
     `forward` takes float32 (batch, inputs.channels, z, y, x). It gives logits (batch, phases, z·scale, y·scale,
@@ -29,15 +30,15 @@ class Generator(nn.Module):
     scale: Fraction
 
     @property
+    @abstractmethod
     def phases(self) -> int:
         """Number of labels of the output."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def inputs(self) -> Inputs:
         """What the generator is given at each low-res voxel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stages(self) -> Stages:
         """Return the network in eval mode as a list of stages, with its weights."""
-        raise NotImplementedError
