@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import floor, prod
+from math import floor
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpcres.engines.polyphase import Crop, refuse_not_finite
+from hpcres.engines.batches import Crop, box_of, refuse_not_finite
+from hpcres.geometry import Box, triple
 from hpcres.networks.resampling import Taps, linear_taps, nearest_taps, resample
 from hpcres.networks.stages import Stage, Stages
-
-_Span = tuple[int, int]
-_Spans = tuple[_Span, ...]
-"""Half-open ranges of voxels along z, y, x."""
 
 
 class Staged:
@@ -101,49 +98,45 @@ class Staged:
             (batch, channels of the last stage, z, y, x) in `dtype`.
         """
         assert windows.shape[1] == self.in_channels, windows.shape
-        sizes, spans = self._ranges(windows.shape[2:], crop)
-        x = _part(windows.to(self.device, self.dtype), _whole(sizes[0]), spans[0])
+        grids, parts = self._boxes(windows.shape[2:], crop)
+        x = _part(windows.to(self.device, self.dtype), grids[0], parts[0])
         kept: dict[int, Tensor] = {}
         for number, stage in enumerate(self._stages):
-            out = spans[number + 1]
-            y = _part(*self._layer(number, x, spans[number], sizes[number], out), out)
+            out = parts[number + 1]
+            y = _part(*self._layer(number, x, parts[number], grids[number], out), out)
             if stage.add_before is not None:
-                y = y + _part(kept[stage.add_before], spans[stage.add_before + 1], out)
+                y = y + _part(kept[stage.add_before], parts[stage.add_before + 1], out)
             x = self._activated(number, y)
             if stage.add_after is not None:
-                x = x + _part(kept[stage.add_after], spans[stage.add_after + 1], out)
-            kept = {other: kept[other] for other in self._read_after(number) if other in kept}
-            if number in self._read_after(number):
-                kept[number] = x
+                x = x + _part(kept[stage.add_after], parts[stage.add_after + 1], out)
+            kept = {other: x if other == number else kept[other] for other in self._list.added_from(number + 1)}
         return x
 
-    def _read_after(self, number: int) -> set[int]:
-        """Return the stages whose outputs are added behind stage `number`."""
-        return {other for later in self._stages[number + 1 :] for other in later.adds}
-
-    def _layer(self, number: int, x: Tensor, span: _Spans, size: Sequence[int], out: _Spans) -> tuple[Tensor, _Spans]:
+    def _layer(self, number: int, x: Tensor, box: Box, grid: Box, out: Box) -> tuple[Tensor, Box]:
         """Compute the outputs of a layer, at least those of `out`, and return which they are.
 
-        x are the voxels `span` of a grid of `size`.
+        x are the voxels `box` of `grid`.
         """
         stage, (weight, bias, _) = self._stages[number], self._weights[number]
         if stage.kind == "shuffle":
             edge = int(stage.scale)
-            return _shuffled(x, edge), tuple((a * edge, b * edge) for a, b in span)
+            given = Box(triple([a * edge for a in box.start]), triple([b * edge for b in box.stop]))
+            return _shuffled(x, edge), given
         if stage.kind == "transposed":
             stride = int(stage.scale)
             y = functional.conv_transpose3d(x, weight, bias, stride=stride)
-            begins = [a * stride - stage.crop for a, _ in span]
-            return y, tuple((a, a + n) for a, n in zip(begins, y.shape[2:], strict=True))
+            begin = [a * stride - stage.crop for a in box.start]
+            return y, Box(triple(begin), triple([a + n for a, n in zip(begin, y.shape[2:], strict=True)]))
+        around = stage.kernel // 2
         if stage.kind == "resized":
-            fine = [stage.length(n) for n in size]
-            upsampled = _clipped(_grown(out, stage.kernel // 2), fine)
+            fine = Box.whole([stage.length(n) for n in grid.shape])
+            upsampled = out.grown(around, around, fine)
             z, y_, x_ = (
-                _cut(_taps(stage.interpolation, n, stage.scale), along, a)
-                for n, along, (a, _) in zip(size, upsampled, span, strict=True)
+                _cut(_taps(stage.interpolation, n, stage.scale), a, b, begin)
+                for n, a, b, begin in zip(grid.shape, upsampled.start, upsampled.stop, box.start, strict=True)
             )
-            x, span, size = resample(x, (z, y_, x_)), upsampled, fine
-        padded = _padded(_part(x, span, _clipped(_grown(out, stage.kernel // 2), size)), size, out, stage)
+            x, box, grid = resample(x, (z, y_, x_)), upsampled, fine
+        padded = _padded(_part(x, box, out.grown(around, around, grid)), grid, out, stage)
         return functional.conv3d(padded, weight, bias), out
 
     def _activated(self, number: int, y: Tensor) -> Tensor:
@@ -156,20 +149,10 @@ class Staged:
             return functional.prelu(y, slope)
         return y  # softmax and sigmoid change no label
 
-    def _ranges(self, window: Sequence[int], crop: Crop | None) -> tuple[list[tuple[int, ...]], list[_Spans]]:
-        """Return the size of each grid, the lattice's first, and the voxels of each that the output needs."""
-        sizes = [tuple(window)]
-        for stage in self._stages:
-            sizes.append(tuple(stage.length(n) for n in sizes[-1]))
-        out = _whole(sizes[-1])
-        if crop is not None:
-            out = tuple((part.start, part.stop) for part in crop)
-        assert all(0 <= a < b <= n for (a, b), n in zip(out, sizes[-1], strict=True)), (crop, sizes)
-        axes = [self._list.needed(a, b - 1) for a, b in out]
-        spans = [
-            _clipped([(axis[grid][0], axis[grid][1] + 1) for axis in axes], size) for grid, size in enumerate(sizes)
-        ]
-        return sizes, spans
+    def _boxes(self, window: Sequence[int], crop: Crop | None) -> tuple[list[Box], list[Box]]:
+        """Return all voxels of each grid over a window, and those that the output needs, the lattice's first."""
+        grids = self._list.grids(window)
+        return grids, self._list.parts(box_of(crop, grids[-1]), window)
 
     def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
         """Estimate the peak bytes of the tensors for a batch of windows.
@@ -190,53 +173,41 @@ class Staged:
         int
             Bytes.
         """
-        sizes, spans = self._ranges(window, crop)
-        held = [self.in_channels * prod(window)]
-        held += [stage.outputs * _size(span) for stage, span in zip(self._stages, spans[1:], strict=True)]
-        peak = 2 * held[0]
-        for number, stage in enumerate(self._stages):
-            grid = sizes[number + 1] if stage.kind == "resized" else sizes[number]
-            read = _clipped(_grown(spans[number + 1], stage.kernel // 2), grid) if stage.kind == "resized" else ()
-            upsampled = stage.inputs * _size(read) * 4 if read else 0  # while the last axis is resampled
-            padded = stage.inputs * _size(_grown(spans[number + 1], stage.kernel // 2))
-            if stage.kind in ("transposed", "shuffle"):
-                padded = stage.outputs * _size(spans[number + 1])  # with what lies beyond the part
-            others = sum(held[other + 1] for other in self._read_after(number - 1) if other < number - 1)
-            peak = max(peak, others + held[number] + max(upsampled, padded + 2 * held[number + 1]))
-        return batch * (peak * self.dtype.itemsize + 9 * _size(spans[-1]))
+        grids, parts = self._boxes(window, crop)
+        values = self._list.values([grids[0], *parts[1:]])
+        working = [self._working(number, parts[number + 1], grids[number]) for number in range(len(self._stages))]
+        peak = max(2 * values[0], self._list.most_held(values, working))
+        return batch * (peak * self.dtype.itemsize + 9 * parts[-1].voxels)
+
+    def _working(self, number: int, out: Box, grid: Box) -> int:
+        """Return how many values computing the outputs `out` of a stage takes beside its input, all of which is `grid`.
+
+        They are the padded input and the output twice, or what resampling takes.
+        """
+        stage, around = self._stages[number], self._stages[number].kernel // 2
+        outputs, padded = stage.outputs * out.voxels, stage.inputs * out.grown(around, around).voxels
+        if stage.kind in ("transposed", "shuffle"):
+            padded = outputs  # with what lies beyond the part
+        if stage.kind != "resized":
+            return padded + 2 * outputs
+        fine = Box.whole([stage.length(n) for n in grid.shape])
+        upsampled = stage.inputs * out.grown(around, around, fine).voxels
+        return max(4 * upsampled, padded + 2 * outputs)  # four times while the last axis is resampled
 
 
-def _whole(sizes: Sequence[int]) -> _Spans:
-    return tuple((0, n) for n in sizes)
+def _part(x: Tensor, box: Box, want: Box) -> Tensor:
+    """Return the voxels `want` of x, which has the voxels `box`."""
+    assert want.clipped(box) == want, (box, want)
+    return x[(..., *want.relative_to(box.start).slices)]
 
 
-def _grown(spans: Sequence[_Span], by: int) -> _Spans:
-    return tuple((a - by, b + by) for a, b in spans)
-
-
-def _clipped(spans: Sequence[_Span], sizes: Sequence[int]) -> _Spans:
-    return tuple((max(a, 0), min(b, n)) for (a, b), n in zip(spans, sizes, strict=True))
-
-
-def _size(spans: Sequence[_Span]) -> int:
-    return prod(b - a for a, b in spans)
-
-
-def _part(x: Tensor, span: _Spans, want: _Spans) -> Tensor:
-    """Return the voxels `want` of x, which has the voxels `span`."""
-    for axis, ((a, b), (c, d)) in enumerate(zip(span, want, strict=True)):
-        assert a <= c <= d <= b, (span, want)
-        x = x.narrow(axis + 2, c - a, d - c)
-    return x
-
-
-def _padded(x: Tensor, size: Sequence[int], out: _Spans, stage: Stage) -> Tensor:
+def _padded(x: Tensor, grid: Box, out: Box, stage: Stage) -> Tensor:
     """Pad x with as many voxels beyond the faces as the convolution of `out` reads.
 
     x has all voxels inside the grid that this convolution reads.
     """
     around, pads = stage.kernel // 2, []
-    for (a, b), n in zip(reversed(out), reversed(size), strict=True):
+    for a, b, n in reversed(list(zip(out.start, out.stop, grid.stop, strict=True))):
         pads += [max(0, around - a), max(0, b + around - n)]
     if not any(pads):
         return x
@@ -256,6 +227,6 @@ def _taps(interpolation: str, size: int, scale: Fraction) -> Taps:
     return taps_of(size, 1 / scale, floor(size * scale))
 
 
-def _cut(taps: Taps, along: _Span, begin: int) -> Taps:
-    """Return the taps of the outputs `along`, without those of weight 0; inputs are counted from `begin`."""
-    return [[(place - begin, weight) for place, weight in row if weight] for row in taps[along[0] : along[1]]]
+def _cut(taps: Taps, first: int, stop: int, begin: int) -> Taps:
+    """Return the taps of the outputs first … stop − 1, without those of weight 0; inputs are counted from `begin`."""
+    return [[(place - begin, weight) for place, weight in row if weight] for row in taps[first:stop]]

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from hpcres.conditions import Conditions, Held
-from hpcres.engines.polyphase import Polyphase, paint_batches
+from hpcres.engines.batches import paint_batches
+from hpcres.engines.polyphase import Polyphase
 from hpcres.engines.staged import Staged
 from hpcres.engines.winograd import Memory, WinogradNetwork, reach_low_res
 from hpcres.errors import InputError
