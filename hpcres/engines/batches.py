@@ -36,21 +36,20 @@ def box_of(crop: Crop | None, whole: Box) -> Box:
     Parameters
     ----------
     crop
-        Output voxels along z, y, x; None for all.
+        Slices of the output along z, y, x, as of an array; None for all.
     whole
         All output voxels.
 
     Returns
     -------
     Box
-        The voxels, which are inside `whole`.
+        The voxels, at least one.
     """
     if crop is None:
         return whole
-    stops = [n if part.stop is None else part.stop for part, n in zip(crop, whole.shape, strict=True)]
-    box = Box(triple([part.start or 0 for part in crop]), triple(stops))
-    assert box.voxels, crop
-    assert box.clipped(whole) == box, (crop, whole)
+    bounds = [part.indices(n) for part, n in zip(crop, whole.shape, strict=True)]
+    box = Box(triple([start for start, _, _ in bounds]), triple([stop for _, stop, _ in bounds]))
+    assert box.voxels, (crop, whole)
     return box
 
 
