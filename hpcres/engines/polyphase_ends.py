@@ -28,7 +28,7 @@ class CellEnd:
     Parameters
     ----------
     up
-        Last stage but one.
+        Layer of the last stage but one, which gives its cells.
     last, end
         Last two stages, with their weights.
     device

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import floor
+from math import ceil, floor
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from torch.nn import functional
 from hpcres.engines.batches import Crop, box_of, refuse_not_finite
 from hpcres.geometry import Box, triple
 from hpcres.networks.resampling import Taps, linear_taps, nearest_taps, resample
-from hpcres.networks.stages import Stage, Stages
+from hpcres.networks.stages import Activation, Stage, Stages
+
+_SAME_LABELS: tuple[Activation, ...] = ("none", "softmax", "sigmoid")
+"""Activations that are not computed: they change no label at the end of a list."""
 
 
 class Staged:
@@ -101,32 +104,31 @@ class Staged:
         grids, parts = self._boxes(windows.shape[2:], crop)
         x = _part(windows.to(self.device, self.dtype), grids[0], parts[0])
         kept: dict[int, Tensor] = {}
-        for number, stage in enumerate(self._stages):
-            out = parts[number + 1]
-            y = _part(*self._layer(number, x, parts[number], grids[number], out), out)
-            if stage.add_before is not None:
-                y = y + _part(kept[stage.add_before], parts[stage.add_before + 1], out)
-            x = self._activated(number, y)
-            if stage.add_after is not None:
-                x = x + _part(kept[stage.add_after], parts[stage.add_after + 1], out)
+        for number in range(len(self._stages)):
+            # Nothing here refers to the output of the layer, which would then be held while the next is computed.
+            x = self._joined(number, self._layer(number, x, parts, grids[number]), parts, kept)
             kept = {other: x if other == number else kept[other] for other in self._list.added_from(number + 1)}
         return x
 
-    def _layer(self, number: int, x: Tensor, box: Box, grid: Box, out: Box) -> tuple[Tensor, Box]:
-        """Compute the outputs of a layer, at least those of `out`, and return which they are.
-
-        x are the voxels `box` of `grid`.
-        """
-        stage, (weight, bias, _) = self._stages[number], self._weights[number]
+    def _computed(self, number: int, box: Box, out: Box) -> Box:
+        """Return the outputs that a layer computes from the voxels `box`: all of theirs, or no more than `out`."""
+        stage, scale = self._stages[number], int(self._stages[number].scale)
         if stage.kind == "shuffle":
-            edge = int(stage.scale)
-            given = Box(triple([a * edge for a in box.start]), triple([b * edge for b in box.stop]))
-            return _shuffled(x, edge), given
+            return Box(triple([a * scale for a in box.start]), triple([b * scale for b in box.stop]))
         if stage.kind == "transposed":
-            stride = int(stage.scale)
-            y = functional.conv_transpose3d(x, weight, bias, stride=stride)
-            begin = [a * stride - stage.crop for a in box.start]
-            return y, Box(triple(begin), triple([a + n for a, n in zip(begin, y.shape[2:], strict=True)]))
+            start = [a * scale - stage.crop for a in box.start]
+            return Box(triple(start), triple([(b - 1) * scale - stage.crop + stage.kernel for b in box.stop]))
+        return out
+
+    def _layer(self, number: int, x: Tensor, parts: Sequence[Box], grid: Box) -> Tensor:
+        """Compute the outputs of a layer; x is the part of its input, all of which is `grid`."""
+        stage, (weight, bias, _) = self._stages[number], self._weights[number]
+        box, out = parts[number], parts[number + 1]
+        if stage.kind == "shuffle":
+            return _part(_shuffled(x, int(stage.scale)), self._computed(number, box, out), out)
+        if stage.kind == "transposed":
+            y = functional.conv_transpose3d(x, weight, bias, stride=int(stage.scale))
+            return _part(y, self._computed(number, box, out), out)
         around = stage.kernel // 2
         if stage.kind == "resized":
             fine = Box.whole([stage.length(n) for n in grid.shape])
@@ -137,17 +139,24 @@ class Staged:
             )
             x, box, grid = resample(x, (z, y_, x_)), upsampled, fine
         padded = _padded(_part(x, box, out.grown(around, around, grid)), grid, out, stage)
-        return functional.conv3d(padded, weight, bias), out
+        return functional.conv3d(padded, weight, bias)
 
-    def _activated(self, number: int, y: Tensor) -> Tensor:
-        kind, slope = self._stages[number].activation, self._weights[number][2]
-        if kind == "relu":
-            return y.relu()
-        if kind == "leaky":
-            return functional.leaky_relu(y, float(slope[0]))
-        if kind == "prelu":
-            return functional.prelu(y, slope)
-        return y  # softmax and sigmoid change no label
+    def _joined(self, number: int, y: Tensor, parts: Sequence[Box], kept: dict[int, Tensor]) -> Tensor:
+        """Apply the activation of a stage to y, and add outputs of earlier stages before and after it."""
+        stage, slope = self._stages[number], self._weights[number][2]
+        if stage.add_before is not None:
+            y = y + _part(kept[stage.add_before], parts[stage.add_before + 1], parts[number + 1])
+        if stage.activation == "relu":
+            y = y.relu()
+        elif stage.activation == "leaky":
+            y = functional.leaky_relu(y, float(slope[0]))
+        elif stage.activation == "prelu":
+            y = functional.prelu(y, slope)
+        else:
+            assert stage.activation in _SAME_LABELS, stage
+        if stage.add_after is not None:
+            y = y + _part(kept[stage.add_after], parts[stage.add_after + 1], parts[number + 1])
+        return y
 
     def _boxes(self, window: Sequence[int], crop: Crop | None) -> tuple[list[Box], list[Box]]:
         """Return all voxels of each grid over a window, and those that the output needs, the lattice's first."""
@@ -174,25 +183,33 @@ class Staged:
             Bytes.
         """
         grids, parts = self._boxes(window, crop)
-        values = self._list.values([grids[0], *parts[1:]])
-        working = [self._working(number, parts[number + 1], grids[number]) for number in range(len(self._stages))]
-        peak = max(2 * values[0], self._list.most_held(values, working))
-        return batch * (peak * self.dtype.itemsize + 9 * parts[-1].voxels)
+        values, working = self._list.values([grids[0], *parts[1:]]), []
+        for number in range(len(self._stages)):
+            values[number + 1], most = self._held(number, parts[number], grids[number], parts[number + 1])
+            working.append(most)
+        peak, item = self._list.most_held(values, working), self.dtype.itemsize
+        logits, voxels = self._stages[-1].outputs * parts[-1].voxels, parts[-1].voxels
+        # Two masks and the magnitudes of logits tell whether all are finite; then the labels are int64 and uint8.
+        labelling = values[-1] * item + max(logits * (item + 2), 9 * voxels)
+        return batch * (4 * values[0] + max(peak * item, labelling))  # the caller holds float32 windows
 
-    def _working(self, number: int, out: Box, grid: Box) -> int:
-        """Return how many values computing the outputs `out` of a stage takes beside its input, all of which is `grid`.
+    def _held(self, number: int, box: Box, grid: Box, out: Box) -> tuple[int, int]:
+        """Return how many values are held of the outputs `out` of a stage, and how many while it is computed.
 
-        They are the padded input and the output twice, or what resampling takes.
+        The input, which is not counted, has the voxels `box` of `grid`.
         """
-        stage, around = self._stages[number], self._stages[number].kernel // 2
-        outputs, padded = stage.outputs * out.voxels, stage.inputs * out.grown(around, around).voxels
-        if stage.kind in ("transposed", "shuffle"):
-            padded = outputs  # with what lies beyond the part
-        if stage.kind != "resized":
-            return padded + 2 * outputs
-        fine = Box.whole([stage.length(n) for n in grid.shape])
-        upsampled = stage.inputs * out.grown(around, around, fine).voxels
-        return max(4 * upsampled, padded + 2 * outputs)  # four times while the last axis is resampled
+        stage = self._stages[number]
+        outputs, computed = stage.outputs * out.voxels, stage.outputs * self._computed(number, box, out).voxels
+        copied = bool(stage.adds) or stage.activation not in _SAME_LABELS
+        most = computed + (outputs if copied else 0)
+        if stage.kind in ("convolution", "resized"):
+            fine, around = Box.whole([stage.length(n) for n in grid.shape]), stage.kernel // 2
+            want = out.grown(around, around)
+            upsampled = 0 if stage.kind == "convolution" else stage.inputs * want.clipped(fine).voxels
+            together = (3 if stage.interpolation == "linear" else 2) + 1 / stage.scale  # along the last axis
+            padded = 0 if want.clipped(fine) == want else stage.inputs * want.voxels
+            most = max(most, ceil(upsampled * together), upsampled + padded + outputs)
+        return outputs if copied else computed, most
 
 
 def _part(x: Tensor, box: Box, want: Box) -> Tensor:
