@@ -48,7 +48,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "study_file": {"errors", "old_names", "outputs", "study", "volumes"},
     "inputs": {"errors", "lengths", "outputs", "study", "study_file", "volumes"},
     "simd": {"compiled", "simd"},
-    "networks": {"errors", "networks"},
+    "networks": {"errors", "geometry", "networks"},
     "engines": {"compiled", "engines", "errors", "geometry", "networks", "simd"},
     "conditions": {"errors", "geometry", "study", "volumes"},
     "counting": {"compiled", "counting", "errors", "geometry", "lengths", "simd", "study"},

@@ -8,6 +8,7 @@ from torch import nn
 
 from hpcres.geometry import plan_tiles
 from hpcres.networks.critic import Critic
+from hpcres.networks.generator import Generator
 from hpcres.networks.resampling import upsample
 from hpcres.networks.superres import SuperResGenerator
 
@@ -112,6 +113,14 @@ def test_rational_upsampling_matches_torch_where_torch_is_exact():
             )
         )
         assert torch.allclose(upsample(x, scale), expected, atol=1e-12)
+
+
+def test_a_generator_has_phases_inputs_and_stages():
+    class Without(Generator):
+        pass
+
+    with pytest.raises(TypeError, match="inputs, phases, stages"):
+        Without()
 
 
 def test_transposed_end_needs_a_doubling():

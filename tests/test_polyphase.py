@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpcres.engines import polyphase, polyphase_layers
+from hpcres.engines import polyphase, polyphase_cells
 from hpcres.engines.batches import paint_batches
 from hpcres.engines.polyphase import Polyphase
 from hpcres.errors import InputError
@@ -129,8 +129,7 @@ def test_polyphase_is_the_generator_everywhere(scale, padding, last, blocks, sla
 
 @pytest.mark.parametrize(("scale", "padding", "last"), [("8", "zeros", "resize"), ("4", "replicate", "transposed")])
 def test_the_layout_for_fp32_on_gpus_gives_the_same(scale, padding, last, monkeypatch):
-    for module in (polyphase, polyphase_layers):
-        monkeypatch.setattr(module, "layout_of", lambda device, dtype: torch.contiguous_format)
+    monkeypatch.setattr(polyphase_cells, "_layout", lambda device, dtype: torch.contiguous_format)
     generator, x = trained(scale, padding, last), window((3, 5, 4), 2)
     with torch.no_grad():
         expected = generator(x)

@@ -6,10 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from test_polyphase import Held, trained
 from torch import nn
 from torch.nn import functional
 
 from hpcres.engines.staged import Staged
+from hpcres.geometry import Box
 from hpcres.networks.stages import Stage, Stages
 
 
@@ -147,13 +149,70 @@ def test_the_halo_is_what_outputs_depend_on_and_no_more(stages):
     assert reached[halo - 1] is True
 
 
-def test_operations_and_memory_are_counted():
+def test_operations_are_counted():
     stages = LISTS["convolution and shuffle, twice (SRResNet)"]
     by_hand = 2 * (2 * 4 * 27 + 4 * 24 * 27 + 8 * 3 * 16 * 27 + 64 * 2 * 27)
     assert stages.operations(10) == 10 * by_hand
-    engine = Staged(stages)
-    largest = 4 * (16 * (2 * 10) ** 3 + 2 * (4 * 10) ** 3)
-    assert engine.batch_bytes((10, 10, 10)) >= largest
-    assert engine.batch_bytes((10, 10, 10), 3) == 3 * engine.batch_bytes((10, 10, 10))
-    small = (slice(0, 4), slice(0, 4), slice(0, 4))
-    assert engine.batch_bytes((10, 10, 10), 1, small) < engine.batch_bytes((10, 10, 10)) / 5
+
+
+def test_grids_parts_and_values_of_a_box_are_counted():
+    stages = LISTS["convolution and shuffle, twice (SRResNet)"]
+    assert [grid.shape[0] for grid in stages.grids((5, 6, 7))] == [5, 5, 5, 10, 10, 20, 20]
+    window, box = (8, 8, 8), Box((0, 8, 8), (4, 12, 12))
+    parts = stages.parts(box, window)
+    along_y = [(-1, 6), (0, 5), (1, 4), (2, 8), (3, 7), (7, 13), (8, 12)]  # from the output back: one more, or half
+    assert [(part.start[1], part.stop[1]) for part in stages.parts(box)] == along_y
+    assert [(part.start[0], part.stop[0]) for part in parts] == [(0, 4), (0, 3), (0, 2), (0, 4), (0, 3), (0, 5), (0, 4)]
+    assert stages.values(parts)[-1] == 4 * 4 * 4
+    assert stages.values(parts)[2] == 24 * parts[2].voxels == 24 * 2 * 3 * 3
+
+
+def test_whole_cells_need_what_their_outputs_do():
+    """The outputs asked for stay as they are; those of the stages before are in whole cells of four."""
+    stages = LISTS["nearest by 2, linear by 5/2"]
+    needed = stages.needed(17, 18, cell=4)
+    assert needed[-1] == (17, 18)
+    for (first, last), stage, (out_first, out_last) in zip(needed, stages.stages, needed[1:], strict=False):
+        read_first, read_last = stage.reads(out_first, out_last)
+        if stage is not stages.stages[0]:
+            assert (first % 4, last % 4) == (0, 3)
+            assert (first // 4, last // 4) == (read_first // 4, read_last // 4)
+        else:
+            assert (first, last) == (read_first, read_last)
+    assert stages.needed(17, 18) == stages.needed(17, 18, cell=1)
+
+
+def test_outputs_that_later_stages_add_are_held():
+    stages = LISTS[
+        "every activation, kernels of 1, 3 and 5"
+    ]  # the third adds the outputs of the first two
+    assert [stages.added_from(number) for number in range(4)] == [set(), {0}, {0, 1}, set()]
+    values = [1, 10, 100, 1000, 10000]
+    assert stages.most_held(values, [7, 0, 0, 0]) == 1000  # at the last stage its input
+    assert stages.most_held(values, [0, 2000, 0, 0]) == 10 + 2000  # the input is the output that is added later
+    assert stages.most_held(values, [0, 0, 2000, 0]) == 10 + 100 + 2000
+    assert stages.most_held(values, [5000]) == 1 + 5000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        *LISTS.values(),
+        LATENT,
+        *(trained(s, last=last, width=5).stages() for s, last in (("8/5", "resize"), ("8", "transposed"))),
+    ],
+    ids=[*LISTS, "transposed of every crop", "8/5", "8, transposed"],
+)
+def test_memory_is_as_foretold(stages, dtype):
+    """What torch takes inside one operation is not measured: masks of a quarter of the logits in fp32."""
+    engine = Staged(stages, dtype=dtype)
+    window_shape = (8, 8, 8) if stages.scale >= 8 else (12, 16, 12) if stages.scale > 2 else (40, 40, 40)
+    shape = stages.grids(window_shape)[-1].shape
+    x = window(stages, window_shape).float()
+    for crop in (None, tuple(slice(n // 4, 3 * n // 4) for n in shape), tuple(slice(n // 3, n) for n in shape)):
+        with Held() as held:
+            engine.labels(x.clone(), crop)
+        foretold = engine.batch_bytes(window_shape, len(x), crop)
+        assert 0.7 * foretold < held.peak_bytes < 1.03 * foretold
+    assert engine.batch_bytes(window_shape, 3) == 3 * engine.batch_bytes(window_shape)

@@ -160,6 +160,18 @@ def test_what_is_not_finite_is_no_label():
         assert network.labels(window, Box.whole(window.shape[:3]), whole, Memory()) is None
 
 
+def test_blocks_take_what_the_list_of_stages_says():
+    """The voxels of each grid that memory is counted from are those that are computed, in whole cells of four."""
+    for name, (scale, width, blocks, padding, last, _) in CASES.items():
+        folded = SuperResGenerator(3, 3, Fraction(scale), width, blocks, padding, last).stages()
+        network = WinogradNetwork(folded, (10**6,) * 3)
+        for start, stop in ((6400, 6464), (6400, 6529), (6437, 6438)):
+            axes = network._axes(0, start, stop)
+            needed = folded.needed(start, stop - 1, cell=4)
+            assert needed[0] == (axes[0].reads.start, axes[0].reads.stop - 1), name
+            assert needed[1:-1] == [(axis.start, axis.stop - 1) for axis in axes], name
+
+
 def test_block_bytes_are_what_a_block_takes():
     for name, edge in (("4", 64), ("8", 64), ("16/3", 64), ("16", 64), ("zeros, transposed", 128)):
         generator, _, _ = network_of(name)
@@ -176,10 +188,10 @@ def test_kernels_come_from_the_cache(tmp_path):
     """A thousand ranks must not compile what one has compiled."""
     program = (
         "import time, sys; sys.path.insert(0, sys.argv[1]); import test_winograd as t\n"
-        "from hpcres.engines import winograd\n"
+        "from hpcres.engines.winograd_kernels import convolve\n"
         "_, window, network = t.network_of('4')\n"
         "t.labels_of(network, window, t.Box((0, 0, 0), (16, 16, 16)), t.Memory())\n"
-        "print(sum(winograd._convolve.stats.cache_misses.values()), sum(winograd._convolve.stats.cache_hits.values()))"
+        "print(sum(convolve.stats.cache_misses.values()), sum(convolve.stats.cache_hits.values()))"
     )
     tests = str(Path(__file__).parent)
     found = [

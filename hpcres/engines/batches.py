@@ -1,4 +1,4 @@
-"""Batches of windows on one device: as many at a time as fit its memory."""
+"""Labels of many windows by an engine in torch, as many windows at a time as memory holds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcres.engines.polyphase_layers import Crop
 from hpcres.errors import InputError
+from hpcres.geometry import Box, triple
+
+Crop = tuple[slice, slice, slice]
 
 
 class TorchEngine(Protocol):
@@ -26,6 +28,29 @@ class TorchEngine(Protocol):
     def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
         """Estimate the peak bytes of the tensors for `batch` windows of (z, y, x) voxels."""
         ...
+
+
+def box_of(crop: Crop | None, whole: Box) -> Box:
+    """Return the output voxels that a crop asks for.
+
+    Parameters
+    ----------
+    crop
+        Slices of the output along z, y, x, as of an array; None for all.
+    whole
+        All output voxels.
+
+    Returns
+    -------
+    Box
+        The voxels, at least one.
+    """
+    if crop is None:
+        return whole
+    bounds = [part.indices(n) for part, n in zip(crop, whole.shape, strict=True)]
+    box = Box(triple([start for start, _, _ in bounds]), triple([stop for _, stop, _ in bounds]))
+    assert box.voxels, (crop, whole)
+    return box
 
 
 def refuse_not_finite(finite: Tensor, dtype: torch.dtype) -> None:

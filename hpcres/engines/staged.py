@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import floor, prod
+from math import ceil, floor
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpcres.engines.batches import refuse_not_finite
-from hpcres.engines.polyphase_layers import Crop
+from hpcres.engines.batches import Crop, box_of, refuse_not_finite
+from hpcres.geometry import Box, triple
 from hpcres.networks.resampling import Taps, linear_taps, nearest_taps, resample
-from hpcres.networks.stages import Stage, Stages
+from hpcres.networks.stages import Activation, Stage, Stages
 
-_Span = tuple[int, int]
-_Spans = tuple[_Span, ...]
-"""Half-open ranges of voxels along z, y, x."""
+_SAME_LABELS: tuple[Activation, ...] = ("none", "softmax", "sigmoid")
+"""Activations that are not computed: they change no label at the end of a list."""
 
 
 class Staged:
@@ -102,75 +101,67 @@ class Staged:
             (batch, channels of the last stage, z, y, x) in `dtype`.
         """
         assert windows.shape[1] == self.in_channels, windows.shape
-        sizes, spans = self._ranges(windows.shape[2:], crop)
-        x = _part(windows.to(self.device, self.dtype), _whole(sizes[0]), spans[0])
+        grids, parts = self._boxes(windows.shape[2:], crop)
+        x = _part(windows.to(self.device, self.dtype), grids[0], parts[0])
         kept: dict[int, Tensor] = {}
-        for number, stage in enumerate(self._stages):
-            out = spans[number + 1]
-            y = _part(*self._layer(number, x, spans[number], sizes[number], out), out)
-            if stage.add_before is not None:
-                y = y + _part(kept[stage.add_before], spans[stage.add_before + 1], out)
-            x = self._activated(number, y)
-            if stage.add_after is not None:
-                x = x + _part(kept[stage.add_after], spans[stage.add_after + 1], out)
-            kept = {other: kept[other] for other in self._read_after(number) if other in kept}
-            if number in self._read_after(number):
-                kept[number] = x
+        for number in range(len(self._stages)):
+            # Nothing here refers to the output of the layer, which would then be held while the next is computed.
+            x = self._joined(number, self._layer(number, x, parts, grids[number]), parts, kept)
+            kept = {other: x if other == number else kept[other] for other in self._list.added_from(number + 1)}
         return x
 
-    def _read_after(self, number: int) -> set[int]:
-        """Return the stages whose outputs are added behind stage `number`."""
-        return {other for later in self._stages[number + 1 :] for other in later.adds}
-
-    def _layer(self, number: int, x: Tensor, span: _Spans, size: Sequence[int], out: _Spans) -> tuple[Tensor, _Spans]:
-        """Compute the outputs of a layer, at least those of `out`, and return which they are.
-
-        x are the voxels `span` of a grid of `size`.
-        """
-        stage, (weight, bias, _) = self._stages[number], self._weights[number]
+    def _computed(self, number: int, box: Box, out: Box) -> Box:
+        """Return the outputs that a layer computes from the voxels `box`: all of theirs, or no more than `out`."""
+        stage, scale = self._stages[number], int(self._stages[number].scale)
         if stage.kind == "shuffle":
-            edge = int(stage.scale)
-            return _shuffled(x, edge), tuple((a * edge, b * edge) for a, b in span)
+            return Box(triple([a * scale for a in box.start]), triple([b * scale for b in box.stop]))
         if stage.kind == "transposed":
-            stride = int(stage.scale)
-            y = functional.conv_transpose3d(x, weight, bias, stride=stride)
-            begins = [a * stride - stage.crop for a, _ in span]
-            return y, tuple((a, a + n) for a, n in zip(begins, y.shape[2:], strict=True))
+            start = [a * scale - stage.crop for a in box.start]
+            return Box(triple(start), triple([(b - 1) * scale - stage.crop + stage.kernel for b in box.stop]))
+        return out
+
+    def _layer(self, number: int, x: Tensor, parts: Sequence[Box], grid: Box) -> Tensor:
+        """Compute the outputs of a layer; x is the part of its input, all of which is `grid`."""
+        stage, (weight, bias, _) = self._stages[number], self._weights[number]
+        box, out = parts[number], parts[number + 1]
+        if stage.kind == "shuffle":
+            return _part(_shuffled(x, int(stage.scale)), self._computed(number, box, out), out)
+        if stage.kind == "transposed":
+            y = functional.conv_transpose3d(x, weight, bias, stride=int(stage.scale))
+            return _part(y, self._computed(number, box, out), out)
+        around = stage.kernel // 2
         if stage.kind == "resized":
-            fine = [stage.length(n) for n in size]
-            upsampled = _clipped(_grown(out, stage.kernel // 2), fine)
+            fine = Box.whole([stage.length(n) for n in grid.shape])
+            upsampled = out.grown(around, around, fine)
             z, y_, x_ = (
-                _cut(_taps(stage.interpolation, n, stage.scale), along, a)
-                for n, along, (a, _) in zip(size, upsampled, span, strict=True)
+                _cut(_taps(stage.interpolation, n, stage.scale), a, b, begin)
+                for n, a, b, begin in zip(grid.shape, upsampled.start, upsampled.stop, box.start, strict=True)
             )
-            x, span, size = resample(x, (z, y_, x_)), upsampled, fine
-        padded = _padded(_part(x, span, _clipped(_grown(out, stage.kernel // 2), size)), size, out, stage)
-        return functional.conv3d(padded, weight, bias), out
+            x, box, grid = resample(x, (z, y_, x_)), upsampled, fine
+        padded = _padded(_part(x, box, out.grown(around, around, grid)), grid, out, stage)
+        return functional.conv3d(padded, weight, bias)
 
-    def _activated(self, number: int, y: Tensor) -> Tensor:
-        kind, slope = self._stages[number].activation, self._weights[number][2]
-        if kind == "relu":
-            return y.relu()
-        if kind == "leaky":
-            return functional.leaky_relu(y, float(slope[0]))
-        if kind == "prelu":
-            return functional.prelu(y, slope)
-        return y  # softmax and sigmoid change no label
+    def _joined(self, number: int, y: Tensor, parts: Sequence[Box], kept: dict[int, Tensor]) -> Tensor:
+        """Apply the activation of a stage to y, and add outputs of earlier stages before and after it."""
+        stage, slope = self._stages[number], self._weights[number][2]
+        if stage.add_before is not None:
+            y = y + _part(kept[stage.add_before], parts[stage.add_before + 1], parts[number + 1])
+        if stage.activation == "relu":
+            y = y.relu()
+        elif stage.activation == "leaky":
+            y = functional.leaky_relu(y, float(slope[0]))
+        elif stage.activation == "prelu":
+            y = functional.prelu(y, slope)
+        else:
+            assert stage.activation in _SAME_LABELS, stage
+        if stage.add_after is not None:
+            y = y + _part(kept[stage.add_after], parts[stage.add_after + 1], parts[number + 1])
+        return y
 
-    def _ranges(self, window: Sequence[int], crop: Crop | None) -> tuple[list[tuple[int, ...]], list[_Spans]]:
-        """Return the size of each grid, the lattice's first, and the voxels of each that the output needs."""
-        sizes = [tuple(window)]
-        for stage in self._stages:
-            sizes.append(tuple(stage.length(n) for n in sizes[-1]))
-        out = _whole(sizes[-1])
-        if crop is not None:
-            out = tuple((part.start, part.stop) for part in crop)
-        assert all(0 <= a < b <= n for (a, b), n in zip(out, sizes[-1], strict=True)), (crop, sizes)
-        axes = [self._list.needed(a, b - 1) for a, b in out]
-        spans = [
-            _clipped([(axis[grid][0], axis[grid][1] + 1) for axis in axes], size) for grid, size in enumerate(sizes)
-        ]
-        return sizes, spans
+    def _boxes(self, window: Sequence[int], crop: Crop | None) -> tuple[list[Box], list[Box]]:
+        """Return all voxels of each grid over a window, and those that the output needs, the lattice's first."""
+        grids = self._list.grids(window)
+        return grids, self._list.parts(box_of(crop, grids[-1]), window)
 
     def batch_bytes(self, window: Sequence[int], batch: int = 1, crop: Crop | None = None) -> int:
         """Estimate the peak bytes of the tensors for a batch of windows.
@@ -191,53 +182,49 @@ class Staged:
         int
             Bytes.
         """
-        sizes, spans = self._ranges(window, crop)
-        held = [self.in_channels * prod(window)]
-        held += [stage.outputs * _size(span) for stage, span in zip(self._stages, spans[1:], strict=True)]
-        peak = 2 * held[0]
-        for number, stage in enumerate(self._stages):
-            grid = sizes[number + 1] if stage.kind == "resized" else sizes[number]
-            read = _clipped(_grown(spans[number + 1], stage.kernel // 2), grid) if stage.kind == "resized" else ()
-            upsampled = stage.inputs * _size(read) * 4 if read else 0  # while the last axis is resampled
-            padded = stage.inputs * _size(_grown(spans[number + 1], stage.kernel // 2))
-            if stage.kind in ("transposed", "shuffle"):
-                padded = stage.outputs * _size(spans[number + 1])  # with what lies beyond the part
-            others = sum(held[other + 1] for other in self._read_after(number - 1) if other < number - 1)
-            peak = max(peak, others + held[number] + max(upsampled, padded + 2 * held[number + 1]))
-        return batch * (peak * self.dtype.itemsize + 9 * _size(spans[-1]))
+        grids, parts = self._boxes(window, crop)
+        values, working = self._list.values([grids[0], *parts[1:]]), []
+        for number in range(len(self._stages)):
+            values[number + 1], most = self._held(number, parts[number], grids[number], parts[number + 1])
+            working.append(most)
+        peak, item = self._list.most_held(values, working), self.dtype.itemsize
+        logits, voxels = self._stages[-1].outputs * parts[-1].voxels, parts[-1].voxels
+        # Two masks and the magnitudes of logits tell whether all are finite; then the labels are int64 and uint8.
+        labelling = values[-1] * item + max(logits * (item + 2), 9 * voxels)
+        return batch * (4 * values[0] + max(peak * item, labelling))  # the caller holds float32 windows
+
+    def _held(self, number: int, box: Box, grid: Box, out: Box) -> tuple[int, int]:
+        """Return how many values are held of the outputs `out` of a stage, and how many while it is computed.
+
+        The input, which is not counted, has the voxels `box` of `grid`.
+        """
+        stage = self._stages[number]
+        outputs, computed = stage.outputs * out.voxels, stage.outputs * self._computed(number, box, out).voxels
+        copied = bool(stage.adds) or stage.activation not in _SAME_LABELS
+        most = computed + (outputs if copied else 0)
+        if stage.kind in ("convolution", "resized"):
+            fine, around = Box.whole([stage.length(n) for n in grid.shape]), stage.kernel // 2
+            want = out.grown(around, around)
+            upsampled = 0 if stage.kind == "convolution" else stage.inputs * want.clipped(fine).voxels
+            together = (3 if stage.interpolation == "linear" else 2) + 1 / stage.scale  # along the last axis
+            padded = 0 if want.clipped(fine) == want else stage.inputs * want.voxels
+            most = max(most, ceil(upsampled * together), upsampled + padded + outputs)
+        return outputs if copied else computed, most
 
 
-def _whole(sizes: Sequence[int]) -> _Spans:
-    return tuple((0, n) for n in sizes)
+def _part(x: Tensor, box: Box, want: Box) -> Tensor:
+    """Return the voxels `want` of x, which has the voxels `box`."""
+    assert want.clipped(box) == want, (box, want)
+    return x[(..., *want.relative_to(box.start).slices)]
 
 
-def _grown(spans: Sequence[_Span], by: int) -> _Spans:
-    return tuple((a - by, b + by) for a, b in spans)
-
-
-def _clipped(spans: Sequence[_Span], sizes: Sequence[int]) -> _Spans:
-    return tuple((max(a, 0), min(b, n)) for (a, b), n in zip(spans, sizes, strict=True))
-
-
-def _size(spans: Sequence[_Span]) -> int:
-    return prod(b - a for a, b in spans)
-
-
-def _part(x: Tensor, span: _Spans, want: _Spans) -> Tensor:
-    """Return the voxels `want` of x, which has the voxels `span`."""
-    for axis, ((a, b), (c, d)) in enumerate(zip(span, want, strict=True)):
-        assert a <= c <= d <= b, (span, want)
-        x = x.narrow(axis + 2, c - a, d - c)
-    return x
-
-
-def _padded(x: Tensor, size: Sequence[int], out: _Spans, stage: Stage) -> Tensor:
+def _padded(x: Tensor, grid: Box, out: Box, stage: Stage) -> Tensor:
     """Pad x with as many voxels beyond the faces as the convolution of `out` reads.
 
     x has all voxels inside the grid that this convolution reads.
     """
     around, pads = stage.kernel // 2, []
-    for (a, b), n in zip(reversed(out), reversed(size), strict=True):
+    for a, b, n in reversed(list(zip(out.start, out.stop, grid.stop, strict=True))):
         pads += [max(0, around - a), max(0, b + around - n)]
     if not any(pads):
         return x
@@ -257,6 +244,6 @@ def _taps(interpolation: str, size: int, scale: Fraction) -> Taps:
     return taps_of(size, 1 / scale, floor(size * scale))
 
 
-def _cut(taps: Taps, along: _Span, begin: int) -> Taps:
-    """Return the taps of the outputs `along`, without those of weight 0; inputs are counted from `begin`."""
-    return [[(place - begin, weight) for place, weight in row if weight] for row in taps[along[0] : along[1]]]
+def _cut(taps: Taps, first: int, stop: int, begin: int) -> Taps:
+    """Return the taps of the outputs first … stop − 1, without those of weight 0; inputs are counted from `begin`."""
+    return [[(place - begin, weight) for place, weight in row if weight] for row in taps[first:stop]]

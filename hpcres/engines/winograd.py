@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, prod
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class _Map:
         return z if self.ring is None else z % self.ring
 
 
+_CELL = 4
+"""Outputs of a cell along an axis."""
 _RING = 12
 """Planes of the last map but one that are kept: a cell reads up to seven, in three rows of cells that wrote them."""
 _NOTHING = _Map(np.empty(0, np.float32), (0, 0, 0), (0, 0, 0), 0)
@@ -127,9 +129,9 @@ class WinogradNetwork:
     def __init__(self, folded: Stages, low_res_shape: Sequence[int], endless: Sequence[bool] = (False,) * 3) -> None:
         self._ends = [None if beyond else n for n, beyond in zip(low_res_shape, endless, strict=True)]
         *stages, end = folded.stages
+        self._list, self._end = folded, end
         self._layers = [_layer_of(stage) for stage in stages]
-        self._end = end
-        self._places = _places(stages)
+        self._places = _places(folded)
         self.phases = folded.phases
         self._end_channels = self._layers[-1].outputs
         self._end_weight, self._end_bias = _aligned(self.phases * 27 * self._end_channels), end.bias.astype(np.float32)
@@ -148,7 +150,7 @@ class WinogradNetwork:
 
     def block_bytes(self, edge: int) -> int:
         """Return the bytes that a thread holds for blocks of edge³: its `memory`, a window and labels."""
-        window = len(self._inner(edge)[0].reads) ** 3 * self.channels
+        window = self._inner(edge)[0].voxels * self.channels
         return 4 * (sum(self._floats(edge).values()) + window) + edge**3
 
     def work(self, write: Box) -> float:
@@ -163,23 +165,26 @@ class WinogradNetwork:
             total += 6.0**3 * products * prod(one[number].cells for one in axes)
         return total
 
-    def _inner(self, edge: int) -> list[Axis]:
+    def _inner(self, edge: int) -> list[Box]:
+        """Return the voxels of each grid that a block of edge³ away from the faces takes."""
         start = 64 * edge  # on every grid's cells
-        return _cells([layer.stage for layer in self._layers], None, start, start + edge)
+        return self._list.parts(Box((start,) * 3, (start + edge,) * 3), cell=_CELL)
 
     def _floats(self, edge: int) -> dict[str, int]:
-        axes = self._inner(edge)
         sizes = dict.fromkeys(("values", "products", "planes", "strip"), 0)
-        for layer, axis in zip(self._layers, axes, strict=True):
-            length, rows = axis.stop - axis.start, _rows_together(layer, axis.cells)
+        parts = self._inner(edge)[1:-1]
+        for layer, part in zip(self._layers, parts, strict=True):
+            length = part.shape[0]
+            first, last = layer.stage.reads(part.start[0], part.stop[0] - 1)
+            rows = _rows_together(layer, length // _CELL)
             sizes["values"] = max(sizes["values"], 36 * rows * layer.inputs)
             sizes["products"] = max(sizes["products"], 36 * rows * layer.outputs)
             sizes["planes"] = max(sizes["planes"], 96 * rows * layer.outputs)
-            sizes["strip"] = max(sizes["strip"], 6 * len(axis.reads) * layer.inputs)
+            sizes["strip"] = max(sizes["strip"], 6 * (last + 1 - first) * layer.inputs)
             if layer is not self._layers[-1]:
                 place, planes = self._places[layer.stage.name], _RING if layer is self._layers[-2] else length
                 sizes[place] = max(sizes.get(place, 0), planes * length**2 * layer.outputs)
-        length = axes[-1].stop - axes[-1].start
+        length = parts[-1].shape[0]
         sizes["features"] = 7 * (length + 2) * (length + 10) * self._end_channels
         return sizes
 
@@ -388,23 +393,21 @@ class WinogradNetwork:
         return labels
 
 
-def _places(stages: Sequence[Stage]) -> dict[str, str]:
+def _places(folded: Stages) -> dict[str, str]:
     """Choose the array that holds each stage's map: one whose map no later stage reads, or else one more."""
-    found: dict[str, str] = {}
-    for number, stage in enumerate(stages):
-        read = {stages[number - 1].name} if number else set[str]()
-        for later in stages[number:]:
-            read |= {stages[i].name for i in (later.add_before, later.add_after) if i is not None}
-        taken = {found[name] for name in read if name in found}
-        found[stage.name] = next(place for place in map("map {}".format, range(len(stages))) if place not in taken)
-    return found
+    found: list[str] = []
+    for number in range(len(folded.stages) - 1):
+        read = folded.added_from(number) | ({number - 1} if number else set())
+        taken = {found[i] for i in read}
+        found.append(next(place for place in map("map {}".format, range(number + 1)) if place not in taken))
+    return {stage.name: place for stage, place in zip(folded.stages, found, strict=False)}
 
 
 def _cells(stages: Sequence[Stage], length: int | None, start: int, stop: int) -> list[Axis]:
     """Return every stage's cells along an axis of `length` low-res voxels, for high-res voxels [start, stop)."""
     lengths = [length]
     for stage in stages:
-        lengths.append(None if lengths[-1] is None else floor(lengths[-1] * stage.scale))
+        lengths.append(None if lengths[-1] is None else stage.length(lengths[-1]))
     start, stop = start - 1, stop + 1  # for the last convolution
     found: list[Axis] = []
     for number in reversed(range(len(stages))):
@@ -421,12 +424,11 @@ def reach_low_res(folded: Stages) -> int:
 
     The one voxel more on the + side of a box is included.
     """
-    stages = folded.stages[:-1]
     p, q = folded.scale.numerator, folded.scale.denominator
     reach = 0
-    for start in range(0, 4 * q, q):  # cells lie alike every four low-res voxels, weights every q
-        reads = _cells(stages, None, start * p // q, start * p // q + 1)[0].reads
-        reach = max(reach, start - reads.start, reads.stop - start)
+    for start in range(0, _CELL * q, q):  # cells lie alike every four low-res voxels, weights every q
+        first, last = folded.needed(start * p // q, start * p // q, _CELL)[0]
+        reach = max(reach, start - first, last + 1 - start)
     return reach
 
 

@@ -1,4 +1,4 @@
-"""A network as a list of stages, from which reach, halo, cuts and operations follow, each in one place.
+"""A network as a list of stages, from which reach, halo, cuts, operations and memory follow, each in one place.
 
 A stage is one layer in eval mode: batch norm is folded into its convolution, in float64. Whatever computes labels is
 built from this list and needs no module of torch. Grids are counted in whole voxels from the low-res grid on. A box of
@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
+
+from hpcres.geometry import Box, triple
 
 Padding = Literal["replicate", "zeros"]
 Kind = Literal["convolution", "resized", "transposed", "shuffle"]
@@ -172,13 +174,16 @@ class Stages:
         """Number of phases: the channels of the last stage, or two where a sigmoid of one channel tells the phase."""
         return max(2, self.stages[-1].outputs)
 
-    def needed(self, first: int, last: int) -> list[tuple[int, int]]:
+    def needed(self, first: int, last: int, cell: int = 1) -> list[tuple[int, int]]:
         """Return the voxels of each grid along an axis without ends that outputs first … last depend on.
 
         Parameters
         ----------
         first, last
             First and last output voxel.
+        cell
+            Voxels of a cell. Where outputs of a stage before the last are computed in whole cells, which begin at
+            multiples of `cell`, more inputs are needed.
 
         Returns
         -------
@@ -189,7 +194,10 @@ class Stages:
 
         def need(place: int, range_: tuple[int, int]) -> None:
             known = found[place]
-            found[place] = range_ if known is None else (min(known[0], range_[0]), max(known[1], range_[1]))
+            first, last = range_ if known is None else (min(known[0], range_[0]), max(known[1], range_[1]))
+            if place:
+                first, last = first // cell * cell, (last // cell + 1) * cell - 1
+            found[place] = first, last
 
         for number in reversed(range(len(self.stages))):
             here = found[number + 1]
@@ -198,6 +206,94 @@ class Stages:
             for other in self.stages[number].adds:
                 need(other + 1, here)
         return [range_ for range_ in found if range_ is not None]
+
+    def grids(self, window: Sequence[int]) -> list[Box]:
+        """Return all voxels of each grid over a window.
+
+        Parameters
+        ----------
+        window
+            Low-res voxels along z, y, x.
+
+        Returns
+        -------
+        list of Box
+            The low-res grid, and then the grid of the output of each stage.
+        """
+        found = [Box.whole(window)]
+        for stage in self.stages:
+            found.append(Box.whole([stage.length(n) for n in found[-1].shape]))
+        return found
+
+    def parts(self, box: Box, window: Sequence[int] | None = None, cell: int = 1) -> list[Box]:
+        """Return the voxels of each grid that a box of output voxels depends on.
+
+        Parameters
+        ----------
+        box
+            Output voxels.
+        window
+            Low-res voxels along z, y, x, where the grids end; None for axes without ends.
+        cell
+            As of `needed`.
+
+        Returns
+        -------
+        list of Box
+            Voxels of the low-res grid, and then of the output of each stage.
+        """
+        axes = [self.needed(a, b - 1, cell) for a, b in zip(box.start, box.stop, strict=True)]
+        parts = [
+            Box(triple([first for first, _ in grid]), triple([last + 1 for _, last in grid]))
+            for grid in zip(*axes, strict=True)
+        ]
+        if window is None:
+            return parts
+        return [part.clipped(grid) for part, grid in zip(parts, self.grids(window), strict=True)]
+
+    def values(self, parts: Sequence[Box]) -> list[int]:
+        """Return how many values some voxels of each grid have: voxels times channels.
+
+        Parameters
+        ----------
+        parts
+            Voxels of the low-res grid, and then of the output of each stage, as of `parts`.
+
+        Returns
+        -------
+        list of int
+            Values of the input of the first stage, and then of the output of each stage.
+        """
+        channels = [self.inputs, *(stage.outputs for stage in self.stages)]
+        return [n * part.voxels for n, part in zip(channels, parts, strict=True)]
+
+    def added_from(self, number: int) -> set[int]:
+        """Return the stages before stage `number` whose outputs this stage or a later one adds."""
+        return {other for stage in self.stages[number:] for other in stage.adds if other < number}
+
+    def most_held(self, values: Sequence[int], working: Sequence[int]) -> int:
+        """Return the most values that are held at a time while stages are computed one after the other.
+
+        The input of a stage is held until its output is complete. An output that a later stage adds is held until then.
+
+        Parameters
+        ----------
+        values
+            Values that are held of the input of the first stage, and then of the output of each stage.
+        working
+            Values that computing a stage takes beside its input: its output and what it holds meanwhile. There may be
+            fewer than stages: the first stages are then meant.
+
+        Returns
+        -------
+        int
+            Number of values.
+        """
+        most = values[0]
+        for number, own in enumerate(working):
+            added = sum(values[other + 1] for other in self.added_from(number) if other != number - 1)
+            most = max(most, added + values[number] + own)
+        return most
 
     @cached_property
     def halo_low_res(self) -> int:
