@@ -24,7 +24,7 @@ from hpcres.metrics.measure import Work, measure
 from hpcres.metrics.schedule import connect
 from hpcres.phantoms import imaged
 from hpcres.study import Study, SubVolumes
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.convert import convert
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume, read_images

@@ -47,7 +47,7 @@ from scipy import ndimage
 from hpcres.geometry import Box
 from hpcres.old_names import with_new_result_names
 from hpcres.study import Study
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.convert import convert
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap

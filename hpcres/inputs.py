@@ -10,7 +10,7 @@ from hpcres.errors import InputError
 from hpcres.lengths import VoxelEdges, parse_voxel_edges
 from hpcres.outputs import STUDY, refuse_output
 from hpcres.study import Study
-from hpcres.study_file import files_of, load_study, saved_study
+from hpcres.study.file import files_of, load_study, saved_study
 
 if TYPE_CHECKING:
     from hpcres.volumes.volume import Volume

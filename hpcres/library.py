@@ -24,7 +24,7 @@ from hpcres.inputs import voxel_edges_of
 from hpcres.lengths import VoxelEdges
 from hpcres.results import Measurement, Tortuosity
 from hpcres.study import Metrics, Study, SubVolumes, study_model
-from hpcres.study_file import files_of, load_study
+from hpcres.study.file import files_of, load_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.volume import NotALabel, Volume, array_volume

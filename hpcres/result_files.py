@@ -25,7 +25,7 @@ from hpcres.outputs import FIELDS, METRICS, PAGE, TRANSPORT, refuse_output
 from hpcres.progress import progress_display
 from hpcres.signals import end_if_signalled
 from hpcres.study import Metrics, Study, SubVolumes
-from hpcres.study_file import files_of, load_study, save_study
+from hpcres.study.file import files_of, load_study, save_study
 from hpcres.transport import SCHEMA, FieldStore, Means, describe
 from hpcres.transport.options import TransportOptions
 from hpcres.transport.results import Ranks, ResultsFile

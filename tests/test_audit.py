@@ -17,7 +17,7 @@ from hpcres.inference.generate import Painter
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Journal, infer, open_job
 from hpcres.inference.verify import audit, find_faults, repair_job
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 TILES = "3x3x3"

@@ -15,7 +15,7 @@ from hpcres.errors import InputError
 from hpcres.old_names import RENAMED_SETTINGS, with_new_result_names
 from hpcres.reports.write import find_result, report_volume
 from hpcres.study import Study
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.training.journal import _Rows
 from hpcres.training.loop import train
 from hpcres.training.page import write_page

@@ -19,7 +19,7 @@ from hpcres.inference.generate import BLOCK_BYTES, Painter
 from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.inference.run import open_job
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import array_volume

@@ -20,7 +20,7 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.training import journal
 from hpcres.training.adversarial import Models
 from hpcres.training.evaluation import GOOD, Evaluator

@@ -11,7 +11,7 @@ from hpcres.cli.options import Stage, overwrite_option, parse_phases, study_opti
 from hpcres.errors import InputError
 from hpcres.inputs import is_study, refuse_settings, voxel_edges_of
 from hpcres.lengths import cubic
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 
 @click.command(cls=Stage)

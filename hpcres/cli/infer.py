@@ -9,7 +9,7 @@ import click
 from hpcres.cli.console import command_line, echo, warn
 from hpcres.cli.options import DEFAULT_STUDY, Stage, overwrite_option, study_argument, study_options, tiles_option
 from hpcres.inputs import study_for
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 
 
 @click.command(cls=Stage)

@@ -12,7 +12,7 @@ from hpcres.cli.console import command_line, echo, progress_of
 from hpcres.cli.options import Stage, study_options
 from hpcres.errors import Unfinished
 from hpcres.inputs import is_study, refuse_settings
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 
 @click.command(cls=Stage)
