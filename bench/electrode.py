@@ -20,6 +20,7 @@ import yaml
 from hpcres.counting import counts, totals
 from hpcres.counting.named import Named, summary
 from hpcres.geometry import Box
+from hpcres.lengths import Length, cubic
 from hpcres.metrics.measure import Work, measure
 from hpcres.metrics.schedule import connect
 from hpcres.phantoms import imaged
@@ -89,7 +90,8 @@ def make(folder: Path, scale: str, recipe: Path | None, isotropic: bool) -> Path
 
 def _written(path: Path, labels: np.ndarray, phases: dict[int, str], voxel_size: float) -> None:
     if not path.exists():
-        convert(array_volume(labels, "electrode.tiff"), path, phases=phases, voxel_size=voxel_size, unit="micrometer")
+        edges = cubic(Length(voxel_size, "micrometer"))
+        convert(array_volume(labels, "electrode.tiff"), path, phases=phases, voxel_size=edges)
 
 
 def other_half(volume: np.ndarray) -> np.ndarray:

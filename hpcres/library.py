@@ -396,8 +396,8 @@ def convert(
     from hpcres.volumes.convert import convert as converted
 
     source = _volume(volume, None)
-    size, unit = _edges(source, voxel_size).lengths(source.path)
-    converted(source, os.fspath(output), phases=phases, voxel_size=size, unit=unit, overwrite=overwrite)
+    edges = _edges(source, voxel_size)
+    converted(source, os.fspath(output), phases=phases, voxel_size=edges, overwrite=overwrite)
     return open_volume(os.fspath(output))
 
 

@@ -56,7 +56,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "imaging": {"networks", "study"},
     "volumes": {"compiled", "counting", "errors", "geometry", "lengths", "outputs", "signals", "study", "volumes"},
     "checkpoint": {"errors", "families", "networks", "outputs", "study", "volumes"},
-    "phantoms": {"cores", "errors", "geometry", "imaging", "outputs", "signals", "study", "volumes"},
+    "phantoms": {"cores", "errors", "geometry", "imaging", "lengths", "outputs", "signals", "study", "volumes"},
     "training": {
         "checkpoint",
         "conditions",
@@ -170,7 +170,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     },
 }
 KEEPERS = {
-    "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"},
+    "zarr": {"volumes/field_store.py", "volumes/ome_zarr.py", "volumes/stores.py"},
     "tifffile": {"volumes/tiff.py"},
     "h5py": {"volumes/hdf5.py"},
     "mpi4py": {"inference/ranks.py"},

@@ -122,13 +122,11 @@ def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
 
 
 def test_blocks_that_cannot_be_read_are_listed_and_nothing_is_returned(client, tmp_path):
-    from hpcres.volumes.stores import LabelStore
+    from hpcres.volumes.stores import LabelStore, Layout
 
     store = LabelStore.create(
         tmp_path / "half.zarr",
-        (32, 16, 16),
-        shard=(16, 16, 16),
-        chunk_voxels=16,
+        Layout((32, 16, 16), (16, 16, 16), 16),
         voxel_size=1.0,
         unit="voxel",
         phases=("a", "b"),

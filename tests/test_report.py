@@ -31,7 +31,7 @@ from hpcres.transport import SCHEMA, Conducting, SolveSettings, describe, tortuo
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS
-from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.stores import LabelStore, Layout
 
 SHAPE = (32, 24, 28)
 
@@ -71,9 +71,7 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
     )
     store = LabelStore.create(
         study.labels_path,
-        SHAPE,
-        shard=(32, 32, 32),
-        chunk_voxels=32,
+        Layout(SHAPE, (32, 32, 32), 32),
         voxel_size=65.0,
         unit="nanometer",
         phases=study.phases,

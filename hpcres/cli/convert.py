@@ -63,9 +63,8 @@ def convert(
         names, target = parse_phases(phases), Path(output)
         volume = open_volume(source)
         edges, notes = voxel_edges_of(volume, voxel_size)
-    size, unit = edges.lengths(source)
     warn(absent_chunks(volume))
     with progress_of("convert") as progress:
-        convert_volume(volume, target, phases=names, voxel_size=size, unit=unit, overwrite=overwrite, progress=progress)
+        convert_volume(volume, target, phases=names, voxel_size=edges, overwrite=overwrite, progress=progress)
     echo_notes(notes)
     echo(target)
