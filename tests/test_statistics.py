@@ -23,9 +23,10 @@ from test_metrics import dask_cluster
 
 from hpcres.counting.named import Named
 from hpcres.metrics import geodesic as paths
-from hpcres.metrics.geodesic import Paths, geodesic, lengths_of_steps
+from hpcres.metrics.geodesic import Paths, geodesic
 from hpcres.metrics.representative import cells, fitted, representative
 from hpcres.metrics.schedule import connect
+from hpcres.metrics.shortest_paths import lengths_of_steps
 from hpcres.metrics.spectrum import radial_magnitude, spectrum
 from hpcres.metrics.statistics import Statistics, described, measure_statistics, statistics
 from hpcres.study import Metrics, Representative
