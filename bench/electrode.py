@@ -21,7 +21,7 @@ from hpcres.counting import counts, totals
 from hpcres.counting.named import Named, summary
 from hpcres.geometry import Box
 from hpcres.lengths import Length, cubic
-from hpcres.metrics.measure import Work, measure
+from hpcres.metrics.measure import Sampling, Work, measure
 from hpcres.metrics.schedule import connect
 from hpcres.phantoms import imaged
 from hpcres.study import Study, SubVolumes
@@ -163,7 +163,7 @@ def of_cubes(volume: Path, target: Path, study: Study, cubes: int) -> dict[str, 
     if not target.exists():
         settings = SubVolumes(count=cubes, voxels=EDGE, transport_count=cubes)
         with connect() as client:
-            found = measure(open_volume(str(volume)), Work(client), phases=study.phases, settings=settings)
+            found = measure(open_volume(str(volume)), Work(client), phases=study.phases, sampling=Sampling(settings))
         write_json(target, found["subvolumes"])
     found = json.loads(target.read_text())
     d_rel = {

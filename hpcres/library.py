@@ -119,7 +119,7 @@ def measure(
     >>> found.volume_fraction["solid"], found.specific_surface_area.faces["solid"], found.length_unit
     (0.5, 0.0625, 'micrometer')
     """
-    from hpcres.metrics.measure import Work
+    from hpcres.metrics.measure import Sampling, Work
     from hpcres.metrics.measure import measure as measured
     from hpcres.metrics.schedule import local_client
 
@@ -137,8 +137,7 @@ def measure(
                 phases=names,
                 voxel_size=_edges(source, voxel_size),
                 periodic=meeting_sides(periodic),
-                settings=subvolumes,
-                seed=seed,
+                sampling=Sampling(subvolumes, seed),
                 statistics=Metrics().model_copy(update={"statistics": chosen}) if chosen else None,
             )
         )

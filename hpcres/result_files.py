@@ -183,7 +183,6 @@ def _measured_volume(given: Given, options: MetricsOptions, sides: Periodic, wor
             volume,
             Work(client, scratch=target and target.absolute().parent),
             voxel_size=edges,
-            settings=SubVolumes(count=0),
             periodic=sides,
             statistics=options.chosen(Metrics()),
         )
@@ -440,7 +439,7 @@ def write_report(
             raise InputError(f"{file}: a study has its own results; drop `metrics` and `transport`")
         study = load_study(source, given.settings, given.output)
         return write_study_report(study, files=files_of(source), warn=warn), []
-    from hpcres.metrics.measure import Work, header, measure
+    from hpcres.metrics.measure import Sampling, Work, header, measure
     from hpcres.reports.write import find_result, report_volume
 
     refuse_settings(source, given.settings)
@@ -460,7 +459,9 @@ def write_report(
     if result is None:
         edges, notes = (named, notes) if named else voxel_edges_of(volume, None)
         with workers.connect() as client:
-            measured = measure(volume, Work(client), voxel_size=edges, settings=SubVolumes(), statistics=Metrics())
+            measured = measure(
+                volume, Work(client), voxel_size=edges, sampling=Sampling(SubVolumes()), statistics=Metrics()
+            )
         result = {**header(given.command), "volume": measured}
     return report_volume(volume, result, target, solved), notes
 

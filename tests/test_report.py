@@ -20,7 +20,7 @@ from PIL import Image
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.lengths import Length, cubic
-from hpcres.metrics.measure import Work, header, measure, measure_study
+from hpcres.metrics.measure import Sampling, Work, header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.pages import render
@@ -316,7 +316,7 @@ def test_a_bare_volume_has_a_page(tmp_path):
     np.save(tmp_path / "v.npy", labels)
     volume = open_volume(tmp_path / "v.npy")
     with connect(threads=2) as client:
-        measured = measure(volume, Work(client, progress=False), settings=SubVolumes(count=4, voxels=8))
+        measured = measure(volume, Work(client, progress=False), sampling=Sampling(SubVolumes(count=4, voxels=8)))
     path = report_volume(volume, {**header(), "volume": measured}, tmp_path / "report.html")
     page = path.read_text(encoding="utf-8")
     shown = pictures(page)["v.npy, yx plane"]
