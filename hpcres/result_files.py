@@ -18,7 +18,7 @@ from typing import Any
 from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Periodic, meeting_sides
-from hpcres.inputs import is_study, painted_volume, refuse_settings, refuse_voxel_size, study_for, voxel_edges_of
+from hpcres.inputs import Given, is_study, painted_volume, refuse_settings, refuse_voxel_size, study_for, voxel_edges_of
 from hpcres.lengths import Spacing, VoxelEdges, cubic
 from hpcres.metrics.table import transport_text
 from hpcres.outputs import FIELDS, METRICS, PAGE, TRANSPORT, refuse_output
@@ -51,32 +51,6 @@ class Measured:
     result: dict[str, Any]
     notes: list[str]
     path: Path | None
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a stage is given: its source, and where its results go.
-
-    Parameters
-    ----------
-    source : str
-        A study file, or a label volume of any format.
-    command : str
-        The command, for the provenance of results.
-    settings, output
-        As in `hpcres.train`; of a bare volume `output` is the file to write, or None.
-    voxel_size : str, optional
-        Of a bare volume, in place of the file's own.
-    overwrite : bool
-        Replace results: metrics of another bare volume, or all of transport.json.
-    """
-
-    source: str
-    command: str
-    settings: Sequence[str] = ()
-    output: str | None = None
-    voxel_size: str | None = None
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
