@@ -202,14 +202,14 @@ def tortuosity(
         label = int(phase)
         by_label = phases if isinstance(phases, Mapping) else dict(enumerate(names or ()))
         phase = by_label.get(label, str(label))
-    spacing, sides = edges_of(source, voxel_size).lengths(source.path)[0], meeting_sides(periodic)
+    edges, sides = edges_of(source, voxel_size).lengths(source.path)[0], meeting_sides(periodic)
     if check is not None:
-        refuse_check(check, [source], spacing, asked={"conductivity": conductivity, "periodic": any(sides)})
+        refuse_check(check, [source], edges, asked={"conductivity": conductivity, "periodic": any(sides)})
     warn_of_absent_chunks(source)
     found = solved(
         source,
         Conducting(names, () if phase is None else (str(phase),), conductivity),
-        SolveSettings((direction,), spacing, sides, rtol),
+        SolveSettings((direction,), edges, sides, rtol),
         Means(threads),
     )["results"][0]
     if found["state"] == "not converged":

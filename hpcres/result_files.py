@@ -19,7 +19,7 @@ from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Periodic, meeting_sides
 from hpcres.inputs import Given, is_study, painted_volume, refuse_settings, refuse_voxel_size, study_for, voxel_edges_of
-from hpcres.lengths import Spacing, VoxelEdges, cubic
+from hpcres.lengths import EdgeLengths, VoxelEdges, cubic
 from hpcres.metrics.table import transport_text
 from hpcres.outputs import FIELDS, METRICS, PAGE, TRANSPORT, refuse_output
 from hpcres.progress import progress_display
@@ -256,7 +256,7 @@ def write_transport(
                 options.solve,
                 volume,
                 phases=study.phases if study else None,
-                spacing=task.spacing,
+                voxel_size=task.voxel_size,
                 means=means,
                 field=field,
                 report=report,
@@ -312,7 +312,7 @@ class _Task:
     study: Study | None
     volume: Volume
     reference: Volume | None
-    spacing: Spacing
+    voxel_size: EdgeLengths
     notes: list[str]
     target: Path | None
     scratch: Path
@@ -343,10 +343,10 @@ def _checked(given: Given, options: TransportOptions) -> _Task:
         refuse_output(target, TRANSPORT, inputs=inputs, renewed=True)
     if options.field is not None:
         refuse_output(options.field, FIELDS, inputs=[*inputs, target], overwrite=given.overwrite)
-    scratch, spacing = options.scratch_for(target), edges.lengths(source)[0]
-    options.refuse_check([volume] if reference is None else [volume, reference], spacing)
+    scratch, voxel_size = options.scratch_for(target), edges.lengths(source)[0]
+    options.refuse_check([volume] if reference is None else [volume, reference], voxel_size)
     solver = describe(options.rtol, options.sides, options.block)
-    return _Task(study, volume, reference, spacing, notes, target, scratch, solver)
+    return _Task(study, volume, reference, voxel_size, notes, target, scratch, solver)
 
 
 @dataclass

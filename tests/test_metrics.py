@@ -460,7 +460,7 @@ def test_a_study_measures_volume_reference_images_and_agreement(client, tmp_path
         tmp_path,
         reference={
             "volume": str(tmp_path / "truth.npy"),
-            "published": [{"metric": "normalised_tpb", "value": 0.01, "source": "someone"}],
+            "published": [{"metric": "tpb_normalised", "value": 0.01, "source": "someone"}],
         },
         metrics={"subvolumes": {"count": 3, "voxels": 8}},
     )

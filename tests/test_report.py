@@ -63,7 +63,7 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
             "reference": {
                 "volume": str(folder / "truth.npy"),
                 "published": [
-                    {"metric": "normalised_tpb", "value": 0.01087, "spread": 0.00121, "source": "Dahari 2022"},
+                    {"metric": "tpb_normalised", "value": 0.01087, "spread": 0.00121, "source": "Dahari 2022"},
                     {"metric": "tau", "of": "nickel", "value": 3.5, "source": "someone & sons"},
                 ],
             },
@@ -390,5 +390,5 @@ def test_the_terminal_table_has_each_number_once(finished):
         assert f"{row.value:.6f}" in line
         assert f"{row.reference:.6f}" in line
         assert f"{row.difference:+.6f}" in line
-    assert "published normalised_tpb: 0.01087 ± 0.00121 (Dahari 2022)" in table
+    assert "published TPB, normalised: 0.01087 ± 0.00121 (Dahari 2022)" in table
     json.dumps(metrics, allow_nan=False)

@@ -329,7 +329,7 @@ def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
         result["transport"] = {
             named.phases[label]: {
                 direction: {
-                    "D_rel": summary([s.d_rel for s in solutions if s.d_rel is not None]),
+                    "D_rel": summary([s.D_rel for s in solutions if s.D_rel is not None]),
                     # Only where the phase percolates; tau of the other cubes is infinite.
                     "tau": summary([s.tau for s in solutions if s.percolates and s.tau is not None]),
                     "percolating": sum(s.percolates for s in solutions),

@@ -22,14 +22,14 @@ AROUND = [step for step in product((-1, 0, 1), repeat=3) if any(step)]
 _NEVER = np.int64(2**62)
 
 
-def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[Triple, ...], tuple[int, ...]]:
+def lengths_of_steps(neighbours: int, voxel_size: Sequence[float]) -> tuple[tuple[Triple, ...], tuple[int, ...]]:
     """Return the steps to the neighbours, and their lengths.
 
     Parameters
     ----------
     neighbours : int
         6 or 26.
-    spacing : sequence of float
+    voxel_size : sequence of float
         Voxel edges z, y, x.
 
     Returns
@@ -40,8 +40,10 @@ def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[T
         Their lengths in units of the shortest voxel edge / UNIT.
     """
     steps = [s for s in AROUND if neighbours == 26 or sum(map(abs, s)) == 1]
-    shortest = min(spacing)
-    weights = [round(UNIT * sqrt(sum((k * h / shortest) ** 2 for k, h in zip(s, spacing, strict=True)))) for s in steps]
+    shortest = min(voxel_size)
+    weights = [
+        round(UNIT * sqrt(sum((k * h / shortest) ** 2 for k, h in zip(s, voxel_size, strict=True)))) for s in steps
+    ]
     return tuple(triple(s) for s in steps), tuple(weights)
 
 

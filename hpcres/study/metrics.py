@@ -57,7 +57,7 @@ class Published(Section):
     """A value from the literature that the report shows beside the measured one."""
 
     metric: Literal[
-        "volume_fraction", "specific_surface_area", "interphase_area", "tpb_density", "normalised_tpb", "tau", "D_rel"
+        "volume_fraction", "specific_surface_faces", "interphase_area", "tpb_density", "tpb_normalised", "tau", "D_rel"
     ]
     of: str = ""
     """Phase, or pair as `pore|nickel`, that the figure belongs to; lengths in µm."""

@@ -69,7 +69,7 @@ def convert(
     """
     output = Path(output)
     refuse_output(output, LABELS, inputs=[source.path], overwrite=overwrite)
-    spacing, unit = (voxel_size or source.edges).lengths(source.path)
+    lengths, unit = (voxel_size or source.edges).lengths(source.path)
     chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
     shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
     if phases is None and source.phases:
@@ -80,7 +80,7 @@ def convert(
         store = LabelStore.create(
             temporary,
             Layout(source.shape, shard, chunk),
-            voxel_size=spacing,
+            voxel_size=lengths,
             unit=unit if unit in MICROMETERS else RELATIVE,
             phases=names,
             provenance={"source": source.path, **(provenance or {})},

@@ -31,7 +31,7 @@ class FieldStore:
     shape
         Voxels along z, y, x.
     attributes
-        Attributes of the group: spacing, unit and what the fields are.
+        Attributes of the group: voxel size and what the fields are.
     overwrite
         Replace a store that exists at `path`.
     shared

@@ -17,7 +17,7 @@ import zarr.storage
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Triple, blocks, triple
-from hpcres.lengths import RELATIVE, Spacing
+from hpcres.lengths import RELATIVE, EdgeLengths
 from hpcres.outputs import LABELS, refuse_output
 from hpcres.volumes.axes import arranged, times
 from hpcres.volumes.files import atomic_write
@@ -63,7 +63,7 @@ class LevelInfo:
 
     shape: Triple
     shard: Triple
-    voxel_size: Spacing
+    voxel_size: EdgeLengths
 
 
 def code_chunks(at_once: int) -> None:
@@ -153,11 +153,11 @@ class LabelStore:
         refuse_output(path, LABELS, overwrite=overwrite)
         layout.refuse_unfit(path)
         z, y, x = (voxel_size,) * 3 if isinstance(voxel_size, int | float) else tuple(voxel_size)
-        spacing = (float(z), float(y), float(x))
-        if not (min(spacing) > 0 and max(spacing) < float("inf")):
-            raise InputError(f"{path}: voxel size {spacing} is not positive; give for example 65 nm")
+        edges = (float(z), float(y), float(x))
+        if not (min(edges) > 0 and max(edges) < float("inf")):
+            raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
         with atomic_write(path) as temporary:
-            cls._write_template(temporary, layout, spacing, unit, phases, provenance)
+            cls._write_template(temporary, layout, edges, unit, phases, provenance)
         return cls.open(path)
 
     @classmethod
@@ -359,7 +359,7 @@ class LabelStore:
         cls,
         path: Path,
         layout: Layout,
-        spacing: Spacing,
+        voxel_size: EdgeLengths,
         unit: str,
         phases: Sequence[str],
         provenance: Mapping[str, Any],
@@ -371,9 +371,9 @@ class LabelStore:
         levels = pyramid(triple(layout.shape))
         datasets: list[dict[str, Any]] = []
         for level, (_, step) in enumerate(levels):
-            edges = [v * s for v, s in zip(spacing, step, strict=True)]
+            edges = [v * s for v, s in zip(voxel_size, step, strict=True)]
             # The centre of a coarse voxel is the centre of the fine ones under it.
-            centre = [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]
+            centre = [v * (s - 1) / 2 for v, s in zip(voxel_size, step, strict=True)]
             placed = [{"type": "scale", "scale": edges}, {"type": "translation", "translation": centre}]
             datasets.append({"path": str(level), "coordinateTransformations": placed})
         multiscale = {"name": cls.kind, "axes": axes, "datasets": datasets, "type": cls.method}
