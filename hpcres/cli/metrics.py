@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -18,8 +18,9 @@ from hpcres.cli.options import (
     voxel_size_option,
     worker_wait_option,
 )
+from hpcres.study import Statistic
 
-_STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"))
+_STATISTIC = click.Choice(get_args(Statistic))
 
 
 @click.command(cls=Stage)
