@@ -25,7 +25,7 @@ from scipy.ndimage import distance_transform_edt
 
 from hpcres.geometry import Box
 from hpcres.study import Study
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PhaseMap
 

@@ -18,7 +18,7 @@ import numpy as np
 from hpcres.counting.counts import count
 from hpcres.counting.totals import Counts, add, finalize
 from hpcres.geometry import AXES, Box, triple
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.volumes.formats import open_volume
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quality import Figure, above, below, of_volume, tpb_error, worst_area, worst_fraction
 
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 FIGURES = (
     Figure("phase fractions, worst difference from the truth", worst_fraction("reference"), below(0.02)),

@@ -20,11 +20,12 @@ import yaml
 from hpcres.counting import counts, totals
 from hpcres.counting.named import Named, summary
 from hpcres.geometry import Box
-from hpcres.metrics.measure import Work, measure
+from hpcres.lengths import Length, cubic
+from hpcres.metrics.measure import Sampling, Work, measure
 from hpcres.metrics.schedule import connect
 from hpcres.phantoms import imaged
 from hpcres.study import Study, SubVolumes
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.convert import convert
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume, read_images
@@ -89,7 +90,8 @@ def make(folder: Path, scale: str, recipe: Path | None, isotropic: bool) -> Path
 
 def _written(path: Path, labels: np.ndarray, phases: dict[int, str], voxel_size: float) -> None:
     if not path.exists():
-        convert(array_volume(labels, "electrode.tiff"), path, phases=phases, voxel_size=voxel_size, unit="micrometer")
+        edges = cubic(Length(voxel_size, "micrometer"))
+        convert(array_volume(labels, "electrode.tiff"), path, phases=phases, voxel_size=edges)
 
 
 def other_half(volume: np.ndarray) -> np.ndarray:
@@ -161,7 +163,7 @@ def of_cubes(volume: Path, target: Path, study: Study, cubes: int) -> dict[str, 
     if not target.exists():
         settings = SubVolumes(count=cubes, voxels=EDGE, transport_count=cubes)
         with connect() as client:
-            found = measure(open_volume(str(volume)), Work(client), phases=study.phases, settings=settings)
+            found = measure(open_volume(str(volume)), Work(client), phases=study.phases, sampling=Sampling(settings))
         write_json(target, found["subvolumes"])
     found = json.loads(target.read_text())
     d_rel = {

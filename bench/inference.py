@@ -43,7 +43,7 @@ def prepare(folder: Path, scale: int, width: int, edge: int, tile: int) -> Path:
 
     from hpcres.checkpoint import build_generator, save_checkpoint
     from hpcres.phantoms import chi2_field
-    from hpcres.study_file import load_study
+    from hpcres.study.file import load_study
 
     low = edge // scale
     # Repeated, because a phantom of a big volume takes longer than painting it.
@@ -82,7 +82,7 @@ def rank(study: str) -> None:
     from hpcres.inference.job import open_job
     from hpcres.inference.ranks import join_ranks
     from hpcres.inference.run import infer
-    from hpcres.study_file import load_study
+    from hpcres.study.file import load_study
 
     with join_ranks() as ranks:
         before = matrix_rate()
@@ -134,7 +134,7 @@ def compress_seconds(store: Path) -> float:
 def measure(scale: int, width: int, edge: int, tile: int, ranks: int) -> dict[str, float]:
     from hpcres.checkpoint import load_checkpoint
     from hpcres.geometry import Box
-    from hpcres.study_file import load_study
+    from hpcres.study.file import load_study
 
     folder = Path(tempfile.mkdtemp(prefix="hpcres-bench-"))
     try:
@@ -173,7 +173,7 @@ def forms(path: str | Path, most: int) -> Iterator[str]:
     from hpcres.geometry import Box
     from hpcres.memory import keep_freed_memory
     from hpcres.noise import normals
-    from hpcres.study_file import load_study
+    from hpcres.study.file import load_study
     from hpcres.volumes.formats import open_volume
     from hpcres.volumes.phases import PhaseMap
 

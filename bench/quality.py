@@ -45,9 +45,10 @@ import yaml
 from scipy import ndimage
 
 from hpcres.geometry import Box
+from hpcres.lengths import cubic
 from hpcres.old_names import with_new_result_names
 from hpcres.study import Study
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.convert import convert
 from hpcres.volumes.formats import open_volume, read_images
 from hpcres.volumes.phases import PHASE_COLOURS, PhaseMap
@@ -521,9 +522,7 @@ def first_of_groups(study: Study) -> np.ndarray:
 def write_labels(study: Study, path: Path, labels: np.ndarray, what: str) -> None:
     size = study.high_res.voxel_size
     path.parent.mkdir(parents=True, exist_ok=True)
-    convert(
-        array_volume(labels, what), path, phases=dict(enumerate(study.phases)), voxel_size=size.length, unit=size.unit
-    )
+    convert(array_volume(labels, what), path, phases=dict(enumerate(study.phases)), voxel_size=cubic(size))
 
 
 def transport_of(volume: Path, target: Path) -> Result:

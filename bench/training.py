@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from hpcres.study import Study
-from hpcres.study_file import load_study, recipe_settings, save_study
+from hpcres.study.file import load_study, recipe_settings, save_study
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import Processes, processes

@@ -52,7 +52,7 @@ def solve_alone(settings: dict) -> None:
     else:
         volume = open_volume(Path(os.environ["HPCRES_DATA"]) / "electrode.tiff")
         labels = np.ascontiguousarray(volume.read(Box((0, 0, 0), (edge,) * 3)))
-    asked = SolveSettings(settings["direction"], settings["spacing"], rtol=settings["rtol"])
+    asked = SolveSettings(settings["direction"], settings["voxel_size"], rtol=settings["rtol"])
     how = {"device": None}
     if settings["device"] is not None:
         from hpcres.transport.device import find_device
@@ -76,7 +76,7 @@ def solve_alone(settings: dict) -> None:
         "iterations": one.iterations,
         "fraction": one.volume_fraction,
         "bytes": held / labels.size,
-        "d_rel": one.d_rel,
+        "d_rel": one.D_rel,
     }
     print(json.dumps(line), flush=True)
 
@@ -84,7 +84,7 @@ def solve_alone(settings: dict) -> None:
 def measure(label: int = 1, checkout: str | None = None, **settings: object) -> dict:
     """Solves in a process of its own; checkout: a folder with another version of hpcres, whose bench is run."""
     usual = {"edge": 256, "threads": [1], "rtol": 1e-3, "blobs": False, "repeats": 2, "device": None}
-    usual |= {"conductivity": {label: 1.0}, "spacing": (1, 1, 1), "direction": "z"}
+    usual |= {"conductivity": {label: 1.0}, "voxel_size": (1, 1, 1), "direction": "z"}
     root = Path(__file__).resolve().parents[1] if checkout is None else Path(checkout).resolve()
     command = [sys.executable, str(root / "bench/transport.py"), "--alone", json.dumps({**usual, **settings})]
     environment = {**os.environ, "PYTHONPATH": str(root)}
@@ -99,11 +99,11 @@ def measure_far() -> None:
     systems += [({170: 1.0}, (50, 1, 1), "x"), (three, (1, 1, 1), "z"), ({**three, 170: 1e-9}, (25, 1, 1), "x")]
     heads = "conductivity by label | voxel edges z, y, x | direction | D_rel | estimated error | iterations"
     print(f"| {heads} | seconds, one core | bytes a voxel |\n|" + "---|" * 8)
-    for conductivity, spacing, direction in systems:
-        found = measure(conductivity=conductivity, spacing=spacing, direction=direction, repeats=1)
+    for conductivity, voxel_size, direction in systems:
+        found = measure(conductivity=conductivity, voxel_size=voxel_size, direction=direction, repeats=1)
         several = ", ".join(f"{label}: {k:g}" for label, k in conductivity.items())
         print(
-            f"| {several} | {', '.join(map(str, spacing))} | {direction} | {found['d_rel']:.6g} | "
+            f"| {several} | {', '.join(map(str, voxel_size))} | {direction} | {found['d_rel']:.6g} | "
             f"{found['error']:.1e} | {found['iterations']} | {found['seconds'][0]:.1f} | {found['bytes']:.1f} |",
             flush=True,
         )

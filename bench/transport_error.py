@@ -63,14 +63,14 @@ def systems(first: int, number: int):
         yield "tubes", tubes(cube, seed), one, {}
         yield "random, near the threshold", (rng.random(cube) < rng.uniform(0.32, 0.36)).astype(np.uint8), one, {}
         yield "random", (rng.random(cube) < share).astype(np.uint8), one, {}
-        spacing = tuple(float(v) for v in 10 ** rng.uniform(-0.5, 0.5, 3))
-        yield "blobs, voxels up to 10 : 1", blobs(cube, seed, 1.5, share), one, {"spacing": spacing}
+        voxel_size = tuple(float(v) for v in 10 ** rng.uniform(-0.5, 0.5, 3))
+        yield "blobs, voxels up to 10 : 1", blobs(cube, seed, 1.5, share), one, {"voxel_size": voxel_size}
         yield "blobs, periodic sides", blobs(cube, seed, 1.5, share), one, {"periodic": (True, True, True)}
         thin = (size, 3, 40) if seed % 2 else (4, 40, size)
         yield "thin", blobs(thin, seed, 1.2, 0.7), one, {}
         two = three_phase(cube, seed, feature_voxels=float(rng.uniform(3, 8)))
         yield "two conductivities", two, {0: 1.0, 2: contrast}, {"periodic": (seed % 3 == 0,) * 3}
-        yield "two, voxels up to 10 : 1", two, {0: 1.0, 2: contrast}, {"spacing": spacing}
+        yield "two, voxels up to 10 : 1", two, {0: 1.0, 2: contrast}, {"voxel_size": voxel_size}
         yield "three, random", rng.integers(0, 4, cube).astype(np.uint8), {1: 1.0, 2: contrast, 3: contrast**0.5}, {}
 
 
@@ -85,18 +85,23 @@ def far_systems(first: int, number: int):
                     shape = (*shape[:2], int(rng.integers(1, 4)))
                     shape = tuple(int(n) for n in rng.permutation(shape))
                 labels = far_labels(kind, shape, rng)
-                spacing, conductivity = (1.0, 1.0, 1.0), {1: 1.0}
+                voxel_size, conductivity = (1.0, 1.0, 1.0), {1: 1.0}
                 if reach != "conductivities":
                     wide = 10 ** rng.uniform(0.3, 3)
                     edges = wide ** rng.permutation([0.0, rng.choice([0.0, 1.0, rng.uniform()]), 1.0])
-                    spacing = tuple(float(h) for h in edges)
+                    voxel_size = tuple(float(h) for h in edges)
                 if reach != "voxels":
                     apart = 10 ** -rng.uniform(0, 9)
                     values = apart ** rng.permutation([0.0, rng.uniform(), 1.0])
                     conductivity = {i: float(k) for i, k in enumerate(values)}
                     if rng.random() < 0.3:
                         del conductivity[int(rng.integers(3))]
-                yield f"{kind}, {reach}", labels, conductivity, {"spacing": spacing, "periodic": (seed % 4 == 0,) * 3}
+                yield (
+                    f"{kind}, {reach}",
+                    labels,
+                    conductivity,
+                    {"voxel_size": voxel_size, "periodic": (seed % 4 == 0,) * 3},
+                )
 
 
 def far_labels(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -121,7 +126,7 @@ def far_labels(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> n
     return labels
 
 
-def exact_d_rel(system: System, labels: np.ndarray, conductivity: dict[int, float], spacing: Any) -> float:
+def exact_d_rel(system: System, labels: np.ndarray, conductivity: dict[int, float], voxel_size: Any) -> float:
     """D_rel of the conducting voxels of a system, float64, independent of the solver.
 
     Its own matrix is solved and the solution refined twice. Residual and energy are sums over differences between
@@ -130,7 +135,7 @@ def exact_d_rel(system: System, labels: np.ndarray, conductivity: dict[int, floa
     """
     mask = unpacked(system.bits, system.shape) > 0
     labels = np.tile(labels, [n // m for n, m in zip(system.shape, labels.shape, strict=True)])
-    axis, h, index = system.geometry[7], np.asarray(spacing, float), np.full(mask.shape, -1)
+    axis, h, index = system.geometry[7], np.asarray(voxel_size, float), np.full(mask.shape, -1)
     n = int(mask.sum())
     index[mask] = np.arange(n)
     k = np.array([conductivity.get(i, 0.0) for i in range(256)])[labels]
@@ -196,9 +201,9 @@ def compare_far(first: int, number: int) -> None:
                 failed += 1
                 print(f"{one.state}: {name}, seed {first + i // 15}, {direction}, rtol {rtol}", flush=True)
                 continue
-            truth = truth or exact_d_rel(kept[0], labels, conductivity, settings["spacing"])
-            lines.setdefault(name, []).append((rtol, one.error, one.d_rel / truth - 1, one.iterations))
-            if abs(one.d_rel / truth - 1) > one.error:
+            truth = truth or exact_d_rel(kept[0], labels, conductivity, settings["voxel_size"])
+            lines.setdefault(name, []).append((rtol, one.error, one.D_rel / truth - 1, one.iterations))
+            if abs(one.D_rel / truth - 1) > one.error:
                 print(f"above the claim: {name}, seed {first + i // 15}, {direction}: {lines[name][-1]}", flush=True)
     lines["all"] = [one for of in lines.values() for one in of]
     heads = "kind, far | solves | true error above the claim | claim / true: least | median | iterations to 1e-3: mean"
@@ -227,8 +232,8 @@ def stops(labels, conductivity, settings, axis: int) -> list[tuple[float, float,
             return []
         assert one.state == "converged"
         assert one.error < rtol
-        truth = truth or exact_d_rel(kept[0], labels, conductivity, settings.get("spacing", (1.0, 1.0, 1.0)))
-        found[one.iterations] = one.error, one.d_rel / truth - 1, one.iterations
+        truth = truth or exact_d_rel(kept[0], labels, conductivity, settings.get("voxel_size", (1.0, 1.0, 1.0)))
+        found[one.iterations] = one.error, one.D_rel / truth - 1, one.iterations
     return list(found.values())
 
 

@@ -1,8 +1,9 @@
-"""The inputs of the stages: a study, or a bare volume and its voxel size."""
+"""The inputs of the stages: a study, or a bare volume and its voxel size, and where their results go."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,39 @@ from hpcres.errors import InputError
 from hpcres.lengths import VoxelEdges, parse_voxel_edges
 from hpcres.outputs import STUDY, refuse_output
 from hpcres.study import Study
-from hpcres.study_file import files_of, load_study, saved_study
+from hpcres.study.file import files_of, load_study, saved_study
 
 if TYPE_CHECKING:
     from hpcres.volumes.volume import Volume
+
+DEFAULT_STUDY = "study.yaml"
+"""The study file that a command reads if none is named."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a stage is given: its source, and where its results go.
+
+    Parameters
+    ----------
+    source : str
+        A study file, or a label volume of any format.
+    command : str
+        The command, for the provenance of results.
+    settings, output
+        As in `hpcres.train`; of a bare volume `output` is the file to write, or None.
+    voxel_size : str, optional
+        Of a bare volume, in place of the file's own.
+    overwrite : bool
+        Replace results: a store, metrics of another bare volume, or all of transport.json.
+    """
+
+    source: str
+    command: str
+    settings: Sequence[str] = ()
+    output: str | None = None
+    voxel_size: str | None = None
+    overwrite: bool = False
 
 
 def is_study(source: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from hpcres.errors import InputError
 from hpcres.geometry import AXES
 
-Spacing = tuple[float, float, float]
+EdgeLengths = tuple[float, float, float]
 """Voxel edges z, y, x in one unit."""
 
 MICROMETERS = {
@@ -227,7 +227,7 @@ class VoxelEdges:
         """Whether all three edges are known as lengths."""
         return all(edge is not None and edge.unit in MICROMETERS for edge in self.each)
 
-    def lengths(self, where: str, remedy: str = "give all three lengths") -> tuple[Spacing, str]:
+    def lengths(self, where: str, remedy: str = "give all three lengths") -> tuple[EdgeLengths, str]:
         """Return the edges z, y, x in one unit.
 
         Parameters

@@ -7,39 +7,28 @@ to `hpcres.train` and `hpcres.infer`.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from pydantic import ValidationError
 
+from hpcres.arguments import AnyVolume, VoxelSize, edges_of, log_warnings, study_of, volume_of, warn_of_absent_chunks
 from hpcres.errors import InputError, Unfinished
-from hpcres.geometry import AXES, Box, meeting_sides
-from hpcres.inputs import voxel_edges_of
-from hpcres.lengths import VoxelEdges
+from hpcres.geometry import AXES, meeting_sides
+from hpcres.inputs import Given
 from hpcres.results import Measurement, Tortuosity
-from hpcres.study import Metrics, Study, SubVolumes, study_model
-from hpcres.study_file import files_of, load_study
+from hpcres.study import Metrics, Statistic, Study, SubVolumes
+from hpcres.study.file import files_of
 from hpcres.volumes.formats import open_volume
-from hpcres.volumes.phases import PhaseMap
-from hpcres.volumes.volume import NotALabel, Volume, array_volume
+from hpcres.volumes.volume import Volume
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from hpcres.training.loop import TrainingResult
-
-log = logging.getLogger("hpcres")
-Statistic = Literal["correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"]
-AnyVolume = Any
-"""A path, a `Volume`, or what has shape, dtype and slices like an array."""
-VoxelSize = str | Sequence[str] | None
-"""`50 nm`, or three such lengths along z, y and x."""
 
 
 def open(path: str | os.PathLike[str]) -> Volume:
@@ -119,26 +108,25 @@ def measure(
     >>> found.volume_fraction["solid"], found.specific_surface_area.faces["solid"], found.length_unit
     (0.5, 0.0625, 'micrometer')
     """
-    from hpcres.metrics.measure import Work
+    from hpcres.metrics.measure import Sampling, Work
     from hpcres.metrics.measure import measure as measured
     from hpcres.metrics.schedule import local_client
 
     chosen = tuple(statistics)
     if unknown := [name for name in chosen if name not in get_args(Statistic)]:
         raise InputError(f"statistics: {unknown[0]!r} is none; choose from {', '.join(get_args(Statistic))}")
-    source = _volume(volume, phases)
+    source = volume_of(volume, phases)
     names = tuple(phases.values()) if isinstance(phases, Mapping) else phases
-    _warn_of_absent_chunks(source)
+    warn_of_absent_chunks(source)
     with local_client() if client is None else nullcontext(client) as connected:
         return Measurement.of(
             measured(
                 source,
                 Work(connected, progress=progress),
                 phases=names,
-                voxel_size=_edges(source, voxel_size),
+                voxel_size=edges_of(source, voxel_size),
                 periodic=meeting_sides(periodic),
-                settings=subvolumes,
-                seed=seed,
+                sampling=Sampling(subvolumes, seed),
                 statistics=Metrics().model_copy(update={"statistics": chosen}) if chosen else None,
             )
         )
@@ -202,7 +190,7 @@ def tortuosity(
 
     if direction not in AXES:
         raise InputError(f"direction {direction!r} is none; choose from {', '.join(AXES)}")
-    source = _volume(volume, phases)
+    source = volume_of(volume, phases)
     names = tuple(phases.values()) if isinstance(phases, Mapping) else phases or source.phases
     if conductivity is not None and phase is not None:
         raise InputError(f"phase {phase!r}: conductivity already names the phases; drop one of them")
@@ -214,14 +202,14 @@ def tortuosity(
         label = int(phase)
         by_label = phases if isinstance(phases, Mapping) else dict(enumerate(names or ()))
         phase = by_label.get(label, str(label))
-    spacing, sides = _edges(source, voxel_size).lengths(source.path)[0], meeting_sides(periodic)
+    edges, sides = edges_of(source, voxel_size).lengths(source.path)[0], meeting_sides(periodic)
     if check is not None:
-        refuse_check(check, [source], spacing, asked={"conductivity": conductivity, "periodic": any(sides)})
-    _warn_of_absent_chunks(source)
+        refuse_check(check, [source], edges, asked={"conductivity": conductivity, "periodic": any(sides)})
+    warn_of_absent_chunks(source)
     found = solved(
         source,
         Conducting(names, () if phase is None else (str(phase),), conductivity),
-        SolveSettings((direction,), spacing, sides, rtol),
+        SolveSettings((direction,), edges, sides, rtol),
         Means(threads),
     )["results"][0]
     if found["state"] == "not converged":
@@ -263,7 +251,7 @@ def train(
     """
     from hpcres.training.loop import train as trained
 
-    return trained(_study(study, settings, output), overwrite=overwrite)
+    return trained(study_of(study, settings, output), overwrite=overwrite)
 
 
 def infer(
@@ -311,26 +299,16 @@ def infer(
     ------
     InputError, Stopped, Unfinished
     """
-    from hpcres.inference.job import JobOptions, open_job
     from hpcres.inference.ranks import join_ranks
-    from hpcres.inference.run import infer as painted
+    from hpcres.label_stores import PaintOptions, paint_study
 
-    loaded = None if study is None else _study(study, settings, output)
+    loaded = None if study is None else study_of(study, settings, output)
+    where, weights = (None if path is None else os.fspath(path) for path in (output, checkpoint))
+    given = Given("", "hpcres.infer", output=where, overwrite=overwrite)
     with join_ranks() as ranks:
-        job = open_job(
-            loaded,
-            JobOptions(
-                checkpoint=None if checkpoint is None else os.fspath(checkpoint),
-                low_res=low_res,
-                output=None if output is None else os.fspath(output),
-                tiles=tiles,
-                seed=seed,
-                device=device,
-                command="hpcres.infer",
-                inference={} if ensemble is None else {"ensemble": ensemble},
-            ),
+        return open_volume(
+            paint_study(loaded, given, PaintOptions(weights, low_res, tiles, seed, ensemble, device), ranks)
         )
-        return open_volume(painted(job, ranks, overwrite=overwrite).store)
 
 
 def phantom(
@@ -360,7 +338,7 @@ def phantom(
     """
     from hpcres.phantoms import make_phantom
 
-    return make_phantom(_study(study, settings, output), overwrite)
+    return make_phantom(study_of(study, settings, output), overwrite)
 
 
 def convert(
@@ -397,9 +375,9 @@ def convert(
     """
     from hpcres.volumes.convert import convert as converted
 
-    source = _volume(volume, None)
-    size, unit = _edges(source, voxel_size).lengths(source.path)
-    converted(source, os.fspath(output), phases=phases, voxel_size=size, unit=unit, overwrite=overwrite)
+    source = volume_of(volume, None)
+    edges = edges_of(source, voxel_size)
+    converted(source, os.fspath(output), phases=phases, voxel_size=edges, overwrite=overwrite)
     return open_volume(os.fspath(output))
 
 
@@ -428,80 +406,4 @@ def report(
     from hpcres.result_files import write_study_report
 
     files = files_of(os.fspath(study)) if isinstance(study, str | os.PathLike) else ()
-    return write_study_report(_study(study, settings, output), files=files, warn=_log_warnings)
-
-
-# ---- what the arguments mean ------------------------------------------------------------------------------
-
-
-def _volume(given: AnyVolume, phases: Sequence[str] | Mapping[int, str] | None) -> Volume:
-    """Return the given path, volume or array as a volume.
-
-    If `phases` is a mapping, the labels of the volume are 0, 1, 2, … in its order.
-    """
-    if isinstance(given, Volume):
-        volume = given
-    elif isinstance(given, str | os.PathLike):
-        volume = open_volume(os.fspath(given))
-    elif hasattr(given, "shape") and hasattr(given, "dtype"):
-        volume = array_volume(given, "array")
-    else:
-        kind = type(given).__name__
-        raise InputError(f"volume: {kind} is neither a path nor an array; give one with shape and dtype")
-    if not isinstance(phases, Mapping):
-        return volume
-    phase_map = PhaseMap(tuple(phases), volume.path)
-
-    def read(box: Box) -> np.ndarray:
-        try:
-            return phase_map.index(volume.read(box))
-        except InputError as error:
-            raise NotALabel(str(error)) from None
-
-    return replace(
-        volume, dtype=np.dtype(np.uint8), phases=tuple(phases.values()), _read=read, _read_unwritten=None, _reopen=None
-    )
-
-
-def _edges(volume: Volume, given: VoxelSize) -> VoxelEdges:
-    """Return the voxel size that was given, else the file's own.
-
-    Raises
-    ------
-    InputError
-        The voxel size is known along some axes only.
-    """
-    text = given if given is None or isinstance(given, str) else ",".join(map(str, given))
-    edges, notes = voxel_edges_of(volume, text)
-    if text:  # of an unknown size the result says so itself
-        _log_warnings(notes)
-    return edges
-
-
-def _warn_of_absent_chunks(volume: Volume) -> None:
-    from hpcres.volumes.absent import absent_chunks
-
-    _log_warnings(() if volume.in_memory else absent_chunks(volume))
-
-
-def _log_warnings(lines: Iterable[object]) -> None:
-    for line in lines:
-        log.warning("%s", line)
-
-
-def _study(
-    given: Study | Mapping[str, Any] | str | os.PathLike[str],
-    settings: Sequence[str],
-    output: str | os.PathLike[str] | None,
-) -> Study:
-    where = None if output is None else os.fspath(output)
-    if isinstance(given, str | os.PathLike):
-        return load_study(os.fspath(given), settings, where)
-    if settings:
-        raise InputError(f"settings {settings[0]}: are for a study file; change the study itself")
-    try:
-        study = given if isinstance(given, Study) else study_model(dict(given)).model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"study: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return study if where is None else study.model_copy(update={"output": where})
+    return write_study_report(study_of(study, settings, output), files=files, warn=log_warnings)

@@ -1,4 +1,4 @@
-"""Names that settings and results had until 2026-11, and what they are called now. Old files are read all the same."""
+"""Names that settings and results had before, and what they are called now. Old files are read all the same."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ RENAMED_SETTINGS = {"training": {"surroundings": "context", "settling_cubes": "r
 """By section of a study, the old and the new name of each setting that was renamed."""
 RENAMED_RESULTS = {"lattice_imprint": "grid_artefact"}
 """Old and new name of each key of metrics.json, which is also a column of quality.csv, that was renamed."""
+RENAMED_METRICS = {"normalised_tpb": "tpb_normalised", "specific_surface_area": "specific_surface_faces"}
+"""Old and new name of each `metric` of published figures, in a study and in results, that was renamed."""
 
 
 def rename_old_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -43,7 +45,20 @@ def rename_old_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
                     raise InputError(f"{section}.{old}: is the old name of {section}.{new}, and both are set; keep one")
                 given[new] = given.pop(old)
                 found.append((f"{section}.{old}", f"{section}.{new}"))
-    return found
+    renamed = dict[str, str]()
+    for figure in _published(settings):
+        metric = figure.get("metric")
+        if isinstance(metric, str) and metric in RENAMED_METRICS:
+            figure["metric"] = renamed[metric] = RENAMED_METRICS[metric]
+    place = "reference.published: metric"
+    return [*found, *((f"{place} {old}", f"{place} {new}") for old, new in renamed.items())]
+
+
+def _published(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the published figures of a study that may not be valid."""
+    reference = settings.get("reference")
+    figures = reference.get("published") if isinstance(reference, dict) else None
+    return [one for one in figures if isinstance(one, dict)] if isinstance(figures, list) else []
 
 
 def with_new_result_names(result: Any, path: object = None) -> Any:
@@ -74,7 +89,12 @@ def with_new_result_names(result: Any, path: object = None) -> Any:
         if not isinstance(value, dict):
             return value
         found.update(value.keys() & RENAMED_RESULTS.keys())
-        return {RENAMED_RESULTS.get(key, key): renamed(one) for key, one in value.items()}
+        new = {RENAMED_RESULTS.get(key, key): renamed(one) for key, one in value.items()}
+        metric = new.get("metric")
+        if isinstance(metric, str) and metric in RENAMED_METRICS:
+            found.add(metric)
+            new["metric"] = RENAMED_METRICS[metric]
+        return new
 
     content = renamed(result)
     _tell(found, path)
@@ -102,4 +122,5 @@ def with_new_columns(columns: Sequence[str], path: object = None) -> list[str]:
 
 def _tell(found: Iterable[str], path: object) -> None:
     for old in sorted(found) if path is not None else ():
-        log.warning("%s: %s is now %s; the old name is read all the same", path, old, RENAMED_RESULTS[old])
+        new = (RENAMED_RESULTS | RENAMED_METRICS)[old]
+        log.warning("%s: %s is now %s; the old name is read all the same", path, old, new)

@@ -19,6 +19,7 @@ from hpcres import __version__
 from hpcres.cores import cores
 from hpcres.errors import InputError
 from hpcres.geometry import Triple, blocks, triple
+from hpcres.lengths import cubic
 from hpcres.outputs import PHANTOM, refuse_output
 from hpcres.signals import end_if_signalled
 from hpcres.volumes.convert import convert
@@ -313,8 +314,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
             array_volume(truth, f"{phantom.kind} phantom"),
             temporary / "truth.zarr",
             phases=dict(enumerate(study.phases)),
-            voxel_size=voxel.length,
-            unit=voxel.unit,
+            voxel_size=cubic(voxel),
             provenance=provenance,
         )
         say("low_res")
@@ -328,8 +328,7 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
                 array_volume(coarse, f"{phantom.kind} phantom"),
                 temporary / "low_res.zarr",
                 phases=names,
-                voxel_size=voxel.length,
-                unit=voxel.unit,
+                voxel_size=cubic(voxel),
                 provenance=provenance,
             )
         end_if_signalled()

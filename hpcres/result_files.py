@@ -18,14 +18,14 @@ from typing import Any
 from hpcres import __version__
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Periodic, meeting_sides
-from hpcres.inputs import is_study, painted_volume, refuse_settings, refuse_voxel_size, study_for, voxel_edges_of
-from hpcres.lengths import Spacing, VoxelEdges, cubic
+from hpcres.inputs import Given, is_study, painted_volume, refuse_settings, refuse_voxel_size, study_for, voxel_edges_of
+from hpcres.lengths import EdgeLengths, VoxelEdges, cubic
 from hpcres.metrics.table import transport_text
 from hpcres.outputs import FIELDS, METRICS, PAGE, TRANSPORT, refuse_output
 from hpcres.progress import progress_display
 from hpcres.signals import end_if_signalled
 from hpcres.study import Metrics, Study, SubVolumes
-from hpcres.study_file import files_of, load_study, save_study
+from hpcres.study.file import files_of, load_study, save_study
 from hpcres.transport import SCHEMA, FieldStore, Means, describe
 from hpcres.transport.options import TransportOptions
 from hpcres.transport.results import Ranks, ResultsFile
@@ -51,32 +51,6 @@ class Measured:
     result: dict[str, Any]
     notes: list[str]
     path: Path | None
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a stage is given: its source, and where its results go.
-
-    Parameters
-    ----------
-    source : str
-        A study file, or a label volume of any format.
-    command : str
-        The command, for the provenance of results.
-    settings, output
-        As in `hpcres.train`; of a bare volume `output` is the file to write, or None.
-    voxel_size : str, optional
-        Of a bare volume, in place of the file's own.
-    overwrite : bool
-        Replace results: metrics of another bare volume, or all of transport.json.
-    """
-
-    source: str
-    command: str
-    settings: Sequence[str] = ()
-    output: str | None = None
-    voxel_size: str | None = None
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +157,6 @@ def _measured_volume(given: Given, options: MetricsOptions, sides: Periodic, wor
             volume,
             Work(client, scratch=target and target.absolute().parent),
             voxel_size=edges,
-            settings=SubVolumes(count=0),
             periodic=sides,
             statistics=options.chosen(Metrics()),
         )
@@ -283,7 +256,7 @@ def write_transport(
                 options.solve,
                 volume,
                 phases=study.phases if study else None,
-                spacing=task.spacing,
+                voxel_size=task.voxel_size,
                 means=means,
                 field=field,
                 report=report,
@@ -339,7 +312,7 @@ class _Task:
     study: Study | None
     volume: Volume
     reference: Volume | None
-    spacing: Spacing
+    voxel_size: EdgeLengths
     notes: list[str]
     target: Path | None
     scratch: Path
@@ -370,10 +343,10 @@ def _checked(given: Given, options: TransportOptions) -> _Task:
         refuse_output(target, TRANSPORT, inputs=inputs, renewed=True)
     if options.field is not None:
         refuse_output(options.field, FIELDS, inputs=[*inputs, target], overwrite=given.overwrite)
-    scratch, spacing = options.scratch_for(target), edges.lengths(source)[0]
-    options.refuse_check([volume] if reference is None else [volume, reference], spacing)
+    scratch, voxel_size = options.scratch_for(target), edges.lengths(source)[0]
+    options.refuse_check([volume] if reference is None else [volume, reference], voxel_size)
     solver = describe(options.rtol, options.sides, options.block)
-    return _Task(study, volume, reference, spacing, notes, target, scratch, solver)
+    return _Task(study, volume, reference, voxel_size, notes, target, scratch, solver)
 
 
 @dataclass
@@ -440,7 +413,7 @@ def write_report(
             raise InputError(f"{file}: a study has its own results; drop `metrics` and `transport`")
         study = load_study(source, given.settings, given.output)
         return write_study_report(study, files=files_of(source), warn=warn), []
-    from hpcres.metrics.measure import Work, header, measure
+    from hpcres.metrics.measure import Sampling, Work, header, measure
     from hpcres.reports.write import find_result, report_volume
 
     refuse_settings(source, given.settings)
@@ -460,7 +433,9 @@ def write_report(
     if result is None:
         edges, notes = (named, notes) if named else voxel_edges_of(volume, None)
         with workers.connect() as client:
-            measured = measure(volume, Work(client), voxel_size=edges, settings=SubVolumes(), statistics=Metrics())
+            measured = measure(
+                volume, Work(client), voxel_size=edges, sampling=Sampling(SubVolumes()), statistics=Metrics()
+            )
         result = {**header(given.command), "volume": measured}
     return report_volume(volume, result, target, solved), notes
 

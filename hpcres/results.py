@@ -130,7 +130,7 @@ class Measurement:
         return _frame(_COLUMNS, self._rows())
 
     def _rows(self) -> list[tuple[Any, ...]]:
-        return [(row.metric, row.of, row.unit, row.value, row.error) for row in metric_rows(self._entry)]
+        return [(row.metric, row.of, row.unit, row.value, row.standard_error) for row in metric_rows(self._entry)]
 
     def __str__(self) -> str:
         """Return the numbers as a table of text."""

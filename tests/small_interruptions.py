@@ -26,7 +26,7 @@ from hpcres.inference.job import open_job
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 ENDS_WITHIN_SECONDS = 10.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -21,7 +21,7 @@ from hpcres.inference.journal import agreement_path
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 MPI = {

@@ -18,7 +18,7 @@ from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import Journal, infer
 from hpcres.inference.verify import audit, find_faults, repair_job
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 TILES = "3x3x3"

@@ -15,7 +15,7 @@ from small_training import ALONE, history, same, study_of, weights
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
 from hpcres.inference.job import open_job
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training import autotune, trial
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.data.slices import RealSlices
@@ -52,7 +52,7 @@ def test_processes_choose_by_the_slowest_of_them(tmp_path, monkeypatch):
 
 ON_AVX2 = """
 import sys
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.training.distributed import processes
 from hpcres.training.trial import choose_precision
 with processes("cpu", 1) as group:

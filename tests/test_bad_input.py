@@ -18,7 +18,7 @@ import yaml
 
 from hpcres import cli
 from hpcres.checkpoint import build_generator, save_checkpoint
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 PHASES = {0: "pore", 1: "nickel", 2: "ceramic"}
 

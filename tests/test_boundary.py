@@ -25,7 +25,7 @@ from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.verify import repair_job
 from hpcres.networks.superres import SuperResGenerator
 from hpcres.noise import normals
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.volumes.phases import PhaseMap
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import array_volume

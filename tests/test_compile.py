@@ -11,7 +11,7 @@ from small_group import as_rank, free_ports
 from small_training import ALONE, blobs, study_of
 from torch._dynamo.utils import counters
 
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training import compilation
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.data.slices import RealSlices

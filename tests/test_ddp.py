@@ -11,7 +11,7 @@ from small_group import as_rank, free_ports, leave, leave_again_and_again, run_r
 from small_training import ALONE, anisotropic, atypical, study_of
 
 from hpcres.checkpoint import load_checkpoint
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.data.slices import RealSlices
 from hpcres.training.distributed import processes

@@ -18,7 +18,7 @@ from hpcres.inference.journal import StoreLock, agreement_path
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults, remove_faulty, repair_job
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.pyramid import coarsen_by_mean
 from hpcres.volumes.stores import AgreementStore, LabelStore
 

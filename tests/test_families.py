@@ -20,7 +20,7 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError
 from hpcres.families import FAMILIES
 from hpcres.study import study_model
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 TOYS = Path(toy_families.__file__)

@@ -20,7 +20,7 @@ from hpcres.checkpoint import build_generator, save_checkpoint
 from hpcres.counting import counts
 from hpcres.counting.named import Named, described
 from hpcres.geometry import Box
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.transport import SolveSettings, tortuosity
 from hpcres.volumes.stores import LabelStore
 from hpcres.volumes.volume import array_volume

@@ -15,7 +15,7 @@ from test_bad_input import good, run, template  # noqa: F401
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.absent import absent_chunks, absent_chunks_of_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.hdf5 import unwritten_chunks

@@ -24,7 +24,8 @@ from packaging.requirements import Requirement
 
 from hpcres.cli import commands
 from hpcres.errors import InputError
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
+from hpcres.study.values import Section
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hpcres"
@@ -44,9 +45,9 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "noise": {"compiled", "geometry"},
     "lengths": {"errors", "geometry"},
     "families": {"errors"},
-    "study": {"errors", "families", "geometry", "lengths", "old_names"},
-    "study_file": {"errors", "old_names", "outputs", "study", "volumes"},
-    "inputs": {"errors", "lengths", "outputs", "study", "study_file", "volumes"},
+    "study": {"errors", "families", "geometry", "lengths", "old_names", "study"}
+    | {"outputs", "volumes"},  # of the file
+    "inputs": {"errors", "lengths", "outputs", "study", "volumes"},
     "simd": {"compiled", "simd"},
     "networks": {"errors", "geometry", "networks"},
     "engines": {"compiled", "engines", "errors", "geometry", "networks", "simd"},
@@ -55,7 +56,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     "imaging": {"networks", "study"},
     "volumes": {"compiled", "counting", "errors", "geometry", "lengths", "outputs", "signals", "study", "volumes"},
     "checkpoint": {"errors", "families", "networks", "outputs", "study", "volumes"},
-    "phantoms": {"cores", "errors", "geometry", "imaging", "outputs", "signals", "study", "volumes"},
+    "phantoms": {"cores", "errors", "geometry", "imaging", "lengths", "outputs", "signals", "study", "volumes"},
     "training": {
         "checkpoint",
         "conditions",
@@ -74,7 +75,6 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "progress",
         "signals",
         "study",
-        "study_file",
         "training",
         "volumes",
     },
@@ -136,27 +136,28 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
         "reports",
         "signals",
         "study",
-        "study_file",
         "transport",
         "volumes",
     },
     "results": {"errors", "metrics", "transport"},
     "schemas": {"study"},
+    "arguments": {"errors", "geometry", "inputs", "lengths", "study", "volumes"},
+    "label_stores": {"errors", "inference", "inputs", "lengths", "progress", "study", "volumes"},
     "library": {
+        "arguments",
         "errors",
         "geometry",
+        "inference",
         "inputs",
-        "lengths",
+        "label_stores",
+        "metrics",
+        "phantoms",
         "result_files",
         "results",
         "study",
-        "study_file",
-        "volumes",
-        "metrics",
         "training",
         "transport",
-        "inference",
-        "phantoms",
+        "volumes",
     },
     "__init__": {"errors", "library", "results"},
     "reports": {
@@ -173,7 +174,7 @@ ROOMS = {  # docs/design.md: each room may import those listed, and nothing of o
     },
 }
 KEEPERS = {
-    "zarr": {"volumes/ome_zarr.py", "volumes/stores.py"},
+    "zarr": {"volumes/field_store.py", "volumes/ome_zarr.py", "volumes/stores.py"},
     "tifffile": {"volumes/tiff.py"},
     "h5py": {"volumes/hdf5.py"},
     "mpi4py": {"inference/ranks.py"},
@@ -407,15 +408,20 @@ def test_base_gives_what_a_study_does_not(tmp_path):
 
 def test_every_option_of_a_study_has_a_reader():
     """A setting that nothing reads is a dead option."""
-    from hpcres import study as module
+    source = "".join(f.read_text() for f in PACKAGE.rglob("*.py"))
+    modules = [import_module(f"hpcres.study.{file.stem}") for file in (PACKAGE / "study").glob("[!_]*.py")]
+    sections = [one for module in modules for one in vars(module).values() if isinstance(one, type)]
+    for section in {one for one in sections if issubclass(one, Section)}:
+        for field in section.model_fields:
+            read = f".{field}" in source or f'"{field}"' in source  # the report reads JSON
+            assert read, f"{section.__name__}.{field}"
 
-    source = "".join(f.read_text() for f in PACKAGE.rglob("*.py") if f.name != "study.py")
-    own = Path(module.__file__).read_text()
-    for section in vars(module).values():
-        if isinstance(section, type) and issubclass(section, module.Section):
-            for field in section.model_fields:
-                read = f".{field}" in source + own or f'"{field}"' in source  # the report reads JSON
-                assert read, f"{section.__name__}.{field}"
+
+def test_only_the_file_of_a_study_needs_what_writes_files():
+    """Sections know nothing of volumes, so that volumes can know sections."""
+    for file in (PACKAGE / "study").glob("*.py"):
+        needed = {name.split(".")[1] for name in imports(file) if name.startswith("hpcres.")}
+        assert file.name == "file.py" or not needed & {"outputs", "volumes"}, file.name
 
 
 def test_unset_variable_names_the_key(monkeypatch):

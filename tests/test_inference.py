@@ -29,7 +29,7 @@ from hpcres.inference.job import JobOptions, open_job
 from hpcres.inference.ranks import Ranks, _refuse_singletons, join_ranks, share_of_cores
 from hpcres.inference.run import infer
 from hpcres.noise import normals
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 # ---- the same bytes ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from small_training import ALONE, blobs, same, study_of, weights
 from hpcres.checkpoint import load_checkpoint
 from hpcres.cli import commands
 from hpcres.errors import InputError
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training.loop import train
 from hpcres.training.wgan import Models
 

@@ -42,7 +42,7 @@ from hpcres.inference.journal import Journal, StoreLock, read_journal
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults, repair_job
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 

@@ -20,7 +20,7 @@ from hpcres.inference.journal import agreement_path, missing_shards, open_stores
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer
 from hpcres.inference.verify import find_faults
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.stores import LabelStore
 
 SEEDS = 2

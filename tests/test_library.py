@@ -17,7 +17,7 @@ from small_training import study_of
 import hpcres
 from hpcres.errors import InputError
 from hpcres.outputs import PAGE, refuse_output
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.volume import array_volume
 

@@ -26,7 +26,7 @@ from small_training import study_of
 from hpcres import cli, compiled, kernel_cache
 from hpcres.checkpoint import build_generator, save_checkpoint
 from hpcres.errors import InputError
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.transport.scratch import _File
 from hpcres.volumes.stores import LabelStore
 

@@ -24,7 +24,7 @@ from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import Box
 from hpcres.lengths import cubic
 from hpcres.metrics.agreement import agreement
-from hpcres.metrics.measure import Work, count_volume, measure, measure_study
+from hpcres.metrics.measure import Sampling, Work, count_volume, measure, measure_study
 from hpcres.metrics.schedule import block_shape, connect
 from hpcres.metrics.subvolumes import positions
 from hpcres.study import Study, SubVolumes
@@ -122,13 +122,11 @@ def test_units_and_voxel_size_reach_the_numbers(client, tmp_path):
 
 
 def test_blocks_that_cannot_be_read_are_listed_and_nothing_is_returned(client, tmp_path):
-    from hpcres.volumes.stores import LabelStore
+    from hpcres.volumes.stores import LabelStore, Layout
 
     store = LabelStore.create(
         tmp_path / "half.zarr",
-        (32, 16, 16),
-        shard=(16, 16, 16),
-        chunk_voxels=16,
+        Layout((32, 16, 16), (16, 16, 16), 16),
         voxel_size=1.0,
         unit="voxel",
         phases=("a", "b"),
@@ -157,12 +155,12 @@ def test_a_running_scheduler_gives_the_same_numbers_by_address_and_by_file(clien
     a = np.random.default_rng(9).integers(0, 3, (20, 24, 28)).astype(np.uint8)
     np.save(tmp_path / "a.npy", a)
     volume, cubes = open_volume(tmp_path / "a.npy"), SubVolumes(count=3, voxels=8)
-    here = measure(volume, Work(client, progress=False), settings=cubes)
+    here = measure(volume, Work(client, progress=False), sampling=Sampling(cubes))
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         (tmp_path / "scheduler.json").write_text(json.dumps(cluster.scheduler.identity(), default=str))
         for address in (cluster.scheduler_address, str(tmp_path / "scheduler.json")):
             with connect(address) as remote:
-                assert measure(volume, Work(remote, block=(7, 24, 9), progress=False), settings=cubes) == here
+                assert measure(volume, Work(remote, block=(7, 24, 9), progress=False), sampling=Sampling(cubes)) == here
 
 
 @contextmanager
@@ -282,7 +280,7 @@ def test_subvolumes_measure_the_cubes_they_name(client, tmp_path):
     np.save(tmp_path / "a.npy", a)
     cubes = SubVolumes(count=12, voxels=16)
     volume = open_volume(tmp_path / "a.npy")
-    found = measure(volume, Work(client, progress=False), settings=cubes, seed=5)["subvolumes"]
+    found = measure(volume, Work(client, progress=False), sampling=Sampling(cubes, 5))["subvolumes"]
     assert found["starts"] == [list(p) for p in positions(5, a.shape, 12, 16)]
     assert len({tuple(s) for s in found["starts"]}) > 6
     for place, (z, y, x) in enumerate(found["starts"]):
@@ -295,7 +293,7 @@ def test_subvolumes_measure_the_cubes_they_name(client, tmp_path):
     values = found["volume_fraction"]["1"]
     assert values["mean"] == pytest.approx(np.mean(values["values"]))
     assert values["std"] == pytest.approx(np.std(values["values"], ddof=1))
-    small = measure(volume, Work(client, progress=False), settings=SubVolumes(count=2, voxels=64))
+    small = measure(volume, Work(client, progress=False), sampling=Sampling(SubVolumes(count=2, voxels=64)))
     assert "do not fit" in small["subvolumes"]["skipped"]
 
 
@@ -306,7 +304,7 @@ def test_subvolume_transport_has_zero_diffusivity_where_nothing_percolates(clien
     found = measure(
         open_volume(tmp_path / "a.npy"),
         Work(client, progress=False),
-        settings=SubVolumes(count=1, voxels=16, transport_count=1),
+        sampling=Sampling(SubVolumes(count=1, voxels=16, transport_count=1)),
     )["subvolumes"]["transport"]
     assert found["0"]["x"]["D_rel"]["values"] == [0.0]
     assert found["0"]["x"]["percolating"] == 0
@@ -462,7 +460,7 @@ def test_a_study_measures_volume_reference_images_and_agreement(client, tmp_path
         tmp_path,
         reference={
             "volume": str(tmp_path / "truth.npy"),
-            "published": [{"metric": "normalised_tpb", "value": 0.01, "source": "someone"}],
+            "published": [{"metric": "tpb_normalised", "value": 0.01, "source": "someone"}],
         },
         metrics={"subvolumes": {"count": 3, "voxels": 8}},
     )

@@ -15,7 +15,7 @@ from hpcres.errors import InputError
 from hpcres.old_names import RENAMED_SETTINGS, with_new_result_names
 from hpcres.reports.write import find_result, report_volume
 from hpcres.study import Study
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.training.journal import _Rows
 from hpcres.training.loop import train
 from hpcres.training.page import write_page
@@ -55,6 +55,23 @@ def test_an_old_name_goes_before_what_a_base_says_under_the_new_one(study, tmp_p
     assert load_study(over).training.context == 2
     assert load_study(study, ["training.surroundings=2"]).training.context == 2
     assert load_study(over, ["training.context=1"]).training.context == 1
+
+
+def test_published_figures_under_old_names_are_read(study, tmp_path, caplog):
+    figures = [
+        {"metric": "normalised_tpb", "value": 0.01, "source": "someone"},
+        {"metric": "tau", "value": 2, "source": ""},
+    ]
+    over = tmp_path / "over.yaml"
+    over.write_text(yaml.safe_dump({"base": str(study), "reference": {"published": figures}}))
+    with caplog.at_level(logging.WARNING):
+        loaded = load_study(over)
+    assert [one.metric for one in loaded.reference.published] == ["tpb_normalised", "tau"]
+    place = "reference.published: metric"
+    told = f"{over}: {place} normalised_tpb is now {place} tpb_normalised; the old name is read all the same"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    new = with_new_result_names({"published": [*figures, {"metric": "specific_surface_area", "of": "a"}]})
+    assert [one["metric"] for one in new["published"]] == ["tpb_normalised", "tau", "specific_surface_faces"]
 
 
 def test_both_names_together_are_refused(study):

@@ -19,9 +19,9 @@ from hpcres.inference.generate import BLOCK_BYTES, Painter
 from hpcres.inference.job import open_job
 from hpcres.inference.plan import Cost, describe, large_plan
 from hpcres.networks.superres import SuperResGenerator
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.phases import PhaseMap
-from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.stores import LabelStore, Layout
 from hpcres.volumes.volume import array_volume
 
 
@@ -36,9 +36,7 @@ def test_planned_shards_are_the_files_of_the_store(shape, scale, tmp_path):
     cost = make_cost(shape, scale, 3, 2)
     store = LabelStore.create(
         tmp_path / "s.zarr",
-        cost.plan.shape,
-        shard=cost.plan.tile_voxels,
-        chunk_voxels=64,
+        Layout(cost.plan.shape, cost.plan.tile_voxels, 64),
         voxel_size=1.0,
         unit="voxel",
         phases=("a", "b"),

@@ -30,7 +30,7 @@ from hpcres.inference.verify import audit, repair_job
 from hpcres.metrics.agreement import agreement
 from hpcres.metrics.schedule import connect
 from hpcres.noise import normals
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.data.slices import RealSlices
 from hpcres.training.loop import train

@@ -20,7 +20,7 @@ from hpcres.checkpoint import load_checkpoint
 from hpcres.counting.slices import errors_between, slice_statistics
 from hpcres.errors import InputError
 from hpcres.imaging import ImagingOperator
-from hpcres.study_file import load_study, save_study
+from hpcres.study.file import load_study, save_study
 from hpcres.training import journal
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.evaluation import GOOD, Evaluator
@@ -38,13 +38,13 @@ def test_what_is_seen_of_stacks_is_what_brute_force_counts():
     stacks = [np.random.default_rng(i).integers(0, 3, s, np.uint8) for i, s in enumerate([(2, 9, 11), (1, 8, 7)])]
     seen = slice_statistics(stacks, 3)
     everything = np.concatenate([s.ravel() for s in stacks])
-    assert seen.fractions == pytest.approx([(everything == i).mean() for i in range(3)])
+    assert seen.volume_fraction == pytest.approx([(everything == i).mean() for i in range(3)])
     for direction in range(2):
         turned = [np.moveaxis(s, 1 + direction, 0) for s in stacks]
         steps = [(int(a), int(b)) for s in turned for a, b in zip(s[1:].ravel(), s[:-1].ravel(), strict=True)]
         for k, pair in enumerate([(0, 1), (0, 2), (1, 2)]):
             share = sum(tuple(sorted(step)) == pair for step in steps) / len(steps)
-            assert seen.areas[direction, k] == pytest.approx(share)
+            assert seen.interphase_area[direction, k] == pytest.approx(share)
         for phase, lag in ((0, 1), (1, 4), (2, 7)):
             both = np.concatenate([((s[lag:] == phase) & (s[:-lag] == phase)).ravel() for s in turned])
             assert seen.correlations[direction, phase, lag - 1] == pytest.approx(both.mean())

@@ -10,7 +10,7 @@ from small_training import anisotropic, history, one_image, same, study_of, told
 
 from hpcres.cli import commands
 from hpcres.errors import InputError, Stopped
-from hpcres.study_file import load_study, recipe_settings, save_study
+from hpcres.study.file import load_study, recipe_settings, save_study
 from hpcres.training import autotune
 from hpcres.training.loop import train
 from hpcres.training.recipes import choices, feature_pixels

@@ -20,7 +20,7 @@ from PIL import Image
 from hpcres.errors import InputError
 from hpcres.geometry import Box
 from hpcres.lengths import Length, cubic
-from hpcres.metrics.measure import Work, header, measure, measure_study
+from hpcres.metrics.measure import Sampling, Work, header, measure, measure_study
 from hpcres.metrics.schedule import connect
 from hpcres.metrics.table import metric_rows, metrics_text
 from hpcres.pages import render
@@ -31,7 +31,7 @@ from hpcres.transport import SCHEMA, Conducting, SolveSettings, describe, tortuo
 from hpcres.volumes.files import write_json
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import PHASE_COLOURS
-from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.stores import LabelStore, Layout
 
 SHAPE = (32, 24, 28)
 
@@ -63,7 +63,7 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
             "reference": {
                 "volume": str(folder / "truth.npy"),
                 "published": [
-                    {"metric": "normalised_tpb", "value": 0.01087, "spread": 0.00121, "source": "Dahari 2022"},
+                    {"metric": "tpb_normalised", "value": 0.01087, "spread": 0.00121, "source": "Dahari 2022"},
                     {"metric": "tau", "of": "nickel", "value": 3.5, "source": "someone & sons"},
                 ],
             },
@@ -71,9 +71,7 @@ def finished(tmp_path_factory) -> tuple[Study, np.ndarray, dict]:
     )
     store = LabelStore.create(
         study.labels_path,
-        SHAPE,
-        shard=(32, 32, 32),
-        chunk_voxels=32,
+        Layout(SHAPE, (32, 32, 32), 32),
         voxel_size=65.0,
         unit="nanometer",
         phases=study.phases,
@@ -318,7 +316,7 @@ def test_a_bare_volume_has_a_page(tmp_path):
     np.save(tmp_path / "v.npy", labels)
     volume = open_volume(tmp_path / "v.npy")
     with connect(threads=2) as client:
-        measured = measure(volume, Work(client, progress=False), settings=SubVolumes(count=4, voxels=8))
+        measured = measure(volume, Work(client, progress=False), sampling=Sampling(SubVolumes(count=4, voxels=8)))
     path = report_volume(volume, {**header(), "volume": measured}, tmp_path / "report.html")
     page = path.read_text(encoding="utf-8")
     shown = pictures(page)["v.npy, yx plane"]
@@ -392,5 +390,5 @@ def test_the_terminal_table_has_each_number_once(finished):
         assert f"{row.value:.6f}" in line
         assert f"{row.reference:.6f}" in line
         assert f"{row.difference:+.6f}" in line
-    assert "published normalised_tpb: 0.01087 ± 0.00121 (Dahari 2022)" in table
+    assert "published TPB, normalised: 0.01087 ± 0.00121 (Dahari 2022)" in table
     json.dumps(metrics, allow_nan=False)

@@ -16,7 +16,7 @@ from small_training import ALONE, atypical, blobs, history, same, study_of, told
 
 from hpcres.checkpoint import load_checkpoint
 from hpcres.errors import InputError, Stopped, Unfinished
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training import superres
 from hpcres.training.data.cubes import LowResCubes
 from hpcres.training.data.slices import RealSlices

@@ -23,9 +23,10 @@ from test_metrics import dask_cluster
 
 from hpcres.counting.named import Named
 from hpcres.metrics import geodesic as paths
-from hpcres.metrics.geodesic import Paths, geodesic, lengths_of_steps
+from hpcres.metrics.geodesic import Paths, geodesic
 from hpcres.metrics.representative import cells, fitted, representative
 from hpcres.metrics.schedule import connect
+from hpcres.metrics.shortest_paths import lengths_of_steps
 from hpcres.metrics.spectrum import radial_magnitude, spectrum
 from hpcres.metrics.statistics import Statistics, described, measure_statistics, statistics
 from hpcres.study import Metrics, Representative
@@ -100,17 +101,17 @@ def test_any_chunking_gives_the_statistics_of_plain_numpy(client, tmp_path_facto
     found = statistics(
         open_volume(path), client=client, labels=labels, which=ALL, lags=lags, block=block, progress=False
     )
-    assert found.s2 is not None
-    assert found.fitting is not None
-    assert found.connected is not None
+    assert found.counts is not None
+    assert found.pairs is not None
+    assert found.connectivity is not None
     s2, fitting = plain_pairs(a, labels, lags)
-    assert np.array_equal(found.s2, s2)
-    assert np.array_equal(found.fitting, fitting)
+    assert np.array_equal(found.counts, s2)
+    assert np.array_equal(found.pairs, fitting)
     whole, cut = plain_chords(a, labels)
     for axis in range(3):
         assert np.array_equal(found.whole[axis], whole[axis])
         assert np.array_equal(found.cut[axis], cut[axis])
-    for label, one in zip(labels, found.connected, strict=True):
+    for label, one in zip(labels, found.connectivity, strict=True):
         assert (one.voxels, one.clusters, one.largest, one.percolating) == plain_connected(a, label)
 
 
@@ -146,12 +147,12 @@ def test_a_worker_killed_in_mid_run_costs_a_retry_and_not_a_digit(client, tmp_pa
         assert killed[0], "the worker had nothing left to do: kill it sooner"
         assert len(remote.scheduler_info()["workers"]) == 1
     here = statistics(volume, client=client, **chosen)
-    for name in ("s2", "fitting", "whole", "cut"):
+    for name in ("counts", "pairs", "whole", "cut"):
         for one, other in zip(getattr(found, name), getattr(here, name), strict=True):
             assert np.array_equal(one, other)
-    assert found.connected == here.connected
-    assert [one.clusters for one in found.connected] == [plain_connected(a, label)[1] for label in (0, 1, 2)]
-    assert np.array_equal(found.s2, plain_pairs(a, [0, 1, 2], 12)[0])
+    assert found.connectivity == here.connectivity
+    assert [one.clusters for one in found.connectivity] == [plain_connected(a, label)[1] for label in (0, 1, 2)]
+    assert np.array_equal(found.counts, plain_pairs(a, [0, 1, 2], 12)[0])
 
 
 def test_layers_in_closed_form(client, tmp_path):
@@ -207,8 +208,8 @@ def test_a_cluster_that_winds_through_every_block_is_one(client, tmp_path):
     a[1, 1::4, -1] = a[1, 3::4, 0] = 1
     for block in ((3, 21, 20), (1, 4, 7), (2, 1, 3)):
         found = measured(client, tmp_path, a, block)
-        assert found.connected[1].clusters == 1
-        assert found.connected[1].percolating == (0, 11 * 20 + 10, 11 * 20 + 10)
+        assert found.connectivity[1].clusters == 1
+        assert found.connectivity[1].percolating == (0, 11 * 20 + 10, 11 * 20 + 10)
 
 
 def test_a_phase_that_does_not_occur_is_there_with_nothing(client, tmp_path):
@@ -407,12 +408,14 @@ def test_real_electrode_in_blocks(client, real_data):
     labels = sorted(int(v) for v in np.unique(a))
     found = statistics(volume, client=client, labels=labels, which=ALL, lags=20, block=(100, 256, 90), progress=False)
     again = statistics(volume, client=client, labels=labels, which=ALL, lags=20, progress=False)
-    assert np.array_equal(found.s2, again.s2)
-    assert found.connected == again.connected
+    assert np.array_equal(found.counts, again.counts)
+    assert found.connectivity == again.connectivity
     assert all(np.array_equal(p, q) for p, q in zip(found.whole, again.whole, strict=True))
     whole = volume.read(Box.whole(volume.shape))
-    assert int(found.s2[1, 13, 0, 1]) == np.count_nonzero((whole[:, :-13] == labels[0]) & (whole[:, 13:] == labels[1]))
-    one = found.connected[0]
+    assert int(found.counts[1, 13, 0, 1]) == np.count_nonzero(
+        (whole[:, :-13] == labels[0]) & (whole[:, 13:] == labels[1])
+    )
+    one = found.connectivity[0]
     assert (one.voxels, one.clusters, one.largest, one.percolating) == plain_connected(whole, labels[0])
 
 
@@ -445,8 +448,8 @@ def test_report_and_table_show_it_beside_the_truth(client, tmp_path):
     assert "± standard error" in text
     assert "mean geodesic tortuosity" in text
     fitted_rows = [row for row in metric_rows({"volume": entry}) if row.metric == "volume fraction"]
-    assert all(row.error is not None and 0 < row.error < 0.2 for row in fitted_rows)
-    errors = {(row.metric, row.of): row.error for row in metric_rows({"volume": entry})}
+    assert all(row.standard_error is not None and 0 < row.standard_error < 0.2 for row in fitted_rows)
+    errors = {(row.metric, row.of): row.standard_error for row in metric_rows({"volume": entry})}
     for phase in "012":
         crofton = errors["specific surface, Crofton", phase]
         assert crofton == pytest.approx(errors["specific surface, faces", phase] * 2 / 3)

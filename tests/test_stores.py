@@ -17,7 +17,7 @@ from hpcres.geometry import Box
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.phases import UNWRITTEN
 from hpcres.volumes.pyramid import coarsen_by_mode
-from hpcres.volumes.stores import AgreementStore, LabelStore
+from hpcres.volumes.stores import AgreementStore, LabelStore, Layout
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 4), (7, 5, 9), (1, 4, 3), (2, 1, 1)])
@@ -30,16 +30,14 @@ def test_the_pyramid_is_the_mode_with_ties_to_the_lowest(shape):
 # ---- the store ---------------------------------------------------------------------------------------------
 
 
-def store_at(path: Path, shape=(70, 96, 150), **options) -> LabelStore:
+def store_at(path: Path, shape=(70, 96, 150), shard=(32, 64, 64), chunk_voxels=16, codec="zstd", **options):
     given = {
-        "shard": (32, 64, 64),
-        "chunk_voxels": 16,
         "voxel_size": (3.0, 2.0, 2.0),
         "unit": "nanometer",
         "phases": ["pore", "active", "binder"],
         "provenance": {"seed": 7},
     }
-    return LabelStore.create(path, shape, **(given | options))
+    return LabelStore.create(path, Layout(shape, shard, chunk_voxels, codec), **(given | options))
 
 
 def fill(store: LabelStore, array: np.ndarray) -> None:
@@ -238,9 +236,7 @@ def test_shares_are_an_intensity_image_with_a_pyramid_by_mean(tmp_path):
     path = tmp_path / "agreement.zarr"
     store = AgreementStore.create(
         path,
-        shares.shape,
-        shard=(32, 64, 64),
-        chunk_voxels=16,
+        Layout(shares.shape, (32, 64, 64), 16),
         voxel_size=2.0,
         unit="nanometer",
         phases=(),

@@ -9,7 +9,7 @@ import torch
 from small_training import ALONE, study_of
 
 from hpcres.cores import cores
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training import loop
 from hpcres.training.distributed import Processes
 from hpcres.training.loop import train
@@ -188,7 +188,7 @@ for one in busy:
     os.sched_setaffinity(one.pid, cores[1:])
 try:
     import torch
-    from hpcres.study_file import load_study
+    from hpcres.study.file import load_study
     from hpcres.training import loop
 from hpcres.training.loop import train
     train(load_study(sys.argv[1]))

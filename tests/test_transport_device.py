@@ -46,7 +46,7 @@ def blobs(edge: int, share: float, sigma: float = 2.5) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("shape", "conductivity", "spacing", "periodic"),
+    ("shape", "conductivity", "voxel_size", "periodic"),
     [
         ((40, 42, 44), {1: 1.0}, (1, 1, 1), INSULATED),
         ((41, 33, 27), {1: 1.0, 2: 1.0}, (1, 3, 2), INSULATED),  # odd sizes
@@ -60,14 +60,16 @@ def blobs(edge: int, share: float, sigma: float = 2.5) -> np.ndarray:
         ((20, 22, 27), {0: 1e-9, 1: 1.0, 2: 1e-3}, (1, 30, 1), (True, True, False)),  # in float64
     ],
 )
-def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(device, shape, conductivity, spacing, periodic):
+def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(
+    device, shape, conductivity, voxel_size, periodic
+):
     labels = np.random.default_rng(sum(shape)).choice(3, shape, p=[0.35, 0.6, 0.05]).astype(np.uint8)
     fields: list[list] = [[], []]
     found = [
         solve(
             labels,
             conductivity,
-            SolveSettings(spacing=spacing, periodic=periodic, profile=True, rtol=1e-4),
+            SolveSettings(voxel_size=voxel_size, periodic=periodic, profile=True, rtol=1e-4),
             device=where,
             keep=lambda direction, system, x, k, to=to: to.append(sum(x) if isinstance(x, tuple) else x),
         )
@@ -77,7 +79,7 @@ def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(device, 
         cores, ours = (one[direction] for one in found)
         assert cores.state == "converged"
         assert ours.iterations == cores.iterations
-        assert ours.d_rel == pytest.approx(cores.d_rel, rel=1e-6)
+        assert ours.D_rel == pytest.approx(cores.D_rel, rel=1e-6)
         assert ours.error == pytest.approx(cores.error, rel=0.05)
         assert ours.profile == pytest.approx(cores.profile, rel=1e-3)
     for x, y in zip(*fields, strict=True):
@@ -87,20 +89,22 @@ def test_device_takes_the_iterations_of_the_cores_and_finds_their_field(device, 
 @pytest.mark.parametrize("conductivity", [{1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.1}])
 def test_device_matches_a_direct_solve(device, conductivity):
     labels = np.random.default_rng(7).integers(0, 3, (13, 14, 17)).astype(np.uint8)
-    found = solve(labels, conductivity, SolveSettings(rtol=1e-6, spacing=(1, 2, 1)), device=device)
+    found = solve(labels, conductivity, SolveSettings(rtol=1e-6, voxel_size=(1, 2, 1)), device=device)
     for axis, direction in enumerate("zyx"):
-        assert found[direction].d_rel == pytest.approx(direct(labels, conductivity, axis, (1, 2, 1)), rel=3e-6)
+        assert found[direction].D_rel == pytest.approx(direct(labels, conductivity, axis, (1, 2, 1)), rel=3e-6)
 
 
 def test_closed_forms_on_the_device(device):
-    for solution in solve_phase(np.ones((5, 33, 17), bool), SolveSettings(spacing=(1, 5, 2)), device=device).values():
+    for solution in solve_phase(
+        np.ones((5, 33, 17), bool), SolveSettings(voxel_size=(1, 5, 2)), device=device
+    ).values():
         assert solution.tau == pytest.approx(1.0, abs=1e-6)
     labels = np.zeros((12, 10, 8), np.uint8)
     labels[3:7], labels[7:] = 1, 2
     k = {0: 1.0, 1: 0.1, 2: 5.0}
     found = solve(labels, k, SolveSettings(rtol=1e-6), device=device)
-    assert found["z"].d_rel == pytest.approx(1 / (3 / 12 + 4 / 12 / 0.1 + 5 / 12 / 5), rel=3e-6)
-    assert found["x"].d_rel == pytest.approx(3 / 12 + 4 / 12 * 0.1 + 5 / 12 * 5, rel=3e-6)
+    assert found["z"].D_rel == pytest.approx(1 / (3 / 12 + 4 / 12 / 0.1 + 5 / 12 / 5), rel=3e-6)
+    assert found["x"].D_rel == pytest.approx(3 / 12 + 4 / 12 * 0.1 + 5 / 12 * 5, rel=3e-6)
     n = 20  # a slanted strip, three voxels a row: a chain of resistors (see test_transport)
     mask = np.zeros((n, 2 * n, 2), bool)
     for i in range(n):
@@ -118,12 +122,12 @@ def test_the_matrix_may_be_all_of_a_cycle_or_nothing(device, monkeypatch):
     for parts in (0, 10**4):
         monkeypatch.setattr(device_levels, "MATRIX", parts)
         ours = solve(labels, {1: 1.0}, SolveSettings(directions="z"), device=device)["z"]
-        assert (ours.iterations, ours.d_rel) == (cores.iterations, pytest.approx(cores.d_rel, rel=1e-6))
+        assert (ours.iterations, ours.D_rel) == (cores.iterations, pytest.approx(cores.D_rel, rel=1e-6))
     mask = np.zeros((6, 38, 38), bool)
     mask[:, ::2, ::2] = True  # 361 channels stay apart: the lowest level has no inverse
     for parts in (0, 400):
         monkeypatch.setattr(device_levels, "MATRIX", parts)
-        assert solve_phase(mask, SolveSettings(directions="z"), device=device)["z"].d_rel == pytest.approx(
+        assert solve_phase(mask, SolveSettings(directions="z"), device=device)["z"].D_rel == pytest.approx(
             0.25, rel=1e-6
         )
 

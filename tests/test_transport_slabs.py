@@ -134,7 +134,7 @@ def test_memory_is_refused_on_several_ranks_and_odd_periodic_axes_in_one_line(vo
 
 
 @pytest.mark.parametrize(
-    ("shape", "periodic", "conductivity", "spacing"),
+    ("shape", "periodic", "conductivity", "voxel_size"),
     [
         ((66, 20, 33), (False, False, False), {1: 1.0}, (1, 2, 1)),
         ((64, 18, 34), (True, True, True), {1: 1.0}, (1, 2, 1)),  # cells of an odd number across y and x
@@ -147,19 +147,21 @@ def test_memory_is_refused_on_several_ranks_and_odd_periodic_axes_in_one_line(vo
     ],
 )
 def test_slabs_on_scratch_storage_find_the_bits_of_the_solver_in_memory(
-    tmp_path, shape, periodic, conductivity, spacing
+    tmp_path, shape, periodic, conductivity, voxel_size
 ):
     labels = (np.random.default_rng(3).random(shape) < 0.5).astype(np.uint8)
-    alone = solve(labels, conductivity, SolveSettings(spacing=spacing, periodic=periodic, rtol=1e-4, profile=True))
+    alone = solve(
+        labels, conductivity, SolveSettings(voxel_size=voxel_size, periodic=periodic, rtol=1e-4, profile=True)
+    )
     for axis, direction in enumerate("zyx"):
         sides = tuple(p and a != axis for a, p in enumerate(periodic))
         with Threads(2) as threads:
             place = ScratchPlace(tmp_path, TINY, cut(shape[0], 100, 16, sides[0]), lambda line: None)
             volume = VolumeInSlabs(place, lambda a, b: labels[a:b], shape, 16)
-            settings = SolveSettings(spacing=spacing, periodic=sides, rtol=1e-4, profile=True)
+            settings = SolveSettings(voxel_size=voxel_size, periodic=sides, rtol=1e-4, profile=True)
             one = solve_in_slabs(volume, conductivity, direction, settings, threads)
         other = alone[direction]
-        assert one.d_rel == pytest.approx(other.d_rel, rel=1e-12)
+        assert one.D_rel == pytest.approx(other.D_rel, rel=1e-12)
         assert one.profile == pytest.approx(other.profile, rel=1e-9)
         assert one.percolating_conductivity == pytest.approx(other.percolating_conductivity, rel=1e-12)
         assert (one.iterations, one.clusters_left_out, one.voxels_left_out) == (
@@ -181,7 +183,7 @@ def test_clusters_that_wind_through_slabs_are_counted_once(tmp_path):
         volume = VolumeInSlabs(place, lambda a, b: mask[a:b], mask.shape, 16)
         one = solve_in_slabs(volume, {1: 1.0}, "z", SolveSettings(), threads)
     assert (one.clusters_left_out, one.voxels_left_out) == (2, 101 + 4)
-    assert one.d_rel == pytest.approx(1 / 96, rel=1e-6)
+    assert one.D_rel == pytest.approx(1 / 96, rel=1e-6)
 
 
 MEASURED = """
@@ -222,7 +224,7 @@ def test_memory_well_below_the_vectors_is_enough_and_kept_to(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "GiB of scratch storage" in done.stdout or "MiB of scratch storage" in done.stdout
     d_rel, peak = done.stdout.split()[-2:]
-    assert float(d_rel) == pytest.approx(solve(mask, {1: 1.0}, SolveSettings(directions="z"))["z"].d_rel, rel=1e-9)
+    assert float(d_rel) == pytest.approx(solve(mask, {1: 1.0}, SolveSettings(directions="z"))["z"].D_rel, rel=1e-9)
     assert int(peak) < limit
 
 
@@ -269,7 +271,7 @@ def test_blocks_as_resistors_are_exact_where_layers_are_blocks_and_say_what_they
     labels = np.zeros((150, 70, 64), np.uint8)  # blocks of 64, 64 and 22 planes
     labels[64:128] = 1
     np.save(tmp_path / "a.npy", labels)
-    settings = SolveSettings(directions="zy", spacing=(2.0, 1.0, 1.0))
+    settings = SolveSettings(directions="zy", voxel_size=(2.0, 1.0, 1.0))
     conducting = Conducting(conductivity={"0": 1.0, "1": 0.1})
     along, across = tortuosity(open_volume(tmp_path / "a.npy"), conducting, settings, estimate=64)["results"]
     shares = (86 / 150, 64 / 150)

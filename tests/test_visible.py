@@ -190,18 +190,20 @@ def test_a_typical_image_stays_as_it_is():
 def test_judged_areas_are_the_images_within_a_group_and_ours_between_groups():
     images = slice_statistics([three((1, 200, 200), 1, 0.6, 0.4)], 3)
     ours = slice_statistics([three((1, 200, 200), 5, 0.35, 0.2)], 3)
-    correction = Correction(GROUPS, images.fractions, np.array([0.65, 0.35]))
+    correction = Correction(GROUPS, images.volume_fraction, np.array([0.65, 0.35]))
     seen = correction.seen(images, ours)
-    assert seen.fractions == pytest.approx(correction.fractions)
+    assert seen.volume_fraction == pytest.approx(correction.fractions)
     pairs = list(combinations(range(3), 2))
-    assert seen.areas[:, pairs.index((0, 2))] == pytest.approx(
-        images.areas[:, pairs.index((0, 2))] * 0.65 / (1 - images.fractions[1])
+    assert seen.interphase_area[:, pairs.index((0, 2))] == pytest.approx(
+        images.interphase_area[:, pairs.index((0, 2))] * 0.65 / (1 - images.volume_fraction[1])
     )
     between = [pairs.index((0, 1)), pairs.index((1, 2))]
-    assert seen.areas[:, between].sum(1) == pytest.approx(ours.areas[:, between].sum(1))
-    split = images.areas[:, between].sum(0)
-    assert seen.areas[:, between].sum(0) / ours.areas[:, between].sum() == pytest.approx(split / split.sum())
-    more = ours.areas[:, between].sum() / images.areas[:, between].sum()
+    assert seen.interphase_area[:, between].sum(1) == pytest.approx(ours.interphase_area[:, between].sum(1))
+    split = images.interphase_area[:, between].sum(0)
+    assert seen.interphase_area[:, between].sum(0) / ours.interphase_area[:, between].sum() == pytest.approx(
+        split / split.sum()
+    )
+    more = ours.interphase_area[:, between].sum() / images.interphase_area[:, between].sum()
     assert seen.tpb == pytest.approx(images.tpb * more)
 
 

@@ -18,6 +18,7 @@ from small_volumes import SHAPE, labels, mode_by_counting, random_boxes
 
 from hpcres.errors import InputError
 from hpcres.geometry import Box
+from hpcres.lengths import Length, VoxelEdges, cubic
 from hpcres.study import RawHeader
 from hpcres.volumes import convert as converting
 from hpcres.volumes.convert import convert
@@ -371,8 +372,7 @@ def test_convert_streams_and_maps(tmp_path, monkeypatch):
         source,
         tmp_path / "o.zarr",
         phases={-1: "pore", 85: "active", 300: "binder"},
-        voxel_size=65,
-        unit="nanometer",
+        voxel_size=cubic(Length(65, "nanometer")),
         chunk_voxels=16,
         progress=lambda *at: seen.append(at),
     )
@@ -398,7 +398,8 @@ def test_convert_without_phases_keeps_values_and_names(tmp_path):
     np.testing.assert_array_equal(kept.volume.read(Box.whole(SHAPE)), array)
     colours = json.loads((tmp_path / "k.zarr/zarr.json").read_text())["attributes"]["ome"]["image-label"]["colors"]
     assert [c["label-value"] for c in colours] == [0, 85, 170]
-    named = convert(source, tmp_path / "n.zarr", phases={85: "a", 0: "b", 170: "c"}, voxel_size=(1, 2, 3), unit="meter")
+    meters = VoxelEdges(*(Length(edge, "meter") for edge in (1, 2, 3)))
+    named = convert(source, tmp_path / "n.zarr", phases={85: "a", 0: "b", 170: "c"}, voxel_size=meters)
     copied = convert(named.volume, tmp_path / "c.zarr").volume
     assert (copied.phases, copied.voxel_size, copied.unit) == (("a", "b", "c"), (1, 2, 3), "meter")
 

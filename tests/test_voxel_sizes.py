@@ -22,7 +22,7 @@ from hpcres.cli import commands
 from hpcres.cli.console import with_options
 from hpcres.errors import InputError
 from hpcres.lengths import MICROMETERS, Length, cubic, edges_of, parse_length, parse_voxel_edges, unit_name
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 from hpcres.volumes.formats import open_images, open_volume
 from hpcres.volumes.sizes import compare_sizes
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from hpcres.signals import is_first_rank
 
@@ -61,6 +64,14 @@ def echo_notes(lines: Iterable[object]) -> None:
     """Print each line of the library on stderr."""
     for line in lines:
         echo_message(line, err=True)
+
+
+def echo_result(result: Mapping[str, Any], path: Path | None, text: str, as_json: bool) -> None:
+    """Print a result as JSON on stdout, or as `text` if there is any, and the file that it was written to."""
+    if as_json or text:
+        echo(json.dumps(result, indent=1, ensure_ascii=False) if as_json else text)
+    if path is not None:
+        echo(f"written to {path}", err=as_json)
 
 
 def warn(lines: Iterable[object]) -> None:

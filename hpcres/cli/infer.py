@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
-from hpcres.cli.console import command_line, echo, warn
-from hpcres.cli.options import DEFAULT_STUDY, Stage, overwrite_option, study_argument, study_options, tiles_option
-from hpcres.inputs import study_for
-from hpcres.study_file import save_study
+from hpcres.cli.console import echo, warn
+from hpcres.cli.options import Stage, given, overwrite_option, study_argument, study_options, tiles_option
 
 
 @click.command(cls=Stage)
@@ -24,18 +22,7 @@ from hpcres.study_file import save_study
 @click.option("--ensemble", metavar="K", type=click.IntRange(1, 255), help="Paint K seeds; see below.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), help="The study's by default.")
 @overwrite_option
-def infer(
-    study: str,
-    settings: tuple[str, ...],
-    output: str | None,
-    tiles: str | None,
-    checkpoint: str | None,
-    low_res: tuple[str, ...],
-    seed: int | None,
-    ensemble: int | None,
-    device: str | None,
-    overwrite: bool,
-) -> None:
+def infer(**options: Any) -> None:
     """Paint the high-res volume, tile by tile over MPI ranks; a stopped run goes on where it was.
 
     \b
@@ -48,32 +35,11 @@ def infer(
     of the first of K seeds, labels-agreement.zarr holds the share of seeds that agree with them, and the attributes of
     labels.zarr how every metric varies with the seed.
     """
-    from hpcres.inference.job import JobOptions, open_job
     from hpcres.inference.ranks import join_ranks
-    from hpcres.inference.run import infer as run
-    from hpcres.volumes.absent import absent_chunks
+    from hpcres.label_stores import PaintOptions, paint
 
-    # A network fed by noise alone needs no low-res volume; a study that is named must be there.
-    alone = checkpoint and (low_res or (output and study == DEFAULT_STUDY)) and not Path(study).exists()
+    source = given(options)
     with join_ranks() as ranks:
-        loaded = None if alone else study_for("infer", study, settings, output)
-        job = open_job(
-            loaded,
-            JobOptions(
-                checkpoint=checkpoint,
-                low_res=low_res,
-                output=output,
-                tiles=tiles,
-                seed=seed,
-                device=device,
-                command=command_line(),
-                inference={} if ensemble is None else {"ensemble": ensemble},
-            ),
-        )
+        store = paint(source, PaintOptions(**options), ranks, warn)
         if ranks.rank == 0:
-            warn(absent_chunks(*job.conditions.volumes))
-        painted = run(job, ranks, overwrite=overwrite)
-        if ranks.rank == 0:
-            if loaded is not None:
-                save_study(loaded, "infer")
-            echo(painted.store)
+            echo(store)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from hpcres.cli.console import echo, echo_notes, warn
+from hpcres.cli.console import echo_notes, echo_result, warn
 from hpcres.cli.options import (
     Stage,
     axis_choice,
@@ -19,8 +18,9 @@ from hpcres.cli.options import (
     voxel_size_option,
     worker_wait_option,
 )
+from hpcres.study import Statistic
 
-_STATISTIC = click.Choice(("correlations", "chords", "connectivity", "spectrum", "representative", "geodesic"))
+_STATISTIC = click.Choice(get_args(Statistic))
 
 
 @click.command(cls=Stage)
@@ -58,6 +58,4 @@ def metrics(scheduler: str | None, worker_wait: float, as_json: bool, **options:
 
     found = write_metrics(given(options), MetricsOptions(**options), Workers(scheduler, worker_wait), warn)
     echo_notes(found.notes)
-    echo(json.dumps(found.result, indent=1, ensure_ascii=False) if as_json else metrics_text(found.result))
-    if found.path is not None:
-        echo(f"written to {found.path}", err=as_json)
+    echo_result(found.result, found.path, "" if as_json else metrics_text(found.result), as_json)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from hpcres.cli.console import command_line
 from hpcres.errors import InputError
+from hpcres.inputs import DEFAULT_STUDY, Given
 from hpcres.signals import handling_signals
 from hpcres.study import checked_phase_name
-
-if TYPE_CHECKING:
-    from hpcres.result_files import Given
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -36,7 +34,6 @@ def study_options(command: _Command) -> _Command:
     )(command)
 
 
-DEFAULT_STUDY = "study.yaml"
 study_argument = click.argument("study", metavar="[STUDY]", default=DEFAULT_STUDY, type=click.Path())
 volume_argument = click.argument("source", metavar="[STUDY|VOLUME]", default=DEFAULT_STUDY, type=click.Path())
 tiles_option = click.option("--tiles", metavar="ZxYxX", help="Tiles per axis; the study's inference.tiles by default.")
@@ -68,16 +65,15 @@ def given(options: dict[str, Any]) -> Given:
     Parameters
     ----------
     options : dict
-        Options by name; those that are returned are removed.
+        Options by name; those that are returned are removed. The source is `study` or `source`.
 
     Returns
     -------
     Given
     """
-    from hpcres.result_files import Given
-
-    names = ("source", "settings", "output", "voxel_size", "overwrite")
-    return Given(command=command_line(), **{name: options.pop(name) for name in names if name in options})
+    names = ("settings", "output", "voxel_size", "overwrite")
+    found = {name: options.pop(name) for name in names if name in options}
+    return Given(options.pop("study" if "study" in options else "source"), command_line(), **found)
 
 
 def parse_bytes(option: str, text: str | None) -> int | None:

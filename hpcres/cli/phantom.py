@@ -8,7 +8,7 @@ from hpcres.cli.console import echo
 from hpcres.cli.options import Stage, overwrite_option, study_argument, study_options
 from hpcres.inputs import study_for
 from hpcres.signals import end_if_signalled
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 
 
 @click.command(cls=Stage)

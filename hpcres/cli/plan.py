@@ -8,7 +8,7 @@ import click
 
 from hpcres.cli.console import echo, echo_notes
 from hpcres.cli.options import Stage, study_argument, study_options, tiles_option
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 
 @click.command(cls=Stage)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any
 
 import click
 
-from hpcres.cli.console import echo, echo_message, warn
+from hpcres.cli.console import echo_message, echo_result, warn
 from hpcres.cli.options import (
     Stage,
     axis_choice,
@@ -85,17 +84,11 @@ def tortuosity(conductivity: tuple[str, ...], memory: str | None, as_json: bool,
 
     source = given(options)
     options |= {"conductivity": parse_conductivities(conductivity), "memory": parse_bytes("--memory", memory)}
+    resume_with = f"run {'it without --overwrite' if source.overwrite else 'the same command'} to go on"
+    show = partial(echo_message, err=as_json)
     with join_ranks() as ranks:
-        found = write_transport(
-            source,
-            TransportOptions(**options),
-            ranks=ranks,
-            resume_with=f"run {'it without --overwrite' if source.overwrite else 'the same command'} to go on",
-            show=partial(echo_message, err=as_json),
-            warn=warn,
-        )
-        if ranks.rank == 0 and as_json:
-            echo(json.dumps(found.result, indent=1, ensure_ascii=False))
-        if ranks.rank == 0 and found.path is not None:
-            echo(f"written to {found.path}", err=as_json)
+        solve = TransportOptions(**options)
+        found = write_transport(source, solve, ranks=ranks, resume_with=resume_with, show=show, warn=warn)
+        if ranks.rank == 0:
+            echo_result(found.result, found.path, "", as_json)
     found.refuse_unsolved()

@@ -12,7 +12,7 @@ from hpcres.cli.console import command_line, echo, progress_of
 from hpcres.cli.options import Stage, study_options
 from hpcres.errors import Unfinished
 from hpcres.inputs import is_study, refuse_settings
-from hpcres.study_file import load_study
+from hpcres.study.file import load_study
 
 
 @click.command(cls=Stage)
@@ -66,7 +66,7 @@ def verify(source: str, settings: tuple[str, ...], output: str | None, repair: b
         else:
             job = repair_job(path, command_line())
             tiles = ranks.from_first(lambda: remove_faulty(path, faults))
-            run(job, ranks, store_lock=store_lock)
+            run(job, ranks, store_lock=store_lock, live=True)
             show(f"{path}: {tiles} tiles painted again")
         if audited:
             with progress_of("audit") if ranks.rank == 0 else nullcontext() as progress:

@@ -50,12 +50,12 @@ class SliceStatistics:
         return SliceStatistics(**{key: mine[key] + theirs[key] for key in mine if key != "windows"}, windows=windows)
 
     @property
-    def fractions(self) -> np.ndarray:
+    def volume_fraction(self) -> np.ndarray:
         """Share of the pixels of each phase, (phase,)."""
         return self.pixels / self.pixels.sum()
 
     @property
-    def areas(self) -> np.ndarray:
+    def interphase_area(self) -> np.ndarray:
         """Faces between two phases / all faces of that direction, (direction, pair)."""
         return self.faces / np.maximum(self.all_faces, 1)[:, None]
 
@@ -164,11 +164,11 @@ def errors_between(ours: SliceStatistics, images: SliceStatistics, isotropic: bo
     def over_directions(values: np.ndarray) -> np.ndarray:
         return values.mean(axis=0, keepdims=True) if isotropic else values
 
-    areas, wanted = over_directions(ours.areas), over_directions(images.areas)
+    areas, wanted = over_directions(ours.interphase_area), over_directions(images.interphase_area)
     common = wanted > _RARE
     apart = over_directions(ours.correlations) - over_directions(images.correlations)
     found = {
-        "fraction_error": float(np.abs(ours.fractions - images.fractions).max()),
+        "fraction_error": float(np.abs(ours.volume_fraction - images.volume_fraction).max()),
         "area_error": float(np.abs(areas[common] / wanted[common] - 1).max()) if common.any() else 0.0,
         "correlation_error": float(np.sqrt(np.square(apart).mean())),
     }

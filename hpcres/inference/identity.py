@@ -19,7 +19,7 @@ from hpcres.inference.tasks import Shard
 from hpcres.outputs import LABELS, refuse_output
 from hpcres.volumes.files import clear_leftovers
 from hpcres.volumes.sizes import refuse_other_size
-from hpcres.volumes.stores import AgreementStore, LabelStore
+from hpcres.volumes.stores import AgreementStore, LabelStore, Layout
 
 _IDENTITY = (
     "weights_sha256",
@@ -60,19 +60,20 @@ def prepare(job: Job, painter: Painter, overwrite: bool, store_lock: StoreLock) 
             shutil.rmtree(agreement)
         LabelStore.create(
             job.output,
-            job.plan.shape,
-            shard=job.plan.tile_voxels,
-            chunk_voxels=job.plan.chunk_voxels,
+            _layout(job),
             voxel_size=job.voxel_size.length,
             unit=job.voxel_size.unit,
             phases=job.checkpoint.phases,
-            codec=job.settings.codec,
             provenance={**identity, **_origin(job)},
             overwrite=overwrite,
         )
     if len(job.seeds) > 1 and not agreement.exists():  # a kill can come between the two stores
         _create_agreement(job, agreement)
     return missing_shards(open_stores(job.output), len(job.seeds))
+
+
+def _layout(job: Job) -> Layout:
+    return Layout(job.plan.shape, job.plan.tile_voxels, job.plan.chunk_voxels, job.settings.codec)
 
 
 def _create_agreement(job: Job, path: Path) -> None:
@@ -83,15 +84,7 @@ def _create_agreement(job: Job, path: Path) -> None:
         "complete": False,
     }
     AgreementStore.create(
-        path,
-        job.plan.shape,
-        shard=job.plan.tile_voxels,
-        chunk_voxels=job.plan.chunk_voxels,
-        voxel_size=job.voxel_size.length,
-        unit=job.voxel_size.unit,
-        phases=(),
-        codec=job.settings.codec,
-        provenance=about,
+        path, _layout(job), voxel_size=job.voxel_size.length, unit=job.voxel_size.unit, phases=(), provenance=about
     )
 
 

@@ -71,9 +71,10 @@ def _quarter(stacks: Sequence[np.ndarray], down: int, across: int) -> list[np.nd
 def _named(seen: SliceStatistics, high_res: HighRes) -> dict[str, Any]:
     names = list(high_res.phases.values())
     return {
-        "volume_fraction": dict(zip(names, seen.fractions.tolist(), strict=True)),
+        "volume_fraction": dict(zip(names, seen.volume_fraction.tolist(), strict=True)),
         "interphase_area": {
-            f"{a}|{b}": shares for (a, b), shares in zip(combinations(names, 2), seen.areas.T.tolist(), strict=True)
+            f"{a}|{b}": shares
+            for (a, b), shares in zip(combinations(names, 2), seen.interphase_area.T.tolist(), strict=True)
         },
         "tpb": seen.tpb,
     }

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.errors import InputError
+from hpcres.metrics.quantities import HEADINGS
 from hpcres.metrics.table import metric_rows, pair_name
 
 SCHEMA = "hpcres confidence 1"
@@ -30,7 +31,7 @@ LEVEL = 0.9
 """Probability with which an interval is to hold the truth, by default."""
 _FEWEST_RUNS = 3
 """With two, t is 6.3 and an interval says nothing."""
-_LINEAR = "volume fraction"
+_LINEAR = HEADINGS["volume_fraction"]
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _of_transport(runs: Sequence[_Run], level: float) -> Iterator[Interval]:
         if all(key in found for found in solved):
             values = [found[key][1] for found in solved]
             references = [found[key][1] if key in found else None for found in true]
-            yield _interval("D_rel", of, "", values, level, references)
+            yield _interval(HEADINGS["D_rel"], of, "", values, level, references)
 
 
 def _d_rel(transport: Mapping[str, Any] | None, which: str) -> dict[str, tuple[str, float]]:

@@ -32,17 +32,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from math import prod, sqrt
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpcres.compiled import compiled
 from hpcres.counting import counts
 from hpcres.errors import InputError
 from hpcres.geometry import AXES, Box, Triple, triple
 from hpcres.metrics.schedule import Source, block_shape, block_voxels, finished, follow, submit, threads_of
+from hpcres.metrics.shortest_paths import AROUND, OUTSIDE, UNIT, UNREACHED, lengths_of_steps, sweep
 from hpcres.progress import progress_display
 from hpcres.signals import half_made
 from hpcres.volumes.files import atomic_write
@@ -52,13 +52,7 @@ from hpcres.volumes.volume import Volume
 if TYPE_CHECKING:
     from distributed import Client
 
-UNIT = 4096
-"""Integer length of the shortest voxel edge."""
 BLOCK_VOXELS = 2**23
-_UNREACHED = np.uint32(2**32 - 1)
-_OUTSIDE = np.uint8(255)
-_NEVER = np.int64(2**62)
-_AROUND = [step for step in product((-1, 0, 1), repeat=3) if any(step)]
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ class _Job:
     def beside(self, at: Triple) -> list[tuple[Triple, Triple]]:
         """Return the directions in which a step can leave a block, and the block that it meets."""
         grid = [-(-n // b) for n, b in zip(self.shape, self.block, strict=True)]
-        near = [(step, triple([k + s for k, s in zip(at, step, strict=True)])) for step in _AROUND]
+        near = [(step, triple([k + s for k, s in zip(at, step, strict=True)])) for step in AROUND]
         return [
             (step, to)
             for step, to in near
@@ -112,165 +106,6 @@ class _Job:
 
     def file(self, side: int, at: Triple, what: str) -> Path:
         return Path(self.folder) / f"{'low' if side == 0 else 'high'}-{'-'.join(map(str, at))}.{what}"
-
-
-def lengths_of_steps(neighbours: int, spacing: Sequence[float]) -> tuple[tuple[Triple, ...], tuple[int, ...]]:
-    """Return the steps to the neighbours, and their lengths.
-
-    Parameters
-    ----------
-    neighbours : int
-        6 or 26.
-    spacing : sequence of float
-        Voxel edges z, y, x.
-
-    Returns
-    -------
-    steps : tuple of Triple
-        Steps z, y, x of -1, 0 or 1 voxel.
-    weights : tuple of int
-        Their lengths in units of the shortest voxel edge / UNIT.
-    """
-    steps = [s for s in _AROUND if neighbours == 26 or sum(map(abs, s)) == 1]
-    shortest = min(spacing)
-    weights = [round(UNIT * sqrt(sum((k * h / shortest) ** 2 for k, h in zip(s, spacing, strict=True)))) for s in steps]
-    return tuple(triple(s) for s in steps), tuple(weights)
-
-
-@compiled
-def _enter(halo_label, halo_distance, label, distance, places, offsets, weights):
-    """Take the steps from halo voxels (`places`) into the block that shorten a path; return the voxels they reach."""
-    reached = np.empty(max(places.size, 16), np.int64)
-    count = 0
-    for place in places:
-        for k in range(offsets.size):
-            to = place + offsets[k]
-            if 0 <= to < label.size and label[to] == halo_label[place]:
-                length = np.int64(halo_distance[place]) + weights[k]
-                if length < distance[to]:
-                    distance[to] = length
-                    if count == reached.size:
-                        more = np.empty(2 * count, np.int64)
-                        more[:count] = reached
-                        reached = more
-                    reached[count] = to
-                    count += 1
-    return reached[:count]
-
-
-@compiled
-def _spread(label, distance, seeds, offsets, weights, queue_of, queues, onward):
-    """Run Dijkstra's method from `seeds` inside each phase, and return the length of the longest path.
-
-    `seeds` are places in the order of their distance. There is one first-in-first-out queue for each length of step.
-    What enters a queue is never shorter than what entered it before, so the nearest voxel is at the head of some queue.
-    `onward` is the table of `_onward`.
-    """
-    # An entry is a place × 32 + the step that led there.
-    size, last, first = 1024, np.int64(31), np.int64(offsets.size)
-    entry, length = np.empty((queues, size), np.int64), np.empty((queues, size), np.int64)
-    head, tail, nearest = np.zeros(queues, np.int64), np.zeros(queues, np.int64), np.full(queues, _NEVER)
-    seed, longest = 0, np.int64(0)
-    while True:
-        at, best, own, came = np.int64(-1), _NEVER, -1, first
-        if seed < seeds.size:
-            at, best = seeds[seed], np.int64(distance[seeds[seed]])
-        for q in range(queues):
-            if nearest[q] < best:
-                best, own = nearest[q], q
-        if own >= 0:
-            both = entry[own, head[own] & (size - 1)]
-            at, came = both >> 5, both & last
-            head[own] += 1
-            nearest[own] = length[own, head[own] & (size - 1)] if head[own] < tail[own] else _NEVER
-        elif at >= 0:
-            seed += 1
-        else:
-            return longest
-        if distance[at] != best:  # a shorter path has come since
-            continue
-        longest = best
-        phase = label[at]
-        for i in range(1, onward[came, 0] + 1):
-            k = onward[came, i]
-            # Places are never negative; numba need not look for such as count from the end.
-            to = np.uint64(at + offsets[k])
-            further = best + weights[k]
-            if further < np.int64(distance[to]) and label[to] == phase:
-                distance[to] = further
-                q = queue_of[k]
-                if tail[q] - head[q] == size:
-                    more_entry = np.empty((queues, 2 * size), np.int64)
-                    more_length = np.empty((queues, 2 * size), np.int64)
-                    for p in range(queues):
-                        for j in range(head[p], tail[p]):
-                            more_entry[p, j & (2 * size - 1)] = entry[p, j & (size - 1)]
-                            more_length[p, j & (2 * size - 1)] = length[p, j & (size - 1)]
-                    entry, length, size = more_entry, more_length, 2 * size
-                entry[q, tail[q] & (size - 1)] = (np.int64(to) << 5) | k
-                length[q, tail[q] & (size - 1)] = further
-                tail[q] += 1
-                if nearest[q] == _NEVER:
-                    nearest[q] = further
-
-
-def _onward(steps: Sequence[Triple], weights: Sequence[int]) -> np.ndarray:
-    """Tabulate how many steps are worth trying from a voxel, and which, by the step that led to it.
-
-    The last row is for voxels that no step led to. A step is left out where the voxel before can reach its end in one
-    step that is no longer than both together.
-    """
-    length = dict(zip(steps, weights, strict=True))
-    table = np.zeros((len(steps) + 1, len(steps) + 1), np.int64)
-    for row, (came, before) in enumerate([*length.items(), ((0, 0, 0), 0)]):
-        found = []
-        for k, (step, own) in enumerate(length.items()):
-            direct = triple([a + b for a, b in zip(came, step, strict=True)])
-            reached = direct == (0, 0, 0) or length.get(direct, before + own + 1) <= before + own
-            if not any(came) or not reached:
-                found.append(k)
-        table[row, : len(found) + 1] = len(found), *found
-    return table
-
-
-def sweep(
-    label: np.ndarray,
-    distance: np.ndarray,
-    halo_label: np.ndarray,
-    halo_distance: np.ndarray,
-    seeds: np.ndarray,
-    steps: Sequence[Triple],
-    weights: Sequence[int],
-) -> None:
-    """Shorten `distance` inside a block until no step from within it or its halo shortens it further.
-
-    All arrays have a margin of one voxel.
-
-    Parameters
-    ----------
-    label : np.ndarray
-        Labels of the block; 255 in the margin.
-    distance : np.ndarray
-        uint32, changed in place.
-    halo_label, halo_distance : np.ndarray
-        What is known of the margin, and nothing within.
-    seeds : np.ndarray
-        Places (flat) whose distance was set by the caller.
-    steps : sequence of Triple
-        Steps to the neighbours.
-    weights : sequence of int
-        Their lengths.
-    """
-    strides = np.array([label.shape[1] * label.shape[2], label.shape[2], 1])
-    offsets, lengths = np.array(steps, np.int64) @ strides, np.array(weights, np.int64)
-    outer = np.flatnonzero(halo_distance != _UNREACHED)
-    flat = label.ravel(), distance.ravel()
-    reached = _enter(halo_label.ravel(), halo_distance.ravel(), *flat, outer, offsets, lengths)
-    seeds = np.unique(np.concatenate([seeds, reached]))
-    seeds = seeds[np.argsort(flat[1][seeds], kind="stable")]
-    known, queue_of = np.unique(lengths, return_inverse=True)
-    longest = _spread(*flat, seeds, offsets, lengths, queue_of, len(known), _onward(steps, weights))
-    assert longest + int(lengths.max()) < int(_UNREACHED), "a path of more than a million voxel edges"
 
 
 def _place(step: Triple) -> tuple[int | slice, ...]:
@@ -291,8 +126,8 @@ def _relax(at: Triple, job: _Job, side: int) -> tuple[int, dict[Triple, bytes]]:
     box = job.box(at)
     index, _ = counts.indexed(job.source.open().read(box), job.labels)
     inner, padded = (slice(1, -1),) * 3, [n + 2 for n in box.shape]
-    label, halo_label = np.full(padded, _OUTSIDE), np.full(padded, _OUTSIDE)
-    distance, halo = np.full(padded, _UNREACHED), np.full(padded, _UNREACHED)
+    label, halo_label = np.full(padded, OUTSIDE), np.full(padded, OUTSIDE)
+    distance, halo = np.full(padded, UNREACHED), np.full(padded, UNREACHED)
     label[inner] = index
     known, seeds = job.file(side, at, "npy"), np.zeros(0, np.int64)
     if known.exists():
@@ -314,12 +149,12 @@ def _relax(at: Triple, job: _Job, side: int) -> tuple[int, dict[Triple, bytes]]:
     for step, _ in job.beside(at):
         part = found[_facing(step)].copy()
         shown |= {f"distance{_key(step)}": part, f"label{_key(step)}": index[_facing(step)]}
-        reached = bool((part != _UNREACHED).any())
+        reached = bool((part != UNREACHED).any())
         digests[step] = hashlib.blake2b(part.tobytes(), digest_size=16).digest() if reached else b""
     # Whole or not at all, each: a task that dies in between is run again and then shows what the file already knows.
     _save(known, lambda file: np.save(file, found))
     _save(job.file(side, at, "rim.npz"), lambda file: np.savez(file, allow_pickle=False, **shown))
-    return int(np.count_nonzero(found != _UNREACHED)), digests
+    return int(np.count_nonzero(found != UNREACHED)), digests
 
 
 def _key(step: Triple) -> str:
@@ -338,7 +173,7 @@ def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:
     to = []
     for side in (0, 1):
         file = job.file(side, at, "npy")
-        to.append(map_npy(file) if file.exists() else np.full(box.shape, _UNREACHED))
+        to.append(map_npy(file) if file.exists() else np.full(box.shape, UNREACHED))
     low, high = to
     found: list[dict[str, Paths]] = []
     for phase in range(len(job.labels)):
@@ -351,8 +186,8 @@ def _sum(at: Triple, job: _Job) -> list[dict[str, Paths]]:
             if present:
                 plane: np.ndarray = np.take(distance, place, axis)
                 plane = plane[np.take(own, place, axis)]
-                parts[name] = _paths(plane[plane != _UNREACHED], len(plane))
-        both = own & (low != _UNREACHED) & (high != _UNREACHED)
+                parts[name] = _paths(plane[plane != UNREACHED], len(plane))
+        both = own & (low != UNREACHED) & (high != UNREACHED)
         lengths = low[both].astype(np.uint64) + high[both]
         found.append({**parts, "whole": _paths(lengths, int(np.count_nonzero(own)))})
     return found

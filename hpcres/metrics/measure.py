@@ -214,16 +214,33 @@ class Work:
     progress: bool = True
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Random places at which a volume is measured again.
+
+    Parameters
+    ----------
+    subvolumes : SubVolumes, optional
+        The random sub-volumes; None for none.
+    seed : int
+        Seed of the sub-volumes and of the representative-volume curve.
+    within : sequence of int, optional
+        Draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
+    """
+
+    subvolumes: SubVolumes | None = None
+    seed: int = 0
+    within: Sequence[int] | None = None
+
+
 def measure(
     volume: Volume,
     work: Work,
     *,
     phases: Sequence[str] | None = None,
     voxel_size: VoxelEdges | None = None,
-    settings: SubVolumes | None = None,
-    seed: int = 0,
-    within: Sequence[int] | None = None,
     periodic: Periodic = OPEN,
+    sampling: Sampling | None = None,
     statistics: Metrics | None = None,
 ) -> dict[str, Any]:
     """Measure one volume: everything that metrics.json holds in its `volume` entry.
@@ -238,14 +255,10 @@ def measure(
         Names of labels 0, 1, 2, …; by default what the file knows, else the labels as they are found.
     voxel_size : VoxelEdges, optional
         By default what the file says, else one voxel.
-    settings : SubVolumes, optional
-        The random sub-volumes; None for none.
-    seed : int
-        Seed of the sub-volumes and of the representative-volume curve.
-    within : sequence of int, optional
-        Draw the sub-volumes inside this shape, so that two volumes are compared at the same places.
     periodic : tuple of bool
         Axes z, y, x whose two sides meet. Sub-volumes and statistics stay inside the volume in any case.
+    sampling : Sampling, optional
+        Sub-volumes and their seed; by default there are none, and the seed is 0.
     statistics : Metrics, optional
         Which statistics to compute, and how; None for none.
 
@@ -274,21 +287,30 @@ def measure(
         "periodic": [axis for axis, wraps in zip(AXES, periodic, strict=True) if wraps],
         **described(total, named),
     }
+    sampling = sampling or Sampling()
+    settings = sampling.subvolumes
     if settings is not None and settings.count:
         spread = subvolumes(
             volume,
             client=client,
             labels=tuple(named.phases),
             settings=settings,
-            seed=seed,
-            within=within,
+            seed=sampling.seed,
+            within=sampling.within,
             lengths=named.lengths,
             progress=progress,
         )
         result["subvolumes"] = _named_distributions(spread, named)
     if statistics is not None:
         result["statistics"] = measure_statistics(
-            volume, named, statistics, client=client, seed=seed, block=block, scratch=work.scratch, progress=progress
+            volume,
+            named,
+            statistics,
+            client=client,
+            seed=sampling.seed,
+            block=block,
+            scratch=work.scratch,
+            progress=progress,
         )
     return result
 
@@ -307,7 +329,7 @@ def _named_distributions(spread: Distributions, named: Named) -> dict[str, Any]:
         result["transport"] = {
             named.phases[label]: {
                 direction: {
-                    "D_rel": summary([s.d_rel for s in solutions if s.d_rel is not None]),
+                    "D_rel": summary([s.D_rel for s in solutions if s.D_rel is not None]),
                     # Only where the phase percolates; tau of the other cubes is infinite.
                     "tau": summary([s.tau for s in solutions if s.percolates and s.tau is not None]),
                     "percolating": sum(s.percolates for s in solutions),
@@ -355,7 +377,7 @@ def measure_study(
     within = None
     if reference is not None:
         within = [min(a, b) for a, b in zip(volume.shape, reference.shape, strict=True)]
-    settings, size = study.metrics.subvolumes, cubic(study.high_res.voxel_size)
+    size = cubic(study.high_res.voxel_size)
     if volume.phases is not None and volume.phases != study.phases:
         raise InputError(
             f"{volume.path}: has phases {', '.join(volume.phases)}, the study {', '.join(study.phases)}; "
@@ -370,10 +392,8 @@ def measure_study(
             Work(client, scratch=study.folder, progress=progress),
             phases=study.phases,
             voxel_size=size,
-            settings=settings,
-            seed=study.seed,
-            within=within,
             periodic=periodic,
+            sampling=Sampling(study.metrics.subvolumes, study.seed, within),
             statistics=study.metrics,
         )
 

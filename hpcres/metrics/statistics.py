@@ -50,16 +50,16 @@ BLOCK_VOXELS = 2**23
 class Statistics:
     """Statistics of p phases in the order they were asked for; None for what was not asked for.
 
-    `s2` is int64 (axis, lag, i, j), pairs of voxels. `fitting` is (axis, lag), the pairs that fit into the volume.
+    `counts` is int64 (axis, lag, i, j), pairs of voxels. `pairs` is (axis, lag), the pairs that fit into the volume.
     `whole` and `cut` are, per axis, int64 (phase, length): chords, with those that touch an outer face in `cut`.
-    `connected` is by phase.
+    `connectivity` is by phase.
     """
 
-    s2: np.ndarray | None = None
-    fitting: np.ndarray | None = None
+    counts: np.ndarray | None = None
+    pairs: np.ndarray | None = None
     whole: list[np.ndarray] | None = None
     cut: list[np.ndarray] | None = None
-    connected: list[Connected] | None = None
+    connectivity: list[Connected] | None = None
 
 
 @dataclass(frozen=True)
@@ -313,13 +313,13 @@ def _curve(curve: Curve, named: Named) -> dict[str, Any]:
 def described(found: Statistics, named: Named) -> dict[str, Any]:
     """Return correlations, chords and connectivity as metrics.json has them, phases by name."""
     names, result = list(named.phases.values()), {}
-    if found.s2 is not None and found.fitting is not None:
+    if found.counts is not None and found.pairs is not None:
         pairs = list(product(range(len(names)), repeat=2))
         result["correlations"] = {
-            "lags": list(range(found.s2.shape[1])),
-            "pairs": {axis: found.fitting[a].tolist() for a, axis in enumerate(AXES)},
+            "lags": list(range(found.counts.shape[1])),
+            "pairs": {axis: found.pairs[a].tolist() for a, axis in enumerate(AXES)},
             "counts": {
-                axis: {f"{names[i]}|{names[j]}": found.s2[a, :, i, j].tolist() for i, j in pairs}
+                axis: {f"{names[i]}|{names[j]}": found.counts[a, :, i, j].tolist() for i, j in pairs}
                 for a, axis in enumerate(AXES)
             },
         }
@@ -332,7 +332,7 @@ def described(found: Statistics, named: Named) -> dict[str, Any]:
             }
             for a, axis in enumerate(AXES)
         }
-    if found.connected is not None:
+    if found.connectivity is not None:
         result["connectivity"] = {
             name: {
                 "clusters": one.clusters,
@@ -341,7 +341,7 @@ def described(found: Statistics, named: Named) -> dict[str, Any]:
                     axis: n / one.voxels if one.voxels else 0.0 for axis, n in zip(AXES, one.percolating, strict=True)
                 },
             }
-            for name, one in zip(names, found.connected, strict=True)
+            for name, one in zip(names, found.connectivity, strict=True)
         }
     return result
 

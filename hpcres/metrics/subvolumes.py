@@ -74,7 +74,7 @@ def _transport_of_cube(
     start: Triple, source: Source, edge: int, labels: tuple[int, ...], lengths: tuple[float, float, float]
 ) -> dict[int, dict[str, Solution]]:
     cube = _cube(start, source, edge)
-    return {i: solve_phase(cube == i, SolveSettings(directions=AXES, spacing=lengths), threads=1) for i in labels}
+    return {i: solve_phase(cube == i, SolveSettings(directions=AXES, voxel_size=lengths), threads=1) for i in labels}
 
 
 def _cube(start: Triple, source: Source, edge: int) -> np.ndarray:

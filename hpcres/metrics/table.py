@@ -8,6 +8,7 @@ from math import floor, log10
 from typing import Any
 
 from hpcres.lengths import short_unit as short_length
+from hpcres.metrics.quantities import HEADINGS
 
 _SHORT_UNITS = {"1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel": "1/voxel", "1/voxel^2": "1/voxel²"}
 
@@ -16,7 +17,8 @@ _SHORT_UNITS = {"1/micrometer": "1/µm", "1/micrometer^2": "1/µm²", "1/voxel":
 class Row:
     """One metric of one phase, pair or set: our value, the ground truth's, the training images' and published ones."""
 
-    metric: str
+    key: str
+    """Of the metric, as in `subvolumes` of metrics.json."""
     of: str
     unit: str
     value: float
@@ -26,8 +28,13 @@ class Row:
     """{mean, std, values} over the random sub-volumes of ours, and of the reference."""
     reference_cubes: Mapping[str, Any] | None = None
     published: tuple[Mapping[str, Any], ...] = field(default=())
-    error: float | None = None
-    """Standard error of ours as a value of the material, by the fit over sub-volumes (representative.py)."""
+    standard_error: float | None = None
+    """Of ours as a value of the material, by the fit over sub-volumes (representative.py)."""
+
+    @property
+    def metric(self) -> str:
+        """The metric in words."""
+        return HEADINGS[self.key]
 
     @property
     def difference(self) -> float | None:
@@ -61,57 +68,59 @@ def metric_rows(result: Mapping[str, Any]) -> list[Row]:
     others = [result.get("reference"), result.get("images")]
     published = result.get("published") or ()
     rows = []
-    spread = ("statistics", "representative")
-    for metric, key, path, cubes, unit in _paths(volume):
-        error = _at(volume, (*spread, *cubes, "standard_error")) if cubes else None
-        if "crofton" in path:  # 2/3 of the faces, and so is their error
-            faces = _at(volume, (*spread, "specific_surface_faces", key, "standard_error"))
-            error = None if faces is None else faces * 2 / 3
+    for key, of, path, unit in _places(volume):
         reference, images = (_at(other, path) for other in others)
         rows.append(
             Row(
-                metric,
-                pair_name(key),
+                key,
+                pair_name(of),
                 unit,
                 _at(volume, path),
                 reference,
                 images,
-                _at(volume.get("subvolumes"), cubes) if cubes else None,
-                _at((result.get("reference") or {}).get("subvolumes"), cubes) if cubes else None,
-                tuple(p for p in published if p["metric"] == _PUBLISHED.get(metric) and _same(p["of"], key)),
-                error,
+                _cubes(volume, key, of),
+                _cubes(result.get("reference") or {}, key, of),
+                tuple(p for p in published if p["metric"] == key and _same(p["of"], of)),
+                _standard_error(volume, key, of),
             )
         )
     return rows
 
 
-_PUBLISHED = {
-    "volume fraction": "volume_fraction",
-    "specific surface, faces": "specific_surface_area",
-    "interphase area": "interphase_area",
-    "TPB density": "tpb_density",
-    "TPB, normalised": "normalised_tpb",
-}
-
-
-def _paths(volume: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...] | None, str]]:
-    """Yield metric, phase or set, its place in a volume entry, its place among the sub-volumes, and unit."""
+def _places(volume: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    """Yield key, phase or set, the place in a volume entry, and the unit of each number."""
     surface, tpb = volume["specific_surface_area"], volume["tpb"]
     for phase in volume["volume_fraction"]:
-        yield "volume fraction", phase, ("volume_fraction", phase), ("volume_fraction", phase), ""
-    for kind, cubes in (("faces", "specific_surface_faces"), ("crofton", "")):
+        yield "volume_fraction", phase, ("volume_fraction", phase), ""
+    for kind in ("faces", "crofton"):
         for phase in surface[kind]:
-            place = (cubes, phase) if cubes else None
-            label = f"specific surface, {'faces' if cubes else 'Crofton'}"
-            yield label, phase, ("specific_surface_area", kind, phase), place, short_unit(surface["unit"])
+            place = ("specific_surface_area", kind, phase)
+            yield f"specific_surface_{kind}", phase, place, short_unit(surface["unit"])
     for pair in volume["interphase_area"]:
-        yield "interphase area", pair, ("interphase_area", pair), ("interphase_area", pair), ""
+        yield "interphase_area", pair, ("interphase_area", pair), ""
     if len(volume["volume_fraction"]) > 2:
-        yield "TPB density", "", ("tpb", "density"), ("tpb_density",), short_unit(tpb["unit"])
-        yield "TPB, normalised", "", ("tpb", "normalised"), ("tpb_normalised",), ""
+        yield "tpb_density", "", ("tpb", "density"), short_unit(tpb["unit"])
+        yield "tpb_normalised", "", ("tpb", "normalised"), ""
     if len(volume["volume_fraction"]) > 3:
         for some in tpb["by_phases"]:
-            yield "TPB, normalised", some, ("tpb", "by_phases", some, "normalised"), None, ""
+            yield "tpb_normalised", some, ("tpb", "by_phases", some, "normalised"), ""
+
+
+def _cubes(volume: Mapping[str, Any], key: str, of: str) -> Any:
+    """Return {mean, std, values} over the sub-volumes; None for what is not followed over them."""
+    return _at(volume.get("subvolumes"), _among_cubes(key, of))
+
+
+def _standard_error(volume: Mapping[str, Any], key: str, of: str) -> Any:
+    if key == "specific_surface_crofton":  # 2/3 of the faces, and so is their error
+        faces = _standard_error(volume, "specific_surface_faces", of)
+        return None if faces is None else faces * 2 / 3
+    return _at(volume, ("statistics", "representative", *_among_cubes(key, of), "standard_error"))
+
+
+def _among_cubes(key: str, of: str) -> tuple[str, ...]:
+    """Return the place of a number in `subvolumes` and `representative`; of sets of phases TPB is not there."""
+    return (key, of) if of else (key,)
 
 
 def _at(tree: Any, path: tuple[str, ...] | None) -> Any:
@@ -131,8 +140,13 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     rows = metric_rows(result)
     volume = result.get("volume", result)
     columns = [["metric", *(row.name for row in rows)], ["value", *(plain(row.value) for row in rows)]]
-    if any(row.error is not None for row in rows):
-        columns.append(["± standard error", *("" if row.error is None else f"{row.error:.2g}" for row in rows)])
+    if any(row.standard_error is not None for row in rows):
+        columns.append(
+            [
+                f"± {HEADINGS['standard_error']}",
+                *("" if row.standard_error is None else f"{row.standard_error:.2g}" for row in rows),
+            ]
+        )
     columns.append(["unit", *(row.unit for row in rows)])
     for title, values in (
         ("reference", [row.reference for row in rows]),
@@ -162,17 +176,19 @@ def metrics_text(result: Mapping[str, Any]) -> str:
     if low_res:
         compared = f"{low_res['voxels_compared']} low-res voxels"
         compared += f", {low_res['unknown']:.2%} more unknown" if low_res.get("unknown") else ""
-        lines += ["", f"low-res agreement {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
+        lines += ["", f"{HEADINGS['agreement']} {low_res['agreement']:.4%} of {compared} ({low_res['path']})"]
         if "box_agreement" in low_res:
             lines += [f"box agreement {low_res['box_agreement']:.4%} of them", *_box_lines(low_res)]
         if off := low_res.get("fraction_difference"):
             each = ", ".join(f"{name} {value:.4g}" for name, value in off.items())
-            lines.append(f"fractions in low-res voxels differ by {each} in the mean")
-        lines.append(f"faces by position in the low-res lattice: {low_res['grid_artefact']:.1%} from flat at most")
+            lines.append(f"fraction difference of low-res voxels, in the mean: {each}")
+        lines.append(
+            f"grid artefact {low_res['grid_artefact']:.1%}: faces by position in the low-res lattice, from flat"
+        )
     lines += list(_appearance_lines(result))
     for one in result.get("published") or ():
         spread_text = f" ± {one['spread']:g}" if one.get("spread") is not None else ""
-        what = f"{one['metric']} {one['of']}".strip()
+        what = f"{HEADINGS[one['metric']]} {one['of']}".strip()
         lines.append(f"published {what}: {one['value']:g}{spread_text} ({one['source']})")
     if skipped := (volume.get("subvolumes") or {}).get("skipped"):
         lines.append(f"no sub-volumes: {skipped}")
@@ -193,14 +209,7 @@ def _share(value: float | None) -> str:
     return "none" if value is None else f"{value:.2%}"
 
 
-_APPEARANCE = {
-    "fraction_error": "fractions",
-    "area_error": "areas",
-    "tpb_error": "TPB",
-    "correlation_error": "correlations",
-    "tv1": "tv1",
-    "tv4": "tv4",
-}
+_APPEARANCE = ("fraction_error", "area_error", "tpb_error", "correlation_error", "tv1", "tv4")
 
 
 def _appearance_lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -212,7 +221,7 @@ def _appearance_lines(result: Mapping[str, Any]) -> Iterator[str]:
         where = "" if plane == "all" else f" in {plane}"
         for name, one in {**errors, "a quarter of the images": quarters}.items():
             yield f"slices of {name}{where} against the images: " + ", ".join(
-                f"{title} {one[key]:.4g}" for key, title in _APPEARANCE.items() if key in one
+                f"{HEADINGS[key]} {one[key]:.4g}" for key in _APPEARANCE if key in one
             )
 
 
@@ -225,8 +234,8 @@ def _statistics_lines(found: Mapping[str, Any]) -> Iterator[str]:
         for phase, one in connected.items():
             shares = ", ".join(f"{axis} {share:.2%}" for axis, share in one["percolating_share"].items())
             yield (
-                f"{phase}: {one['clusters']} clusters by faces, the largest {one['largest_share']:.2%} of it; "
-                f"percolating along {shares}"
+                f"{phase}: {one['clusters']} clusters by faces, largest share {one['largest_share']:.2%}; "
+                f"percolating share along {shares}"
             )
     if geodesic := found.get("geodesic"):
         yield ""
@@ -292,7 +301,7 @@ def transport_text(result: Mapping[str, Any]) -> str:
     return what + (
         f"D_rel {with_error(d_rel, error * d_rel)} - {error * d_rel:.1g} (upper bound and its estimated error, "
         f"{error:.1e} of it), tau {with_error(result['tau'], error * result['tau'])} + {error * result['tau']:.1g} "
-        f"(percolating fraction {result['percolating_fraction']:.6g}, its tau "
+        f"(percolating fraction {result['percolating_fraction']:.6g}, tau of the percolating part "
         f"{with_error(result['tau_percolating'], error * result['tau_percolating'])}), "
         f"{result['iterations']} iterations, {result['seconds']:.1f} s, {result['bytes'] / 2**20:.0f} MiB{left_out}"
     )

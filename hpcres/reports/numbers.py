@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.geometry import AXES
+from hpcres.metrics.quantities import HEADINGS
 from hpcres.metrics.table import Row, metric_rows
 from hpcres.pages import render
 from hpcres.reports import drawing
@@ -19,12 +20,12 @@ from hpcres.reports.statistics import statistics_section
 _LARGEST_VISIBLE_DIFFERENCE, _LARGEST_OUTSIDE = 0.02, 0.05
 """Of a group of phases that the coarse image tells apart; above these the report has a note."""
 _LOOKS = {
-    "tv1": ("tv1", "patterns of 3 × 3 pixels, side by side: shape of the boundaries"),
-    "tv4": ("tv4", "the same 4 pixels apart: shape of the grains"),
-    "area_error": ("interphase areas", "worst pair, relative"),
-    "tpb_error": ("TPB", "relative"),
-    "fraction_error": ("fractions", "largest difference"),
-    "correlation_error": ("correlations", "up to 16 voxels, root mean square"),
+    "tv1": "patterns of 3 × 3 pixels, side by side: shape of the boundaries",
+    "tv4": "the same 4 pixels apart: shape of the grains",
+    "area_error": "worst pair, relative",
+    "tpb_error": "relative",
+    "fraction_error": "largest difference",
+    "correlation_error": "up to 16 voxels, root mean square",
 }
 _LARGEST_BY_CHANCE = 1.0, 2.0
 """A difference up to the worst of the images' own quarters may be chance; twice that is hardly."""
@@ -62,13 +63,13 @@ def _metric_table(metrics: Mapping[str, Any]) -> str:
         "reference": any(r.reference is not None for r in rows),
         "images": any(r.images is not None for r in rows),
         "cubes": any(r.cubes for r in rows),
-        "error": any(r.error is not None for r in rows),
+        "error": any(r.standard_error is not None for r in rows),
     }
     return render(
         "metric_table",
         rows=rows,
         has=has,
-        all_errors=all(r.error is not None for r in rows),
+        all_errors=all(r.standard_error is not None for r in rows),
         cubes=metrics["volume"].get("subvolumes") or {},
         phases=len(metrics["volume"]["phases"]),
     )
@@ -144,7 +145,6 @@ def _appearance(metrics: Mapping[str, Any]) -> str:
     rows = []
     for plane, one in own.items():
         for place, key in enumerate(key for key in _LOOKS if key in one["errors"]):
-            title, what = _LOOKS[key]
             by_chance, grade = images[plane]["quarters"].get(key, []), ""
             if by_chance:
                 share = one["errors"][key] / max(*by_chance, 1e-12)
@@ -153,8 +153,8 @@ def _appearance(metrics: Mapping[str, Any]) -> str:
             rows.append(
                 {
                     "first": place == 0,
-                    "title": title,
-                    "what": what,
+                    "title": HEADINGS[key],
+                    "what": _LOOKS[key],
                     "plane": plane,
                     "grade": grade,
                     "ours": one["errors"][key],
@@ -168,12 +168,12 @@ def _appearance(metrics: Mapping[str, Any]) -> str:
 
 def _distributions(metrics: Mapping[str, Any]) -> str:
     rows = metric_rows(metrics)
-    fractions = [row for row in rows if row.metric == "volume fraction"]
+    fractions = [row for row in rows if row.key == "volume_fraction"]
     measured = [row for row in rows if row.cubes]
     return render(
         "distributions",
         fractions=_plot_fractions(fractions),
-        has_errors=all(row.error is not None for row in fractions),
+        has_errors=all(row.standard_error is not None for row in fractions),
         histograms=_plot_histograms(measured) if measured else None,
         cubes=metrics["volume"].get("subvolumes"),
     )
@@ -226,7 +226,7 @@ def _plot_fractions(rows: Sequence[Row]) -> drawing.Plot:
     axes, width = figure.add_subplot(), min(0.5, 0.8 / len(groups))
     for place, (title, colour, values) in enumerate(groups):
         at = np.arange(len(rows)) + (place - (len(groups) - 1) / 2) * width
-        errors = [r.error for r in rows if r.error is not None] if place == 0 else []
+        errors = [r.standard_error for r in rows if r.standard_error is not None] if place == 0 else []
         line = {"ecolor": drawing.INK, "elinewidth": 1, "capsize": 2}
         known = errors if len(errors) == len(rows) else None
         bars = axes.bar(at, values, width * 0.92, color=colour, label=title, alpha=0.85, yerr=known, error_kw=line)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hpcres.geometry import AXES, Box, Triple, triple
-from hpcres.lengths import Spacing
+from hpcres.lengths import EdgeLengths
 from hpcres.pages import render
 from hpcres.reports import drawing
 from hpcres.study import Study
@@ -78,7 +78,7 @@ class Crop:
 
 
 def slices_section(
-    views: Sequence[View], legend: Mapping[str, np.ndarray], voxel: Spacing, unit: str, crop: Crop | None
+    views: Sequence[View], legend: Mapping[str, np.ndarray], voxel: EdgeLengths, unit: str, crop: Crop | None
 ) -> str:
     """Return the section with a grid of images, a row for each plane and a column for each volume.
 

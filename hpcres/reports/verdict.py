@@ -68,24 +68,21 @@ def verdict_section(metrics: Mapping[str, Any] | None, study: Study) -> str:
 
 
 def _cards(rows: Sequence[Row], truth: bool) -> Iterator[_Card]:
-    for title, metric, limit, in_points in (
-        ("Phase fractions", "volume fraction", "volume fraction", True),
-        ("Surface areas", "specific surface, faces", "surface", False),
-        ("Interphase areas", "interphase area", "interphase area", False),
-        ("Triple-phase boundary", "TPB, normalised", "TPB", False),
+    for title, key, limit, in_points in (
+        ("Phase fractions", "volume_fraction", "volume fraction", True),
+        ("Surface areas", "specific_surface_faces", "surface", False),
+        ("Interphase areas", "interphase_area", "interphase area", False),
+        ("Triple-phase boundary", "tpb_normalised", "TPB", False),
     ):
-        worst = _worst([r for r in rows if r.metric == metric and r.of != "…"], truth, in_points)
+        worst = _worst([r for r in rows if r.key == key and r.of != "…"], truth, in_points)
         if worst is None:
             continue
         error, row = worst
         good, fair = _LIMITS[limit]
         grade = "good" if abs(error) <= good else "fair" if abs(error) <= fair else "poor"
         # The truth is the same place and its difference exact; the images are another, and chance has its share.
-        chance = (
-            ""
-            if truth or row.error is None
-            else (f" ± {100 * row.error:.2f}" if in_points else f" ± {100 * row.error / (row.images or 1):.1f}")
-        )
+        spread = None if truth or row.standard_error is None else 100 * row.standard_error
+        chance = "" if spread is None else f" ± {spread:.2f}" if in_points else f" ± {spread / (row.images or 1):.1f}"
         text = f"{100 * error:+.2f}{chance} points" if in_points else f"{100 * error:+.1f}{chance} %"
         yield _Card(title, text, row.of, grade)
 

@@ -23,7 +23,7 @@ from hpcres.families import family_of
 from hpcres.old_names import with_new_result_names
 from hpcres.signals import handling_signals, set_saved
 from hpcres.study import Study
-from hpcres.study_file import save_study
+from hpcres.study.file import save_study
 from hpcres.training.distributed import Processes, processes
 from hpcres.training.folder import RunFolder, recover, refuse_outputs
 from hpcres.training.journal import Journal

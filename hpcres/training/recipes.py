@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from hpcres.errors import InputError
 from hpcres.study import Study
-from hpcres.study_file import recipe_settings
+from hpcres.study.file import recipe_settings
 from hpcres.volumes.images import images_by_plane
 
 _MINUTES = 15.0

@@ -291,14 +291,14 @@ class Correction:
             by_groups.setdefault(tuple(sorted(map(self._of, pair))), []).append(place)
         areas = np.zeros(images.faces.shape)
         for (one, other), places in by_groups.items():
-            theirs = images.areas[:, places]
+            theirs = images.interphase_area[:, places]
             if one == other:
                 areas[:, places] = theirs * self.growth[self.groups[one][0]]
             else:
                 shared = theirs.sum(0) / max(theirs.sum(), 1e-12)
-                areas[:, places] = ours.areas[:, places].sum(1, keepdims=True) * shared
+                areas[:, places] = ours.interphase_area[:, places].sum(1, keepdims=True) * shared
         between = [k for of, places in by_groups.items() if of[0] != of[1] for k in places]
-        more = ours.areas[:, between].sum() / max(images.areas[:, between].sum(), 1e-12)
+        more = ours.interphase_area[:, between].sum() / max(images.interphase_area[:, between].sum(), 1e-12)
         windows = {}
         for spacing in images.windows:
             mine = torch.from_numpy(ours.patterns[spacing])[None]

@@ -27,11 +27,11 @@ UNRELIABILITY = (
 class Blocks:
     """Results of all blocks of a volume.
 
-    `d_rel` is D_rel of every block along each axis, (axis, z, y, x). `lengths` are those of the blocks along each axis,
+    `D_rel` is that of every block along each axis, (axis, z, y, x). `lengths` are those of the blocks along each axis,
     in voxels.
     """
 
-    d_rel: np.ndarray
+    D_rel: np.ndarray
     lengths: tuple[np.ndarray, np.ndarray, np.ndarray]
     conductivity: float  # mean over the volume
     fraction: float
@@ -41,16 +41,16 @@ class Blocks:
         """Return the mean of D_rel over all blocks, by volume."""
         z, y, x = self.lengths
         volume = z[:, None, None] * y[:, None] * x
-        return float((self.d_rel[axis] * volume).sum() / volume.sum())
+        return float((self.D_rel[axis] * volume).sum() / volume.sum())
 
-    def network(self, axis: int, spacing: Sequence[float]) -> float:
+    def network(self, axis: int, voxel_size: Sequence[float]) -> float:
         """Return D_rel of the blocks as resistors between their centres, outer faces as of the whole volume.
 
         Parameters
         ----------
         axis : int
             Axis of the transport.
-        spacing : sequence of float
+        voxel_size : sequence of float
             Voxel edges z, y, x.
 
         Returns
@@ -58,8 +58,8 @@ class Blocks:
         float
             0 where no path of blocks leads from face to face.
         """
-        shape = self.d_rel.shape[1:]
-        edges = [np.asarray(n, float) * h for n, h in zip(self.lengths, spacing, strict=True)]
+        shape = self.D_rel.shape[1:]
+        edges = [np.asarray(n, float) * h for n, h in zip(self.lengths, voxel_size, strict=True)]
         index, halves = np.arange(np.prod(shape)).reshape(shape), []
         rows, columns, values = [], [], []
         for a in range(3):
@@ -69,7 +69,7 @@ class Blocks:
                 if b != a:
                     area = area * np.expand_dims(edges[b], [c for c in range(3) if c != b])
             with np.errstate(divide="ignore"):
-                halves.append(np.moveaxis(0.5 * along / (self.d_rel[a] * area), a, 0))
+                halves.append(np.moveaxis(0.5 * along / (self.D_rel[a] * area), a, 0))
             i = np.moveaxis(index, a, 0)
             g = 1 / (halves[a][:-1] + halves[a][1:])
             rows += [i[:-1][g > 0], i[1:][g > 0]]
@@ -133,7 +133,7 @@ def solve_blocks(
         labels = read(Box((z[0], y[0], x[0]), (z[1], y[1], x[1])))
         found = solve(labels, conductivity, settings, threads=threads)
         for axis, direction in enumerate(AXES):
-            d_rel[(axis, *place)] = found[direction].d_rel or 0.0
+            d_rel[(axis, *place)] = found[direction].D_rel or 0.0
             converged &= found[direction].state != "not converged"
         share = labels.size / float(np.prod([int(n) for n in shape]))
         mean, fraction = mean + share * found["z"].conductivity, fraction + share * found["z"].volume_fraction

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpcres.geometry import Triple
 from hpcres.transport.voxels import Voxels
-from hpcres.volumes.stores import FieldStore
+from hpcres.volumes.field_store import FieldStore
 
 FIELD_PLANES = 64  # of a chunk, which only one rank may write
 

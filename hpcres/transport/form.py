@@ -56,7 +56,7 @@ class Form:
     def of(
         cls,
         shape: Sequence[int],
-        spacing: Sequence[float],
+        voxel_size: Sequence[float],
         resistance: np.ndarray | None = None,
         in_float64: bool = False,
     ) -> Form:
@@ -66,7 +66,7 @@ class Form:
         ----------
         shape : sequence of int
             Voxels along z, y, x.
-        spacing : sequence of float
+        voxel_size : sequence of float
             Voxel edge lengths z, y, x; any unit.
         resistance : ndarray of float, shape (256,), optional
             Half a voxel's resistance by label, inf where a label does not conduct. None for one conductivity.
@@ -77,7 +77,7 @@ class Form:
         -------
         Form
         """
-        z, y, x = map(float, spacing)
+        z, y, x = map(float, voxel_size)
         several = [h for h, n in zip((z, y, x), shape, strict=True) if n > 1] or [1.0]
         aspect, apart = max(several) / min(several), contrast(resistance)
         robust = in_float64 or aspect > WIDEST_PITCH * (1 + 1e-9) or apart < LEAST_CONTRAST

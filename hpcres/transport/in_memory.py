@@ -140,7 +140,7 @@ class _Labelled:
             "converged" if solved.converged else "not converged",
             self.fraction,
             share,
-            solved.d_rel * self.unit if solved.converged else None,
+            solved.D_rel * self.unit if solved.converged else None,
             solved.error if solved.converged else None,
             self.mean,
             kept,

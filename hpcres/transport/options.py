@@ -85,7 +85,7 @@ class TransportOptions:
         volume: Volume,
         *,
         phases: Sequence[str] | None,
-        spacing: Sequence[float],
+        voxel_size: Sequence[float],
         means: Means,
         field: FieldStore | None,
         report: Callable[[str, str, int, float, float], None],
@@ -99,7 +99,7 @@ class TransportOptions:
         return tortuosity(
             volume,
             Conducting(phases, self.phase, self.conductivity),
-            SolveSettings(self.direction or AXES, spacing, self.sides, self.rtol, self.profile),
+            SolveSettings(self.direction or AXES, voxel_size, self.sides, self.rtol, self.profile),
             means,
             crop=self.crop,
             estimate=self.block,

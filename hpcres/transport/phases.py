@@ -146,8 +146,8 @@ def tortuosity(
     """
     conducting, means, watch = conducting or Conducting(), means or Means(), watch or Watch()
     settings = settings or SolveSettings()
-    lengths = tuple(settings.spacing or volume.lengths()[0])
-    settings = replace(settings, spacing=lengths)
+    lengths = tuple(settings.voxel_size or volume.lengths()[0])
+    settings = replace(settings, voxel_size=lengths)
     box = Box.whole(volume.shape) if crop is None else parse_crop(crop, volume.shape)
     solver = _Solver.of(volume, box, means, estimate, whole_chunks=field is not None)
     cut = None if crop is None else [[a, b] for a, b in zip(box.start, box.stop, strict=True)]

@@ -27,7 +27,7 @@ class SolveSettings:
     ----------
     directions : sequence of str
         Any of z, y, x.
-    spacing : sequence of float, optional
+    voxel_size : sequence of float, optional
         Voxel edges z, y, x, in any one unit. By default those that a volume states, and cubic voxels where none are
         stated.
     periodic : sequence of bool
@@ -39,7 +39,7 @@ class SolveSettings:
     """
 
     directions: Sequence[str] = AXES
-    spacing: Sequence[float] | None = None
+    voxel_size: Sequence[float] | None = None
     periodic: Sequence[bool] = INSULATED
     rtol: float = DEFAULT_RTOL
     profile: bool = False
@@ -47,7 +47,7 @@ class SolveSettings:
     @property
     def edges(self) -> tuple[float, float, float]:
         """Voxel edges z, y, x; 1 where they are not given."""
-        z, y, x = self.spacing or (1.0, 1.0, 1.0)
+        z, y, x = self.voxel_size or (1.0, 1.0, 1.0)
         return z, y, x
 
     def sides(self, direction: str, shape: Sequence[int]) -> tuple[bool, bool, bool]:
@@ -103,7 +103,7 @@ class Solution:
     state: Literal["converged", "not percolating", "not converged", "estimate"]
     volume_fraction: float
     percolating_fraction: float | None
-    d_rel: float | None
+    D_rel: float | None
     error: float | None = None
     conductivity: float = 0.0  # mean over the volume, and of what percolates
     percolating_conductivity: float | None = 0.0
@@ -130,9 +130,9 @@ class Solution:
         return self._tau(self.percolating_conductivity)
 
     def _tau(self, conductivity: float | None) -> float | None:
-        if self.d_rel is None or conductivity is None:
+        if self.D_rel is None or conductivity is None:
             return None
-        return conductivity / self.d_rel if self.d_rel > 0 else inf
+        return conductivity / self.D_rel if self.D_rel > 0 else inf
 
     def as_json(self) -> dict[str, Any]:
         """Return the entries of a result in transport.json.
@@ -146,7 +146,7 @@ class Solution:
             "percolating_fraction": self.percolating_fraction,
             "clusters_left_out": self.clusters_left_out,
             "voxels_left_out": self.voxels_left_out,
-            "D_rel": self.d_rel,
+            "D_rel": self.D_rel,
             "error": self.error,
             "tau": tau,
             "tau_percolating": tau_percolating,

@@ -146,7 +146,7 @@ def solve_in_slabs(
         "converged" if solved.converged else "not converged",
         fraction,
         share,
-        solved.d_rel * unit if solved.converged else None,
+        solved.D_rel * unit if solved.converged else None,
         solved.error if solved.converged else None,
         mean,
         conducted,

@@ -175,7 +175,7 @@ class SlabVolume:
             def read(box: Box) -> np.ndarray:
                 return self._small(self._volume.read(box.relative_to([-a for a in self._box.start])))
 
-            alone = SolveSettings(spacing=settings.spacing, rtol=settings.rtol)
+            alone = SolveSettings(voxel_size=settings.voxel_size, rtol=settings.rtol)
             self._blocks = key, solve_blocks(read, self._box.shape, edge, conductivity, alone, self._threads)
         blocks = self._blocks[1]
         found = {}
@@ -201,7 +201,7 @@ class SlabVolume:
         assert self._blocks is not None
         blocks = self._blocks[1]
         return {
-            "blocks": int(np.prod(blocks.d_rel.shape[1:])),
+            "blocks": int(np.prod(blocks.D_rel.shape[1:])),
             "mean_D_rel": blocks.mean(AXES.index(direction)),
             "unreliability": UNRELIABILITY,
         }

@@ -26,7 +26,7 @@ form (docs/transport.md)."""
 class Solved:
     """D_rel, an upper bound, and the estimate of its relative error."""
 
-    d_rel: float
+    D_rel: float
     error: float
     iterations: int
     converged: bool
@@ -154,7 +154,7 @@ class Solver(ABC):
         steps: list[float] = []
         sizes = [self.precondition(r, z)]
         while True:
-            error = claimed_error(steps, sizes, energy)
+            error = robust_estimated_error(steps, sizes, energy)
             if error < rtol and steps:
                 # The residual by recurrence and that of x differ by rounding.
                 by_recurrence = sizes[-1]
@@ -167,7 +167,7 @@ class Solver(ABC):
                 if size >= 0.5 * last_restart:  # the last restart did not help: rounding limits the error
                     break
                 steps, sizes, last_restart = [], [size], size
-                error = claimed_error(steps, sizes, energy)
+                error = robust_estimated_error(steps, sizes, energy)
             if error < rtol or iterations == limit or not sizes[-1] > 0:
                 break
             steps.append(sizes[-1] / self.turn(p, z, sizes[-1] / sizes[-2] if steps else 0.0))
@@ -243,7 +243,7 @@ def error_bound(steps: Sequence[float], sizes: Sequence[float], energy: float, l
     return weight * sizes[-1] / energy if energy > 0 else inf
 
 
-def claimed_error(steps: Sequence[float], sizes: Sequence[float], energy: float) -> float:
+def robust_estimated_error(steps: Sequence[float], sizes: Sequence[float], energy: float) -> float:
     """Compute the error that the robust form claims.
 
     The lower bound of the eigenvalues is LEAST_EIGENVALUE, or half the least Ritz value of the iterations if that is

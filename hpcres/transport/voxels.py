@@ -34,7 +34,7 @@ class Medium:
     ----------
     shape : sequence of int
         Voxels z, y, x.
-    spacing : sequence of float
+    voxel_size : sequence of float
         Voxel edges z, y, x.
     axis : int
         Axis of the transport.
@@ -47,7 +47,7 @@ class Medium:
     """
 
     shape: Sequence[int]
-    spacing: Sequence[float]
+    voxel_size: Sequence[float]
     axis: int
     periodic: Sequence[bool]
     resistance: np.ndarray | None = None
@@ -88,7 +88,7 @@ class Voxels:
 
         `bits` and `labels` are of the planes `planes_of`; without, of the whole volume.
         """
-        shape, spacing, axis, resistance = medium.shape, medium.spacing, medium.axis, medium.resistance
+        shape, voxel_size, axis, resistance = medium.shape, medium.voxel_size, medium.axis, medium.resistance
         first, own = (0, None) if planes_of is None else (planes_of.first, planes_of.own)
         self.shape, self.threads, self.bits = tuple(shape), threads, bits
         self.labels, self.resistance, self.first = labels, resistance, first
@@ -110,10 +110,10 @@ class Voxels:
             -before,
             shape[axis] - 1 - before,
         )
-        h = np.asarray(spacing, np.float64)
+        h = np.asarray(voxel_size, np.float64)
         unit = h[0] * h[1] * h[2] / h[axis] ** 2
         # Conductances in units of one face along the axis, so that D_rel = energy × length / area in voxels.
-        self.form = form = Form.of(self.shape, spacing, resistance, medium.in_float64)
+        self.form = form = Form.of(self.shape, voxel_size, resistance, medium.in_float64)
         if resistance is not None:
             resistance = self.resistance = resistance.astype(form.dtype)
         self.g = tuple(form.dtype(h.prod() / step**2 / unit) for step in h)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import blocks
-from hpcres.lengths import MICROMETERS, RELATIVE
+from hpcres.lengths import MICROMETERS, RELATIVE, VoxelEdges
 from hpcres.outputs import LABELS, refuse_output
 from hpcres.signals import end_if_signalled
 from hpcres.volumes.files import atomic_write
 from hpcres.volumes.phases import UNWRITTEN, PhaseMap
-from hpcres.volumes.stores import LabelStore
+from hpcres.volumes.stores import LabelStore, Layout
 from hpcres.volumes.volume import Volume
 
 _SLAB_BYTES = 2**30
@@ -27,10 +27,8 @@ def convert(
     output: str | Path,
     *,
     phases: Mapping[int, str] | None = None,
-    voxel_size: float | Sequence[float] | None = None,
-    unit: str | None = None,
+    voxel_size: VoxelEdges | None = None,
     chunk_voxels: int | None = None,
-    codec: Literal["zstd", "lz4"] = "zstd",
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -48,13 +46,10 @@ def convert(
     phases
         Name of each label of the source; the store's labels are 0, 1, 2, … in this order. By default the phases that
         the source itself names. Where it names none, the values are kept, and they must lie in 0 … 254.
-    voxel_size, unit
-        Edge length, or edge lengths z, y, x, and their unit. By default those of the source, or 1 voxel where the
-        source states none.
+    voxel_size
+        Edges of a voxel. By default those of the source, or 1 voxel where the source states none.
     chunk_voxels
         Edge of the inner chunks in voxels. By default 128 where the longest axis has at least 512 voxels, else 64.
-    codec
-        Compressor of the chunks.
     provenance
         Further items of the store's attribute `hpcres`.
     overwrite
@@ -70,12 +65,11 @@ def convert(
     Raises
     ------
     InputError
-        Where no `voxel_size` is given and the source states only some of its edges, or where a label does not fit.
+        Where only some of the voxel edges are known, or where a label does not fit.
     """
     output = Path(output)
     refuse_output(output, LABELS, inputs=[source.path], overwrite=overwrite)
-    if voxel_size is None:
-        voxel_size, unit = source.lengths()
+    lengths, unit = (voxel_size or source.edges).lengths(source.path)
     chunk = chunk_voxels or (128 if max(source.shape) >= 512 else 64)
     shard = (chunk * (2 if max(source.shape) <= 2048 else 4),) * 3
     if phases is None and source.phases:
@@ -85,13 +79,10 @@ def convert(
     with atomic_write(output) as temporary:
         store = LabelStore.create(
             temporary,
-            source.shape,
-            shard=shard,
-            chunk_voxels=chunk,
-            voxel_size=voxel_size,
+            Layout(source.shape, shard, chunk),
+            voxel_size=lengths,
             unit=unit if unit in MICROMETERS else RELATIVE,
             phases=names,
-            codec=codec,
             provenance={"source": source.path, **(provenance or {})},
         )
         done, total = 0, sum(len(store.shard_boxes(level)) for level in range(len(store.levels)))

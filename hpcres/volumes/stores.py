@@ -1,15 +1,10 @@
-"""Stores that hpcres writes: OME-Zarr images of labels and of shares, and float fields.
-
-Images have a pyramid and are written shard by shard.
-"""
+"""Stores of images that hpcres writes, of labels and of shares: OME-Zarr with a pyramid, written shard by shard."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -22,11 +17,10 @@ import zarr.storage
 
 from hpcres.errors import InputError, Unfinished
 from hpcres.geometry import AXES, Box, Triple, blocks, triple
-from hpcres.lengths import RELATIVE, Spacing
-from hpcres.outputs import FIELDS, LABELS, refuse_output
-from hpcres.signals import half_made
+from hpcres.lengths import RELATIVE, EdgeLengths
+from hpcres.outputs import LABELS, refuse_output
 from hpcres.volumes.axes import arranged, times
-from hpcres.volumes.files import atomic_write, move_into_place, temporary_beside
+from hpcres.volumes.files import atomic_write
 from hpcres.volumes.formats import open_volume
 from hpcres.volumes.ome_zarr import zarr_node
 from hpcres.volumes.phases import PHASE_COLOURS, UNWRITTEN
@@ -35,12 +29,41 @@ from hpcres.volumes.volume import Volume, corrupt
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the voxels of a store lie in its files.
+
+    Parameters
+    ----------
+    shape
+        Voxels along z, y, x.
+    shard
+        Voxels of a shard along z, y, x; each is a multiple of `chunk_voxels`.
+    chunk_voxels
+        Edge of the inner chunks in voxels.
+    codec
+        Compressor of the chunks.
+    """
+
+    shape: Sequence[int]
+    shard: Sequence[int]
+    chunk_voxels: int
+    codec: Literal["zstd", "lz4"] = "zstd"
+
+    def refuse_unfit(self, path: Path) -> None:
+        """Raise InputError if a store cannot be laid out so."""
+        arranged(str(path), triple(self.shape))
+        if any(edge % self.chunk_voxels or edge < 1 for edge in self.shard):
+            shard = times(triple(self.shard))
+            raise InputError(f"{path}: shard {shard} is not whole chunks of {self.chunk_voxels}³ voxels")
+
+
+@dataclass(frozen=True)
 class LevelInfo:
     """One pyramid level: voxels per axis, voxels per shard, and voxel edge lengths in the store's unit."""
 
     shape: Triple
     shard: Triple
-    voxel_size: Spacing
+    voxel_size: EdgeLengths
 
 
 def code_chunks(at_once: int) -> None:
@@ -88,14 +111,11 @@ class LabelStore:
     def create(
         cls,
         path: str | Path,
-        shape: Sequence[int],
+        layout: Layout,
         *,
-        shard: Sequence[int],
-        chunk_voxels: int,
         voxel_size: float | Sequence[float],
         unit: str,
         phases: Sequence[str],
-        codec: Literal["zstd", "lz4"] = "zstd",
         provenance: Mapping[str, Any],
         overwrite: bool = False,
     ) -> Self:
@@ -105,20 +125,14 @@ class LabelStore:
         ----------
         path
             Folder of the store.
-        shape
-            Voxels along z, y, x.
-        shard
-            Voxels of a shard along z, y, x; each is a multiple of `chunk_voxels`.
-        chunk_voxels
-            Edge of the inner chunks in voxels.
+        layout
+            Shape, shards, chunks and compressor.
         voxel_size
             Edge length in `unit`, one for all axes or three for z, y, x.
         unit
             OME unit name.
         phases
             Names of the labels 0, 1, 2, ….
-        codec
-            Compressor of the chunks.
         provenance
             Content of the attribute `hpcres`.
         overwrite
@@ -135,17 +149,15 @@ class LabelStore:
             Where a store exists and `overwrite` is not set, `shard` is not whole chunks, or a voxel size is not
             positive.
         """
-        path, shape = Path(path), triple(shape)
+        path = Path(path)
         refuse_output(path, LABELS, overwrite=overwrite)
-        arranged(str(path), shape)
-        if any(edge % chunk_voxels or edge < 1 for edge in shard):
-            raise InputError(f"{path}: shard {times(triple(shard))} is not whole chunks of {chunk_voxels}³ voxels")
+        layout.refuse_unfit(path)
         z, y, x = (voxel_size,) * 3 if isinstance(voxel_size, int | float) else tuple(voxel_size)
-        spacing = (float(z), float(y), float(x))
-        if not (min(spacing) > 0 and max(spacing) < float("inf")):
-            raise InputError(f"{path}: voxel size {spacing} is not positive; give for example 65 nm")
+        edges = (float(z), float(y), float(x))
+        if not (min(edges) > 0 and max(edges) < float("inf")):
+            raise InputError(f"{path}: voxel size {edges} is not positive; give for example 65 nm")
         with atomic_write(path) as temporary:
-            cls._write_template(temporary, shape, triple(shard), chunk_voxels, spacing, unit, phases, codec, provenance)
+            cls._write_template(temporary, layout, edges, unit, phases, provenance)
         return cls.open(path)
 
     @classmethod
@@ -346,25 +358,22 @@ class LabelStore:
     def _write_template(
         cls,
         path: Path,
-        shape: Triple,
-        shard: Triple,
-        chunk: int,
-        spacing: Spacing,
+        layout: Layout,
+        voxel_size: EdgeLengths,
         unit: str,
         phases: Sequence[str],
-        codec: Literal["zstd", "lz4"],
         provenance: Mapping[str, Any],
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         axes: list[dict[str, str]] = [{"name": axis, "type": "space"} for axis in AXES]
         for axis in axes:
             axis |= {"unit": unit} if unit != RELATIVE else {}
-        levels = pyramid(shape)
+        levels = pyramid(triple(layout.shape))
         datasets: list[dict[str, Any]] = []
         for level, (_, step) in enumerate(levels):
-            edges = [v * s for v, s in zip(spacing, step, strict=True)]
+            edges = [v * s for v, s in zip(voxel_size, step, strict=True)]
             # The centre of a coarse voxel is the centre of the fine ones under it.
-            centre = [v * (s - 1) / 2 for v, s in zip(spacing, step, strict=True)]
+            centre = [v * (s - 1) / 2 for v, s in zip(voxel_size, step, strict=True)]
             placed = [{"type": "scale", "scale": edges}, {"type": "translation", "translation": centre}]
             datasets.append({"path": str(level), "coordinateTransformations": placed})
         multiscale = {"name": cls.kind, "axes": axes, "datasets": datasets, "type": cls.method}
@@ -373,6 +382,7 @@ class LabelStore:
             "hpcres": dict(provenance),
         }
         group = zarr.create_group(zarr.storage.LocalStore(path), zarr_format=3, attributes=attributes)
+        codec, chunk = layout.codec, layout.chunk_voxels
         level_of = {"zstd": 3, "lz4": 5}
         blosc = zarr.codecs.BloscCodec(typesize=1, cname=codec, clevel=level_of[codec], shuffle="bitshuffle")
         for level, (extent, _) in enumerate(levels):
@@ -383,7 +393,7 @@ class LabelStore:
                 chunks=(chunk,) * 3,
                 fill_value=cls.unwritten,
                 compressors=blosc,
-                shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(shard, extent, strict=True)]),
+                shards=triple([min(s, -(-n // chunk) * chunk) for s, n in zip(layout.shard, extent, strict=True)]),
                 dimension_names=tuple(AXES),
                 config={"write_empty_chunks": True},
             )
@@ -407,103 +417,6 @@ class AgreementStore(LabelStore):
     @classmethod
     def _look(cls, phases: Sequence[str]) -> dict[str, Any]:
         return {}
-
-
-class FieldStore:
-    """float32 fields of one volume in a plain Zarr v3 group, (z, y, x) or (component, z, y, x).
-
-    Voxels without a value are NaN. The store appears at `path` when the block of `with` ends without an error. Several
-    processes may write it.
-
-    Parameters
-    ----------
-    path
-        Folder of the store.
-    shape
-        Voxels along z, y, x.
-    attributes
-        Attributes of the group: spacing, unit and what the fields are.
-    overwrite
-        Replace a store that exists at `path`.
-    shared
-        shared(make) returns, on every process, what `make` returns on the first of them. By default there is one
-        process.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        shape: Triple,
-        attributes: Mapping[str, Any],
-        overwrite: bool = False,
-        shared: Callable[[Callable[[], Any]], Any] | None = None,
-    ) -> None:
-        refuse_output(path, FIELDS, overwrite=overwrite)
-        self.path, self.shape = Path(path), shape
-        self._shared = shared or (lambda make: make())
-        self._attributes = dict(attributes)
-
-    def __enter__(self) -> Self:
-        """Make the group under a temporary name beside `path`."""
-
-        def make() -> Path:
-            temporary = temporary_beside(self.path)
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            zarr.create_group(zarr.storage.LocalStore(temporary), zarr_format=3, attributes=self._attributes)
-            return temporary
-
-        self._temporary: Path = self._shared(make)
-        self._ending = ExitStack()
-        self._ending.enter_context(half_made(self._temporary))
-        self._group = zarr.open_group(zarr.storage.LocalStore(self._temporary), mode="r+")
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Rename the group to `path` when all processes have written, or remove it after an error."""
-
-        def finish() -> None:
-            move_into_place(self._temporary, self.path)
-
-        try:
-            if kind is None:
-                self._shared(lambda: None)  # when all have written
-                self._shared(finish)
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._ending.close()
-
-    def add(self, name: str, components: int | None = None) -> zarr.Array[Any]:
-        """Create an array of the group, which is to be written in slabs of whole 64 planes.
-
-        Parameters
-        ----------
-        name
-            Name of the array.
-        components
-            Length of the first axis of an array (component, z, y, x); None for an array (z, y, x).
-
-        Returns
-        -------
-        zarr.Array
-            float32 array.
-        """
-        self._shared(lambda: self._create(name, components) and None)
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
-        return array
-
-    def _create(self, name: str, components: int | None) -> zarr.Array[Any]:
-        first: tuple[int, ...] = () if components is None else (components,)
-        chunks = (*((1,) * len(first)), *(min(64, n) for n in self.shape))
-        return self._group.create_array(
-            name,
-            shape=(*first, *self.shape),
-            dtype="float32",
-            chunks=chunks,
-            fill_value=float("nan"),
-            compressors=zarr.codecs.BloscCodec(typesize=4, cname="zstd", clevel=1, shuffle="shuffle"),
-            dimension_names=(*(("component",) * len(first)), *AXES),
-        )
 
 
 def _image_label(phases: Mapping[int, str | None]) -> dict[str, Any]:

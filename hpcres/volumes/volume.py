@@ -17,7 +17,7 @@ import numpy as np
 
 from hpcres.errors import InputError
 from hpcres.geometry import Boundaries, Box, Triple, pieces_of, triple
-from hpcres.lengths import UNKNOWN, Spacing, VoxelEdges
+from hpcres.lengths import UNKNOWN, EdgeLengths, VoxelEdges
 from hpcres.study import RawHeader
 from hpcres.volumes.axes import Arrangement, arranged, times
 
@@ -57,7 +57,7 @@ class Volume:
     """What opens it in another process."""
 
     @property
-    def voxel_size(self) -> Spacing | None:
+    def voxel_size(self) -> EdgeLengths | None:
         """Edge lengths z, y, x in `unit`; None where the file does not state all three."""
         return self.lengths()[0] if all(self.edges.each) else None
 
@@ -66,7 +66,7 @@ class Volume:
         """OME-Zarr's name of the unit of length; None where the file does not state one for all three edges."""
         return self.lengths()[1] if self.edges.known else None
 
-    def lengths(self) -> tuple[Spacing, str]:
+    def lengths(self) -> tuple[EdgeLengths, str]:
         """Return the edge lengths z, y, x and their unit, as `VoxelEdges.lengths`.
 
         Raises

@@ -20,12 +20,13 @@ from pydantic import ValidationError
 from hpcres.errors import InputError
 from hpcres.old_names import RENAMED_SETTINGS, rename_old_settings
 from hpcres.outputs import STUDY, STUDY_MARK, refuse_output
-from hpcres.study import Section, Study, study_model
+from hpcres.study.model import Study, study_model
+from hpcres.study.values import Section
 from hpcres.volumes.files import atomic_write
 
 log = logging.getLogger("hpcres")
 _SHIPPED = "hpcres:"
-_RECIPES = Path(__file__).resolve().parent / "recipes"
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
