@@ -183,9 +183,7 @@ def test_whole_cells_need_what_their_outputs_do():
 
 
 def test_outputs_that_later_stages_add_are_held():
-    stages = LISTS[
-        "every activation, kernels of 1, 3 and 5"
-    ]  # the third adds the outputs of the first two
+    stages = LISTS["every activation, kernels of 1, 3 and 5"]  # the third adds the outputs of the first two
     assert [stages.added_from(number) for number in range(4)] == [set(), {0}, {0, 1}, set()]
     values = [1, 10, 100, 1000, 10000]
     assert stages.most_held(values, [7, 0, 0, 0]) == 1000  # at the last stage its input
