@@ -216,7 +216,7 @@ def test_each_command_counts_unwritten_chunks_before_it_reads_them(monkeypatch, 
         raise InputError("the volume is read")
 
     monkeypatch.setattr("hpcres.training.loop.train", reads)
-    monkeypatch.setattr("hpcres.inference.run.infer", reads)
+    monkeypatch.setattr("hpcres.label_stores.infer", reads)
     study = ["study.yaml", "--set", "low_res.path=low.h5:/v"]
     left_out = ("correlations", "chords", "connectivity", "spectrum", "representative")
     for arguments, last in (
