@@ -1,6 +1,6 @@
 """Measure label volumes with Dask and lay the numbers out as metrics.json.
 
-metrics.json (schema "hpcres metrics 1"; lengths in `length_unit`, micrometer wherever the voxel size is known):
+metrics.json (schema "hpcres metrics 2"; lengths in `length_unit`, micrometer wherever the voxel size is known):
 
     schema, command, versions
     volume                what was measured, as below
@@ -58,7 +58,7 @@ from hpcres.volumes.volume import NotALabel, Volume
 if TYPE_CHECKING:
     from distributed import Client
 
-SCHEMA = "hpcres metrics 1"
+SCHEMA = "hpcres metrics 2"
 OPEN = (False, False, False)
 """No axis is periodic: the volume's outer faces part nothing."""
 _FAN_IN = 32

@@ -26,7 +26,7 @@ def schema_of(file: Literal["study", "metrics", "transport"] | str) -> dict[str,
     Examples
     --------
     >>> schema_of("metrics")["$id"]
-    'hpcres metrics 1'
+    'hpcres metrics 2'
     >>> "training" in schema_of("study")["properties"]
     True
     """
