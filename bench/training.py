@@ -261,10 +261,14 @@ except ValidationError as found:
 PROCESSOR_SECONDS = (
     READ
     + """
-from hpcres.training.wgan import Models
 from hpcres.training.distributed import processes
-from hpcres.training.data.cubes import LowResCubes
-from hpcres.training.data.slices import RealSlices
+try:
+    from hpcres.training.data.cubes import LowResCubes
+    from hpcres.training.data.slices import RealSlices
+    from hpcres.training.wgan import Models
+except ImportError:  # a checkout from before December 2026
+    from hpcres.training.adversarial import Models
+    from hpcres.training.samples import LowResCubes, RealSlices
 with processes(study.device, 1) as group:
     models, low_res, real = Models(study, group), LowResCubes(study), RealSlices(study, group.device)
     seconds = []
