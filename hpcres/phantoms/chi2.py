@@ -38,7 +38,7 @@ class Excursion:
     --------
     >>> set_ = Excursion(0.5, 10.0, "gaussian")
     >>> round(set_.threshold, 4), round(float(set_.two_point([10.0])[0]), 4)
-    (1.3863, 0.2682)
+    (1.3863, 0.2672)
     """
 
     share: float
