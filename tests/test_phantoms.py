@@ -11,13 +11,17 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from hpcres import phantoms
 from hpcres.counting.counts import count
 from hpcres.counting.totals import finalize
 from hpcres.errors import InputError
-from hpcres.geometry import Box
+from hpcres.geometry import Box, blocks
 from hpcres.imaging import ImagingOperator, one_hot
-from hpcres.phantoms import chi2_field, make_phantom, separator, three_phase
+from hpcres.phantoms import files
+from hpcres.phantoms.chi2 import Chi2Volume, Excursion, correlations_for, pair_probability
+from hpcres.phantoms.files import make_phantom
+from hpcres.phantoms.fit import fit
+from hpcres.phantoms.gaussian import FieldPair, correlation
+from hpcres.phantoms.materials import separator, three_phase
 from hpcres.study import Study
 from hpcres.volumes.formats import open_volume, read_images
 
@@ -40,12 +44,26 @@ def pairs(solid: np.ndarray, axis: int, lag: int) -> float:
     return float((solid[tuple(ahead)] & solid[tuple(behind)]).mean())
 
 
+def chi2(shape, seed, share: float, feature: float, covariance: str = "exponential") -> np.ndarray:
+    return Chi2Volume(shape, seed, [Excursion(share, feature, covariance)]).read(Box.whole(shape))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_the_two_point_law_is_that_of_a_noncentral_chi_square(share):
+    rho = np.array([0.05, 0.5, 0.9, 0.99])
+    exact = [chi2_pair_probability(1 - share, one) for one in rho]
+    found = pair_probability(-2 * np.log(share), rho)
+    np.testing.assert_allclose(found, exact, rtol=1e-7)
+    np.testing.assert_allclose(correlations_for(-2 * np.log(share), found), rho, atol=1e-5)
+    assert pair_probability(-2 * np.log(share), np.array([0.0, 1.0])) == pytest.approx([share**2, share])
+
+
 def test_chi2_field_has_its_porosity_and_its_two_point_law():
     # Forty volumes; the tolerances are four standard errors of their mean.
     gamma_squared, porosity, lags = 1 / 6, 0.35, (1, 2, 5, 12, 40)
     measured = []
     for seed in range(40):
-        solid = chi2_field((48, 72, 60), seed, gamma_squared=gamma_squared, porosity=porosity).astype(bool)
+        solid = chi2((48, 72, 60), seed, 1 - porosity, 1 / gamma_squared).astype(bool)
         measured.append([solid.mean(), *(pairs(solid, axis, lag) for lag in lags for axis in range(3))])
     mean = np.mean(measured, axis=0)
     error = 4 * np.std(measured, axis=0, ddof=1) / np.sqrt(len(measured))
@@ -59,9 +77,51 @@ def test_chi2_field_has_its_porosity_and_its_two_point_law():
 
 def test_chi2_covariance_is_isotropic_off_the_axes():
     gamma_squared = 1 / 6
-    solid = [chi2_field((64, 64, 64), (9, s), gamma_squared=gamma_squared, porosity=0.5).astype(bool) for s in range(6)]
+    solid = [chi2((64, 64, 64), (9, s), 0.5, 1 / gamma_squared).astype(bool) for s in range(6)]
     diagonal = np.mean([(s[3:, 4:, :] & s[:-3, :-4, :]).mean() for s in solid])  # a lag of 3, 4, 0: 5 voxels
     assert diagonal == pytest.approx(chi2_pair_probability(0.5, np.exp(-5 * gamma_squared)), abs=0.02)
+
+
+@pytest.mark.parametrize(("covariance", "bound"), [("exponential", 5e-4), ("gaussian", 1e-5)])
+def test_the_kernel_s_cut_changes_the_covariance_little(covariance, bound):
+    found = FieldPair((64, 64, 64), 0, 6.0, covariance).achieved()
+    z, y, x = np.ogrid[tuple(slice(n) for n in found.shape)]
+    assert np.abs(found - correlation(covariance, np.sqrt(z**2 + y**2 + x**2), 6.0)).max() < bound
+    assert found[0, 0, 0] == pytest.approx(1, rel=1e-12)
+
+
+@pytest.mark.parametrize("edge", [(64, 64, 64), (37, 170, 99), (1, 200, 1)])
+def test_chi2_labels_do_not_depend_on_what_is_read_together(edge):
+    shape, sets = (150, 170, 200), [Excursion(0.5, 10.0, "gaussian"), Excursion(0.4, 6.0, "gaussian")]
+    volume = Chi2Volume(shape, 3, sets)
+    whole = volume.read(Box.whole(shape))
+    found = np.zeros_like(whole)
+    pieces = blocks(shape, edge)
+    for box in pieces if len(pieces) < 100 else pieces[::997]:
+        found[box.slices] = volume.read(box)
+        np.testing.assert_array_equal(found[box.slices], whole[box.slices])
+    assert np.bincount(whole.ravel(), minlength=3) / whole.size == pytest.approx([0.5, 0.3, 0.2], abs=0.05)
+
+
+@pytest.mark.parametrize(("covariance", "feature", "share"), [("gaussian", 8.0, 0.4), ("exponential", 6.0, 0.5)])
+def test_a_fit_finds_the_model_that_a_volume_is_drawn_from(covariance, feature, share):
+    model = Excursion(share, feature, covariance)
+    for seed in range(2):
+        solid = chi2((128, 128, 128), seed, share, feature, covariance).astype(bool)
+        s2 = [solid.mean(), *(np.mean([pairs(solid, axis, lag) for axis in range(3)]) for lag in range(1, 31))]
+        best, other = fit(s2)
+        assert best.model.covariance == covariance
+        assert best.model.gamma == pytest.approx(model.gamma, rel=0.05)
+        assert best.model.share == pytest.approx(share, abs=0.015)
+        assert best.s2_misfit < 0.002 < 0.01 < other.s2_misfit
+        assert abs(best.face_misfit) < 0.04 < 0.3 < abs(other.face_misfit)
+
+
+def test_the_surface_of_a_gaussian_excursion_set_is_its_formula():
+    model = Excursion(0.4, 12.0, "gaussian")
+    solid = chi2((128, 128, 128), 1, 0.4, 12.0, "gaussian")
+    faces = sum(int((np.diff(solid.astype(np.int8), axis=axis) != 0).sum()) for axis in range(3))
+    assert faces * 2 / 3 / solid.size == pytest.approx(model.surface_per_volume(), rel=0.06)  # Cauchy and Crofton
 
 
 def mean_chord(labels: np.ndarray, phase: int) -> float:
@@ -107,7 +167,7 @@ def test_separator_has_lamellae_across_x_and_fibrils_along_it():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda shape, seed: chi2_field(shape, seed, gamma_squared=0.1, porosity=0.4),
+        lambda shape, seed: chi2(shape, seed, 0.6, 10),
         lambda shape, seed: three_phase(shape, seed, feature_voxels=8),
         lambda shape, seed: separator(shape, seed, feature_voxels=8),
     ],
@@ -167,7 +227,7 @@ def study(folder: Path, scale: Any = 4, **changes: Any) -> Study:
     [{}, {"operator": "under-sampled"}, {"kernel_voxels": 13, "sigma_voxels": 3}, {"box": True}],
 )
 def test_low_res_is_the_whole_truth_through_the_imaging_operator(scale, imaging, tmp_path, monkeypatch):
-    monkeypatch.setattr(phantoms, "_BLOCK_VOXELS", 32)
+    monkeypatch.setattr(files, "_BLOCK_VOXELS", 32)
     here = study(tmp_path, scale, imaging=imaging)
     paths = make_phantom(here)
     assert [path.name for path in paths] == ["truth.zarr", "low_res.zarr", "slices.tif"]
@@ -262,7 +322,7 @@ def test_a_second_run_needs_overwrite_and_a_failed_one_leaves_the_first(tmp_path
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(InputError, match="exists already; give `overwrite`"):
         make_phantom(here)
-    monkeypatch.setattr(phantoms, "imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(files, "imaged", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
         make_phantom(here, overwrite=True)
     monkeypatch.undo()

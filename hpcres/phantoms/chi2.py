@@ -88,8 +88,8 @@ class Excursion:
 def pair_probability(threshold: float, correlations: np.ndarray) -> np.ndarray:
     """Return the probability that two χ² variables of two degrees of freedom both exceed a threshold.
 
-    S2 = e^(−2a) + ∫₀^{arcsin ρ} (2a / cos t) exp(−2a / (1 + sin t)) I₁e(2a sin t / cos² t) dt with a = ν/2, where I₁e is
-    the exponentially scaled Bessel function.
+    S2 = e^(−2a) + ∫₀^{arcsin ρ} (2a / cos t) exp(−2a / (1 + sin t)) I₁e(2a sin t / cos² t) dt with a = ν/2. I₁e is the
+    exponentially scaled Bessel function.
 
     Parameters
     ----------

@@ -11,9 +11,10 @@ import numpy as np
 
 from hpcres import __version__
 from hpcres.errors import InputError
-from hpcres.geometry import Triple, blocks, triple
+from hpcres.geometry import Box, Triple, blocks, triple
 from hpcres.lengths import cubic
 from hpcres.outputs import PHANTOM, refuse_output
+from hpcres.phantoms.chi2 import Chi2Volume, Excursion
 from hpcres.phantoms.materials import BINDER, LEAST_ACTIVE, Seed, no_active, separator, three_phase
 from hpcres.signals import end_if_signalled
 from hpcres.volumes.convert import convert
@@ -55,7 +56,8 @@ def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.nda
         uint8 (z, y, x).
     """
     if phantom.kind == "chi2":
-        return chi2_field(shape, seed, gamma_squared=1 / phantom.feature_voxels, porosity=phantom.porosity)
+        sets = [Excursion(1 - phantom.porosity, phantom.feature_voxels)]
+        return Chi2Volume(shape, seed, sets).read(Box.whole(shape))
     kind = three_phase if phantom.kind == "three-phase" else separator
     return kind(shape, seed, feature_voxels=phantom.feature_voxels, porosity=phantom.porosity)
 

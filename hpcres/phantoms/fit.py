@@ -77,8 +77,8 @@ def fit(s2: Sequence[float] | np.ndarray) -> list[Fit]:
     last = int(low[0]) if len(low) else len(measured) - 1
     if last < 1:
         raise InputError(
-            "calibrate: neighbouring voxels of the phase are not correlated, so no covariance can be fitted; use a finer "
-            "image"
+            "calibrate: neighbouring voxels of the phase are not correlated, so no covariance can be fitted; use a "
+            "finer image"
         )
     lag, rho = np.arange(1, last + 1), np.clip(correlations[1 : last + 1], 0, 1 - 1e-9)
     step = 1e-4 * (1 - rho)

@@ -67,6 +67,7 @@ def three_phase(
 
 
 def no_active(key: str, porosity: float, binder: float) -> str:
+    """Return the message that too little is left for the active material."""
     return f"phantom.{key}: {porosity} leaves no active material beside binder {binder}; lower it"
 
 
