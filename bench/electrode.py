@@ -23,7 +23,7 @@ from hpcres.geometry import Box
 from hpcres.lengths import Length, cubic
 from hpcres.metrics.measure import Sampling, Work, measure
 from hpcres.metrics.schedule import connect
-from hpcres.phantoms import imaged
+from hpcres.phantoms.files import Imaged
 from hpcres.study import Study, SubVolumes
 from hpcres.study.file import load_study
 from hpcres.volumes.convert import convert
@@ -82,7 +82,8 @@ def make(folder: Path, scale: str, recipe: Path | None, isotropic: bool) -> Path
     _written(folder / "truth.zarr", truth, of_high, 1)
     _written(halves["truth"], other_half(truth), of_high, 1)
     if not (folder / low_res).exists() or not halves["low_res"].exists():
-        coarse = imaged(truth, study)
+        low_res = Imaged(array_volume(truth, "truth"), study)
+        coarse = low_res.read(Box.whole(low_res.shape))
         _written(folder / low_res, coarse, of_low, float(study.scale_factor))
         _written(halves["low_res"], other_half(coarse), of_low, float(study.scale_factor))
     return file

@@ -42,13 +42,14 @@ def prepare(folder: Path, scale: int, width: int, edge: int, tile: int) -> Path:
     import yaml
 
     from hpcres.checkpoint import build_generator, save_checkpoint
-    from hpcres.phantoms import chi2_field
+    from hpcres.geometry import Box
+    from hpcres.phantoms.chi2 import Chi2Volume, Excursion
     from hpcres.study.file import load_study
 
     low = edge // scale
     # Repeated, because a phantom of a big volume takes longer than painting it.
     part = min(low, 96)
-    block = chi2_field((part,) * 3, 1, gamma_squared=0.02, porosity=0.4).astype(np.uint8)
+    block = Chi2Volume((part,) * 3, 1, [Excursion(0.6, 50)]).read(Box.whole((part,) * 3))
     np.save(folder / "low.npy", np.tile(block, (-(-low // part),) * 3)[:low, :low, :low])
     tiles = -(-edge // tile)
     content = {

@@ -78,7 +78,7 @@ def phantom(phases: int) -> np.ndarray:
     """Labels of 256³: three connected phases, or grains of as many as asked for."""
     from scipy.ndimage import gaussian_filter
 
-    from hpcres.phantoms import three_phase
+    from hpcres.phantoms.materials import three_phase
 
     if phases == 3:
         return three_phase((256,) * 3, 1, feature_voxels=12)

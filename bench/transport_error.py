@@ -21,7 +21,9 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.linalg import cg, splu
 
-from hpcres.phantoms import chi2_field, separator, three_phase
+from hpcres.geometry import Box
+from hpcres.phantoms.chi2 import Chi2Volume, Excursion
+from hpcres.phantoms.materials import separator, three_phase
 from hpcres.transport import SolveSettings
 from hpcres.transport.in_memory import solve
 from hpcres.transport.multigrid import System
@@ -58,7 +60,8 @@ def systems(first: int, number: int):
         yield "blobs, sigma 1", blobs(cube, seed, 1.0, share), one, {}
         yield "blobs, sigma 2.5", blobs(cube, seed, 2.5, share), one, {}
         gamma_squared = float(rng.uniform(0.03, 0.3))
-        yield "chi2 phantoms", chi2_field(cube, seed, gamma_squared=gamma_squared, porosity=share), {0: 1.0}, {}
+        chi2 = Chi2Volume(cube, seed, [Excursion(1 - share, 1 / gamma_squared)]).read(Box.whole(cube))
+        yield "chi2 phantoms", chi2, {0: 1.0}, {}
         yield "separators", separator(cube, seed, feature_voxels=float(rng.uniform(3, 8)), porosity=share), {0: 1.0}, {}
         yield "tubes", tubes(cube, seed), one, {}
         yield "random, near the threshold", (rng.random(cube) < rng.uniform(0.32, 0.36)).astype(np.uint8), one, {}

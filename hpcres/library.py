@@ -336,7 +336,7 @@ def phantom(
     ------
     InputError
     """
-    from hpcres.phantoms import make_phantom
+    from hpcres.phantoms.files import make_phantom
 
     return make_phantom(study_of(study, settings, output), overwrite)
 

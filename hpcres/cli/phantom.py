@@ -25,7 +25,7 @@ def phantom(study: str, settings: tuple[str, ...], output: str | None, overwrite
     Writes <output>/phantom/: truth.zarr, low_res.zarr, and slices.tif (one file per plane where
     high_res.isotropic is false).
     """
-    from hpcres.phantoms import make_phantom
+    from hpcres.phantoms.files import make_phantom
 
     def show(name: str) -> None:
         end_if_signalled()

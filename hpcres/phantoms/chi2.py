@@ -170,6 +170,11 @@ class Chi2Volume:
         ]
 
     @property
+    def blocks(self) -> Triple:
+        """Blocks z, y, x in which the labels are made; boxes of whole blocks are the fastest to read."""
+        return self._sets[0][1].block
+
+    @property
     def bytes(self) -> int:
         """Memory that reading takes besides what is read."""
         return max(fields.bytes for _, fields in self._sets)
@@ -182,7 +187,7 @@ class Chi2Volume:
         labels = np.zeros(box.shape, np.uint8)
         for number, (one, fields) in enumerate(self._sets):
             threshold = np.float32(one.threshold)
-            for block in _blocks_meeting(box, fields.block, self.shape):
+            for block in blocks_meeting(box, fields.block, self.shape):
                 common = block.clipped(box)
                 place, own = common.relative_to(box.start).slices, common.relative_to(block.start).slices
                 before = labels[place]
@@ -194,7 +199,7 @@ class Chi2Volume:
         return labels
 
 
-def _blocks_meeting(box: Box, edge: Triple, shape: Triple) -> list[Box]:
+def blocks_meeting(box: Box, edge: Triple, shape: Triple) -> list[Box]:
     """Return the blocks of a lattice that begins at voxel 0 which have voxels in the box."""
     first = [a // n for a, n in zip(box.start, edge, strict=True)]
     counts = [-(-b // n) - f for b, n, f in zip(box.stop, edge, first, strict=True)]

@@ -11,24 +11,28 @@ import numpy as np
 
 from hpcres import __version__
 from hpcres.errors import InputError
-from hpcres.geometry import Box, Triple, blocks, triple
+from hpcres.geometry import Box, Triple, triple
 from hpcres.lengths import cubic
+from hpcres.memory import free_bytes
 from hpcres.outputs import PHANTOM, refuse_output
-from hpcres.phantoms.chi2 import Chi2Volume, Excursion
+from hpcres.phantoms.chi2 import Chi2Volume, Excursion, blocks_meeting
 from hpcres.phantoms.materials import BINDER, LEAST_ACTIVE, Seed, no_active, separator, three_phase
+from hpcres.progress import progress_display
 from hpcres.signals import end_if_signalled
 from hpcres.volumes.convert import convert
 from hpcres.volumes.files import atomic_write
+from hpcres.volumes.formats import open_volume
 from hpcres.volumes.tiff import write_images
-from hpcres.volumes.volume import array_volume
+from hpcres.volumes.volume import Volume, array_volume
 
 if TYPE_CHECKING:
     from hpcres.study import Phantom, Study
 
 
 KINDS = {"chi2": 2, "three-phase": 3, "separator": 2}
-"""Phases of each kind: pore and solid; pore, active and binder; pore and polymer."""
+"""Phases of each kind: pore, solid and a further one for each cut; pore, active and binder; pore and polymer."""
 _BYTES_PER_VOXEL = 28
+"""Of the torus that a kind other than chi2 is made on."""
 _PLANES = {0: "yx", 1: "zx", 2: "zy"}
 _FINEST_VOXELS = 4
 """Below this feature size the voxel lattice shows."""
@@ -36,10 +40,10 @@ _BLOCK_VOXELS = 96
 """High-res edge of the blocks that go one-hot through the imaging operator."""
 
 
-def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.ndarray:
-    """Return the labels of a study's phantom for any shape and seed.
+def phantom_volume(phantom: Phantom, shape: Sequence[int], seed: Seed) -> Volume:
+    """Return a study's phantom of any shape and seed as a volume.
 
-    The study's `feature_voxels` is, for the χ²-field, the distance at which the covariance has fallen to 1/e.
+    A χ² phantom is made while it is read; phantoms of other kinds are held.
 
     Parameters
     ----------
@@ -52,14 +56,23 @@ def phantom_labels(phantom: Phantom, shape: Sequence[int], seed: Seed) -> np.nda
 
     Returns
     -------
-    ndarray
-        uint8 (z, y, x).
+    Volume
+        Labels (z, y, x), uint8.
     """
+    name = f"{phantom.kind} phantom"
     if phantom.kind == "chi2":
-        sets = [Excursion(1 - phantom.porosity, phantom.feature_voxels)]
-        return Chi2Volume(shape, seed, sets).read(Box.whole(shape))
+        made = chi2_volume(phantom, shape, seed)
+        return Volume(name, made.shape, made.dtype, made.blocks, made.read)
     kind = three_phase if phantom.kind == "three-phase" else separator
-    return kind(shape, seed, feature_voxels=phantom.feature_voxels, porosity=phantom.porosity)
+    return array_volume(kind(shape, seed, feature_voxels=phantom.feature_voxels, porosity=phantom.porosity), name)
+
+
+def chi2_volume(phantom: Phantom, shape: Sequence[int], seed: Seed) -> Chi2Volume:
+    """Return the χ² model of a study's phantom."""
+    first = Excursion(1 - phantom.porosity, phantom.feature_voxels, phantom.covariance)
+    return Chi2Volume(
+        shape, seed, [first, *(Excursion(cut.share, cut.feature_voxels, cut.covariance) for cut in phantom.cuts)]
+    )
 
 
 def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str], None] | None = None) -> list[Path]:
@@ -99,7 +112,11 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
     labels_of = np.array(list(study.high_res.phases), np.int32)
     label_type = np.min_scalar_type(int(labels_of.max())) if labels_of.min() >= 0 else np.dtype(np.int32)
     # A setting that is not used is not listed, so the files have the same bytes as before there was the setting.
-    unused = {"slices_porosity"} if phantom.slices_porosity is None else None
+    unused = {
+        name
+        for name in ("slices_porosity", "covariance", "cuts")
+        if getattr(phantom, name) == type(phantom).model_fields[name].default
+    }
     made_by = phantom.model_dump(mode="json", exclude=unused)
     provenance = {"phantom": made_by, "seed": study.seed, "hpcres_version": __version__}
     with atomic_write(folder) as temporary:
@@ -109,29 +126,32 @@ def make_phantom(study: Study, overwrite: bool = False, progress: Callable[[str]
             stack = labels_of.astype(label_type)[_slices(phantom, study.seed, axis)]
             write_images(temporary / name, stack)
         say("truth.zarr")
-        truth = phantom_labels(phantom, phantom.voxels, (study.seed, 0))
-        voxel = study.high_res.voxel_size
-        convert(
-            array_volume(truth, f"{phantom.kind} phantom"),
-            temporary / "truth.zarr",
-            phases=dict(enumerate(study.phases)),
-            voxel_size=cubic(voxel),
-            provenance=provenance,
-        )
+        shown = progress is not None
+        with progress_display("phantom, shards of truth.zarr", shown=shown) as show:
+            convert(
+                phantom_volume(phantom, phantom.voxels, (study.seed, 0)),
+                temporary / "truth.zarr",
+                phases=dict(enumerate(study.phases)),
+                voxel_size=cubic(study.high_res.voxel_size),
+                provenance=provenance,
+                progress=lambda done, total: show(done, total=total),
+            )
         say("low_res")
-        coarse, voxel = imaged(truth, study), study.low_res_voxel_size
+        coarse = Imaged(open_volume(temporary / "truth.zarr"), study)
         if study.low_res.channels:
-            for name, fractions in zip(_low_res_files(study), coarse, strict=True):
+            for name, fractions in zip(_low_res_files(study), coarse.read(Box.whole(coarse.shape)), strict=True):
                 write_images(temporary / name, fractions)
         else:
             names = {label: "+".join(group) for label, group in enumerate(study.low_res.groups)}
-            convert(
-                array_volume(coarse, f"{phantom.kind} phantom"),
-                temporary / "low_res.zarr",
-                phases=names,
-                voxel_size=cubic(voxel),
-                provenance=provenance,
-            )
+            with progress_display("phantom, shards of low_res.zarr", shown=shown) as show:
+                convert(
+                    Volume(f"{phantom.kind} phantom", coarse.shape, np.dtype(np.uint8), coarse.shape, coarse.read),
+                    temporary / "low_res.zarr",
+                    phases=names,
+                    voxel_size=cubic(study.low_res_voxel_size),
+                    provenance=provenance,
+                    progress=lambda done, total: show(done, total=total),
+                )
         end_if_signalled()
     return [folder / name for name in _files(study)]
 
@@ -157,7 +177,12 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
             f"study {study.name}: has no phantom section, so there is none to make; add for example "
             "`phantom: {kind: three-phase, voxels: 256x256x256}`"
         )
-    due = KINDS[phantom.kind]
+    if phantom.kind != "chi2" and (phantom.cuts or phantom.covariance != "exponential"):
+        raise InputError(
+            f"phantom.{'cuts' if phantom.cuts else 'covariance'}: is of kind chi2, this phantom is {phantom.kind}; "
+            "drop it, or set phantom.kind=chi2"
+        )
+    due = KINDS[phantom.kind] + len(phantom.cuts)
     if len(study.phases) != due:
         raise InputError(
             f"phantom.kind: {phantom.kind} has {due} phases, high_res.phases {len(study.phases)} "
@@ -195,12 +220,19 @@ def _checked(study: Study, overwrite: bool) -> tuple[Phantom, Path]:
     if min(low_res) < 1:
         raise InputError(f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} has no whole low-res voxel; use more")
     refuse_output(folder, PHANTOM, overwrite=overwrite)
-    torus = max(prod(n + 6 * phantom.feature_voxels for n in shape) for shape in _shapes(study, phantom))
-    need, have = _BYTES_PER_VOXEL * torus, _memory_bytes()
+    if phantom.kind == "chi2":
+        need = max(chi2_volume(phantom, shape, 0).bytes for shape in _shapes(study, phantom))
+        need += prod(phantom.voxels[1:]) * 256  # a row of shards
+        why, remedy = "phantom.feature_voxels", f"{phantom.feature_voxels:g}"
+    else:
+        need = int(
+            _BYTES_PER_VOXEL * max(prod(n + 6 * phantom.feature_voxels for n in s) for s in _shapes(study, phantom))
+        )
+        why, remedy = "phantom.voxels", "x".join(map(str, phantom.voxels))
+    have = free_bytes()
     if need > have:
         raise InputError(
-            f"phantom.voxels: {'x'.join(map(str, phantom.voxels))} needs {need / 2**30:.1f} GiB, "
-            f"{have / 2**30:.1f} GiB are free; make it smaller"
+            f"{why}: {remedy} needs {need / 2**30:.1f} GiB, {have / 2**30:.1f} GiB are free; make it smaller"
         )
     return phantom, folder
 
@@ -226,55 +258,56 @@ def _slices(phantom: Phantom, seed: int, axis: int) -> np.ndarray:
     """Return slices normal to `axis` (slice, row, column), cut from a realisation made for them alone."""
     if phantom.slices_porosity is not None:
         phantom = phantom.model_copy(update={"porosity": phantom.slices_porosity})
-    slab = phantom_labels(phantom, _slab_shape(phantom, axis), (seed, 1 + axis))
-    return np.ascontiguousarray(np.moveaxis(slab, axis, 0)[:: _slice_distance(phantom)])
+    volume = phantom_volume(phantom, _slab_shape(phantom, axis), (seed, 1 + axis))
+    planes = []
+    for place in range(0, volume.shape[axis], _slice_distance(phantom)):
+        start, stop = [0, 0, 0], list(volume.shape)
+        start[axis], stop[axis] = place, place + 1
+        planes.append(volume.read(Box(triple(start), triple(stop))).squeeze(axis))
+    return np.stack(planes)
 
 
-def imaged(truth: np.ndarray, study: Study) -> np.ndarray:
-    """Apply the study's imaging operator to the truth, block by block, so that only one block at a time is one-hot.
+class Imaged:
+    """The low-res volume that a study's imaging operator makes of a truth, computed while it is read.
 
     Parameters
     ----------
-    truth : ndarray
+    truth : Volume
         Labels (z, y, x).
     study : Study
         Study with the phases, the scale factor and the imaging operator.
-
-    Returns
-    -------
-    ndarray
-        Low-res labels (z, y, x), uint8, or fractions (channel, z, y, x), float32.
     """
-    import torch
 
-    from hpcres.imaging import ImagingOperator, one_hot
+    def __init__(self, truth: Volume, study: Study) -> None:
+        from hpcres.imaging import ImagingOperator
 
-    scale, phases = study.scale_factor, len(study.phases)
-    p, q = scale.numerator, scale.denominator
-    operator = ImagingOperator.of(study)
-    margin = -(-operator.margin_voxels // p)
-    shape = [int(n / scale) for n in truth.shape]
-    coarse: np.ndarray = np.empty(shape, np.uint8)
-    if operator.fractions:
-        coarse = np.empty((len(study.low_res.channels), *shape), np.float32)
-    edge = max(1, _BLOCK_VOXELS // p)
-    # Blocks are counted in repeats of the sampling pattern: p high-res voxels, q low-res ones.
-    for block in blocks([-(-n // q) for n in shape], (edge,) * 3):
-        first = [max(a - margin, 0) for a in block.start]
-        window = truth[tuple(slice(a * p, (b + margin) * p) for a, b in zip(first, block.stop, strict=True))]
-        with torch.no_grad():
-            imaged = operator(one_hot(torch.from_numpy(window)[None], phases))[0]
-        seen = (imaged if operator.fractions else imaged.argmax(0)).numpy()
-        inside = [slice((a - f) * q, (b - f) * q) for a, b, f in zip(block.start, block.stop, first, strict=True)]
-        z, y, x = (slice(a * q, b * q) for a, b in zip(block.start, block.stop, strict=True))
-        coarse[..., z, y, x] = seen[(..., *inside)]
-    return coarse
+        self._truth, self._phases, self._channels = truth, len(study.phases), len(study.low_res.channels)
+        self._scale, self._operator = study.scale_factor, ImagingOperator.of(study)
+        self.shape = triple([int(n / study.scale_factor) for n in truth.shape])
 
+    def read(self, box: Box) -> np.ndarray:
+        """Return a box of the low-res volume: labels (z, y, x), uint8, or fractions (channel, z, y, x), float32.
 
-def _memory_bytes() -> float:
-    """Return the free memory in bytes, with what the system would give back; infinite if the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+        Only a block at a time is one-hot.
+        """
+        import torch
+
+        from hpcres.imaging import one_hot
+
+        p, q = self._scale.numerator, self._scale.denominator
+        coarse: np.ndarray = np.empty(box.shape, np.uint8)
+        if self._operator.fractions:
+            coarse = np.empty((self._channels, *box.shape), np.float32)
+        margin, edge = -(-self._operator.margin_voxels // p), max(1, _BLOCK_VOXELS // p)
+        # Blocks are whole repeats of the sampling pattern: p high-res voxels, q low-res ones.
+        for block in blocks_meeting(box, (edge * q,) * 3, self.shape):
+            first = [max(a // q - margin, 0) for a in block.start]
+            stop = [min((-(-b // q) + margin) * p, n) for b, n in zip(block.stop, self._truth.shape, strict=True)]
+            window = self._truth.read(Box(triple([a * p for a in first]), triple(stop)))
+            with torch.no_grad():
+                imaged = self._operator(one_hot(torch.from_numpy(window)[None], self._phases))[0]
+            seen = (imaged if self._operator.fractions else imaged.argmax(0)).numpy()
+            common = block.clipped(box)
+            inside = common.relative_to([a * q for a in first]).slices
+            coarse[(..., *common.relative_to(box.start).slices)] = seen[(..., *inside)]
+        return coarse
