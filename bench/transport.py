@@ -86,7 +86,9 @@ def measure(label: int = 1, checkout: str | None = None, **settings: object) -> 
     usual = {"edge": 256, "threads": [1], "rtol": 1e-3, "blobs": False, "repeats": 2, "device": None}
     usual |= {"conductivity": {label: 1.0}, "voxel_size": (1, 1, 1), "direction": "z"}
     root = Path(__file__).resolve().parents[1] if checkout is None else Path(checkout).resolve()
-    command = [sys.executable, str(root / "bench/transport.py"), "--alone", json.dumps({**usual, **settings})]
+    given = {**usual, **settings}
+    given["spacing"] = given["voxel_size"]  # its name in checkouts from before December 2026
+    command = [sys.executable, str(root / "bench/transport.py"), "--alone", json.dumps(given)]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])

@@ -22,7 +22,7 @@ from hpcres.noise import normals
 Covariance = Literal["exponential", "gaussian"]
 """ρ(h) = exp(−h/f) or exp(−h²/f²) at distance h, where f is the distance at which ρ has fallen to 1/e."""
 _REACH: dict[Covariance, float] = {"exponential": 6.0, "gaussian": 2.7}
-"""Distance in units of f at which the kernel is cut off. The covariance is off by at most 5e-4 and 2e-7 then."""
+"""Distance in units of f at which the kernel is cut off. The covariance is off by at most 5e-4 and 1e-5 then."""
 _BLOCKS = (128, 256)
 _BYTES_PER_VOXEL = 20
 """Of the window of a block: noise, two complex copies while it is transformed, and the eigenvalues of an octant."""
