@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcres.errors import InputError
+from hpcres.errors import InputError, Unfinished
 from hpcres.inference.job import JobOptions, open_job
+from hpcres.inference.journal import StoreLock
 from hpcres.inference.ranks import Ranks
 from hpcres.inference.run import infer
+from hpcres.inference.verify import Fault, audit, find_faults, remove_faulty, repair_job
 from hpcres.inputs import DEFAULT_STUDY, Given, is_study, refuse_settings, study_for, voxel_edges_of
 from hpcres.lengths import VoxelEdges, cubic
 from hpcres.progress import progress_display
@@ -120,6 +122,63 @@ def paint_study(
     if warn is not None and ranks.rank == 0:
         warn(absent_chunks(*job.conditions.volumes))
     return infer(job, ranks, overwrite=given.overwrite, live=live).store
+
+
+def check_store(given: Given, *, repair: bool, audited: int | None, ranks: Ranks, show: Callable[[str], None]) -> None:
+    """Check every shard of a painted store; paint faulty ones again, and audit some tiles, if asked to.
+
+    Every rank calls this function. Progress is shown on stderr.
+
+    Parameters
+    ----------
+    given : Given
+        A study, whose labels.zarr is checked, or a store.
+    repair : bool
+        Paint again what is missing or damaged.
+    audited : int, optional
+        Number of tiles to paint again elsewhere, and to compare.
+    ranks : Ranks
+        The processes that repair and audit together.
+    show : function
+        Called with each line of the outcome, on rank 0.
+
+    Raises
+    ------
+    InputError, Stopped
+    Unfinished
+        Shards are missing or damaged and `repair` is not set, or an audit finds seams.
+    """
+    if is_study(given.source):
+        path = load_study(given.source, given.settings, given.output).labels_path
+    else:
+        refuse_settings(given.source, given.settings)
+        path = Path(given.source)
+    show = show if ranks.rank == 0 else lambda line: None
+    with StoreLock(path) as store_lock:
+
+        def faults_found() -> list[Fault]:
+            with progress_display("verify") as shown:
+                held = store_lock if repair else None
+                return find_faults(path, lambda done, total: shown(done, total=total), held)
+
+        faults = ranks.from_first(faults_found)
+        for fault in faults:
+            show(str(fault))
+        if not faults:
+            show(f"{path}: every shard is there and whole")
+        elif not repair:
+            raise Unfinished(f"{path}: {len(faults)} shards are missing or damaged; run hpcres verify --repair")
+        else:
+            job = repair_job(path, given.command)
+            tiles = ranks.from_first(lambda: remove_faulty(path, faults))
+            infer(job, ranks, store_lock=store_lock, live=True)
+            show(f"{path}: {tiles} tiles painted again")
+        if audited:
+            with progress_display("audit", shown=ranks.rank == 0) as shown:
+                job = repair_job(path)
+                outcome = audit(job, audited, ranks, lambda done, total: shown(done, total=total))
+            show(f"{path}: {outcome}")
+            outcome.refuse_seams(path)
 
 
 def convert_given(given: Given, phases: Mapping[int, str] | None, warn: Warn) -> tuple[Path, list[str]]:

@@ -6,8 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +77,6 @@ def warn(lines: Iterable[object]) -> None:
     """Print warnings on stderr; of several ranks only rank 0 does."""
     if is_first_rank():
         echo_notes(f"warning: {line}" for line in lines)
-
-
-@contextmanager
-def progress_of(stage: str) -> Iterator[Callable[[int, int], None]]:
-    """Show the progress of a stage.
-
-    Parameters
-    ----------
-    stage : str
-        Name of the stage.
-
-    Yields
-    ------
-    function
-        To be called with the number of pieces of work that are done and their total number.
-    """
-    from hpcres.progress import progress_display
-
-    with progress_display(stage) as show:
-        yield lambda done, total: show(done, total=total)
 
 
 def command_line() -> str:
